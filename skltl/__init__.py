@@ -1,0 +1,60 @@
+"""Image transfer learning as scikit-learn estimators.
+
+The names below are imported when they are first used, so that ``import skltl`` does not
+wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from skltl.backbones import (
+        Backbone,
+        list_backbones,
+        list_layers,
+        register_backbone,
+    )
+    from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+    from skltl.images import Preprocessing, find_bad_images
+
+SKOPS_TRUSTED = ["skltl.features._transformer.CNNFeatureTransformer"]
+"""Types to pass as ``trusted`` to ``skops.io.load`` for files with skltl's estimators."""
+
+_STATIONS = {
+    "Backbone": "backbones",
+    "CNNFeatureTransformer": "features",
+    "Preprocessing": "images",
+    "find_bad_images": "images",
+    "list_backbones": "backbones",
+    "list_layers": "backbones",
+    "make_feature_pipeline": "features",
+    "register_backbone": "backbones",
+}
+
+__all__ = [
+    "SKOPS_TRUSTED",
+    "Backbone",
+    "CNNFeatureTransformer",
+    "Preprocessing",
+    "__version__",
+    "exceptions",
+    "find_bad_images",
+    "list_backbones",
+    "list_layers",
+    "make_feature_pipeline",
+    "register_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "exceptions":
+        return import_module("skltl.exceptions")
+    if name in _STATIONS:
+        return getattr(import_module(f"skltl.{_STATIONS[name]}"), name)
+    raise AttributeError(f"module 'skltl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,112 @@
+"""The `device`, `precision` and `batch_size` parameters, made into torch's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# On a CPU small batches stay in the cache, and a single picture stays cheap although
+# every batch is filled up to this size. A GPU needs more to keep all its cores at work.
+CPU_BATCH_SIZE = 8
+GPU_BATCH_SIZE = 128
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device to run on; ``"auto"`` is the first GPU there is, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If torch does not know the device, or this machine does not have it.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Unknown device {device!r}. Use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+        ) from error
+    if not _is_available(resolved):
+        raise ValueError(
+            f"device={device!r} is not available on this machine. device='auto' takes a "
+            "GPU only where there is one."
+        )
+    return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in.
+
+    ``"auto"`` is bfloat16 where the processor multiplies it natively (at two to four
+    times the speed of float32), else float32.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+    return DTYPES[precision]
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 without emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch < 2.11
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    capabilities: Any = torch.cpu.get_capabilities()
+    instructions = ("amx_bf16", "avx512_bf16", "bf16")  # the last is Arm's
+    return any(capabilities.get(name, False) for name in instructions)
+
+
+def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
+    """Return the number of pictures that cross the network together."""
+    if isinstance(batch_size, str):  # "auto"
+        return CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE
+    return int(batch_size)
+
+
+def halve_until_it_fits(
+    run_from: Callable[[int, int], Iterator[int]], batch_size: int
+) -> None:
+    """Run a job batch by batch, with smaller batches where memory runs out.
+
+    Parameters
+    ----------
+    run_from : callable
+        ``run_from(start, batch_size)`` works on from position ``start`` and yields, after
+        each batch, the position reached.
+    batch_size : int
+        To begin with. Halved each time the device is out of memory.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If not even a single picture fits.
+    """
+    position = 0
+    while True:
+        try:
+            for position in run_from(position, batch_size):
+                pass
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            torch.cuda.empty_cache()
+        else:
+            return
+
+
+def _is_available(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return device.type == "cpu"

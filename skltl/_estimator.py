@@ -1,0 +1,67 @@
+"""What all estimators on images share: reading ``X``, tags, and pickling. Nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from skltl import __version__
+from skltl.backbones import CutPoint, get_backbone, prefix_from_state, prefix_state
+from skltl.images import Preprocessing, read_images
+
+# Types of numbers that say what black and white are. Others become float32.
+ROW_DTYPES = [np.float32, np.float64, np.float16, np.uint8, np.uint16, np.bool_]
+
+
+class ImageEstimator(BaseEstimator):
+    """Base of the estimators whose ``X`` is images.
+
+    With `image_shape`, ``X`` is an ordinary table of numbers and everything scikit-learn
+    promises for tables holds, `n_features_in_` included. Without, ``X`` is a sequence of
+    pictures.
+
+    A pickled estimator is self-contained and plain: the weights up to the cut as numpy
+    arrays, records as dictionaries. It loads on a machine without a GPU.
+    """
+
+    def _read_images(self, X, *, reset):
+        """Recognise ``X``; nothing is decoded yet."""
+        if self.image_shape is None:
+            return read_images(X)
+        rows = validate_data(self, X, reset=reset, dtype=ROW_DTYPES)
+        return read_images(rows, image_shape=tuple(self.image_shape))
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        has_rows = self.image_shape is not None
+        tags.input_tags.two_d_array = has_rows
+        tags.input_tags.three_d_array = not has_rows
+        tags.input_tags.string = not has_rows
+        return tags
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        if "network_" in state:
+            own_record = self.backbone_ is self.backbone
+            state["backbone_"] = self.backbone_ if own_record else self.backbone_.name
+            state["cut_points_"] = [list(point) for point in self.cut_points_]
+            state["network_"] = prefix_state(self.network_)
+            state["preprocessing_"] = asdict(self.preprocessing_)
+            state["_skltl_version"] = __version__
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        state.pop("_skltl_version", None)
+        if "network_" in state:
+            backbone = get_backbone(state["backbone_"])
+            cut_points = [CutPoint(*point) for point in state["cut_points_"]]
+            blocks = [point.block for point in cut_points]
+            state["backbone_"] = backbone
+            state["cut_points_"] = cut_points
+            state["network_"] = prefix_from_state(backbone, state["network_"], blocks)
+            state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
+        super().__setstate__(state)

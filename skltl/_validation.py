@@ -1,0 +1,26 @@
+"""The only door to scikit-learn's private names.
+
+Parameter constraints are not public API, although scikit-learn's own check suite asks
+third-party estimators for them. If a release moves them, this is the file to mend.
+"""
+
+from __future__ import annotations
+
+from sklearn.base import _fit_context
+from sklearn.utils._param_validation import (
+    Interval,
+    InvalidParameterError,
+    StrOptions,
+)
+from sklearn.utils.validation import _check_feature_names_in as check_feature_names_in
+
+fit_context = _fit_context(prefer_skip_nested_validation=True)
+"""Decorator of ``fit``: check the parameters against ``_parameter_constraints``."""
+
+__all__ = [
+    "Interval",
+    "InvalidParameterError",
+    "StrOptions",
+    "check_feature_names_in",
+    "fit_context",
+]

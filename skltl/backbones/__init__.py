@@ -1,0 +1,36 @@
+"""Pretrained networks as ordered lists of named blocks, and their weights."""
+
+from skltl.backbones._cut import FrozenPrefix, Runner
+from skltl.backbones._cut_points import (
+    CutPoint,
+    Layer,
+    block_shapes,
+    list_layers,
+    resolve_layer,
+)
+from skltl.backbones._loading import load_prefix, prefix_from_state, prefix_state
+from skltl.backbones._registry import get_backbone, list_backbones, register_backbone
+from skltl.backbones._spec import Backbone, Network, PretrainedWeights
+from skltl.backbones._weights import load_network, random_network, resolve_weights
+
+__all__ = [
+    "Backbone",
+    "CutPoint",
+    "FrozenPrefix",
+    "Layer",
+    "Network",
+    "PretrainedWeights",
+    "Runner",
+    "block_shapes",
+    "get_backbone",
+    "list_backbones",
+    "list_layers",
+    "load_network",
+    "load_prefix",
+    "prefix_from_state",
+    "prefix_state",
+    "random_network",
+    "register_backbone",
+    "resolve_layer",
+    "resolve_weights",
+]

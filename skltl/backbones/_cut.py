@@ -1,0 +1,161 @@
+"""Cut a network at the wanted places, and run what is left of it fast."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
+from torchvision.models.inception import BasicConv2d as InceptionUnit
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from skltl.backbones._spec import freeze
+from skltl.images import normalise
+
+# torchvision's modules that run each batch-norm right behind the convolution defined
+# before it. Of other modules than these and `nn.Sequential` the order is not known.
+RUN_IN_ORDER = (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
+
+Pool = Callable[[Tensor], Tensor]
+
+
+def cut(
+    blocks: Mapping[str, nn.Module], wanted: Sequence[str]
+) -> dict[str, nn.Module]:
+    """Return the blocks up to the last wanted one, nothing of what comes after."""
+    names = list(blocks)
+    deepest = max(names.index(name) for name in wanted)
+    return {name: blocks[name] for name in names[: deepest + 1]}
+
+
+class FrozenPrefix:
+    """The first blocks of a network as a fixed function of pictures.
+
+    Parameters
+    ----------
+    blocks : mapping of str to Module
+        Up to the last wanted one; never changed. They become frozen, and are shared by
+        all estimators that use the same network.
+    wanted : sequence of str
+        The blocks after which features are taken.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> None:
+        freeze(blocks)
+        self.blocks = blocks
+        self.wanted = tuple(wanted)
+        self._runners: dict[tuple[torch.device, torch.dtype], Runner] = {}
+        self._lock = threading.Lock()
+
+    def runner(self, device: torch.device, dtype: torch.dtype) -> Runner:
+        """Return the prefix made ready for a device; it is prepared once."""
+        with self._lock:
+            key = (device, dtype)
+            if key not in self._runners:
+                self._runners[key] = Runner(self.blocks, self.wanted, device, dtype)
+            return self._runners[key]
+
+
+class Runner:
+    """A frozen prefix on its device: batch-norms folded, channels last, in one dtype.
+
+    Parameters
+    ----------
+    blocks : mapping of str to Module
+        Frozen; they are copied.
+    wanted : sequence of str
+        The blocks after which features are taken.
+    device : torch.device
+        Where to run.
+    dtype : torch.dtype
+        What to compute in.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        wanted: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._wanted = wanted
+        self._segments = [
+            (name, _prepared(segment, device, dtype))
+            for name, segment in _segments(blocks, wanted)
+        ]
+
+    @torch.inference_mode()
+    def features(
+        self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool
+    ) -> Tensor:
+        """Run a batch of pictures, and pool at each wanted place.
+
+        Parameters
+        ----------
+        pixels : tensor of shape (n, h, w, 3)
+            uint8, or float32.
+        mean, std : tensor of shape (3, 1, 1)
+            Of the preprocessing, float32.
+        pool : callable
+            From a feature map (n, c, h, w) or vectors (n, d) to features (n, d), float32.
+
+        Returns
+        -------
+        tensor of shape (n, d)
+            The features of all wanted places, side by side, float32, on the CPU.
+        """
+        # Pictures lie in memory with their channels last: this permutation copies nothing.
+        batch = pixels.to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
+        batch = normalise(batch, mean.to(self.device), std.to(self.device))
+        feature_map = batch.to(self.dtype, memory_format=torch.channels_last)
+        pooled = {}
+        for name, segment in self._segments:
+            feature_map = segment(feature_map)  # (n, c, h', w')
+            # Pooled at once: the next block's in-place ReLU may overwrite the map.
+            pooled[name] = pool(feature_map)
+        return torch.cat([pooled[name] for name in self._wanted], dim=1).cpu()
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch-norm into the convolution before it, in place.
+
+    In evaluation mode a batch-norm is a multiplication and an addition per channel, which
+    the convolution's own weights can do.
+    """
+    for child in module.children():
+        fold_batch_norms(child)
+    if not isinstance(module, RUN_IN_ORDER):
+        return
+    for (first, conv), (second, norm) in pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, first, fuse_conv_bn_eval(conv, norm))
+            setattr(module, second, nn.Identity())
+
+
+def _segments(
+    blocks: Mapping[str, nn.Module], wanted: Sequence[str]
+) -> list[tuple[str, nn.Sequential]]:
+    """Group the blocks between the wanted places."""
+    segments: list[tuple[str, nn.Sequential]] = []
+    segment = nn.Sequential()
+    for name, block in blocks.items():
+        segment.append(copy.deepcopy(block))
+        if name in wanted:
+            segments.append((name, segment))
+            segment = nn.Sequential()
+    return segments
+
+
+def _prepared(
+    segment: nn.Sequential, device: torch.device, dtype: torch.dtype
+) -> nn.Sequential:
+    fold_batch_norms(segment)
+    freeze({"segment": segment})  # the folded convolutions are new
+    return segment.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

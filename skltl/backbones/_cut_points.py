@@ -1,0 +1,220 @@
+"""The `layer` parameter: from names people use to places between blocks."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from skltl.backbones._registry import get_backbone, nearest
+from skltl.backbones._spec import (
+    Backbone,
+    Network,
+    freeze,
+    last_step,
+    output_shapes,
+)
+from skltl.exceptions import UnknownLayerError
+
+
+class Layer(NamedTuple):
+    """A main cut point, for people to read.
+
+    Parameters
+    ----------
+    name : str
+        What the `layer` parameter takes.
+    aliases : tuple of str
+        Other names that mean the same.
+    path : str
+        The torch path of the module after which it lies.
+    channels : int
+        Of the feature map there (the length of the vector, after a fully connected layer).
+    stride : int or None
+        How many pixels of the picture one pixel of the feature map stands for; ``None``
+        after a fully connected layer.
+    n_features : int
+        Numbers per picture without pooling (``pooling="flatten"``) at the usual size.
+        With average or maximum pooling there are `channels` of them.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    path: str
+    channels: int
+    stride: int | None
+    n_features: int
+
+
+class CutPoint(NamedTuple):
+    """A cut point that a `layer` parameter was resolved to.
+
+    Parameters
+    ----------
+    name : str
+        As it appears in the names of features.
+    block : str
+        The block after which it lies.
+    """
+
+    name: str
+    block: str
+
+
+def list_layers(backbone: str | Backbone) -> list[Layer]:
+    """List a backbone's main cut points, from the picture to the logits.
+
+    Parameters
+    ----------
+    backbone : str or Backbone
+        Which one.
+
+    Returns
+    -------
+    list of Layer
+        Named tuples (name, aliases, path, channels, stride, n_features); a
+        ``pandas.DataFrame`` of them is a readable table. Besides these, every torch path
+        between the picture and the last of them can be given as `layer`.
+
+    Raises
+    ------
+    UnknownBackboneError
+        If there is no such backbone.
+
+    Examples
+    --------
+    >>> from skltl import list_layers
+    >>> for layer in list_layers("vgg16"):
+    ...     print(layer.name, layer.channels, layer.stride, layer.n_features)
+    block1 64 2 802816
+    block2 128 4 401408
+    block3 256 8 200704
+    block4 512 16 100352
+    block5 512 32 25088
+    fc6 4096 None 4096
+    fc7 4096 None 4096
+    """
+    record = get_backbone(backbone)
+    network = skeleton(record)
+    size = record.preprocessing.crop_size
+    shapes = block_shapes(record, size)
+    strides = _strides(network, shapes, size)
+    return [
+        Layer(
+            name,
+            tuple(other for other, main in network.aliases.items() if main == name),
+            block,
+            shapes[block][0],
+            strides.get(block),
+            math.prod(shapes[block]),
+        )
+        for name, block in network.cut_points.items()
+    ]
+
+
+def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
+    """Find the cut point that a `layer` parameter means.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Where.
+    layer : str or int
+        A main cut point's name or alias, a torch path, ``"last"`` (the last one with a
+        feature map), or the number of a main cut point (from the end, if negative).
+
+    Returns
+    -------
+    CutPoint
+        Its main name, or the torch path.
+
+    Raises
+    ------
+    UnknownLayerError
+        If there is none; it says which names are near.
+    """
+    network = skeleton(backbone)
+    mains = list(network.cut_points)
+    if layer == "last":
+        shapes = block_shapes(backbone, backbone.preprocessing.crop_size)
+        maps = [name for name in mains if len(shapes[network.cut_points[name]]) == 3]
+        layer = (maps or mains)[-1]
+    if isinstance(layer, str):
+        return _named_cut_point(backbone, network, layer)
+    if not -len(mains) <= layer < len(mains):
+        raise UnknownLayerError(
+            f"layer={layer}, but {backbone.name!r} has {len(mains)} main cut points: "
+            f"{', '.join(mains)}."
+        )
+    return CutPoint(mains[layer], network.cut_points[mains[layer]])
+
+
+@lru_cache(maxsize=128)
+def skeleton(backbone: Backbone) -> Network:
+    """Return the backbone's network without numbers: names and shapes, no memory."""
+    return build_skeleton(backbone)
+
+
+def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
+    """Build a network without numbers, to put some in."""
+    with WithoutNumbers():
+        network = backbone.build(n_classes)
+    freeze({**network.blocks, **network.head})
+    return network
+
+
+@lru_cache(maxsize=128)
+def block_shapes(backbone: Backbone, size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one picture's feature map after each block."""
+    return output_shapes(skeleton(backbone).blocks, size)
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Make new parameters shapes only: nothing is allocated, nothing drawn at random.
+
+    Not ``torch.device("meta")``: some builders compute their widths with small tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoint:
+    name = network.aliases.get(layer, layer)
+    if name in network.cut_points:
+        return CutPoint(name, network.cut_points[name])
+    try:
+        return CutPoint(name, last_step(network.blocks, name))
+    except KeyError:
+        known = [*network.cut_points, *network.aliases, *network.blocks]
+        raise UnknownLayerError(
+            f"{backbone.name!r} has no layer {layer!r}. {nearest(layer, known)} The main "
+            f"ones are {', '.join(network.cut_points)}; every torch path up to "
+            f"{list(network.blocks)[-1]!r} can be given too."
+        ) from None
+
+
+def _strides(
+    network: Network, shapes: dict[str, tuple[int, ...]], size: int
+) -> dict[str, int]:
+    """Return the stride at each block with a feature map.
+
+    It is what a larger picture adds in pixels for what it adds in the feature map; at one
+    size alone, padding and rounding blur the ratio.
+    """
+    added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
+    maps = {name: network.blocks[name] for name in shapes if len(shapes[name]) == 3}
+    larger = output_shapes(maps, size + added)
+    return {
+        name: round(added / (larger[name][1] - shapes[name][1]))
+        for name in maps
+        if larger[name][1] > shapes[name][1]
+    }

@@ -1,0 +1,173 @@
+"""Weights files: found or downloaded, checked, and read without running any code."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from skltl.exceptions import WeightsError, WeightsNotFoundError
+
+FILE_FORMATS = (".safetensors", ".pt", ".pth")
+
+# Under these names training scripts keep the state dict beside an optimizer's.
+WRAPPERS = ("state_dict", "model")
+# What `DataParallel` puts before every name.
+PARALLEL_PREFIX = "module."
+
+
+def fetch(url: str) -> Path:
+    """Return the file of a URL in torch's hub folder; download it if it is not there.
+
+    Parameters
+    ----------
+    url : str
+        Its file name ends in the first digits of the file's SHA-256.
+
+    Returns
+    -------
+    Path
+        A file with this SHA-256.
+
+    Raises
+    ------
+    WeightsNotFoundError
+        If it cannot be downloaded. The error says what to put where by hand.
+    WeightsError
+        If a file of this name is there, but is not what the name says.
+    """
+    file_name = Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    digits = _sha256_digits(file_name)
+    if not path.exists():
+        _download(url, path, digits)
+    if not sha256_of(path).startswith(digits):
+        raise WeightsError(
+            f"{path} is damaged: its SHA-256 does not start with {digits}. Delete it; it "
+            "will be downloaded again."
+        )
+    return path
+
+
+def read_state(path: Path, check_finite: bool = True) -> dict[str, Tensor]:
+    """Read a state dict, as float32, from a ``.safetensors``, ``.pt`` or ``.pth`` file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    check_finite : bool, default=True
+        Whether NaN and infinity are refused.
+
+    Returns
+    -------
+    dict of str to Tensor
+        On the CPU.
+
+    Raises
+    ------
+    WeightsNotFoundError
+        If there is no such file.
+    WeightsError
+        If it is of another format, holds anything but a state dict (objects that need
+        code to load are never loaded), or numbers that are not finite.
+    """
+    if path.suffix not in FILE_FORMATS:
+        raise WeightsError(
+            f"{path} is not a weights file: expected one of {', '.join(FILE_FORMATS)}."
+        )
+    if not path.is_file():
+        raise WeightsNotFoundError(f"There is no weights file {path}.")
+    content = _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
+    state = _checked_state(content, path)
+    for key, value in state.items():
+        if check_finite and not torch.isfinite(value).all():
+            raise WeightsError(f"{path}: {key!r} holds NaN or infinity.")
+    return state
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_digits(file_name: str) -> str:
+    found = re.search(r"-([0-9a-f]{8,})\.", file_name)
+    if found is None:
+        raise WeightsError(f"The name {file_name!r} does not hold a SHA-256 to check.")
+    return found[1]
+
+
+def _download(url: str, path: Path, digits: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Writes to a temporary file beside `path`, checks the hash, then renames it.
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
+        raise WeightsNotFoundError(
+            f"The weights could not be downloaded ({error}). On a machine with a network, "
+            f"download\n  {url}\nand put it here as\n  {path}"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors and was not loaded, because that would run "
+            f"code from the file. Save a state dict instead: torch.save(network"
+            f".state_dict(), ...). torch says: {_first_sentence(error)}"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} is not a readable torch file: {error}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    # torch's message goes on with advice to load the file unsafely. Not here. The name of
+    # what was refused stands behind "Unsupported global" or "Unsupported".
+    text = str(error)
+    named = re.search(r"(Unsupported [^\n]*?|Can only[^\n]*?)(?: was not an|\n|$)", text)
+    return named[1] if named else text.splitlines()[0]
+
+
+def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise WeightsError(
+                f"{path} is no state dict: its entry {key!r} is a {type(value).__name__}."
+            )
+    if all(key.startswith(PARALLEL_PREFIX) for key in content):
+        content = {key.removeprefix(PARALLEL_PREFIX): v for key, v in content.items()}
+    return {key: _checked_tensor(key, value, path) for key, value in content.items()}
+
+
+def _checked_tensor(key: str, value: Tensor, path: Path) -> Tensor:
+    if value.layout is not torch.strided or value.is_quantized or value.is_complex():
+        raise WeightsError(f"{path}: {key!r} is a {value.dtype} tensor ({value.layout}).")
+    if not value.is_floating_point():
+        return value.contiguous()
+    return value.detach().to(torch.float32).contiguous()

@@ -1,0 +1,135 @@
+"""One network per process, however many estimators and clones use it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from skltl.backbones._cut import FrozenPrefix, cut
+from skltl.backbones._cut_points import build_skeleton
+from skltl.backbones._spec import (
+    Backbone,
+    PretrainedWeights,
+    load_state,
+    state_of,
+)
+from skltl.backbones._weights import load_network, random_network
+
+# Enough for a search over a few backbones and their cut points; the least recently used
+# ones go first. Fitted estimators keep what they use in any case.
+MAX_NETWORKS = 2
+MAX_PREFIXES = 16
+
+_networks: OrderedDict[Hashable, Mapping[str, nn.Module]] = OrderedDict()
+_prefixes: OrderedDict[Hashable, FrozenPrefix] = OrderedDict()
+_lock = threading.RLock()
+
+
+def load_prefix(
+    backbone: Backbone,
+    weights: PretrainedWeights | None,
+    seed: int | None,
+    wanted: Sequence[str],
+) -> FrozenPrefix:
+    """Return the blocks of a network up to the last wanted one, loaded once per process.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Which network.
+    weights : PretrainedWeights or None
+        Its weights; ``None`` for random ones.
+    seed : int or None
+        Of the random ones.
+    wanted : sequence of str
+        The blocks after which features are taken.
+
+    Returns
+    -------
+    FrozenPrefix
+        The same object for the same arguments, as long as it is in use or was lately.
+
+    Raises
+    ------
+    WeightsError
+        If the weights cannot be loaded.
+    """
+    key = (backbone, seed if weights is None else _file_state(weights))
+    with _lock:
+        prefix = _recall(_prefixes, (key, tuple(wanted)))
+        if prefix is None:
+            blocks = cut(_load_blocks(key, backbone, weights, seed, wanted), wanted)
+            prefix = FrozenPrefix(blocks, wanted)
+            _remember(_prefixes, (key, tuple(wanted)), prefix, MAX_PREFIXES)
+        return prefix
+
+
+def prefix_state(prefix: FrozenPrefix) -> dict[str, NDArray[Any]]:
+    """Return a prefix's numbers as numpy arrays, by block and torch's name."""
+    return {key: value.numpy() for key, value in state_of(prefix.blocks).items()}
+
+
+def prefix_from_state(
+    backbone: Backbone, state: Mapping[str, NDArray[Any]], wanted: Sequence[str]
+) -> FrozenPrefix:
+    """Build a prefix again from what `prefix_state` gave."""
+    blocks = cut(build_skeleton(backbone).blocks, wanted)
+    load_state(blocks, {key: torch.tensor(value) for key, value in state.items()})
+    return FrozenPrefix(blocks, wanted)
+
+
+def _load_blocks(
+    key: Hashable,
+    backbone: Backbone,
+    weights: PretrainedWeights | None,
+    seed: int | None,
+    wanted: Sequence[str],
+) -> Mapping[str, nn.Module]:
+    """Return at least the wanted blocks; no deeper ones than were ever asked for.
+
+    Keeping all of VGG-16 would hold 500 MB of fully connected layers for nothing.
+    """
+    kept = _recall(_networks, key)
+    if kept is None or not set(wanted) <= kept.keys():
+        if weights is None:
+            assert seed is not None
+            network = random_network(backbone, seed)
+        else:
+            network = load_network(backbone, weights)
+        kept = cut(network.blocks, wanted)
+        _remember(_networks, key, kept, MAX_NETWORKS)
+    return kept
+
+
+def _file_state(weights: PretrainedWeights) -> Hashable:
+    """Name weights; those of a file change when the file does."""
+    if not isinstance(weights.source, os.PathLike):
+        return weights
+    path = Path(weights.source)
+    if not path.exists():  # the error comes when it is read
+        return weights
+    stat = path.stat()
+    return (weights, path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+def _recall(memory: OrderedDict[Hashable, Any], key: Hashable) -> Any:
+    if key in memory:
+        memory.move_to_end(key)
+    return memory.get(key)
+
+
+def _remember(
+    memory: OrderedDict[Hashable, Any], key: Hashable, value: Any, n_most: int
+) -> None:
+    memory[key] = value
+    while len(memory) > n_most:
+        memory.popitem(last=False)
+

@@ -1,0 +1,97 @@
+"""Which backbones there are, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import cache
+
+from skltl.backbones._embedded import embedded_backbone
+from skltl.backbones._spec import Backbone
+from skltl.backbones._torchvision import list_torchvision, torchvision_backbone
+from skltl.exceptions import UnknownBackboneError
+
+_REGISTERED: dict[str, Backbone] = {}
+
+
+def list_backbones() -> list[str]:
+    """List the names that the `backbone` parameter takes.
+
+    Returns
+    -------
+    list of str
+        ``"tiny"`` (shipped with skltl), torchvision's ConvNets, and your own.
+
+    Examples
+    --------
+    >>> from skltl import list_backbones
+    >>> [name for name in list_backbones() if name.startswith("vgg16")]
+    ['vgg16', 'vgg16_bn']
+    """
+    return ["tiny", *list_torchvision(), *_REGISTERED]
+
+
+def register_backbone(backbone: Backbone) -> None:
+    """Make a backbone of your own available under its name, in this process.
+
+    Worker processes (``n_jobs``) do not know the name: pass the `Backbone` itself as the
+    `backbone` parameter there.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        See `Backbone.from_blocks`.
+
+    Raises
+    ------
+    ValueError
+        If there is another backbone of this name.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from skltl import Backbone, Preprocessing, register_backbone
+    >>> blocks = {"stem": nn.Conv2d(3, 8, 3, stride=2)}
+    >>> mine = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
+    >>> register_backbone(mine)
+    """
+    if _REGISTERED.get(backbone.name) is backbone:
+        return
+    if backbone.name in list_backbones():
+        raise ValueError(f"There is a backbone named {backbone.name!r} already.")
+    _REGISTERED[backbone.name] = backbone
+
+
+def get_backbone(backbone: str | Backbone) -> Backbone:
+    """Return the record of a backbone given by name; a record is returned as it is.
+
+    Raises
+    ------
+    UnknownBackboneError
+        If no backbone has this name; it says which names are near.
+    """
+    if isinstance(backbone, Backbone):
+        return backbone
+    if backbone in _REGISTERED:
+        return _REGISTERED[backbone]
+    if backbone in list_backbones():
+        return _known_backbone(backbone)
+    raise UnknownBackboneError(
+        f"Unknown backbone {backbone!r}. {nearest(backbone, list_backbones())} "
+        "skltl.list_backbones() gives all names; skltl.register_backbone adds your own."
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names are nearest, or all of them if they are few."""
+    known = list(known)
+    found = difflib.get_close_matches(str(name).lower(), known, n=4, cutoff=0.5)
+    if found:
+        return f"Did you mean {' or '.join(map(repr, found))}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"Known: {shown}."
+
+
+@cache
+def _known_backbone(name: str) -> Backbone:
+    return embedded_backbone() if name == "tiny" else torchvision_backbone(name)

@@ -1,0 +1,169 @@
+"""The `weights` parameter: which numbers go into a network, and putting them there."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skltl.backbones._cut_points import build_skeleton, skeleton
+from skltl.backbones._files import FILE_FORMATS, fetch, read_state
+from skltl.backbones._registry import nearest
+from skltl.backbones._spec import (
+    Backbone,
+    Network,
+    PretrainedWeights,
+    freeze,
+    load_state,
+)
+from skltl.exceptions import WeightsError
+
+DEFAULT = "imagenet"
+
+# torch's modules draw their first weights from torch's global generator, which has to be
+# seeded and put back by one thread at a time.
+_GENERATOR_LOCK = threading.Lock()
+
+
+def resolve_weights(
+    backbone: Backbone, weights: str | os.PathLike[str] | None
+) -> PretrainedWeights | None:
+    """Find what a `weights` parameter means for a backbone.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        For which.
+    weights : str, path or None
+        ``"imagenet"``, the name of weights of this backbone (also with torchvision's class
+        before it, and ``"DEFAULT"``), or a file.
+
+    Returns
+    -------
+    PretrainedWeights or None
+        ``None`` for random ones.
+
+    Raises
+    ------
+    WeightsError
+        If there are none of this name.
+    """
+    if weights is None:
+        return None
+    default = backbone.weights[0]
+    if weights == DEFAULT:
+        return default
+    known = {known.name: known for known in backbone.weights}
+    name = str(weights).rpartition(".")[2]  # "ResNet50_Weights.IMAGENET1K_V2"
+    if name in known:
+        return known[name]
+    path = Path(weights).expanduser()
+    if isinstance(weights, os.PathLike) or path.suffix in FILE_FORMATS:
+        return PretrainedWeights(path.name, path, default.preprocessing)
+    names = [DEFAULT, *known]
+    raise WeightsError(
+        f"Unknown weights {str(weights)!r} for {backbone.name!r}. "
+        f"{nearest(str(weights), names)} A file's name must end in "
+        f"{', '.join(FILE_FORMATS)}; None gives random weights."
+    )
+
+
+def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
+    """Build a backbone's network with trained weights, frozen, on the CPU, in float32.
+
+    Raises
+    ------
+    WeightsError
+        If the file cannot be had or read, or does not fit the network. A head for another
+        number of classes fits.
+    """
+    if weights.source is None:
+        network = backbone.build(None)
+    else:
+        is_url = isinstance(weights.source, str)
+        path = fetch(str(weights.source)) if is_url else Path(weights.source)
+        # A file with the right hash is what its publisher meant it to be: VGG-16's
+        # IMAGENET1K_FEATURES have NaN in the head on purpose.
+        state = _renamed(backbone, read_state(path, check_finite=not is_url))
+        network = _skeleton_that_fits(backbone, state, path)
+        load_state({**network.blocks, **network.head}, state)
+    freeze({**network.blocks, **network.head})
+    return network
+
+
+def random_network(backbone: Backbone, seed: int) -> Network:
+    """Build a backbone's network, frozen, with its usual random weights.
+
+    They are those that torch draws after ``torch.manual_seed(seed)``; the state of torch's
+    global generator does not change.
+    """
+    with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = backbone.build(None)
+        if backbone.weights[0].source is None:
+            _forget(network)
+    freeze({**network.blocks, **network.head})
+    return network
+
+
+def _forget(network: Network) -> None:
+    """Exchange the weights that a network was built with for random ones."""
+    for module in {**network.blocks, **network.head}.values():
+        for part in module.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+
+
+def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rename = backbone.rename_keys or str
+    return {
+        rename(key): value
+        for key, value in state.items()
+        if not key.startswith(backbone.needless_keys)
+    }
+
+
+def _skeleton_that_fits(
+    backbone: Backbone, state: dict[str, Tensor], path: Path
+) -> Network:
+    """Build a network without numbers, with as many classes as the state dict has."""
+    expected = skeleton(backbone).state()
+    for key in expected.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
+            state[key] = torch.tensor(0)
+    last_weight = [key for key, value in expected.items() if value.ndim > 1][-1]
+    n_classes = len(state[last_weight]) if last_weight in state else None
+    if n_classes == len(expected[last_weight]):
+        n_classes = None
+    network = build_skeleton(backbone, n_classes)
+    _check_fit(network.state(), state, backbone, path)
+    return network
+
+
+def _check_fit(
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    backbone: Backbone,
+    path: Path,
+) -> None:
+    missing = [key for key in expected if key not in state]
+    extra = [key for key in state if key not in expected]
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    faults = {"missing": missing, "not known": extra, "of another shape": misshapen}
+    said = [
+        f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for fault, keys in faults.items()
+        if keys
+    ]
+    if said:
+        raise WeightsError(
+            f"{path} does not fit {backbone.name!r}. Its entries: {'; '.join(said)}."
+        )

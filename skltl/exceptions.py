@@ -1,0 +1,102 @@
+"""Every error and warning class of skltl.
+
+::
+
+    Exception
+    ├── ValueError
+    │   ├── ImageReadError        an item of X cannot be read as a picture
+    │   ├── UnknownBackboneError  no backbone has this name
+    │   ├── UnknownLayerError     the backbone has no such cut point
+    │   └── WeightsError          a weights file does not fit or cannot be trusted
+    │       └── WeightsNotFoundError   the weights are neither here nor downloadable
+    └── TypeError
+        └── ImageTypeError        an item of X is not a picture at all
+    UserWarning
+    └── ImageRangeWarning         floats lie outside [0, 1]
+
+They inherit from the built-in class that scikit-learn would raise, so that
+``GridSearchCV(error_score=...)`` and existing ``except`` clauses treat them as usual.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ImageRangeWarning",
+    "ImageReadError",
+    "ImageTypeError",
+    "UnknownBackboneError",
+    "UnknownLayerError",
+    "WeightsError",
+    "WeightsNotFoundError",
+]
+
+
+class ImageReadError(ValueError):
+    """An item of ``X`` cannot be read as a picture.
+
+    Parameters
+    ----------
+    index : int
+        Position of the item in ``X``.
+    path : str or None
+        The file's path, ``None`` for an item that is not a file.
+    reason : str
+        What is wrong with it.
+
+    Attributes
+    ----------
+    index, path, reason
+        As above. The error of the decoder, if any, is ``__cause__``.
+    """
+
+    def __init__(self, index: int, path: str | None, reason: str) -> None:
+        # All three are kept in `args`: joblib pickles errors to bring them back
+        # from its workers, and an error is rebuilt from its `args`.
+        super().__init__(index, path, reason)
+        self.index = index
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        name = "" if self.path is None else f" ({self.path!r})"
+        return f"Image {self.index}{name} could not be read: {self.reason}."
+
+
+class ImageTypeError(TypeError):
+    """An item of ``X`` is of a type that cannot hold a picture.
+
+    Parameters
+    ----------
+    index : int
+        Position of the item in ``X``.
+    reason : str
+        What it is, and what was expected.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(index, reason)
+        self.index = index
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"Image {self.index} is {self.reason}."
+
+
+class UnknownBackboneError(ValueError):
+    """No backbone is registered under this name."""
+
+
+class UnknownLayerError(ValueError):
+    """The backbone has no cut point of this name."""
+
+
+class WeightsError(ValueError):
+    """A weights file does not fit the backbone, or cannot be loaded safely."""
+
+
+class WeightsNotFoundError(WeightsError):
+    """The weights are neither on this machine nor could they be downloaded."""
+
+
+class ImageRangeWarning(UserWarning):
+    """Pictures hold floats outside [0, 1], the range of normalised pixels."""

@@ -1,0 +1,305 @@
+"""``CNNFeatureTransformer``: a pretrained ConvNet as a scikit-learn transformer."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from os import PathLike
+
+import numpy as np
+import torch
+from joblib import cpu_count
+from sklearn.base import TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from skltl._device import (
+    DTYPES,
+    resolve_batch_size,
+    resolve_device,
+    resolve_precision,
+)
+from skltl._estimator import ImageEstimator
+from skltl._validation import (
+    Interval,
+    StrOptions,
+    check_feature_names_in,
+    fit_context,
+)
+from skltl.backbones import (
+    Backbone,
+    block_shapes,
+    get_backbone,
+    load_prefix,
+    resolve_layer,
+    resolve_weights,
+)
+from skltl.features._extraction import extract_features
+from skltl.features._pooling import POOLINGS, n_pooled
+
+
+class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
+    """Turn pictures into the features of a pretrained ConvNet.
+
+    The network is frozen, cut at any of its layers, and what it gives there is pooled to
+    one row of numbers per picture: ready for a linear classifier, which is the method of
+    choice for a few hundred pictures [1]_ [2]_. Nothing is learned in `fit`.
+
+    Parameters
+    ----------
+    backbone : str or Backbone, default="resnet50"
+        The network: any of :func:`~skltl.list_backbones`, or a record of your own.
+    weights : str, path or None, default="imagenet"
+        ``"imagenet"``: torchvision's ``IMAGENET1K_V1`` (for ``"tiny"`` and for your own
+        networks, the weights they come with); any other name of torchvision's weights,
+        such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt`` or ``.pth`` file with a
+        state dict, whose head may have another number of classes; or ``None`` for random
+        weights. The older ImageNet weights are the default because newer recipes, with
+        better accuracy on ImageNet, give worse features to linear classifiers [2]_.
+    layer : str, int or list of them, default="last"
+        Where the network is cut: a name of :func:`~skltl.list_layers`, any torch path such
+        as ``"layer3.2"``, the number of a main cut point (negative: from the end), or
+        ``"last"``, the last convolutional one. For several, the features stand side by
+        side, all from one pass.
+    pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
+        How a feature map becomes a row: the average or maximum of each channel, both, all
+        of its numbers, or averages over a grid with so many rows and columns.
+    image_size : int, default=None
+        Height and width in pixels of what the network sees, at least 1; ``None`` is the
+        size it was trained on.
+    image_shape : tuple of 2 or 3 ints, default=None
+        If given, ``X`` is an array (n, d), and each row is a picture of this shape, in the
+        terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
+    batch_size : int or "auto", default="auto"
+        Pictures that cross the network together. ``"auto"`` is 8 on a CPU and 128 on a
+        GPU. Results depend on it in the last digits, so every batch has exactly this
+        size; out of memory on a GPU, it is halved.
+    device : str, default="auto"
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
+        one.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        What the network computes in. ``"auto"`` is bfloat16 where the device multiplies it
+        natively, else float32. Features are float32 in any case.
+    n_jobs : int, default=None
+        Threads that decode pictures; ``None`` is as many as torch uses, -1 is one for each
+        core.
+    random_state : int, RandomState instance or None, default=None
+        Of the weights, if they are random: those that torch draws after
+        ``torch.manual_seed(random_state)``.
+    verbose : int, default=0
+        Whether a progress bar is shown.
+
+    Attributes
+    ----------
+    backbone_ : Backbone
+        The record of the network.
+    network_ : FrozenPrefix
+        The network up to the cut.
+    cut_points_ : list of CutPoint
+        For each of `layer`, its name and the block it lies behind.
+    preprocessing_ : Preprocessing
+        What pictures go through before the network.
+    n_features_in_ : int
+        Numbers in a row of ``X``. Only with `image_shape`.
+    feature_names_in_ : array of shape (n_features_in_,)
+        Names of the columns of ``X``, if it had any. Only with `image_shape`.
+
+    See Also
+    --------
+    make_feature_pipeline : This transformer and a linear classifier.
+    list_layers : The cut points of a backbone.
+    find_bad_images : Find pictures that cannot be read, beforehand.
+
+    Notes
+    -----
+    A picture gets the same bits alone, in any batch and in any order, on one machine with
+    the same versions, device, number of threads and batch size: every forward pass has the
+    same shape. The first use of a network in a process loads and prepares it (batch-norms
+    folded into convolutions, channels last); all clones share it.
+
+    References
+    ----------
+    .. [1] Sharif Razavian, Azizpour, Sullivan, Carlsson, "CNN features off-the-shelf: an
+       astounding baseline for recognition", CVPR workshops, 2014.
+    .. [2] Kornblith, Chen, Lee, Norouzi, "Why do better loss functions lead to less
+       transferable features?", NeurIPS, 2021.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skltl import CNNFeatureTransformer
+    >>> digits = load_digits()
+    >>> transformer = CNNFeatureTransformer("tiny", layer="block2", image_shape=(8, 8))
+    >>> transformer.fit_transform(digits.data[:10] / 16).shape
+    (10, 96)
+    """
+
+    _parameter_constraints: dict = {
+        "backbone": [str, Backbone],
+        "weights": [str, PathLike, None],
+        "layer": [str, Integral, list, tuple],
+        "pooling": [
+            StrOptions(set(POOLINGS)),
+            Interval(Integral, 1, None, closed="left"),
+        ],
+        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_shape": [tuple, list, None],
+        "batch_size": [
+            Interval(Integral, 1, None, closed="left"),
+            StrOptions({"auto"}),
+        ],
+        "device": [str],
+        "precision": [StrOptions({"auto", *DTYPES})],
+        "n_jobs": [Integral, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        backbone="resnet50",
+        *,
+        weights="imagenet",
+        layer="last",
+        pooling="avg",
+        image_size=None,
+        image_shape=None,
+        batch_size="auto",
+        device="auto",
+        precision="auto",
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @fit_context
+    def fit(self, X, y=None):
+        """Load the network; nothing is learned from the pictures.
+
+        Parameters
+        ----------
+        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+            Paths, PIL pictures, arrays or tensors, or one array of pictures. Only its kind
+            is looked at; no picture is decoded.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : CNNFeatureTransformer
+            The fitted transformer.
+
+        Raises
+        ------
+        UnknownBackboneError, UnknownLayerError, WeightsError
+            If `backbone`, `layer` or `weights` name something that is not there.
+        TypeError, ValueError
+            If ``X`` is not a sequence of pictures.
+        """
+        self._read_images(X, reset=True)
+        self.backbone_ = get_backbone(self.backbone)
+        layers = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
+        if not layers:
+            raise ValueError("layer is an empty list; name at least one cut point.")
+        self.cut_points_ = [resolve_layer(self.backbone_, one) for one in layers]
+        weights = resolve_weights(self.backbone_, self.weights)
+        self.preprocessing_ = (weights or self.backbone_).preprocessing
+        if self.image_size is not None:
+            self.preprocessing_ = self.preprocessing_.resized_to(self.image_size)
+        seed = _draw_seed(self.random_state) if weights is None else None
+        blocks = [cut_point.block for cut_point in self.cut_points_]
+        self.network_ = load_prefix(self.backbone_, weights, seed, blocks)
+        return self
+
+    def transform(self, X):
+        """Return the features of each picture.
+
+        Parameters
+        ----------
+        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+            Of any kind that `fit` takes.
+
+        Returns
+        -------
+        array of shape (n, n_features_out), float32
+            A DataFrame if `set_output` says so.
+
+        Raises
+        ------
+        ImageReadError
+            For the first picture that cannot be read; it names its index and path.
+        """
+        check_is_fitted(self)
+        source = self._read_images(X, reset=False)
+        device = resolve_device(self.device)
+        dtype = resolve_precision(self.precision, device)
+        return extract_features(
+            source,
+            self.network_.runner(device, dtype),
+            self.preprocessing_,
+            self.pooling,
+            sum(self._n_features()),
+            resolve_batch_size(self.batch_size, device),
+            _n_threads(self.n_jobs),
+            bool(self.verbose),
+        )
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the features: backbone, cut point, number.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+            Not used, checked against `feature_names_in_` as scikit-learn asks.
+
+        Returns
+        -------
+        ndarray of str objects
+            Such as ``resnet50_layer3_17``.
+        """
+        check_is_fitted(self)
+        check_feature_names_in(self, input_features, generate_names=False)
+        names = [
+            f"{self.backbone_.name}_{cut_point.name}_{number}"
+            for cut_point, n in zip(self.cut_points_, self._n_features(), strict=True)
+            for number in range(n)
+        ]
+        return np.asarray(names, dtype=object)
+
+    def _n_features(self):
+        """Count the features at each cut point."""
+        shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size)
+        return [n_pooled(shapes[point.block], self.pooling) for point in self.cut_points_]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+def _draw_seed(random_state):
+    """Return the seed of random weights; an int stands for itself."""
+    if random_state is None:
+        # Fresh entropy: numpy's global generator is neither read nor moved on.
+        return int(np.random.default_rng().integers(2**31))
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _n_threads(n_jobs):
+    """Return how many threads decode; torch's number respects joblib's workers."""
+    if n_jobs is None:
+        return torch.get_num_threads()
+    return n_jobs if n_jobs > 0 else max(1, cpu_count() + 1 + n_jobs)

@@ -1,0 +1,17 @@
+"""From whatever ``X`` is to batches of RGB pictures."""
+
+from skltl.images._bad_images import BadImage, find_bad_images
+from skltl.images._batches import Batch, iter_batches
+from skltl.images._preprocessing import Preprocessing, normalise
+from skltl.images._source import ImageSource, read_images
+
+__all__ = [
+    "BadImage",
+    "Batch",
+    "ImageSource",
+    "Preprocessing",
+    "find_bad_images",
+    "iter_batches",
+    "normalise",
+    "read_images",
+]

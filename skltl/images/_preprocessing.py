@@ -1,0 +1,146 @@
+"""How a picture becomes what a network was trained on.
+
+The same arithmetic as torchvision's ``ImageClassification`` preset on a PIL picture:
+resize the shorter side, crop the centre, scale to [0, 1], normalise by channel. The first
+two steps run per picture in the decoding threads and keep 8-bit pictures 8-bit; the last
+two run on whole batches, on the network's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from skltl.images._decode import Pixels
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+# Resizing the whole picture before the crop is what torchvision does, but a picture of
+# 1 x 100,000 pixels would become 256 x 25,600,000. Past this many pixels only the part
+# under the crop is resized (equal up to rounding).
+_MAX_RESIZED_PIXELS = 2**24
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are resized, cropped and normalised for a network.
+
+    Parameters
+    ----------
+    crop_size : int
+        Height and width in pixels of what the network sees.
+    resize_size : int or None, default=None
+        Length in pixels of the picture's shorter side before the centre is cropped;
+        ``None`` is `crop_size`, which crops nothing from a square picture.
+    interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
+        Pillow's resampling filter.
+    mean, std : tuple of 3 floats
+        Of the training pictures' channels (red, green, blue), in units of [0, 1]. The
+        defaults are ImageNet's, which torchvision's weights use.
+
+    Examples
+    --------
+    >>> from skltl import Preprocessing
+    >>> Preprocessing(224, resize_size=256).resized_to(112)
+    Preprocessing(crop_size=112, resize_size=128, interpolation='bilinear', ...)
+    """
+
+    crop_size: int
+    resize_size: int | None = None
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 1 or self.shorter_side < 1:
+            raise ValueError("crop_size and resize_size must be at least 1 pixel.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"Unknown interpolation {self.interpolation!r}. "
+                f"Known: {', '.join(INTERPOLATIONS)}."
+            )
+
+    @property
+    def shorter_side(self) -> int:
+        """Length of the shorter side before the crop, in pixels."""
+        return self.crop_size if self.resize_size is None else self.resize_size
+
+    def resized_to(self, crop_size: int) -> Preprocessing:
+        """Return the same preprocessing for another size of what the network sees.
+
+        The share of the picture that the crop keeps stays the same.
+        """
+        resize_size = round(self.shorter_side * crop_size / self.crop_size)
+        return replace(self, crop_size=crop_size, resize_size=resize_size)
+
+    def crop(self, pixels: Pixels) -> Pixels:
+        """Resize and crop one picture (h, w, 3) to (crop_size, crop_size, 3)."""
+        if pixels.dtype == np.uint8:
+            return np.asarray(self._crop_picture(Image.fromarray(pixels)))
+        # Pillow resizes floats one channel at a time.
+        channels = [
+            np.asarray(self._crop_picture(Image.fromarray(channel)))
+            for channel in np.moveaxis(pixels, 2, 0)
+        ]
+        return np.stack(channels, axis=2)
+
+    def _crop_picture(self, picture: Image.Image) -> Image.Image:
+        width, height = self._resized_size(*picture.size)
+        # torchvision's rounding, so that the crop falls on the same pixels.
+        left = round((width - self.crop_size) / 2)
+        top = round((height - self.crop_size) / 2)
+        resample = INTERPOLATIONS[self.interpolation]
+        if width * height > _MAX_RESIZED_PIXELS and left >= 0 and top >= 0:
+            across, down = picture.width / width, picture.height / height
+            box = (
+                left * across,
+                top * down,
+                (left + self.crop_size) * across,
+                (top + self.crop_size) * down,
+            )
+            return picture.resize((self.crop_size,) * 2, resample, box=box)
+        resized = picture.resize((width, height), resample)
+        # Outside of a picture smaller than the crop, Pillow's crop is black.
+        return resized.crop(
+            (left, top, left + self.crop_size, top + self.crop_size)
+        )
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        short = self.shorter_side
+        if width <= height:
+            return short, int(short * height / width)
+        return int(short * width / height), short
+
+
+def normalise(batch: Any, mean: Any, std: Any) -> Any:
+    """Scale a batch to [0, 1] if it is 8-bit, then normalise its channels.
+
+    Parameters
+    ----------
+    batch : tensor of shape (n, 3, h, w)
+        uint8 or float32.
+    mean, std : tensor of shape (3, 1, 1)
+        float32, on the same device.
+
+    Returns
+    -------
+    tensor of shape (n, 3, h, w)
+        float32.
+    """
+    scaled = batch if batch.is_floating_point() else batch.float() / 255
+    return (scaled - mean) / std
+
+
+def as_float(pixels: Pixels) -> NDArray[np.float32]:
+    """Bring 8-bit pixels to [0, 1] as `normalise` does; floats stay as they are."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / np.float32(255)
+    return pixels.astype(np.float32, copy=False)

@@ -1,0 +1,53 @@
+"""Pictures, files and data folders that several test files need."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def pictures():
+    """Nine RGB pictures of one size: smooth gradients with some noise."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 200, 40)
+    pictures = np.empty((9, 40, 48, 3))
+    for picture in pictures:
+        slopes = rng.uniform(-1, 1, size=(2, 3))
+        picture[:] = 100 + ramp[:, None, None] * slopes[0] / 2
+        picture += np.linspace(0, 200, 48)[None, :, None] * slopes[1] / 2
+    noise = rng.normal(0, 8, pictures.shape)
+    return np.clip(pictures + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def picture_files(pictures, tmp_path):
+    """The same pictures as PNG files."""
+    paths = [tmp_path / f"picture_{number}.png" for number in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        Image.fromarray(picture).save(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real pictures and weights."""
+    folder = os.environ.get("SKLTL_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("SKLTL_TEST_DATA names no folder of real pictures and weights")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def squeezenet_weights(real_data):
+    """ImageNet weights of SqueezeNet 1.0."""
+    return real_data / "weights" / "squeezenet1_0_imagenet.safetensors"
+
+
+@pytest.fixture(scope="session")
+def flowers(real_data):
+    """Paths and labels of 17 classes of 24 flowers."""
+    paths = sorted((real_data / "flowers17").glob("*/*.jpg"))
+    return paths, np.array([path.parent.name for path in paths])

@@ -1,0 +1,31 @@
+"""Pictures that cannot be read are all found, with their reasons."""
+
+import numpy as np
+import pytest
+from skltl import find_bad_images
+
+
+def test_bad_pictures_are_listed_in_order(picture_files, tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    nan = np.full((4, 4), np.nan)
+    items = [*picture_files, tmp_path / "empty.jpg", None, nan, "missing.jpg"]
+
+    bad = find_bad_images(items)
+
+    assert [(index, path) for index, path, _ in bad] == [
+        (9, str(tmp_path / "empty.jpg")),
+        (10, None),
+        (11, None),
+        (12, "missing.jpg"),
+    ]
+    for found, words in zip(bad, ["not a JPEG", "NoneType", "NaN", "no such file"], strict=True):
+        assert words in found.reason
+
+
+def test_nothing_bad_among_good_pictures(picture_files):
+    assert find_bad_images(picture_files) == []
+
+
+def test_what_is_no_list_of_pictures_is_an_error():
+    with pytest.raises(TypeError, match="put it in a list"):
+        find_bad_images("flower.jpg")

@@ -1,0 +1,67 @@
+"""Batches keep order and size, and hold few pictures at a time."""
+
+import threading
+
+import numpy as np
+import pytest
+from skltl import Preprocessing
+from skltl.exceptions import ImageReadError
+from skltl.images import iter_batches, read_images
+from skltl.images._batches import BATCHES_AHEAD
+
+
+def test_batches_have_one_size_and_keep_the_order(pictures):
+    batches = list(
+        iter_batches(read_images(pictures), Preprocessing(40), batch_size=4, n_threads=3)
+    )
+
+    assert [len(batch.pixels) for batch in batches] == [4, 4, 4]
+    assert [position for batch in batches for position in batch.positions] == [*range(9)]
+    assert (batches[-1].pixels[1:] == 0).all()
+    middle = pictures[:, :, 4:44]
+    together = np.concatenate([batch.pixels for batch in batches])[:9]
+    np.testing.assert_array_equal(together, middle)
+
+
+class CountingPictures:
+    """A sequence that knows how many of its pictures were asked for."""
+
+    def __init__(self, n):
+        self.n = n
+        self.n_read = 0
+        self.lock = threading.Lock()
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.n_read += 1
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_few_pictures_are_decoded_ahead():
+    from skltl.images import ImageSource
+
+    items = CountingPictures(1000)
+    batches = iter_batches(ImageSource(items), Preprocessing(8), 10, n_threads=4)
+
+    for number, _ in enumerate(batches, start=1):
+        assert items.n_read <= 10 * (number + BATCHES_AHEAD)
+
+
+def test_the_first_unreadable_picture_is_named_and_threads_end(pictures):
+    items = [*pictures, "missing.png", *pictures, "also missing.png"]
+
+    with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
+        list(iter_batches(read_images(items), Preprocessing(8), 4, n_threads=4))
+
+    assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
+
+
+def test_a_caller_may_stop_early(pictures):
+    batches = iter_batches(read_images(pictures), Preprocessing(8), 2, n_threads=2)
+    next(batches)
+    batches.close()
+
+    assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]

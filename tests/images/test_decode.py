@@ -1,0 +1,228 @@
+"""What files and PIL pictures decode to, and which are refused with a reason."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from skltl.exceptions import ImageReadError
+from skltl.images import read_images
+
+
+def decoded(item):
+    return read_images([item])[0]
+
+
+@pytest.fixture
+def picture(pictures):
+    return Image.fromarray(pictures[0])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("extension", [".jpg", ".dat", ""])
+def test_files_are_recognised_by_content(picture, tmp_path, file_format, extension):
+    path = tmp_path / f"picture{extension}"
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    picture.save(path, format=file_format, **options)
+
+    np.testing.assert_array_equal(decoded(path), np.asarray(picture))
+
+
+def test_jpeg_is_what_pillow_decodes(picture, tmp_path):
+    picture.save(tmp_path / "picture.jpg")
+
+    by_hand = np.asarray(Image.open(tmp_path / "picture.jpg").convert("RGB"))
+
+    np.testing.assert_array_equal(decoded(tmp_path / "picture.jpg"), by_hand)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "HSV"])
+def test_colour_modes_become_rgb(picture, mode):
+    converted = picture.convert(mode)
+
+    pixels = decoded(converted)
+
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(converted.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_laid_on_white(mode):
+    grey = Image.new("L", (4, 4), 100)
+    half = Image.new("L", (4, 4), 128)
+    layers = [grey] * (3 if mode == "RGBA" else 1)
+    picture = Image.merge(mode, [*layers, half])
+
+    expected = 255 + (100 - 255) * 128 / 255
+
+    np.testing.assert_allclose(decoded(picture), expected, atol=1)
+
+
+def test_transparent_colour_of_a_palette_is_white(tmp_path):
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, 10, 20, 30])
+    picture.save(tmp_path / "picture.gif", transparency=1)
+
+    assert (decoded(tmp_path / "picture.gif") == 255).all()
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, extension):
+    values = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    path = tmp_path / f"deep.{extension}"
+    Image.fromarray(values).save(path)
+
+    pixels = decoded(path)
+
+    np.testing.assert_allclose(pixels[:, :, 1], values / 65535, rtol=1e-6)
+
+
+def test_sixteen_bit_files_and_arrays_give_the_same_pixels(tmp_path):
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
+    Image.fromarray(values).save(tmp_path / "deep.png")
+
+    np.testing.assert_array_equal(decoded(tmp_path / "deep.png"), decoded(values))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(picture, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "turned.png", exif=exif)
+
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+
+    np.testing.assert_array_equal(decoded(tmp_path / "turned.png"), np.asarray(upright))
+    assert (decoded(tmp_path / "turned.png").shape[0] == 48) == (orientation >= 5)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+
+    np.testing.assert_array_equal(decoded(tmp_path / "film.gif"), np.asarray(frames[0]))
+
+
+def test_picture_from_a_file_is_left_as_it_was(picture):
+    before = picture.copy()
+
+    decoded(picture)
+
+    assert picture.mode == before.mode
+    assert picture.tobytes() == before.tobytes()
+
+
+def eps(_):
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def svg(_):
+    return b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+
+
+def pdf(_):
+    return b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n"
+
+
+def html(_):
+    return b"<!DOCTYPE html><html><body>404</body></html>"
+
+
+def photoshop(_):
+    return b"8BPS\x00\x01" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(64)
+
+
+def empty(_):
+    return b""
+
+
+def half_a_jpeg(picture):
+    return encoded(picture, "JPEG")[:400]
+
+
+def half_a_png(picture):
+    content = encoded(picture, "PNG")
+    return content[: len(content) // 2]
+
+
+def png_with_a_wrong_checksum(picture):
+    content = bytearray(encoded(picture, "PNG"))
+    content[len(content) // 2] ^= 0xFF
+    return bytes(content)
+
+
+def float_tiff(_):
+    return encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+
+
+def encoded(picture, file_format):
+    buffer = io.BytesIO()
+    picture.save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(eps, svg, pdf, html, photoshop, empty, half_a_jpeg, half_a_png),
+        *(png_with_a_wrong_checksum, float_tiff),
+    ],
+)
+def test_unreadable_files_are_named(picture, tmp_path, content):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(content(picture))
+
+    with pytest.raises(ImageReadError, match=r"picture\.jpg.* could not be read") as info:
+        read_images([picture, path])[1]
+
+    assert info.value.index == 1
+    assert info.value.path == str(path)
+    assert info.value.__cause__ is not None
+
+
+def test_eps_starts_no_program(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(eps(None))
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    with pytest.raises(ImageReadError):
+        decoded(tmp_path / "picture.png")
+
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    def chunk(kind, body):
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 12_000, 10_000, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(12_001), 9)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+    (tmp_path / "bomb.png").write_bytes(content)
+
+    with pytest.raises(ImageReadError, match="exceeds limit|more than the limit"):
+        decoded(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_anywhere_is_an_error_that_names_the_file_or_a_picture(
+    picture, tmp_path, seed
+):
+    rng = np.random.default_rng(seed)
+    file_format = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"][seed % 6]
+    content = np.frombuffer(encoded(picture, file_format), np.uint8).copy()
+    content[rng.integers(len(content), size=20)] = rng.integers(256, size=20)
+    path = tmp_path / "damaged"
+    path.write_bytes(content.tobytes()[: rng.integers(20, len(content) + 1)])
+
+    try:
+        pixels = decoded(path)
+    except ImageReadError as error:
+        assert error.path == str(path)
+    else:
+        assert pixels.shape[2] == 3

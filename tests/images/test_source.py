@@ -1,0 +1,233 @@
+"""What ``X`` may be, and the words with which anything else is refused."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from scipy import sparse
+from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
+from skltl.images import Preprocessing, iter_batches, read_images
+
+KINDS = {
+    "list of paths": lambda arrays, paths: paths,
+    "tuple of strings": lambda arrays, paths: tuple(map(str, paths)),
+    "array of strings": lambda arrays, paths: np.array([str(path) for path in paths]),
+    "column of paths": lambda arrays, paths: np.array(paths, dtype=object)[:, None],
+    "pandas series": lambda arrays, paths: pd.Series([str(path) for path in paths]),
+    "pandas column": lambda arrays, paths: pd.DataFrame({"path": map(str, paths)}),
+    "polars series": lambda arrays, paths: pl.Series([str(path) for path in paths]),
+    "polars column": lambda arrays, paths: pl.DataFrame({"path": [*map(str, paths)]}),
+    "pictures": lambda arrays, paths: [Image.fromarray(array) for array in arrays],
+    "array": lambda arrays, paths: arrays,
+    "channels first": lambda arrays, paths: arrays.transpose(0, 3, 1, 2),
+    "fortran order": lambda arrays, paths: np.asfortranarray(arrays),
+    "negative strides": lambda arrays, paths: arrays[::-1, ::-1].copy()[::-1, ::-1],
+    "list of arrays": lambda arrays, paths: list(arrays),
+    "array of arrays": lambda arrays, paths: _object_array(arrays),
+    "list of tensors": lambda arrays, paths: [
+        torch.tensor(array).permute(2, 0, 1) for array in arrays
+    ],
+    "tensor": lambda arrays, paths: torch.tensor(arrays).permute(0, 3, 1, 2),
+    "nested lists": lambda arrays, paths: (arrays / 255).tolist(),
+    "uint16": lambda arrays, paths: arrays.astype(np.uint16) * 257,
+    "big-endian": lambda arrays, paths: (arrays / 255).astype(">f8"),
+    "float16": lambda arrays, paths: (arrays / 255).astype(np.float16),
+    "float32": lambda arrays, paths: (arrays / 255).astype(np.float32),
+    "bfloat16": lambda arrays, paths: torch.tensor(arrays / 255).bfloat16(),
+    "mixed": lambda arrays, paths: [
+        paths[0], str(paths[1]), Image.fromarray(arrays[2]), *arrays[3:]
+    ],
+}
+COARSE = {"float16": 1e-3, "bfloat16": 5e-3}
+
+
+def _object_array(arrays):
+    items = np.empty(len(arrays), dtype=object)
+    items[:] = list(arrays)
+    return items
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_x_hold_the_same_pictures(pictures, picture_files, kind):
+    source = read_images(KINDS[kind](pictures, picture_files))
+
+    assert len(source) == len(pictures)
+    for pixels, picture in zip(source, pictures, strict=True):
+        assert pixels.shape == picture.shape
+        scale = 255 if pixels.dtype == np.uint8 else 1
+        expected = picture / 255
+        np.testing.assert_allclose(pixels / scale, expected, atol=COARSE.get(kind, 1e-6))
+
+
+def test_readonly_memmap_is_accepted_and_left_alone(pictures, tmp_path):
+    np.save(tmp_path / "pictures.npy", pictures)
+    mapped = np.load(tmp_path / "pictures.npy", mmap_mode="r")
+
+    np.testing.assert_array_equal(read_images(mapped)[4], pictures[4])
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1), (5, 1, 6, 7)])
+def test_grey_pictures_get_three_equal_channels(shape):
+    grey = np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
+
+    pixels = read_images(grey)[3]
+
+    np.testing.assert_array_equal(pixels, np.repeat(grey[3].reshape(6, 7, 1), 3, axis=2))
+
+
+def test_bool_pictures_are_black_and_white():
+    stripes = np.zeros((2, 4, 5), dtype=bool)
+    stripes[:, ::2] = True
+
+    np.testing.assert_array_equal(read_images(stripes)[0][:, 0, 0], [255, 0, 255, 0])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_rgba_arrays_are_laid_on_white(dtype):
+    white = 255 if dtype is np.uint8 else 1
+    picture = np.zeros((1, 4, 4, 4), dtype=dtype)
+    picture[:, :, 2:, 3] = white
+
+    pixels = read_images(picture)[0]
+
+    assert (pixels[:, :2] == white).all()
+    assert (pixels[:, 2:] == 0).all()
+
+
+def test_pictures_of_different_sizes():
+    items = [np.zeros((4, 9, 3), np.uint8), np.zeros((7, 5), np.uint8)]
+
+    assert [pixels.shape for pixels in read_images(items)] == [(4, 9, 3), (7, 5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "channel_of_zero"),
+    [(np.asarray, "last"), (torch.tensor, "first")],
+    ids=["numpy", "torch"],
+)
+def test_where_both_axes_may_be_channels_the_kind_of_array_decides(
+    kind, channel_of_zero
+):
+    batch = np.full((2, 3, 5, 3), 9, np.uint8)
+    batch[:, 0] = 0
+
+    pixels = read_images(kind(batch))[0]
+
+    if channel_of_zero == "first":
+        assert pixels.shape == (5, 3, 3)
+        assert (pixels[:, :, 0] == 0).all()
+    else:
+        assert pixels.shape == (3, 5, 3)
+        assert (pixels[0] == 0).all()
+
+
+def test_the_channel_axis_is_decided_for_all_pictures_together():
+    first = [np.zeros((3, 8, 9), np.uint8), np.zeros((3, 8, 3), np.uint8)]
+
+    assert [pixels.shape for pixels in read_images(first)] == [(8, 9, 3), (8, 3, 3)]
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 4, 4)
+
+
+SQUARE = np.zeros((4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("X", "error", "words"),
+    [
+        ("flower.jpg", TypeError, "single path; put it in a list"),
+        (Image.new("RGB", (4, 4)), ValueError, "single picture.*Reshape your data"),
+        (SQUARE, ValueError, "single colour picture.*Reshape your data"),
+        (torch.zeros(3, 8, 8), ValueError, "single colour picture"),
+        ({"a": SQUARE}, TypeError, "got dict"),
+        ({"a.jpg"}, TypeError, "got set"),
+        ((picture for picture in [SQUARE]), TypeError, "got generator"),
+        (Dataset(), TypeError, "got Dataset"),
+        (torch.utils.data.DataLoader(Dataset()), TypeError, "got DataLoader"),
+        (None, TypeError, "got NoneType"),
+        (7, TypeError, "got int"),
+        (sparse.csr_matrix(np.eye(4)), TypeError, "Sparse"),
+        (sparse.coo_array(np.eye(4)), TypeError, "Sparse"),
+        (np.ma.masked_array(np.ones((2, 4, 4))), TypeError, "Masked"),
+        ([], ValueError, "0 sample"),
+        (np.empty((0, 4, 4, 3)), ValueError, "0 sample"),
+        (np.empty((2, 0, 4, 3), np.uint8), ValueError, "empty"),
+        (np.float64(3), ValueError, "Reshape your data"),
+        (np.arange(4.0), ValueError, "Reshape your data"),
+        (np.zeros((3, 64)), ValueError, r"image_shape=\(8, 8\)"),
+        (np.zeros((3, 3072)), ValueError, r"image_shape=\(32, 32, 3\)"),
+        (np.zeros((3, 7)), ValueError, r"image_shape=\(height, width\)"),
+        ([[0.5] * 64, [0.1] * 64], ValueError, r"image_shape=\(8, 8\)"),
+        ([[1, 2], [3]], ValueError, "different lengths"),
+        (np.array([["1", "2"], ["3", "4"]]), ValueError, r"shape \(2, 2\)"),
+        (np.zeros((2, 8, 8, 2), np.uint8), ValueError, "can be the channels"),
+        (np.zeros((2, 8, 8, 5), np.uint8), ValueError, "can be the channels"),
+        (np.zeros((2, 8, 8, 3, 1)), ValueError, "shape"),
+        (["a.jpg", None], ImageTypeError, "Image 1 is of type NoneType"),
+        (["a.jpg", 3.5], ImageTypeError, "Image 1 is of type float"),
+        ([3, 4], ImageTypeError, "Image 0 is a number"),
+        ([SQUARE, SQUARE[0, 0]], ImageReadError, r"Image 1 .*shape is \(3,\)"),
+        ([SQUARE, SQUARE[:0]], ImageReadError, "Image 1 .*empty"),
+        ([SQUARE, np.ma.masked_array(SQUARE)], ImageTypeError, "Image 1 .*masked"),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_refused(X, error, words):
+    with pytest.raises(error, match=words):
+        read_images(X)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.full((2, 4, 4, 3), np.nan), "NaN"),
+        (np.full((2, 4, 4, 3), np.inf), "infinity"),
+        (np.zeros((2, 4, 4, 3), complex), "complex128"),
+        (np.zeros((2, 4, 4, 3), "datetime64[s]"), "datetime64"),
+        (np.zeros((2, 4, 4, 3), np.int64), "int64.*uint8"),
+    ],
+)
+def test_numbers_that_are_no_pixels_are_refused(array, words):
+    with pytest.raises(ImageReadError, match=f"Image 1 .*{words}") as info:
+        read_images(array)[1]
+
+    assert info.value.path is None
+
+
+def test_errors_survive_the_way_back_from_a_worker_process():
+    error = pickle.loads(pickle.dumps(ImageReadError(3, "a.jpg", "it is empty")))
+
+    assert (error.index, error.path) == (3, "a.jpg")
+    assert str(error) == "Image 3 ('a.jpg') could not be read: it is empty."
+
+
+def walked(source):
+    return list(iter_batches(source, Preprocessing(4), batch_size=2, n_threads=2))
+
+
+def test_floats_outside_0_and_1_are_warned_of_once_with_their_range():
+    floats = np.zeros((5, 4, 4, 3))
+    floats[1], floats[3] = 255, -2
+
+    with pytest.warns(ImageRangeWarning, match="from -2 to 255") as record:
+        walked(read_images(floats))
+
+    assert len(record) == 1
+
+
+def test_rows_are_taken_as_they_are():
+    rows = np.arange(12.0).reshape(2, 6)
+
+    source = read_images(rows, image_shape=(2, -1))
+    walked(source)
+
+    np.testing.assert_array_equal(source[1][:, :, 2], [[6, 7, 8], [9, 10, 11]])
