@@ -84,10 +84,11 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which of the known names are nearest, or all of them if they are few."""
-    known = list(known)
-    found = difflib.get_close_matches(str(name).lower(), known, n=4, cutoff=0.5)
+    by_lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
     if found:
-        return f"Did you mean {' or '.join(map(repr, found))}?"
+        return f"Did you mean {' or '.join(repr(by_lower[one]) for one in found)}?"
+    known = list(by_lower.values())
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"Known: {shown}."
 

@@ -68,12 +68,15 @@ class PretrainedWeights:
         What a picture went through when the weights were trained.
     categories : tuple of str, default=()
         Names of the classes, in the order of the logits.
+    aliases : tuple of str, default=()
+        Other names.
     """
 
     name: str
     source: str | Path | None
     preprocessing: Preprocessing
     categories: tuple[str, ...] = field(default=(), repr=False)
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

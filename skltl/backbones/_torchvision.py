@@ -291,7 +291,10 @@ def _pretrained(name: str, weights: Any) -> PretrainedWeights:
         # others, and undoes that in `forward` when it has loaded these weights.
         preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     categories = tuple(weights.meta["categories"] or ())
-    return PretrainedWeights(weights.name, weights.url, preprocessing, categories)
+    aliases = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
+    return PretrainedWeights(
+        weights.name, weights.url, preprocessing, categories, aliases
+    )
 
 
 def _preprocessing(weights: Any) -> Preprocessing:

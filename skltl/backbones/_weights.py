@@ -57,7 +57,7 @@ def resolve_weights(
     default = backbone.weights[0]
     if weights == DEFAULT:
         return default
-    known = {known.name: known for known in backbone.weights}
+    known = {name: one for one in backbone.weights for name in (one.name, *one.aliases)}
     name = str(weights).rpartition(".")[2]  # "ResNet50_Weights.IMAGENET1K_V2"
     if name in known:
         return known[name]

@@ -1,0 +1,192 @@
+"""A network of the user's own is a backbone like any other."""
+
+from collections import OrderedDict
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    Preprocessing,
+    list_backbones,
+    list_layers,
+    register_backbone,
+)
+from skltl.backbones import get_backbone, resolve_layer
+from skltl.backbones import _registry
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """Leave no backbone of a test behind."""
+    monkeypatch.setattr(_registry, "_REGISTERED", {})
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return OrderedDict(
+        stem=nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        ),
+        block1=nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(inplace=True)),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flat=nn.Flatten(),
+        hidden=nn.Linear(8, 5),
+    )
+
+
+@pytest.fixture
+def backbone(blocks):
+    return Backbone.from_blocks(
+        "mine", blocks, nn.Linear(5, 2), preprocessing=Preprocessing(32)
+    )
+
+
+def test_layers_are_described(backbone):
+    register_backbone(backbone)
+
+    layers = list_layers("mine")
+
+    assert "mine" in list_backbones()
+    assert [layer.name for layer in layers] == ["stem", "block1", "pool", "flat", "hidden"]
+    assert [layer.channels for layer in layers] == [6, 8, 8, 8, 5]
+    assert [layer.stride for layer in layers[:2]] == [2, 4]
+    assert resolve_layer(backbone, "stem.1").block == "stem.1"
+
+
+def test_features_are_those_of_the_modules(backbone, blocks, pictures):
+    register_backbone(backbone)
+    options = {"image_size": 40, "precision": "float32"}
+
+    features = CNNFeatureTransformer("mine", layer="block1", **options).fit_transform(
+        pictures
+    )
+
+    for block in blocks.values():
+        block.eval()
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    centre = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        by_hand = blocks["block1"](blocks["stem"]((centre - mean) / std)).mean((2, 3))
+    np.testing.assert_allclose(features, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_the_users_modules_are_copied_and_not_changed(backbone, blocks, pictures):
+    before = {key: value.clone() for key, value in blocks["stem"].state_dict().items()}
+
+    CNNFeatureTransformer(backbone).fit_transform(pictures)
+
+    assert blocks["stem"].training
+    assert blocks["stem"][0].weight.requires_grad
+    for key, value in blocks["stem"].state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_random_weights_are_not_the_users(backbone, pictures):
+    def features(**parameters):
+        transformer = CNNFeatureTransformer(backbone, **parameters)
+        return transformer.fit_transform(pictures)
+
+    seeded = features(weights=None, random_state=1)
+
+    np.testing.assert_array_equal(seeded, features(weights=None, random_state=1))
+    assert np.abs(seeded - features()).max() > 1e-3
+
+
+def test_a_record_goes_to_worker_processes(backbone, pictures):
+    transformer = CNNFeatureTransformer(backbone)
+
+    parallel = joblib.Parallel(n_jobs=2)
+    found = parallel(joblib.delayed(transformer.fit_transform)(pictures) for _ in range(2))
+
+    for features in found:
+        np.testing.assert_allclose(features, transformer.fit_transform(pictures), rtol=1e-2)
+
+
+def test_a_name_is_taken_once(backbone, blocks):
+    register_backbone(backbone)
+    register_backbone(backbone)  # the same again changes nothing
+    preprocessing = Preprocessing(32)
+
+    for name in ("mine", "resnet50", "tiny"):
+        other = Backbone.from_blocks(name, blocks, preprocessing=preprocessing)
+        with pytest.raises(ValueError, match=f"a backbone named '{name}' already"):
+            register_backbone(other)
+
+
+@pytest.mark.parametrize("name", ["two words", "a.b", "head", "last"])
+def test_names_of_blocks_are_checked(name):
+    with pytest.raises(ValueError, match="cannot name a block"):
+        Backbone.from_blocks(
+            "mine", {name: nn.Conv2d(3, 3, 1)}, preprocessing=Preprocessing(8)
+        )
+
+
+def test_a_batch_norm_is_folded_only_where_the_order_is_known(pictures):
+    """In a module of the user's own, what is defined last need not run last."""
+
+    class NormFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+            nn.init.constant_(self.norm.bias, 2.0)
+
+        def forward(self, batch):
+            return self.conv(self.norm(batch).relu())
+
+    module = NormFirst()
+    backbone = Backbone.from_blocks(
+        "odd", {"block": module}, preprocessing=Preprocessing(40, mean=(0,) * 3, std=(1,) * 3)
+    )
+
+    features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(pictures)
+
+    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        by_hand = module.eval()(batch).mean((2, 3))
+    np.testing.assert_allclose(features, by_hand, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):
+    """As on a GPU: here a block refuses more than two pictures at a time."""
+
+    class SmallMemory(nn.Module):
+        def forward(self, batch):
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("no room for this batch")
+            return batch
+
+    backbone = Backbone.from_blocks(
+        "small", {"block": SmallMemory()}, preprocessing=Preprocessing(8)
+    )
+
+    halved = CNNFeatureTransformer(backbone, batch_size=8).fit_transform(pictures)
+
+    small = CNNFeatureTransformer(backbone, batch_size=2).fit_transform(pictures)
+    np.testing.assert_array_equal(halved, small)
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error(pictures):
+    class NoMemory(nn.Module):
+        def forward(self, batch):
+            if batch.device.type != "meta" and batch.shape[-1] == 8 and batch.abs().sum() > 0:
+                raise torch.OutOfMemoryError("no room at all")
+            return batch
+
+    backbone = Backbone.from_blocks(
+        "none", {"block": NoMemory()}, preprocessing=Preprocessing(8)
+    )
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room at all"):
+        CNNFeatureTransformer(backbone).fit_transform(pictures)
+
+
+def test_an_unregistered_name_says_what_to_do():
+    with pytest.raises(ValueError, match="register_backbone"):
+        get_backbone("mine")
