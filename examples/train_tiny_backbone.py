@@ -1,12 +1,13 @@
 """Train ``tiny``, the backbone shipped with skltl, on Tiny-ImageNet-200.
 
 Tiny-ImageNet-200 has 200 of ImageNet's classes, 500 training pictures of 64 x 64 pixels
-for each, and 50 for validation. Get it as a folder holding ``train`` and ``val``, then::
+for each, and 50 for validation. Get it as a folder holding ``train`` and
+``val``, then::
 
     python examples/train_tiny_backbone.py tiny-imagenet-200 tiny.safetensors
 
-It takes about an hour on two processor cores, and needs 2 GB of memory. Everything random
-comes from ``--seed``; the number of threads changes the last digits.
+It takes about an hour on two processor cores, and needs 2 GB of memory. Everything
+random comes from ``--seed``; the number of threads changes the last digits.
 """
 
 import argparse

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skltl.images import Preprocessing, find_bad_images
 
 SKOPS_TRUSTED = ["skltl.features._transformer.CNNFeatureTransformer"]
-"""Types to pass as ``trusted`` to ``skops.io.load`` for files with skltl's estimators."""
+"""Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 
 _STATIONS = {
     "Backbone": "backbones",

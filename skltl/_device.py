@@ -31,12 +31,13 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"Unknown device {device!r}. Use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+            f"Unknown device {device!r}. "
+            "Use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
         ) from error
     if not _is_available(resolved):
         raise ValueError(
-            f"device={device!r} is not available on this machine. device='auto' takes a "
-            "GPU only where there is one."
+            f"device={device!r} is not available on this machine. device='auto' takes "
+            "a GPU only where there is one."
         )
     return resolved
 
@@ -55,7 +56,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 def has_native_bfloat16(device: torch.device) -> bool:
     """Tell whether the device multiplies bfloat16 without emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # torch < 2.11
@@ -80,8 +81,8 @@ def halve_until_it_fits(
     Parameters
     ----------
     run_from : callable
-        ``run_from(start, batch_size)`` works on from position ``start`` and yields, after
-        each batch, the position reached.
+        ``run_from(start, batch_size)`` works on from position ``start`` and yields,
+        after each batch, the position reached.
     batch_size : int
         To begin with. Halved each time the device is out of memory.
 
@@ -93,8 +94,8 @@ def halve_until_it_fits(
     position = 0
     while True:
         try:
-            for position in run_from(position, batch_size):
-                pass
+            for reached in run_from(position, batch_size):
+                position = reached
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise

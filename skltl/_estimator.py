@@ -1,4 +1,4 @@
-"""What all estimators on images share: reading ``X``, tags, and pickling. Nothing else."""
+"""What all estimators on images share: reading ``X``, tags, pickling. Nothing else."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROW_DTYPES = [np.float32, np.float64, np.float16, np.uint8, np.uint16, np.bool_]
 class ImageEstimator(BaseEstimator):
     """Base of the estimators whose ``X`` is images.
 
-    With `image_shape`, ``X`` is an ordinary table of numbers and everything scikit-learn
-    promises for tables holds, `n_features_in_` included. Without, ``X`` is a sequence of
-    pictures.
+    With `image_shape`, ``X`` is an ordinary table of numbers and everything
+    scikit-learn promises for tables holds, `n_features_in_` included. Without, ``X`` is
+    a sequence of pictures.
 
     A pickled estimator is self-contained and plain: the weights up to the cut as numpy
     arrays, records as dictionaries. It loads on a machine without a GPU.
@@ -30,6 +30,9 @@ class ImageEstimator(BaseEstimator):
     def _read_images(self, X, *, reset):
         """Recognise ``X``; nothing is decoded yet."""
         if self.image_shape is None:
+            if reset:  # what a fit on rows has left
+                self.__dict__.pop("n_features_in_", None)
+                self.__dict__.pop("feature_names_in_", None)
             return read_images(X)
         rows = validate_data(self, X, reset=reset, dtype=ROW_DTYPES)
         return read_images(rows, image_shape=tuple(self.image_shape))

@@ -17,16 +17,18 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from skltl.backbones._spec import freeze
 from skltl.images import normalise
 
-# torchvision's modules that run each batch-norm right behind the convolution defined
-# before it. Of other modules than these and `nn.Sequential` the order is not known.
-RUN_IN_ORDER = (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
+# What modules do that run each batch-norm right behind the convolution defined before
+# it. Of a module with another `forward`, subclasses of these included, the order is
+# not known.
+RUN_IN_ORDER = {
+    kind.forward
+    for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
+}
 
 Pool = Callable[[Tensor], Tensor]
 
 
-def cut(
-    blocks: Mapping[str, nn.Module], wanted: Sequence[str]
-) -> dict[str, nn.Module]:
+def cut(blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.Module]:
     """Return the blocks up to the last wanted one, nothing of what comes after."""
     names = list(blocks)
     deepest = max(names.index(name) for name in wanted)
@@ -92,9 +94,7 @@ class Runner:
         ]
 
     @torch.inference_mode()
-    def features(
-        self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool
-    ) -> Tensor:
+    def features(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
         """Run a batch of pictures, and pool at each wanted place.
 
         Parameters
@@ -104,14 +104,16 @@ class Runner:
         mean, std : tensor of shape (3, 1, 1)
             Of the preprocessing, float32.
         pool : callable
-            From a feature map (n, c, h, w) or vectors (n, d) to features (n, d), float32.
+            From a feature map (n, c, h, w) or vectors (n, d)
+            to features (n, d), float32.
 
         Returns
         -------
         tensor of shape (n, d)
             The features of all wanted places, side by side, float32, on the CPU.
         """
-        # Pictures lie in memory with their channels last: this permutation copies nothing.
+        # Pictures lie in memory with their channels last:
+        # this permutation copies nothing.
         batch = pixels.to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
         batch = normalise(batch, mean.to(self.device), std.to(self.device))
         feature_map = batch.to(self.dtype, memory_format=torch.channels_last)
@@ -126,12 +128,12 @@ class Runner:
 def fold_batch_norms(module: nn.Module) -> None:
     """Fold each batch-norm into the convolution before it, in place.
 
-    In evaluation mode a batch-norm is a multiplication and an addition per channel, which
-    the convolution's own weights can do.
+    In evaluation mode a batch-norm is a multiplication and an addition per channel,
+    which the convolution's own weights can do.
     """
     for child in module.children():
         fold_batch_norms(child)
-    if not isinstance(module, RUN_IN_ORDER):
+    if type(module).forward not in RUN_IN_ORDER:
         return
     for (first, conv), (second, norm) in pairwise(list(module.named_children())):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -158,4 +160,8 @@ def _prepared(
 ) -> nn.Sequential:
     fold_batch_norms(segment)
     freeze({"segment": segment})  # the folded convolutions are new
-    return segment.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    # torch's annotations of `Module.to` leave out `memory_format`.
+    segment.to(  # type: ignore[call-overload]
+        device, dtype, memory_format=torch.channels_last
+    )
+    return segment

@@ -32,7 +32,8 @@ class Layer(NamedTuple):
     path : str
         The torch path of the module after which it lies.
     channels : int
-        Of the feature map there (the length of the vector, after a fully connected layer).
+        Of the feature map there (the length of the vector, after a
+        fully connected layer).
     stride : int or None
         How many pixels of the picture one pixel of the feature map stands for; ``None``
         after a fully connected layer.
@@ -76,8 +77,8 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     -------
     list of Layer
         Named tuples (name, aliases, path, channels, stride, n_features); a
-        ``pandas.DataFrame`` of them is a readable table. Besides these, every torch path
-        between the picture and the last of them can be given as `layer`.
+        ``pandas.DataFrame`` of them is a readable table. Besides these, every torch
+        path between the picture and the last of them can be given as `layer`.
 
     Raises
     ------
@@ -168,8 +169,20 @@ def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
 
 @lru_cache(maxsize=128)
 def block_shapes(backbone: Backbone, size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one picture's feature map after each block."""
-    return output_shapes(skeleton(backbone).blocks, size)
+    """Return the shape of one picture's feature map after each block.
+
+    Raises
+    ------
+    ValueError
+        If pictures of this size shrink to nothing on the way.
+    """
+    try:
+        return output_shapes(skeleton(backbone).blocks, size)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Pictures of {size} x {size} pixels cannot cross {backbone.name!r}: "
+            f"{error}"
+        ) from error
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -196,8 +209,8 @@ def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoi
     except KeyError:
         known = [*network.cut_points, *network.aliases, *network.blocks]
         raise UnknownLayerError(
-            f"{backbone.name!r} has no layer {layer!r}. {nearest(layer, known)} The main "
-            f"ones are {', '.join(network.cut_points)}; every torch path up to "
+            f"{backbone.name!r} has no layer {layer!r}. {nearest(layer, known)} The "
+            f"main ones are {', '.join(network.cut_points)}; every torch path up to "
             f"{list(network.blocks)[-1]!r} can be given too."
         ) from None
 
@@ -207,8 +220,8 @@ def _strides(
 ) -> dict[str, int]:
     """Return the stride at each block with a feature map.
 
-    It is what a larger picture adds in pixels for what it adds in the feature map; at one
-    size alone, padding and rounding blur the ratio.
+    It is what a larger picture adds in pixels for what it adds in the feature map; at
+    one size alone, padding and rounding blur the ratio.
     """
     added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
     maps = {name: network.blocks[name] for name in shapes if len(shapes[name]) == 3}

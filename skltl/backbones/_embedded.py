@@ -24,8 +24,8 @@ WEIGHTS_FILE = Path(__file__).with_name("tiny.safetensors")
 
 STEM_WIDTH = 32
 BLOCK_WIDTHS = (64, 96, 192, 288)
-# Channels between the two convolutions of each block's residual unit; None: the block has
-# no such unit. The last is narrow: at full width it would outweigh all the rest.
+# Channels between the two convolutions of each block's residual unit; None: the block
+# has no such unit. The last is narrow: at full width it would outweigh all the rest.
 RESIDUAL_WIDTHS = (None, 96, 192, 64)
 N_CLASSES = 200
 CUT_POINTS = ("stem", "block1", "block2", "block3", "block4")
@@ -56,7 +56,8 @@ class ResidualUnit(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return a feature map of the same shape (n, c, h, w)."""
-        return self.relu(feature_map + self.residual(feature_map))
+        output: torch.Tensor = self.relu(feature_map + self.residual(feature_map))
+        return output
 
 
 class TinyNet(nn.Module):

@@ -53,8 +53,8 @@ def fetch(url: str) -> Path:
         _download(url, path, digits)
     if not sha256_of(path).startswith(digits):
         raise WeightsError(
-            f"{path} is damaged: its SHA-256 does not start with {digits}. Delete it; it "
-            "will be downloaded again."
+            f"{path} is damaged: its SHA-256 does not start with {digits}. Delete it; "
+            "it will be downloaded again."
         )
     return path
 
@@ -88,7 +88,9 @@ def read_state(path: Path, check_finite: bool = True) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise WeightsNotFoundError(f"There is no weights file {path}.")
-    content = _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
+    content = (
+        _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
+    )
     state = _checked_state(content, path)
     for key, value in state.items():
         if check_finite and not torch.isfinite(value).all():
@@ -116,8 +118,8 @@ def _download(url: str, path: Path, digits: str) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
         raise WeightsNotFoundError(
-            f"The weights could not be downloaded ({error}). On a machine with a network, "
-            f"download\n  {url}\nand put it here as\n  {path}"
+            f"The weights could not be downloaded ({error}). On a machine with a "
+            f"network, download\n  {url}\nand put it here as\n  {path}"
         ) from error
 
 
@@ -125,7 +127,9 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: {error}"
+        ) from error
 
 
 def _read_pt(path: Path) -> Any:
@@ -133,19 +137,22 @@ def _read_pt(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds more than tensors and was not loaded, because that would run "
-            f"code from the file. Save a state dict instead: torch.save(network"
-            f".state_dict(), ...). torch says: {_first_sentence(error)}"
+            f"{path} holds more than tensors and was not loaded, because that would "
+            "run code from the file. Save a state dict instead: "
+            "torch.save(network.state_dict(), ...). "
+            f"torch says: {_first_sentence(error)}"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} is not a readable torch file: {error}") from error
 
 
 def _first_sentence(error: Exception) -> str:
-    # torch's message goes on with advice to load the file unsafely. Not here. The name of
-    # what was refused stands behind "Unsupported global" or "Unsupported".
+    # torch's message goes on with advice to load the file unsafely. Not here. The name
+    # of what was refused stands behind "Unsupported global" or "Unsupported".
     text = str(error)
-    named = re.search(r"(Unsupported [^\n]*?|Can only[^\n]*?)(?: was not an|\n|$)", text)
+    named = re.search(
+        r"(Unsupported [^\n]*?|Can only[^\n]*?)(?: was not an|\n|$)", text
+    )
     return named[1] if named else text.splitlines()[0]
 
 
@@ -154,11 +161,14 @@ def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds no state dict, but a {type(content).__name__}.")
+        raise WeightsError(
+            f"{path} holds no state dict, but a {type(content).__name__}."
+        )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise WeightsError(
-                f"{path} is no state dict: its entry {key!r} is a {type(value).__name__}."
+                f"{path} is no state dict: its entry {key!r} is a "
+                f"{type(value).__name__}."
             )
     if all(key.startswith(PARALLEL_PREFIX) for key in content):
         content = {key.removeprefix(PARALLEL_PREFIX): v for key, v in content.items()}
@@ -167,7 +177,9 @@ def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _checked_tensor(key: str, value: Tensor, path: Path) -> Tensor:
     if value.layout is not torch.strided or value.is_quantized or value.is_complex():
-        raise WeightsError(f"{path}: {key!r} is a {value.dtype} tensor ({value.layout}).")
+        raise WeightsError(
+            f"{path}: {key!r} is a {value.dtype} tensor ({value.layout})."
+        )
     if not value.is_floating_point():
         return value.contiguous()
     return value.detach().to(torch.float32).contiguous()

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from skltl.backbones._weights import load_network, random_network
 MAX_NETWORKS = 2
 MAX_PREFIXES = 16
 
+Value = TypeVar("Value")
+
 _networks: OrderedDict[Hashable, Mapping[str, nn.Module]] = OrderedDict()
 _prefixes: OrderedDict[Hashable, FrozenPrefix] = OrderedDict()
 _lock = threading.RLock()
@@ -39,7 +41,7 @@ def load_prefix(
     seed: int | None,
     wanted: Sequence[str],
 ) -> FrozenPrefix:
-    """Return the blocks of a network up to the last wanted one, loaded once per process.
+    """Return a network's blocks up to the last wanted one, loaded once per process.
 
     Parameters
     ----------
@@ -120,16 +122,15 @@ def _file_state(weights: PretrainedWeights) -> Hashable:
     return (weights, path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
-def _recall(memory: OrderedDict[Hashable, Any], key: Hashable) -> Any:
+def _recall(memory: OrderedDict[Hashable, Value], key: Hashable) -> Value | None:
     if key in memory:
         memory.move_to_end(key)
     return memory.get(key)
 
 
 def _remember(
-    memory: OrderedDict[Hashable, Any], key: Hashable, value: Any, n_most: int
+    memory: OrderedDict[Hashable, Value], key: Hashable, value: Value, n_most: int
 ) -> None:
     memory[key] = value
     while len(memory) > n_most:
         memory.popitem(last=False)
-

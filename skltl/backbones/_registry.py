@@ -34,8 +34,8 @@ def list_backbones() -> list[str]:
 def register_backbone(backbone: Backbone) -> None:
     """Make a backbone of your own available under its name, in this process.
 
-    Worker processes (``n_jobs``) do not know the name: pass the `Backbone` itself as the
-    `backbone` parameter there.
+    Worker processes (``n_jobs``) do not know the name: pass the `Backbone` itself as
+    the `backbone` parameter there.
 
     Parameters
     ----------

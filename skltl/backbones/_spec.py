@@ -26,8 +26,8 @@ class Network:
     Parameters
     ----------
     blocks : mapping of str to Module
-        Everything before the head, in the finest steps that follow one another. The names
-        are the modules' paths in the network they come from.
+        Everything before the head, in the finest steps that follow one another. The
+        names are the modules' paths in the network they come from.
     head : mapping of str to Module
         From the features behind the last block to the logits, likewise.
     cut_points : mapping of str to str
@@ -61,9 +61,9 @@ class PretrainedWeights:
     name : str
         Such as ``"IMAGENET1K_V1"``.
     source : str, Path or None
-        A URL whose file name ends in the first digits of the file's SHA-256 (as those of
-        torchvision do), or a file on this machine, or ``None`` if the network is built
-        with these weights in it.
+        A URL whose file name ends in the first digits of the file's SHA-256 (as those
+        of torchvision do), or a file on this machine, or ``None`` if the network is
+        built with these weights in it.
     preprocessing : Preprocessing
         What a picture went through when the weights were trained.
     categories : tuple of str, default=()
@@ -88,7 +88,8 @@ class Backbone:
     name : str
         What the `backbone` parameter of the estimators takes.
     build : callable
-        ``build(n_classes)`` makes a new `Network`; ``None`` is the usual number of classes.
+        ``build(n_classes)`` makes a new `Network`; ``None`` is the usual number
+        of classes.
     preprocessing : Preprocessing
         What a picture goes through where there are no trained weights to say so.
     weights : tuple of PretrainedWeights
@@ -185,7 +186,9 @@ def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         is_sequence = isinstance(module, nn.Sequential)
         if is_sequence and type(module).forward is nn.Sequential.forward:
-            children = {f"{name}.{key}": child for key, child in module.named_children()}
+            children = {
+                f"{name}.{key}": child for key, child in module.named_children()
+            }
             steps |= expand(children)
         else:
             steps[name] = module
@@ -242,7 +245,9 @@ def last_step(steps: Mapping[str, nn.Module], path: str) -> str:
 
 
 @torch.inference_mode()
-def output_shapes(blocks: Mapping[str, nn.Module], size: int) -> dict[str, tuple[int, ...]]:
+def output_shapes(
+    blocks: Mapping[str, nn.Module], size: int
+) -> dict[str, tuple[int, ...]]:
     """Return the shape of one picture's feature map after each block.
 
     Parameters

@@ -1,9 +1,9 @@
 """How each family of torchvision's ConvNets becomes blocks and a head.
 
-A family says three things: which modules its ``forward`` runs, in order (with torch's own
-names, and modules for the functions in between); after which of them its main cut points
-lie; and what people call those elsewhere. `tests/backbones/test_torchvision.py` compares
-every network with torchvision's own ``forward``.
+A family says three things: which modules its ``forward`` runs, in order (with torch's
+own names, and modules for the functions in between); after which of them its main cut
+points lie; and what people call those elsewhere. `tests/backbones/test_torchvision.py`
+compares every network with torchvision's own ``forward``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Family:
         The modules in the order of the forward pass; a pair is a function between them:
         its name, and what makes a module of it.
     cut_points : mapping, or callable
-        Main cut point -> torch path of what it comes after; or a function of the network.
+        Main cut point -> torch path of what it comes after; or a function
+        of the network.
     aliases : mapping, default={}
         What people call the main cut points elsewhere.
     """
@@ -151,7 +152,12 @@ FAMILIES: dict[type[nn.Module], Family] = {
             *("avgpool", FLATTEN, "fc"),
         ),
         {"stem": "maxpool", **_numbered("layer{}", "layer{}", range(1, 5))},
-        {"conv2_x": "layer1", "conv3_x": "layer2", "conv4_x": "layer3", "conv5_x": "layer4"},
+        {
+            "conv2_x": "layer1",
+            "conv3_x": "layer2",
+            "conv4_x": "layer3",
+            "conv5_x": "layer4",
+        },
     ),
     models.DenseNet: Family(
         ("features", RELU, AVGPOOL, FLATTEN, "classifier"),
@@ -167,17 +173,22 @@ FAMILIES: dict[type[nn.Module], Family] = {
         (
             *("conv1", "maxpool1", "conv2", "conv3", "maxpool2"),
             *("inception3a", "inception3b", "maxpool3"),
-            *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e"),
+            *(
+                "inception4a",
+                "inception4b",
+                "inception4c",
+                "inception4d",
+                "inception4e",
+            ),
             *("maxpool4", "inception5a", "inception5b"),
             *("avgpool", FLATTEN, "dropout", "fc"),
         ),
         {
             "stem": "maxpool2",
-            "inception3": "inception3b",
-            "inception4": "inception4e",
-            "inception5": "inception5b",
+            "inception3b": "inception3b",
+            "inception4e": "inception4e",
+            "inception5b": "inception5b",
         },
-        {"mixed_3c": "inception3", "mixed_4f": "inception4", "mixed_5c": "inception5"},
     ),
     models.Inception3: Family(
         (
@@ -190,11 +201,11 @@ FAMILIES: dict[type[nn.Module], Family] = {
         ),
         {
             "stem": "maxpool2",
-            "mixed5": "Mixed_5d",
-            "mixed6": "Mixed_6e",
-            "mixed7": "Mixed_7c",
+            "Mixed_5d": "Mixed_5d",
+            "Mixed_6e": "Mixed_6e",
+            "Mixed_7c": "Mixed_7c",
         },
-        {"mixed2": "mixed5", "mixed10": "mixed7"},  # Keras
+        {"mixed2": "Mixed_5d", "mixed7": "Mixed_6e", "mixed10": "Mixed_7c"},  # Keras
     ),
     models.MobileNetV2: Family(
         ("features", AVGPOOL, FLATTEN, "classifier"), _resolution_cuts
@@ -211,7 +222,17 @@ FAMILIES: dict[type[nn.Module], Family] = {
         },
     ),
     models.ShuffleNetV2: Family(
-        ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", AVGPOOL, FLATTEN, "fc"),
+        (
+            "conv1",
+            "maxpool",
+            "stage2",
+            "stage3",
+            "stage4",
+            "conv5",
+            AVGPOOL,
+            FLATTEN,
+            "fc",
+        ),
         {
             "stem": "maxpool",
             **_numbered("stage{}", "stage{}", range(2, 5)),
@@ -272,7 +293,9 @@ def _as_network(model: nn.Module) -> Network:
         name, make = (entry, None) if isinstance(entry, str) else entry
         modules[name] = getattr(model, name) if make is None else make()
     steps = expand(modules)
-    cuts = family.cut_points(model) if callable(family.cut_points) else family.cut_points
+    cuts = (
+        family.cut_points(model) if callable(family.cut_points) else family.cut_points
+    )
     ends = {cut: last_step(steps, path) for cut, path in cuts.items()}
     last_end = list(ends.values())[-1]
     blocks = [*takewhile(lambda step: step != last_end, steps), last_end]

@@ -24,8 +24,8 @@ from skltl.exceptions import WeightsError
 
 DEFAULT = "imagenet"
 
-# torch's modules draw their first weights from torch's global generator, which has to be
-# seeded and put back by one thread at a time.
+# torch's modules draw their first weights from torch's global generator, which has to
+# be seeded and put back by one thread at a time.
 _GENERATOR_LOCK = threading.Lock()
 
 
@@ -39,8 +39,8 @@ def resolve_weights(
     backbone : Backbone
         For which.
     weights : str, path or None
-        ``"imagenet"``, the name of weights of this backbone (also with torchvision's class
-        before it, and ``"DEFAULT"``), or a file.
+        ``"imagenet"``, the name of weights of this backbone (also with torchvision's
+        class before it, and ``"DEFAULT"``), or a file.
 
     Returns
     -------
@@ -78,8 +78,8 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
     Raises
     ------
     WeightsError
-        If the file cannot be had or read, or does not fit the network. A head for another
-        number of classes fits.
+        If the file cannot be had or read, or does not fit the network. A head for
+        another number of classes fits.
     """
     if weights.source is None:
         network = backbone.build(None)
@@ -98,8 +98,8 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
 def random_network(backbone: Backbone, seed: int) -> Network:
     """Build a backbone's network, frozen, with its usual random weights.
 
-    They are those that torch draws after ``torch.manual_seed(seed)``; the state of torch's
-    global generator does not change.
+    They are those that torch draws after ``torch.manual_seed(seed)``; the state of
+    torch's global generator does not change.
     """
     with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -114,8 +114,9 @@ def _forget(network: Network) -> None:
     """Exchange the weights that a network was built with for random ones."""
     for module in {**network.blocks, **network.head}.values():
         for part in module.modules():
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
 
 def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

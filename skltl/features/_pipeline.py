@@ -38,10 +38,11 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
 
     Notes
     -----
-    Features have hundreds to thousands of dimensions, more than a small set has pictures,
-    so the classifiers are regularised more than scikit-learn's defaults (``C=1``): with
-    standardised features ``C=0.01`` was best or near it for all three on flowers and
-    digits. Search over ``svm__C`` (``ovr__estimator__C``) in decades when in doubt.
+    Features have hundreds to thousands of dimensions, more than a small set has
+    pictures, so the classifiers are regularised more than scikit-learn's defaults
+    (``C=1``): with standardised features ``C=0.01`` was best or near it for all three
+    on flowers and digits. Search over ``svm__C`` (``ovr__estimator__C``) in decades
+    when in doubt.
 
     Examples
     --------
@@ -56,8 +57,8 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
         return Pipeline([*steps, ("classifier", clone(classifier))])
     if classifier not in CLASSIFIERS:
         raise ValueError(
-            f"Unknown classifier {classifier!r}. Use one of {', '.join(CLASSIFIERS)}, or "
-            "an estimator."
+            f"Unknown classifier {classifier!r}. Use one of {', '.join(CLASSIFIERS)}, "
+            "or an estimator."
         )
     return Pipeline([*steps, (classifier, clone(CLASSIFIERS[classifier]))])
 

@@ -18,14 +18,14 @@ def pool(feature_map: Tensor, pooling: str | int) -> Tensor:
     feature_map : tensor of shape (n, c, h, w) or (n, d)
         Vectors (after a fully connected layer) are pooled already and stay as they are.
     pooling : {"avg", "max", "avgmax", "flatten"} or int
-        Average or maximum of each channel, both side by side, the whole map, or averages
-        over a grid of so many rows and columns.
+        Average or maximum of each channel, both side by side, the whole map, or
+        averages over a grid of so many rows and columns.
 
     Returns
     -------
     tensor of shape (n, d)
-        float32, in memory of its own. The features of one channel are neighbours, except
-        for "avgmax": all averages come first.
+        float32, in memory of its own. The features of one channel are neighbours,
+        except for "avgmax": all averages come first.
     """
     # bfloat16 has 8 significant bits: sums of hundreds of numbers need more.
     feature_map = feature_map.float()
@@ -55,5 +55,5 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def n_pooled(shape: tuple[int, ...], pooling: str | int) -> int:
-    """Count the features that `pool` makes of one feature map (c, h, w) or vector (d,)."""
+    """Count the features `pool` makes of one feature map (c, h, w) or vector (d,)."""
     return pool(torch.empty(1, *shape, device="meta"), pooling).shape[1]

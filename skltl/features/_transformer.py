@@ -7,7 +7,7 @@ from os import PathLike
 
 import numpy as np
 import torch
-from joblib import cpu_count
+from joblib import effective_n_jobs
 from sklearn.base import TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -21,6 +21,7 @@ from skltl._device import (
 from skltl._estimator import ImageEstimator
 from skltl._validation import (
     Interval,
+    InvalidParameterError,
     StrOptions,
     check_feature_names_in,
     fit_context,
@@ -40,9 +41,9 @@ from skltl.features._pooling import POOLINGS, n_pooled
 class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
     """Turn pictures into the features of a pretrained ConvNet.
 
-    The network is frozen, cut at any of its layers, and what it gives there is pooled to
-    one row of numbers per picture: ready for a linear classifier, which is the method of
-    choice for a few hundred pictures [1]_ [2]_. Nothing is learned in `fit`.
+    The network is frozen, cut at any of its layers, and what it gives there is pooled
+    to one row of numbers per picture: ready for a linear classifier, which is the
+    method of choice for a few hundred pictures [1]_ [2]_. Nothing is learned in `fit`.
 
     Parameters
     ----------
@@ -52,36 +53,37 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         ``"imagenet"``: torchvision's ``IMAGENET1K_V1`` (for ``"tiny"`` and for your own
         networks, the weights they come with); any other name of torchvision's weights,
         such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt`` or ``.pth`` file with a
-        state dict, whose head may have another number of classes; or ``None`` for random
-        weights. The older ImageNet weights are the default because newer recipes, with
-        better accuracy on ImageNet, give worse features to linear classifiers [2]_.
+        state dict, whose head may have another number of classes; or ``None`` for
+        random weights. The older ImageNet weights are the default because newer
+        recipes, with better accuracy on ImageNet, give worse features to linear
+        classifiers [2]_.
     layer : str, int or list of them, default="last"
-        Where the network is cut: a name of :func:`~skltl.list_layers`, any torch path such
-        as ``"layer3.2"``, the number of a main cut point (negative: from the end), or
-        ``"last"``, the last convolutional one. For several, the features stand side by
-        side, all from one pass.
+        Where the network is cut: a name of :func:`~skltl.list_layers`, any torch path
+        such as ``"layer3.2"``, the number of a main cut point (negative: from the end),
+        or ``"last"``, the last convolutional one. For several, the features stand side
+        by side, all from one pass.
     pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        How a feature map becomes a row: the average or maximum of each channel, both, all
-        of its numbers, or averages over a grid with so many rows and columns.
+        How a feature map becomes a row: the average or maximum of each channel, both,
+        all of its numbers, or averages over a grid with so many rows and columns.
     image_size : int, default=None
         Height and width in pixels of what the network sees, at least 1; ``None`` is the
         size it was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape, in the
-        terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
+        If given, ``X`` is an array (n, d), and each row is a picture of this shape, in
+        the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
     batch_size : int or "auto", default="auto"
         Pictures that cross the network together. ``"auto"`` is 8 on a CPU and 128 on a
         GPU. Results depend on it in the last digits, so every batch has exactly this
         size; out of memory on a GPU, it is halved.
     device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
-        one.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there
+        is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the network computes in. ``"auto"`` is bfloat16 where the device multiplies it
-        natively, else float32. Features are float32 in any case.
+        What the network computes in. ``"auto"`` is bfloat16 where the device multiplies
+        it natively, else float32. Features are float32 in any case.
     n_jobs : int, default=None
-        Threads that decode pictures; ``None`` is as many as torch uses, -1 is one for each
-        core.
+        Threads that decode pictures; ``None`` is as many as torch uses, -1 is one for
+        each core.
     random_state : int, RandomState instance or None, default=None
         Of the weights, if they are random: those that torch draws after
         ``torch.manual_seed(random_state)``.
@@ -100,7 +102,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         What pictures go through before the network.
     n_features_in_ : int
         Numbers in a row of ``X``. Only with `image_shape`.
-    feature_names_in_ : array of shape (n_features_in_,)
+    feature_names_in_ : array of shape (`n_features_in_`,)
         Names of the columns of ``X``, if it had any. Only with `image_shape`.
 
     See Also
@@ -111,15 +113,15 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
 
     Notes
     -----
-    A picture gets the same bits alone, in any batch and in any order, on one machine with
-    the same versions, device, number of threads and batch size: every forward pass has the
-    same shape. The first use of a network in a process loads and prepares it (batch-norms
-    folded into convolutions, channels last); all clones share it.
+    A picture gets the same bits alone, in any batch and in any order, on one machine
+    with the same versions, device, number of threads and batch size: every forward pass
+    has the same shape. The first use of a network in a process loads and prepares it
+    (batch-norms folded into convolutions, channels last); all clones share it.
 
     References
     ----------
-    .. [1] Sharif Razavian, Azizpour, Sullivan, Carlsson, "CNN features off-the-shelf: an
-       astounding baseline for recognition", CVPR workshops, 2014.
+    .. [1] Sharif Razavian, Azizpour, Sullivan, Carlsson, "CNN features off-the-shelf:
+       an astounding baseline for recognition", CVPR workshops, 2014.
     .. [2] Kornblith, Chen, Lee, Norouzi, "Why do better loss functions lead to less
        transferable features?", NeurIPS, 2021.
 
@@ -190,15 +192,15 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         Parameters
         ----------
         X : sequence of n pictures, or array of shape (n, d) with `image_shape`
-            Paths, PIL pictures, arrays or tensors, or one array of pictures. Only its kind
-            is looked at; no picture is decoded.
+            Paths, PIL pictures, arrays or tensors, or one array of pictures. Only its
+            kind is looked at; no picture is decoded.
         y : None
             Ignored.
 
         Returns
         -------
-        self : CNNFeatureTransformer
-            The fitted transformer.
+        CNNFeatureTransformer
+            The transformer itself.
 
         Raises
         ------
@@ -208,18 +210,19 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             If ``X`` is not a sequence of pictures.
         """
         self._read_images(X, reset=True)
-        self.backbone_ = get_backbone(self.backbone)
-        layers = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
-        if not layers:
-            raise ValueError("layer is an empty list; name at least one cut point.")
-        self.cut_points_ = [resolve_layer(self.backbone_, one) for one in layers]
-        weights = resolve_weights(self.backbone_, self.weights)
-        self.preprocessing_ = (weights or self.backbone_).preprocessing
+        backbone = get_backbone(self.backbone)
+        weights = resolve_weights(backbone, self.weights)
+        preprocessing = (weights or backbone).preprocessing
         if self.image_size is not None:
-            self.preprocessing_ = self.preprocessing_.resized_to(self.image_size)
+            preprocessing = preprocessing.resized_to(self.image_size)
+        block_shapes(backbone, preprocessing.crop_size)  # an error if it is too small
+        cut_points = _resolve_layers(backbone, self.layer)
         seed = _draw_seed(self.random_state) if weights is None else None
-        blocks = [cut_point.block for cut_point in self.cut_points_]
-        self.network_ = load_prefix(self.backbone_, weights, seed, blocks)
+        blocks = [cut_point.block for cut_point in cut_points]
+        self.network_ = load_prefix(backbone, weights, seed, blocks)
+        self.backbone_ = backbone
+        self.cut_points_ = cut_points
+        self.preprocessing_ = preprocessing
         return self
 
     def transform(self, X):
@@ -280,12 +283,31 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
     def _n_features(self):
         """Count the features at each cut point."""
         shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size)
-        return [n_pooled(shapes[point.block], self.pooling) for point in self.cut_points_]
+        return [
+            n_pooled(shapes[point.block], self.pooling) for point in self.cut_points_
+        ]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
+
+
+def _resolve_layers(backbone, layer):
+    """Find the cut points that a `layer` parameter names, each of them once."""
+    layers = layer if isinstance(layer, (list, tuple)) else [layer]
+    if not all(isinstance(one, (str, Integral)) for one in layers):
+        raise InvalidParameterError(
+            f"The 'layer' parameter of CNNFeatureTransformer must be a name, a number or "
+            f"a list of them. Got {layer!r} instead."
+        )
+    cut_points = [resolve_layer(backbone, one) for one in layers]
+    n_blocks = len({cut_point.block for cut_point in cut_points})
+    if not cut_points or n_blocks < len(cut_points):
+        raise ValueError(
+            f"layer={layer!r} must name at least one cut point, and none of them twice."
+        )
+    return cut_points
 
 
 def _draw_seed(random_state):
@@ -302,4 +324,4 @@ def _n_threads(n_jobs):
     """Return how many threads decode; torch's number respects joblib's workers."""
     if n_jobs is None:
         return torch.get_num_threads()
-    return n_jobs if n_jobs > 0 else max(1, cpu_count() + 1 + n_jobs)
+    return effective_n_jobs(n_jobs)

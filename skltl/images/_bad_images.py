@@ -12,9 +12,9 @@ from skltl.images._source import ImageSource, read_images
 
 
 class BadImage(NamedTuple):
-    """A picture that cannot be read: its position, its path if it is a file, and why."""
+    """A picture that cannot be read: its position, path (if it is a file), and why."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, not needed here
     path: str | None
     reason: str
 

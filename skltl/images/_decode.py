@@ -1,8 +1,9 @@
 """One path, PIL picture, array or tensor -> one RGB array.
 
-Every reader here returns `Pixels`: an array (h, w, 3), uint8 when the picture has 8 bits
-per channel, else float32 (16-bit pictures scaled to [0, 1], float arrays as they are).
-What cannot be read raises ``ValueError`` with the reason; the source adds which item.
+Every reader here returns `Pixels`: an array (h, w, 3), uint8 when the picture has
+8 bits per channel, else float32 (16-bit pictures scaled to [0, 1], float arrays as
+they are). What cannot be read raises ``ValueError`` with the reason; the source adds
+which item.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 
@@ -75,7 +76,7 @@ def read_picture(picture: Image.Image) -> Pixels:
 
 def read_array(array: NDArray[Any]) -> Pixels:
     """Turn an array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) into RGB."""
-    pixels = _with_known_range(array)
+    pixels: NDArray[Any] = _with_known_range(array)
     if pixels.ndim == 2:
         pixels = pixels[:, :, np.newaxis]
     n_channels = pixels.shape[2]
@@ -172,6 +173,6 @@ def _reason(error: BaseException) -> str:
     """Say what went wrong without the path, which the caller adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"it is not a {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file"
     return str(error).rstrip(".") or type(error).__name__

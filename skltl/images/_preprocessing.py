@@ -1,9 +1,9 @@
 """How a picture becomes what a network was trained on.
 
 The same arithmetic as torchvision's ``ImageClassification`` preset on a PIL picture:
-resize the shorter side, crop the centre, scale to [0, 1], normalise by channel. The first
-two steps run per picture in the decoding threads and keep 8-bit pictures 8-bit; the last
-two run on whole batches, on the network's device.
+resize the shorter side, crop the centre, scale to [0, 1], normalise by channel. The
+first two steps run per picture in the decoding threads and keep 8-bit pictures 8-bit;
+the last two run on whole batches, on the network's device.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class Preprocessing:
         ``None`` is `crop_size`, which crops nothing from a square picture.
     interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
         Pillow's resampling filter.
-    mean, std : tuple of 3 floats
+    mean : tuple of 3 floats, default=(0.485, 0.456, 0.406)
         Of the training pictures' channels (red, green, blue), in units of [0, 1]. The
-        defaults are ImageNet's, which torchvision's weights use.
+        default is ImageNet's, which torchvision's weights use.
+    std : tuple of 3 floats, default=(0.229, 0.224, 0.225)
+        Their standard deviations, likewise.
 
     Examples
     --------
@@ -76,13 +78,32 @@ class Preprocessing:
     def resized_to(self, crop_size: int) -> Preprocessing:
         """Return the same preprocessing for another size of what the network sees.
 
-        The share of the picture that the crop keeps stays the same.
+        Parameters
+        ----------
+        crop_size : int
+            The new height and width, in pixels.
+
+        Returns
+        -------
+        Preprocessing
+            The crop keeps the same share of the picture.
         """
         resize_size = round(self.shorter_side * crop_size / self.crop_size)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
     def crop(self, pixels: Pixels) -> Pixels:
-        """Resize and crop one picture (h, w, 3) to (crop_size, crop_size, 3)."""
+        """Resize and crop one picture.
+
+        Parameters
+        ----------
+        pixels : array of shape (h, w, 3)
+            With dtype uint8 or float32.
+
+        Returns
+        -------
+        array of shape (crop_size, crop_size, 3)
+            Of the same dtype.
+        """
         if pixels.dtype == np.uint8:
             return np.asarray(self._crop_picture(Image.fromarray(pixels)))
         # Pillow resizes floats one channel at a time.
@@ -109,9 +130,7 @@ class Preprocessing:
             return picture.resize((self.crop_size,) * 2, resample, box=box)
         resized = picture.resize((width, height), resample)
         # Outside of a picture smaller than the crop, Pillow's crop is black.
-        return resized.crop(
-            (left, top, left + self.crop_size, top + self.crop_size)
-        )
+        return resized.crop((left, top, left + self.crop_size, top + self.crop_size))
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
         short = self.shorter_side

@@ -52,12 +52,13 @@ def suggest_image_shape(n_columns: int) -> str:
     return "image_shape=(height, width)"
 
 
-def _check_image_shape(image_shape: tuple[int, ...]) -> None:
+def _check_image_shape(image_shape: tuple[Any, ...]) -> None:
     is_shape = len(image_shape) in (2, 3) and all(
-        isinstance(size, Integral) and (size > 0 or size == -1) for size in image_shape
+        isinstance(size, Integral) and (int(size) > 0 or int(size) == -1)
+        for size in image_shape
     )
     if not is_shape or image_shape.count(-1) > 1:
         raise ValueError(
-            f"image_shape={image_shape} is not the shape of a picture: expected (h, w) or "
-            "(h, w, channels), in pixels; one of them may be -1."
+            f"image_shape={image_shape} is not the shape of a picture: expected (h, w) "
+            "or (h, w, channels), in pixels; one of them may be -1."
         )

@@ -4,9 +4,9 @@ The rules are about ``X`` as a whole, never about one item, so that a picture do
 change its meaning with its neighbours:
 
 - strings and path-like objects are files;
-- an array (n, h, w) holds grey pictures; in an array of four dimensions, and in a list of
-  three-dimensional arrays, the channels are the last axis if it has 1, 3 or 4 entries,
-  else the one before height. For torch tensors it is the other way round;
+- an array (n, h, w) holds grey pictures; in an array of four dimensions, and in a list
+  of three-dimensional arrays, the channels are the last axis if it has 1, 3 or 4
+  entries, else the one before height. For torch tensors it is the other way round;
 - an array (n, d) holds rows of numbers, which are pictures only with an `image_shape`.
 """
 
@@ -16,7 +16,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from skltl.images._decode import (
     tensor_to_array,
 )
 from skltl.images._rows import CHANNEL_COUNTS, rows_as_images, suggest_image_shape
+
+# Arrays are no `Sequence` to Python, but serve as one here.
+Items: TypeAlias = Sequence[Any] | NDArray[Any]
 
 _EXPECTED = (
     "a list or 1-D array of paths or pictures, or an array of shape (n, h, w), "
@@ -53,13 +56,16 @@ class ImageSource(Sequence[Pixels]):
     """
 
     def __init__(
-        self, items: Sequence[Any], channels_first: bool = False, checks_range: bool = True
+        self,
+        items: Items,
+        channels_first: bool = False,
+        checks_range: bool = True,
     ) -> None:
         self._items = items
         self._channels_first = channels_first
         self._checks_range = checks_range
         self._seen_range: tuple[float, float] | None = None
-        self._lock = threading.Lock()  # decoding threads widen the range together
+        self._lock = threading.Lock()  # for what decoding threads share
 
     def __len__(self) -> int:
         return len(self._items)
@@ -82,7 +88,11 @@ class ImageSource(Sequence[Pixels]):
         if isinstance(item, (str, os.PathLike)):
             return read_file(item)
         if isinstance(item, Image.Image):
-            return read_picture(item)
+            # Pillow loads a picture from its file when it is first used. The same
+            # one may stand at several places, and must not be loaded by two threads
+            # at once.
+            with self._lock:
+                return read_picture(item)
         array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
         if array.ndim == 3 and self._channels_first:
             array = np.moveaxis(array, 0, 2)
@@ -106,8 +116,8 @@ class ImageSource(Sequence[Pixels]):
         if low < 0 or high > 1:
             warnings.warn(
                 f"Pictures of floats should lie in [0, 1], these go from {low:.4g} to "
-                f"{high:.4g}. Divide them by their maximum (255 for 8-bit pictures), or "
-                "pass them as uint8.",
+                f"{high:.4g}. Divide them by their maximum (255 for 8-bit pictures), "
+                "or pass them as uint8.",
                 ImageRangeWarning,
                 stacklevel=2,
             )
@@ -123,7 +133,8 @@ def read_images(
     X : sequence of paths, PIL pictures, arrays or tensors, or one array of pictures
         The kinds that the user guide's page on images lists.
     image_shape : tuple of 2 or 3 ints, default=None
-        With it ``X`` is an array (n, d) of numbers, and each row a picture of this shape.
+        With it ``X`` is an array (n, d) of numbers, and each row a picture
+        of this shape.
     check_items : bool, default=True
         Whether an item of a wrong type is refused now, not when it is read.
 
@@ -160,7 +171,9 @@ def _unwrap(X: Any) -> Any:
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
         raise TypeError("Sparse data cannot be pictures; pass a dense array.")
     if isinstance(X, np.ma.MaskedArray):
-        raise TypeError("Masked arrays are not supported: fill the masked pixels first.")
+        raise TypeError(
+            "Masked arrays are not supported: fill the masked pixels first."
+        )
     if hasattr(X, "to_numpy"):  # pandas, polars
         if len(X.shape) == 2 and X.shape[1] == 1:
             X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
@@ -183,10 +196,11 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
             f"Expected {_EXPECTED}, got an array of shape {shape}. Reshape your data."
         )
     if len(shape) == 2:
+        example = suggest_image_shape(shape[1])
         raise ValueError(
-            f"X has shape {shape}: rows of numbers are pictures only when their shape is "
-            f"known. Pass for instance {suggest_image_shape(shape[1])}, in the terms of "
-            "numpy.reshape. Reshape your data to (n, h, w) if it is a single picture."
+            f"X has shape {shape}: rows of numbers are pictures only when their shape "
+            f"is known. Pass for instance {example}, in the terms of numpy.reshape. "
+            "Reshape your data to (n, h, w) if it is a single picture."
         )
     if len(shape) > 4:
         raise ValueError(f"Expected {_EXPECTED}, got an array of shape {shape}.")
@@ -197,11 +211,11 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
     return ImageSource(X, _has_channels_first([shape[1:]], prefers_first))
 
 
-def _source_of_items(X: Sequence[Any], check_items: bool) -> ImageSource:
+def _source_of_items(X: Items, check_items: bool) -> ImageSource:
     """Serve a list of paths, pictures or arrays."""
-    if getattr(X, "ndim", 1) != 1:
+    if isinstance(X, np.ndarray) and X.ndim != 1:
         raise ValueError(
-            f"Expected {_EXPECTED}, got an array of {X.dtype} of shape {X.shape}."  # type: ignore[attr-defined]
+            f"Expected {_EXPECTED}, got an array of {X.dtype} of shape {X.shape}."
         )
     _check_not_empty((len(X),))
     if isinstance(X[0], (int, float, np.number)):
@@ -212,12 +226,12 @@ def _source_of_items(X: Sequence[Any], check_items: bool) -> ImageSource:
         for index, item in enumerate(X):
             check_item(index, item)
     arrays = [item for item in X if is_tensor(item) or isinstance(item, np.ndarray)]
-    shapes = [tuple(array.shape) for array in arrays if array.ndim == 3]
+    shapes = [tuple(array.shape) for array in arrays if _may_have_channels(array.shape)]
     prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
     return ImageSource(X, _has_channels_first(shapes, prefers_first))
 
 
-def _stacked(X: Sequence[Any]) -> NDArray[Any]:
+def _stacked(X: Items) -> NDArray[Any]:
     """Turn nested lists of numbers into one array."""
     try:
         stacked = np.asarray(X)
@@ -247,6 +261,13 @@ def check_item(index: int, item: Any) -> None:
         )
     if 0 in shape:
         raise ImageReadError(index, None, f"it is empty: its shape is {shape}")
+    if len(shape) == 3 and not _may_have_channels(shape):
+        raise ImageReadError(
+            index,
+            None,
+            f"no axis of its shape {shape} can be the channels; expected 1 (grey), "
+            "3 (RGB) or 4 (RGBA) of them, last or first",
+        )
 
 
 def _check_not_empty(shape: tuple[int, ...]) -> None:
@@ -265,15 +286,19 @@ def _check_not_single_picture(shape: tuple[int, ...], prefers_first: bool) -> No
     n_channels = shape[0] if prefers_first else shape[2]
     if n_channels in (3, 4):
         raise ValueError(
-            f"X has shape {shape}, which looks like a single colour picture. Reshape your "
-            "data: X[None] if it is one, or add an axis of one channel if X is a stack of "
-            "grey pictures."
+            f"X has shape {shape}, which looks like a single colour picture. Reshape "
+            "your data: X[None] if it is one, or add an axis of one channel if X is a "
+            "stack of grey pictures."
         )
 
 
-def _has_channels_first(
-    shapes: Sequence[tuple[int, ...]], prefers_first: bool
-) -> bool:
+def _may_have_channels(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and (
+        shape[0] in CHANNEL_COUNTS or shape[2] in CHANNEL_COUNTS
+    )
+
+
+def _has_channels_first(shapes: Sequence[tuple[int, ...]], prefers_first: bool) -> bool:
     """Decide, for all pictures together, which axis holds the channels."""
     shapes = [shape for shape in shapes if len(shape) == 3]
     if not shapes:
@@ -282,7 +307,7 @@ def _has_channels_first(
     can_be_last = all(shape[2] in CHANNEL_COUNTS for shape in shapes)
     if not (can_be_first or can_be_last):
         raise ValueError(
-            f"No axis of shape {shapes[0]} can be the channels: expected 1 (grey), 3 "
-            "(RGB) or 4 (RGBA) of them, last or first, the same way in all pictures."
+            f"No axis can be the channels in all pictures (shapes {shapes[0]}, ...): "
+            "expected 1 (grey), 3 (RGB) or 4 (RGBA) of them, last or first."
         )
     return can_be_first if prefers_first else not can_be_last

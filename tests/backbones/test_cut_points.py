@@ -1,6 +1,7 @@
 """Names that people use for layers, and what they lead to."""
 
 import pytest
+
 from skltl import list_backbones, list_layers
 from skltl.backbones import get_backbone, resolve_layer
 from skltl.exceptions import UnknownBackboneError, UnknownLayerError
@@ -61,7 +62,11 @@ def test_unknown_layers_are_told_what_is_near(layer, near):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("resnet", "'resnet50'|'resnet18'"), ("VGG16", "'vgg16'"), ("vit_b_16", "Did|Known")],
+    [
+        ("resnet", "'resnet50'|'resnet18'"),
+        ("VGG16", "'vgg16'"),
+        ("vit_b_16", "Did|Known"),
+    ],
 )
 def test_unknown_backbones_are_told_what_is_near(name, near):
     with pytest.raises(UnknownBackboneError, match=near):
@@ -75,7 +80,15 @@ def test_tiny_is_listed_first():
 def test_layers_are_described():
     described = {layer.name: layer for layer in list_layers("alexnet")}
 
-    assert list(described) == ["block1", "block2", "block3", "block4", "block5", "fc6", "fc7"]
+    assert list(described) == [
+        "block1",
+        "block2",
+        "block3",
+        "block4",
+        "block5",
+        "fc6",
+        "fc7",
+    ]
     assert described["fc7"].channels == described["fc7"].n_features == 4096
     assert described["fc7"].stride is None
     assert described["block5"].n_features == 256 * 6 * 6

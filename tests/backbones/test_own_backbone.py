@@ -6,6 +6,9 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
 from skltl import (
     Backbone,
     CNNFeatureTransformer,
@@ -14,9 +17,7 @@ from skltl import (
     list_layers,
     register_backbone,
 )
-from skltl.backbones import get_backbone, resolve_layer
-from skltl.backbones import _registry
-from torch import nn
+from skltl.backbones import _registry, get_backbone, resolve_layer
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,13 @@ def test_layers_are_described(backbone):
     layers = list_layers("mine")
 
     assert "mine" in list_backbones()
-    assert [layer.name for layer in layers] == ["stem", "block1", "pool", "flat", "hidden"]
+    assert [layer.name for layer in layers] == [
+        "stem",
+        "block1",
+        "pool",
+        "flat",
+        "hidden",
+    ]
     assert [layer.channels for layer in layers] == [6, 8, 8, 8, 5]
     assert [layer.stride for layer in layers[:2]] == [2, 4]
     assert resolve_layer(backbone, "stem.1").block == "stem.1"
@@ -102,10 +109,14 @@ def test_a_record_goes_to_worker_processes(backbone, pictures):
     transformer = CNNFeatureTransformer(backbone)
 
     parallel = joblib.Parallel(n_jobs=2)
-    found = parallel(joblib.delayed(transformer.fit_transform)(pictures) for _ in range(2))
+    found = parallel(
+        joblib.delayed(transformer.fit_transform)(pictures) for _ in range(2)
+    )
 
     for features in found:
-        np.testing.assert_allclose(features, transformer.fit_transform(pictures), rtol=1e-2)
+        np.testing.assert_allclose(
+            features, transformer.fit_transform(pictures), rtol=1e-2
+        )
 
 
 def test_a_name_is_taken_once(backbone, blocks):
@@ -142,15 +153,40 @@ def test_a_batch_norm_is_folded_only_where_the_order_is_known(pictures):
 
     module = NormFirst()
     backbone = Backbone.from_blocks(
-        "odd", {"block": module}, preprocessing=Preprocessing(40, mean=(0,) * 3, std=(1,) * 3)
+        "odd",
+        {"block": module},
+        preprocessing=Preprocessing(40, mean=(0,) * 3, std=(1,) * 3),
     )
 
-    features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(pictures)
+    features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(
+        pictures
+    )
 
     batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         by_hand = module.eval()(batch).mean((2, 3))
     np.testing.assert_allclose(features, by_hand, rtol=1e-5)
+
+
+def test_a_unit_that_inherits_but_runs_otherwise_is_not_folded(pictures):
+    class PreActivation(BasicBlock):
+        def forward(self, batch):
+            return batch + self.conv2(self.bn1(self.conv1(self.bn2(batch).relu())))
+
+    blocks = {"stem": nn.Conv2d(3, 8, 3), "unit": PreActivation(8, 8)}
+    for name in ("bn1", "bn2"):
+        nn.init.uniform_(getattr(blocks["unit"], name).bias)
+    preprocessing = Preprocessing(40, mean=(0,) * 3, std=(1,) * 3)
+    backbone = Backbone.from_blocks("odd", blocks, preprocessing=preprocessing)
+
+    features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(
+        pictures
+    )
+
+    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        by_hand = blocks["unit"].eval()(blocks["stem"](batch)).mean((2, 3))
+    np.testing.assert_allclose(features, by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):
@@ -175,7 +211,11 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):
 def test_a_single_picture_that_does_not_fit_is_an_error(pictures):
     class NoMemory(nn.Module):
         def forward(self, batch):
-            if batch.device.type != "meta" and batch.shape[-1] == 8 and batch.abs().sum() > 0:
+            if (
+                batch.device.type != "meta"
+                and batch.shape[-1] == 8
+                and batch.abs().sum() > 0
+            ):
                 raise torch.OutOfMemoryError("no room at all")
             return batch
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision.models as models
+
 from skltl import list_backbones, list_layers
 from skltl.backbones import FrozenPrefix, get_backbone, resolve_layer
 from skltl.backbones._cut import cut
@@ -95,7 +96,9 @@ def test_blocks_and_head_are_the_whole_network(name):
 def test_a_cut_leaves_nothing_of_what_comes_after(name):
     network = build_skeleton(get_backbone(name))
     with WithoutNumbers():
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options = (
+            {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        )
         whole = models.get_model(name, weights=None, **options).state_dict()
     blocks = list(network.blocks)
     sizes = []
@@ -155,7 +158,9 @@ def test_prepared_blocks_give_what_torchvision_gives_at_every_cut(name):
     state = numbers_for(network.state())
     load_state({**network.blocks, **network.head}, state)
     model = torchvision_model(name, state)
-    pixels = torch.randint(256, (2, 96, 96, 3), generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(
+        256, (2, 96, 96, 3), generator=torch.Generator().manual_seed(1)
+    )
     mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.22)
     # DenseNet's last cut lies behind a function, not a module, that a hook could be on.
     wanted = [block for block in network.cut_points.values() if block != "relu"]
@@ -172,7 +177,9 @@ def test_prepared_blocks_give_what_torchvision_gives_at_every_cut(name):
     for block in wanted:
         modules[block].register_forward_hook(
             # A copy: the next module's in-place ReLU overwrites the output.
-            lambda module, args, output, block=block: seen.update({block: output.clone()})
+            lambda module, args, output, block=block: seen.update(
+                {block: output.clone()}
+            )
         )
     with torch.inference_mode():
         model((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)

@@ -13,11 +13,12 @@ import torch
 import torchvision.models as models
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
+
 from skltl import CNNFeatureTransformer, list_backbones
 from skltl.backbones import get_backbone, load_network, random_network, resolve_weights
 from skltl.backbones._files import fetch
 from skltl.exceptions import WeightsError, WeightsNotFoundError
-from torch import nn
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +312,7 @@ def test_without_a_network_the_user_is_told_what_to_put_where(hub):
     assert str(hub / "net-0123456789.pth") in str(info.value)
 
 
-def test_imagenet_weights_work_offline_once_they_are_there(
-    state, tmp_path, hub
-):
+def test_imagenet_weights_work_offline_once_they_are_there(state, tmp_path, hub):
     """A file of the right name and hash in torch's folder is all that is needed."""
     content = as_pt(state, tmp_path).read_bytes()
     name = publish(content, tmp_path)

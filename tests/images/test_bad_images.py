@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+
 from skltl import find_bad_images
 
 
 def test_bad_pictures_are_listed_in_order(picture_files, tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     nan = np.full((4, 4), np.nan)
-    items = [*picture_files, tmp_path / "empty.jpg", None, nan, "missing.jpg"]
+    five = np.zeros((5, 4, 5), np.uint8)
+    items = [*picture_files, tmp_path / "empty.jpg", None, nan, "missing.jpg", five]
 
     bad = find_bad_images(items)
 
@@ -17,8 +19,10 @@ def test_bad_pictures_are_listed_in_order(picture_files, tmp_path):
         (10, None),
         (11, None),
         (12, "missing.jpg"),
+        (13, None),
     ]
-    for found, words in zip(bad, ["not a JPEG", "NoneType", "NaN", "no such file"], strict=True):
+    reasons = ["not a JPEG", "NoneType", "NaN", "no such file", "can be the channels"]
+    for found, words in zip(bad, reasons, strict=True):
         assert words in found.reason
 
 

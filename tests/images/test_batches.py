@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import iter_batches, read_images
@@ -12,11 +13,15 @@ from skltl.images._batches import BATCHES_AHEAD
 
 def test_batches_have_one_size_and_keep_the_order(pictures):
     batches = list(
-        iter_batches(read_images(pictures), Preprocessing(40), batch_size=4, n_threads=3)
+        iter_batches(
+            read_images(pictures), Preprocessing(40), batch_size=4, n_threads=3
+        )
     )
 
     assert [len(batch.pixels) for batch in batches] == [4, 4, 4]
-    assert [position for batch in batches for position in batch.positions] == [*range(9)]
+    assert [position for batch in batches for position in batch.positions] == [
+        *range(9)
+    ]
     assert (batches[-1].pixels[1:] == 0).all()
     middle = pictures[:, :, 4:44]
     together = np.concatenate([batch.pixels for batch in batches])[:9]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from skltl.exceptions import ImageReadError
 from skltl.images import read_images
 

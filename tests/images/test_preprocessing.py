@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision.models as models
 from PIL import Image
+
 from skltl import Preprocessing
 from skltl.backbones import get_backbone
 from skltl.images import iter_batches, normalise, read_images
@@ -45,7 +46,10 @@ def test_floats_are_resized_like_bytes(pictures, dtype):
     # and its weights for bytes are fixed-point numbers.
     step = 1.01 / 255 / min(preprocessing.std)
     torch.testing.assert_close(
-        prepared(finer, preprocessing), prepared(pictures, preprocessing), rtol=0, atol=step
+        prepared(finer, preprocessing),
+        prepared(pictures, preprocessing),
+        rtol=0,
+        atol=step,
     )
 
 
@@ -77,7 +81,11 @@ def test_image_size_keeps_the_share_that_is_cropped():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"crop_size": 0}, {"crop_size": 8, "resize_size": 0}, {"crop_size": 8, "interpolation": "best"}],
+    [
+        {"crop_size": 0},
+        {"crop_size": 8, "resize_size": 0},
+        {"crop_size": 8, "interpolation": "best"},
+    ],
 )
 def test_impossible_preprocessing_is_refused(arguments):
     with pytest.raises(ValueError, match="at least 1 pixel|Unknown interpolation"):

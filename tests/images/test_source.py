@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import sparse
+
 from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
 from skltl.images import Preprocessing, iter_batches, read_images
 
@@ -39,7 +40,10 @@ KINDS = {
     "float32": lambda arrays, paths: (arrays / 255).astype(np.float32),
     "bfloat16": lambda arrays, paths: torch.tensor(arrays / 255).bfloat16(),
     "mixed": lambda arrays, paths: [
-        paths[0], str(paths[1]), Image.fromarray(arrays[2]), *arrays[3:]
+        paths[0],
+        str(paths[1]),
+        Image.fromarray(arrays[2]),
+        *arrays[3:],
     ],
 }
 COARSE = {"float16": 1e-3, "bfloat16": 5e-3}
@@ -60,7 +64,9 @@ def test_kinds_of_x_hold_the_same_pictures(pictures, picture_files, kind):
         assert pixels.shape == picture.shape
         scale = 255 if pixels.dtype == np.uint8 else 1
         expected = picture / 255
-        np.testing.assert_allclose(pixels / scale, expected, atol=COARSE.get(kind, 1e-6))
+        np.testing.assert_allclose(
+            pixels / scale, expected, atol=COARSE.get(kind, 1e-6)
+        )
 
 
 def test_readonly_memmap_is_accepted_and_left_alone(pictures, tmp_path):
@@ -76,7 +82,9 @@ def test_grey_pictures_get_three_equal_channels(shape):
 
     pixels = read_images(grey)[3]
 
-    np.testing.assert_array_equal(pixels, np.repeat(grey[3].reshape(6, 7, 1), 3, axis=2))
+    np.testing.assert_array_equal(
+        pixels, np.repeat(grey[3].reshape(6, 7, 1), 3, axis=2)
+    )
 
 
 def test_bool_pictures_are_black_and_white():
@@ -178,6 +186,12 @@ SQUARE = np.zeros((4, 4, 3), np.uint8)
         ([3, 4], ImageTypeError, "Image 0 is a number"),
         ([SQUARE, SQUARE[0, 0]], ImageReadError, r"Image 1 .*shape is \(3,\)"),
         ([SQUARE, SQUARE[:0]], ImageReadError, "Image 1 .*empty"),
+        (
+            [SQUARE, np.zeros((8, 8, 5))],
+            ImageReadError,
+            "Image 1 .*can be the channels",
+        ),
+        ([np.zeros((8, 9, 3)), np.zeros((3, 8, 9))], ValueError, "in all pictures"),
         ([SQUARE, np.ma.masked_array(SQUARE)], ImageTypeError, "Image 1 .*masked"),
     ],
 )
@@ -208,6 +222,16 @@ def test_errors_survive_the_way_back_from_a_worker_process():
 
     assert (error.index, error.path) == (3, "a.jpg")
     assert str(error) == "Image 3 ('a.jpg') could not be read: it is empty."
+
+
+def test_a_picture_not_yet_loaded_may_stand_at_many_places(picture_files, pictures):
+    lazy = Image.open(picture_files[0])
+
+    (batch,) = iter_batches(
+        read_images([lazy] * 60), Preprocessing(40), 60, n_threads=8
+    )
+
+    assert (batch.pixels == pictures[0][:, 4:44]).all()
 
 
 def walked(source):

@@ -1,0 +1,45 @@
+"""Every example that needs no download runs, and so does the code of the README."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("plot_*.py"))
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path):
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_script_names_its_arguments(monkeypatch, capsys):
+    script = ROOT / "examples" / "train_tiny_backbone.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+
+    assert "--epochs" in capsys.readouterr().out
+
+
+def test_commands_of_the_readme_name_files_that_exist():
+    readme = (ROOT / "README.md").read_text()
+
+    named = re.findall(r"\b(?:examples|docs|tests)/[\w/.]+\w", readme)
+
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or "_build" in path, path

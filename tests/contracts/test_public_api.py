@@ -1,0 +1,52 @@
+"""What the package shows is what it means to show, and it is light to import."""
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import skltl
+from skltl import exceptions
+
+
+def test_all_names_exist_and_are_listed():
+    for name in skltl.__all__:
+        assert getattr(skltl, name) is not None
+
+    assert sorted(skltl.__all__) == sorted(dir(skltl))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'CNNTransformer'"):
+        _ = skltl.CNNTransformer
+
+
+def test_importing_skltl_does_not_wait_for_torch():
+    code = (
+        "import sys, skltl; "
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision', "
+        "'sklearn', 'numpy'})"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip() == "set()"
+
+
+def test_all_exceptions_are_listed_and_drawn():
+    defined = {name for name, cls in vars(exceptions).items() if inspect.isclass(cls)}
+
+    assert defined == set(exceptions.__all__)
+    for name in defined:
+        assert name in exceptions.__doc__
+
+
+def test_skops_is_told_of_real_classes():
+    assert skltl.SKOPS_TRUSTED
+    for path in skltl.SKOPS_TRUSTED:
+        module, _, name = path.rpartition(".")
+        assert inspect.isclass(getattr(import_module(module), name))

@@ -1,0 +1,172 @@
+"""What the package promises, on real weights, photographs and flowers.
+
+Runs where ``SKLTL_TEST_DATA`` names the folder that holds them. The figures expected
+were measured with torchvision and scikit-learn alone.
+"""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import (
+    GridSearchCV,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+    cross_val_score,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from skltl import CNNFeatureTransformer, make_feature_pipeline
+from skltl.backbones import get_backbone, load_network, resolve_weights
+from skltl.images import iter_batches, normalise, read_images
+
+pytestmark = pytest.mark.real_data
+
+FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
+DIGIT_SPLITS = StratifiedShuffleSplit(5, train_size=100, test_size=1000, random_state=0)
+LAYERS = ["features.2", "features.5", "features.9", "features.10", "features.12"]
+
+
+def linear_svm():
+    return make_pipeline(StandardScaler(), LinearSVC(C=0.01))
+
+
+@pytest.fixture(scope="module")
+def flower_features(flowers, squeezenet_weights):
+    """Features of all flowers at five cut points, from one pass."""
+    paths, labels = flowers
+    transformer = CNNFeatureTransformer(
+        "squeezenet1_0", weights=squeezenet_weights, layer=LAYERS
+    ).set_output(transform="pandas")
+    table = transformer.fit_transform(paths)
+    names = table.columns.str.rsplit("_", n=1).str[0]
+    by_layer = {
+        layer: table.loc[:, names == f"squeezenet1_0_{layer}"].to_numpy()
+        for layer in LAYERS
+    }
+    return by_layer, labels
+
+
+def test_imagenet_pictures_are_recognised(real_data, squeezenet_weights):
+    folder = real_data / "imagenet_samples"
+    with (folder / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    paths = [folder / row["file"] for row in rows]
+    classes = torch.tensor([int(row["class_index"]) for row in rows])
+    backbone = get_backbone("squeezenet1_0")
+    network = load_network(backbone, resolve_weights(backbone, squeezenet_weights))
+    preprocessing = backbone.preprocessing
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+
+    logits = []
+    for batch in iter_batches(read_images(paths), preprocessing, 10, n_threads=2):
+        pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            logits.append(network.logits(normalise(pixels, mean, std)))
+    ranked = torch.cat(logits).argsort(dim=1, descending=True)
+
+    n_top_1 = int((ranked[:, 0] == classes).sum())
+    n_top_5 = int((ranked[:, :5] == classes[:, None]).any(dim=1).sum())
+    assert len(paths) == 50
+    assert abs(n_top_1 - 27) <= 1  # 0.54
+    assert abs(n_top_5 - 40) <= 1  # 0.80
+
+
+def test_flowers_are_told_apart_best_at_the_last_cut(flower_features):
+    by_layer, labels = flower_features
+
+    scores = {
+        layer: cross_val_score(linear_svm(), features, labels, cv=FOLDS).mean()
+        for layer, features in by_layer.items()
+    }
+
+    assert scores["features.12"] >= 0.9
+    early = [scores[layer] for layer in LAYERS[:3]]
+    assert early == sorted(early)
+    assert early[-1] < scores["features.12"] - 0.03
+    assert early[0] < 0.55
+
+
+@pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
+def test_the_three_classifiers_know_flowers_from_paths(
+    flowers, squeezenet_weights, classifier
+):
+    paths, labels = flowers
+    paths = np.array(paths, dtype=object)
+    test = np.arange(len(paths)) % 4 == 0
+    pipeline = make_feature_pipeline(
+        "squeezenet1_0", classifier, weights=squeezenet_weights
+    )
+
+    pipeline.fit(paths[~test], labels[~test])
+
+    assert pipeline.score(paths[test], labels[test]) > 0.85
+
+
+def test_digits_prefer_an_earlier_cut(squeezenet_weights):
+    digits, labels = load_digits(return_X_y=True)
+    transformer = CNNFeatureTransformer(
+        "squeezenet1_0",
+        weights=squeezenet_weights,
+        layer=["fire7", "fire9"],
+        image_shape=(8, 8),
+    )
+    features = transformer.fit_transform(digits / 16)
+
+    scores = {
+        layer: cross_val_score(linear_svm(), part, labels, cv=DIGIT_SPLITS).mean()
+        for layer, part in {
+            "fire7": features[:, :384],
+            "fire9": features[:, 384:],
+            "pixels": digits,
+        }.items()
+    }
+
+    assert scores["fire7"] > scores["fire9"] + 0.03
+    assert scores["fire7"] > scores["pixels"]
+
+
+def test_a_grid_search_on_paths_finds_the_last_cut_for_flowers(
+    flowers, squeezenet_weights
+):
+    paths, labels = flowers
+    few = np.arange(len(paths)) % 24 < 8  # eight of each class
+    grid = GridSearchCV(
+        make_feature_pipeline("squeezenet1_0", "svm", weights=squeezenet_weights),
+        {"feat__layer": ["stem", "fire7", "last"], "svm__C": [0.001, 0.01]},
+        cv=3,
+        error_score="raise",
+    )
+
+    grid.fit(np.array(paths, dtype=object)[few], labels[few])
+
+    assert grid.best_params_["feat__layer"] == "last"
+
+
+def test_the_tiny_backbone_beats_raw_pixels_on_digits():
+    digits, labels = load_digits(return_X_y=True)
+    features = CNNFeatureTransformer("tiny", layer="block2", image_shape=(8, 8))
+
+    on_pixels = cross_val_score(linear_svm(), digits, labels, cv=DIGIT_SPLITS).mean()
+    on_features = cross_val_score(
+        linear_svm(), features.fit_transform(digits / 16), labels, cv=DIGIT_SPLITS
+    ).mean()
+
+    assert on_features > on_pixels + 0.02
+
+
+def test_the_tiny_backbone_tells_flowers_apart(flowers):
+    paths, labels = flowers
+    features = CNNFeatureTransformer("tiny", image_size=128).fit_transform(paths)
+
+    score = cross_val_score(linear_svm(), features, labels, cv=FOLDS).mean()
+
+    # 16 x 16 raw pixels give 0.355.
+    assert score > 0.7
