@@ -298,8 +298,8 @@ def _resolve_layers(backbone, layer):
     layers = layer if isinstance(layer, (list, tuple)) else [layer]
     if not all(isinstance(one, (str, Integral)) for one in layers):
         raise InvalidParameterError(
-            f"The 'layer' parameter of CNNFeatureTransformer must be a name, a number or "
-            f"a list of them. Got {layer!r} instead."
+            "The 'layer' parameter of CNNFeatureTransformer must be a name, a number "
+            f"or a list of them. Got {layer!r} instead."
         )
     cut_points = [resolve_layer(backbone, one) for one in layers]
     n_blocks = len({cut_point.block for cut_point in cut_points})
