@@ -9,7 +9,7 @@ which comes with skltl and has only ever seen photographs of animals and things.
 
 The digits lie in rows of 64 numbers from 0 to 16; ``image_shape=(8, 8)`` says that each
 row is a picture. They are little like the photographs, so the network is cut early,
-after ``block2``: later layers know more about photographs, and less about strokes
+after ``block3``: later layers know more about photographs, and less about strokes
 of a pen.
 """
 
@@ -33,7 +33,7 @@ splits = StratifiedShuffleSplit(
 print(f"{'accuracy':<12}{'raw pixels':>12}{'features':>12}")
 for classifier in ("svm", "softmax", "ovr"):
     pipeline = make_feature_pipeline(
-        "tiny", classifier, layer="block2", image_shape=(8, 8)
+        "tiny", classifier, layer="block3", image_shape=(8, 8)
     )
     without_network = make_pipeline(*(step for _, step in pipeline.steps[1:]))
     on_pixels = cross_val_score(without_network, digits, labels, cv=splits).mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,36 +73,36 @@ def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
     return int(batch_size)
 
 
-def halve_until_it_fits(
-    run_from: Callable[[int, int], Iterator[int]], batch_size: int
-) -> None:
-    """Run a job batch by batch, with smaller batches where memory runs out.
+def halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> None:
+    """Run a job, and again with half the batch size if memory runs out.
 
     Parameters
     ----------
-    run_from : callable
-        ``run_from(start, batch_size)`` works on from position ``start`` and yields,
-        after each batch, the position reached.
+    run : callable
+        ``run(batch_size)`` does the whole job. It begins anew, so that all pictures
+        cross the network in batches of one size.
     batch_size : int
-        To begin with. Halved each time the device is out of memory.
+        To begin with.
 
     Raises
     ------
     torch.OutOfMemoryError
         If not even a single picture fits.
     """
-    position = 0
-    while True:
-        try:
-            for reached in run_from(position, batch_size):
-                position = reached
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size //= 2
-            torch.cuda.empty_cache()
-        else:
-            return
+    while not _fits(run, batch_size):
+        # Only here, where the failed batch is no longer held by the error's traceback.
+        torch.cuda.empty_cache()
+        batch_size //= 2
+
+
+def _fits(run: Callable[[int], None], batch_size: int) -> bool:
+    try:
+        run(batch_size)
+    except torch.OutOfMemoryError:
+        if batch_size == 1:
+            raise
+        return False
+    return True
 
 
 def _is_available(device: torch.device) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from os import PathLike, fspath
 
-import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from skltl import __version__
-from skltl.backbones import CutPoint, get_backbone, prefix_from_state, prefix_state
+from skltl.backbones import (
+    CutPoint,
+    get_backbone,
+    is_registered,
+    prefix_from_state,
+    prefix_state,
+)
 from skltl.images import Preprocessing, read_images
-
-# Types of numbers that say what black and white are. Others become float32.
-ROW_DTYPES = [np.float32, np.float64, np.float16, np.uint8, np.uint16, np.bool_]
 
 
 class ImageEstimator(BaseEstimator):
@@ -34,7 +36,7 @@ class ImageEstimator(BaseEstimator):
                 self.__dict__.pop("n_features_in_", None)
                 self.__dict__.pop("feature_names_in_", None)
             return read_images(X)
-        rows = validate_data(self, X, reset=reset, dtype=ROW_DTYPES)
+        rows = validate_data(self, X, reset=reset, dtype="numeric")
         return read_images(rows, image_shape=tuple(self.image_shape))
 
     def __sklearn_tags__(self):
@@ -48,17 +50,18 @@ class ImageEstimator(BaseEstimator):
     def __getstate__(self):
         state = dict(super().__getstate__())
         if "network_" in state:
-            own_record = self.backbone_ is self.backbone
-            state["backbone_"] = self.backbone_ if own_record else self.backbone_.name
+            state["backbone_"] = (
+                self.backbone_.name if is_registered(self.backbone_) else self.backbone_
+            )
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["network_"] = prefix_state(self.network_)
             state["preprocessing_"] = asdict(self.preprocessing_)
-            state["_skltl_version"] = __version__
+        if isinstance(self.weights, PathLike):  # a file of another system has no Path
+            state["weights"] = fspath(self.weights)
         return state
 
     def __setstate__(self, state):
         state = dict(state)
-        state.pop("_skltl_version", None)
         if "network_" in state:
             backbone = get_backbone(state["backbone_"])
             cut_points = [CutPoint(*point) for point in state["cut_points_"]]

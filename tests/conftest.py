@@ -35,8 +35,9 @@ def picture_files(pictures, tmp_path):
 def real_data():
     """The folder of real pictures and weights."""
     folder = os.environ.get("SKLTL_TEST_DATA")
-    if not folder or not Path(folder).is_dir():
+    if not folder:
         pytest.skip("SKLTL_TEST_DATA names no folder of real pictures and weights")
+    assert Path(folder).is_dir(), f"SKLTL_TEST_DATA={folder} is no folder"
     return Path(folder)
 
 

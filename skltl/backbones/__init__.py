@@ -9,7 +9,12 @@ from skltl.backbones._cut_points import (
     resolve_layer,
 )
 from skltl.backbones._loading import load_prefix, prefix_from_state, prefix_state
-from skltl.backbones._registry import get_backbone, list_backbones, register_backbone
+from skltl.backbones._registry import (
+    get_backbone,
+    is_registered,
+    list_backbones,
+    register_backbone,
+)
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.backbones._weights import load_network, random_network, resolve_weights
 
@@ -23,6 +28,7 @@ __all__ = [
     "Runner",
     "block_shapes",
     "get_backbone",
+    "is_registered",
     "list_backbones",
     "list_layers",
     "load_network",

@@ -14,7 +14,7 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
 from torchvision.models.inception import BasicConv2d as InceptionUnit
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from skltl.backbones._spec import freeze
+from skltl.backbones._blocks import children_of, freeze
 from skltl.images import normalise
 
 # What modules do that run each batch-norm right behind the convolution defined before
@@ -26,13 +26,6 @@ RUN_IN_ORDER = {
 }
 
 Pool = Callable[[Tensor], Tensor]
-
-
-def cut(blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the blocks up to the last wanted one, nothing of what comes after."""
-    names = list(blocks)
-    deepest = max(names.index(name) for name in wanted)
-    return {name: blocks[name] for name in names[: deepest + 1]}
 
 
 class FrozenPrefix:
@@ -135,10 +128,19 @@ def fold_batch_norms(module: nn.Module) -> None:
         fold_batch_norms(child)
     if type(module).forward not in RUN_IN_ORDER:
         return
-    for (first, conv), (second, norm) in pairwise(list(module.named_children())):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+    for (first, conv), (second, norm) in pairwise(children_of(module)):
+        if (
+            type(conv) is nn.Conv2d
+            and type(norm) is nn.BatchNorm2d
+            and not (_has_hooks(conv) or _has_hooks(norm))
+        ):
             setattr(module, first, fuse_conv_bn_eval(conv, norm))
             setattr(module, second, nn.Identity())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # Weight normalisation is one: it computes the weight anew before each forward pass.
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _segments(

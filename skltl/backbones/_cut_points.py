@@ -9,14 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from skltl.backbones._blocks import cut, freeze, last_step, output_shapes
 from skltl.backbones._registry import get_backbone, nearest
-from skltl.backbones._spec import (
-    Backbone,
-    Network,
-    freeze,
-    last_step,
-    output_shapes,
-)
+from skltl.backbones._spec import Backbone, Network
 from skltl.exceptions import UnknownLayerError
 
 
@@ -168,16 +163,33 @@ def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
 
 
 @lru_cache(maxsize=128)
-def block_shapes(backbone: Backbone, size: int) -> dict[str, tuple[int, ...]]:
+def block_shapes(
+    backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return the shape of one picture's feature map after each block.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Which network.
+    size : int
+        Height and width of the picture, in pixels.
+    wanted : tuple of str, default=None
+        Blocks up to the last of which to go; ``None`` is all.
+
+    Returns
+    -------
+    dict of str to tuple of int
+        (c, h, w), or (d,) after a fully connected layer.
 
     Raises
     ------
     ValueError
         If pictures of this size shrink to nothing on the way.
     """
+    blocks = skeleton(backbone).blocks
     try:
-        return output_shapes(skeleton(backbone).blocks, size)
+        return output_shapes(cut(blocks, wanted or list(blocks)), size)
     except RuntimeError as error:
         raise ValueError(
             f"Pictures of {size} x {size} pixels cannot cross {backbone.name!r}: "

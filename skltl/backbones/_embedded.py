@@ -11,13 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from skltl.backbones._spec import (
-    Backbone,
-    Network,
-    PretrainedWeights,
-    expand,
-    last_step,
-)
+from skltl.backbones._blocks import expand, last_step
+from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.images import Preprocessing
 
 WEIGHTS_FILE = Path(__file__).with_name("tiny.safetensors")

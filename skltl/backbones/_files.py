@@ -59,15 +59,13 @@ def fetch(url: str) -> Path:
     return path
 
 
-def read_state(path: Path, check_finite: bool = True) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict, as float32, from a ``.safetensors``, ``.pt`` or ``.pth`` file.
 
     Parameters
     ----------
     path : Path
         The file.
-    check_finite : bool, default=True
-        Whether NaN and infinity are refused.
 
     Returns
     -------
@@ -91,11 +89,7 @@ def read_state(path: Path, check_finite: bool = True) -> dict[str, Tensor]:
     content = (
         _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
     )
-    state = _checked_state(content, path)
-    for key, value in state.items():
-        if check_finite and not torch.isfinite(value).all():
-            raise WeightsError(f"{path}: {key!r} holds NaN or infinity.")
-    return state
+    return _checked_state(content, path)
 
 
 def sha256_of(path: Path) -> str:

@@ -7,26 +7,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from skltl.backbones._cut import FrozenPrefix, cut
-from skltl.backbones._cut_points import build_skeleton
-from skltl.backbones._spec import (
-    Backbone,
-    PretrainedWeights,
-    load_state,
-    state_of,
-)
-from skltl.backbones._weights import load_network, random_network
+from skltl.backbones._blocks import cut, load_state, state_of
+from skltl.backbones._cut import FrozenPrefix
+from skltl.backbones._cut_points import build_skeleton, resolve_layer
+from skltl.backbones._spec import Backbone, PretrainedWeights
+from skltl.backbones._weights import check_finite, load_network, random_network
 
 # Enough for a search over a few backbones and their cut points; the least recently used
 # ones go first. Fitted estimators keep what they use in any case.
 MAX_NETWORKS = 2
-MAX_PREFIXES = 16
+MAX_PREFIXES = 8
 
 Value = TypeVar("Value")
 
@@ -95,18 +91,21 @@ def _load_blocks(
     seed: int | None,
     wanted: Sequence[str],
 ) -> Mapping[str, nn.Module]:
-    """Return at least the wanted blocks; no deeper ones than were ever asked for.
+    """Return at least the wanted blocks, and in any case the convolutional ones.
 
-    Keeping all of VGG-16 would hold 500 MB of fully connected layers for nothing.
+    So a search over cut points loads a network once, and the fully connected layers of
+    VGG-16 do not hold 500 MB for nothing.
     """
     kept = _recall(_networks, key)
     if kept is None or not set(wanted) <= kept.keys():
         if weights is None:
-            assert seed is not None
-            network = random_network(backbone, seed)
+            network = random_network(backbone, cast(int, seed))
         else:
             network = load_network(backbone, weights)
-        kept = cut(network.blocks, wanted)
+        last = resolve_layer(backbone, "last").block
+        kept = cut(network.blocks, [last, *wanted])
+        if weights is not None:
+            check_finite(kept, weights)
         _remember(_networks, key, kept, MAX_NETWORKS)
     return kept
 

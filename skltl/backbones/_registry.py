@@ -55,11 +55,17 @@ def register_backbone(backbone: Backbone) -> None:
     >>> mine = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
     >>> register_backbone(mine)
     """
-    if _REGISTERED.get(backbone.name) is backbone:
+    if is_registered(backbone):
         return
     if backbone.name in list_backbones():
         raise ValueError(f"There is a backbone named {backbone.name!r} already.")
     _REGISTERED[backbone.name] = backbone
+
+
+def is_registered(backbone: Backbone) -> bool:
+    """Tell whether a backbone's name leads to this backbone."""
+    known = backbone.name in list_backbones()
+    return known and get_backbone(backbone.name) == backbone
 
 
 def get_backbone(backbone: str | Backbone) -> Backbone:

@@ -13,9 +13,15 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from skltl.backbones._blocks import (
+    children_of,
+    content_of,
+    expand,
+    last_step,
+    state_of,
+)
 from skltl.images import Preprocessing
 
 
@@ -79,7 +85,7 @@ class PretrainedWeights:
     aliases: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Backbone:
     """A pretrained network that skltl can cut, run and save, under a name.
 
@@ -98,6 +104,9 @@ class Backbone:
         Turns a state dict's key, as old files have it, into that of today.
     needless_keys : tuple of str, default=()
         Beginnings of keys that a state dict may have although nothing needs them.
+    content : str, default=""
+        Names the numbers in the network, where ``build`` has put some there. Backbones
+        of the same name and content are equal, in other processes, too.
 
     See Also
     --------
@@ -122,6 +131,11 @@ class Backbone:
     weights: tuple[PretrainedWeights, ...]
     rename_keys: Callable[[str], str] | None = None
     needless_keys: tuple[str, ...] = ()
+    content: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("A backbone needs at least one record of weights.")
 
     @classmethod
     def from_blocks(
@@ -150,12 +164,13 @@ class Backbone:
         Returns
         -------
         Backbone
-            It holds copies of the modules.
+            It holds copies of the modules, on the CPU, in float32.
 
         Raises
         ------
         ValueError
-            If there are no blocks, or a name cannot serve as one.
+            If there are no blocks, a name cannot serve as one, or a picture's features
+            would depend on the others in its batch (batch-norm without statistics).
         """
         if not blocks:
             raise ValueError("A backbone needs at least one block.")
@@ -165,59 +180,45 @@ class Backbone:
                     f"{block_name!r} cannot name a block: use letters, digits and '_', "
                     "and neither 'head' nor 'last'."
                 )
-        copies = copy.deepcopy((dict(blocks), head))
-        own_weights = PretrainedWeights("own", None, preprocessing)
-        build = partial(_network_of_blocks, *copies)
-        return cls(name, build, preprocessing, (own_weights,))
+            _check_own_block(block_name, blocks[block_name])
+        own = {key: _copy_for_cpu(block) for key, block in blocks.items()}
+        own_head = None if head is None else _copy_for_cpu(head)
+        return cls(
+            name,
+            build=partial(_network_of_blocks, own, own_head),
+            preprocessing=preprocessing,
+            weights=(PretrainedWeights("own", None, preprocessing),),
+            content=content_of({**own, "head": own_head or nn.Identity()}),
+        )
 
     def __deepcopy__(self, memo: object) -> Backbone:
         return self  # immutable: a clone of an estimator may share it
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Backbone):
+            return NotImplemented
+        return (self.name, self.content) == (other.name, other.content)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.content))
 
     def __repr__(self) -> str:
         return f"Backbone({self.name!r})"
 
 
-def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Take sequences of modules apart, down to the finest steps.
-
-    A step's name is its path; what is no plain ``nn.Sequential`` stays whole.
-    """
-    steps: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        is_sequence = isinstance(module, nn.Sequential)
-        if is_sequence and type(module).forward is nn.Sequential.forward:
-            children = {
-                f"{name}.{key}": child for key, child in module.named_children()
-            }
-            steps |= expand(children)
-        else:
-            steps[name] = module
-    return steps
+def _copy_for_cpu(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).cpu().float()
 
 
-def state_of(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the blocks' parameters and statistics, by block and torch's name."""
-    return {
-        f"{name}.{key}": value
-        for name, block in blocks.items()
-        for key, value in block.state_dict().items()
-    }
-
-
-def load_state(blocks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Put parameters and statistics into blocks, in place of what they have.
-
-    The keys must be those of `state_of`; the tensors are used as they are, not copied.
-    """
-    for name, block in blocks.items():
-        part = {key: state[f"{name}.{key}"] for key in block.state_dict()}
-        block.load_state_dict(part, assign=True)
-
-
-def freeze(modules: Mapping[str, nn.Module]) -> None:
-    """Make modules fixed functions of their input: no gradients, evaluation mode."""
-    for module in modules.values():
-        module.eval().requires_grad_(False)
+def _check_own_block(name: str, block: nn.Module) -> None:
+    if isinstance(block, nn.Sequential) and not children_of(block):
+        raise ValueError(f"The block {name!r} is empty.")
+    for part in block.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.running_mean is None:
+            raise ValueError(
+                f"The block {name!r} has a batch-norm without running statistics: the "
+                "features of a picture would depend on the others in its batch."
+            )
 
 
 def _network_of_blocks(
@@ -228,45 +229,3 @@ def _network_of_blocks(
     ends = {name: last_step(steps, name) for name in blocks}
     head_steps = {} if head is None else expand({"head": head})
     return Network(steps, head_steps, cut_points=ends)
-
-
-def last_step(steps: Mapping[str, nn.Module], path: str) -> str:
-    """Return the last step that is ``path`` or lies inside of it.
-
-    Raises
-    ------
-    KeyError
-        If there is none.
-    """
-    inside = [step for step in steps if step == path or step.startswith(f"{path}.")]
-    if not inside:
-        raise KeyError(path)
-    return inside[-1]
-
-
-@torch.inference_mode()
-def output_shapes(
-    blocks: Mapping[str, nn.Module], size: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one picture's feature map after each block.
-
-    Parameters
-    ----------
-    blocks : mapping of str to Module
-        In evaluation mode, with or without numbers in them (torch's "meta" device).
-    size : int
-        Height and width of the picture.
-
-    Returns
-    -------
-    dict of str to tuple of int
-        (c, h, w), or (d,) after a fully connected layer.
-    """
-    parameters = chain.from_iterable(block.parameters() for block in blocks.values())
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
-    feature_map = torch.zeros(1, 3, size, size, device=device)
-    shapes = {}
-    for name, block in blocks.items():
-        feature_map = block(feature_map)  # (1, c, h, w)
-        shapes[name] = tuple(feature_map.shape[1:])
-    return shapes

@@ -12,19 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torchvision.models as models
 from torch import nn
 
-from skltl.backbones._spec import (
-    Backbone,
-    Network,
-    PretrainedWeights,
-    expand,
-    last_step,
-)
+from skltl.backbones._blocks import expand, last_step
+from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.images import Preprocessing
 
 # Networks of the same module that are not (only) convolutional.
@@ -297,11 +291,12 @@ def _as_network(model: nn.Module) -> Network:
         family.cut_points(model) if callable(family.cut_points) else family.cut_points
     )
     ends = {cut: last_step(steps, path) for cut, path in cuts.items()}
-    last_end = list(ends.values())[-1]
-    blocks = [*takewhile(lambda step: step != last_end, steps), last_end]
+    # The head begins with the last layer that has parameters: it gives the logits.
+    trained = [name for name, step in steps.items() if list(step.parameters())]
+    n_blocks = list(steps).index(trained[-1])
     return Network(
-        {step: steps[step] for step in blocks},
-        {step: module for step, module in steps.items() if step not in blocks},
+        dict(list(steps.items())[:n_blocks]),
+        dict(list(steps.items())[n_blocks:]),
         ends,
         {other: cut for other, cut in family.aliases.items() if cut in ends},
     )
@@ -314,9 +309,10 @@ def _pretrained(name: str, weights: Any) -> PretrainedWeights:
         # others, and undoes that in `forward` when it has loaded these weights.
         preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     categories = tuple(weights.meta["categories"] or ())
-    aliases = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
+    names = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
+    in_full = (f"{type(weights).__name__}.{name}" for name in (weights.name, *names))
     return PretrainedWeights(
-        weights.name, weights.url, preprocessing, categories, aliases
+        weights.name, weights.url, preprocessing, categories, (*names, *in_full)
     )
 
 

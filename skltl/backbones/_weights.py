@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from skltl.backbones._blocks import freeze, load_state, state_of
 from skltl.backbones._cut_points import build_skeleton, skeleton
 from skltl.backbones._files import FILE_FORMATS, fetch, read_state
 from skltl.backbones._registry import nearest
-from skltl.backbones._spec import (
-    Backbone,
-    Network,
-    PretrainedWeights,
-    freeze,
-    load_state,
-)
+from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.exceptions import WeightsError
 
 DEFAULT = "imagenet"
@@ -58,13 +54,12 @@ def resolve_weights(
     if weights == DEFAULT:
         return default
     known = {name: one for one in backbone.weights for name in (one.name, *one.aliases)}
-    name = str(weights).rpartition(".")[2]  # "ResNet50_Weights.IMAGENET1K_V2"
-    if name in known:
-        return known[name]
+    if str(weights) in known:
+        return known[str(weights)]
     path = Path(weights).expanduser()
     if isinstance(weights, os.PathLike) or path.suffix in FILE_FORMATS:
         return PretrainedWeights(path.name, path, default.preprocessing)
-    names = [DEFAULT, *known]
+    names = [DEFAULT, *(one.name for one in backbone.weights)]
     raise WeightsError(
         f"Unknown weights {str(weights)!r} for {backbone.name!r}. "
         f"{nearest(str(weights), names)} A file's name must end in "
@@ -86,11 +81,12 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
     else:
         is_url = isinstance(weights.source, str)
         path = fetch(str(weights.source)) if is_url else Path(weights.source)
-        # A file with the right hash is what its publisher meant it to be: VGG-16's
-        # IMAGENET1K_FEATURES have NaN in the head on purpose.
-        state = _renamed(backbone, read_state(path, check_finite=not is_url))
+        state = _renamed(backbone, read_state(path))
         network = _skeleton_that_fits(backbone, state, path)
-        load_state({**network.blocks, **network.head}, state)
+        modules = {**network.blocks, **network.head}
+        load_state(modules, state)
+        if not is_url:  # the heads of some published files hold NaN on purpose
+            check_finite(modules, weights)
     freeze({**network.blocks, **network.head})
     return network
 
@@ -112,11 +108,16 @@ def random_network(backbone: Backbone, seed: int) -> Network:
 
 def _forget(network: Network) -> None:
     """Exchange the weights that a network was built with for random ones."""
-    for module in {**network.blocks, **network.head}.values():
+    for name, module in {**network.blocks, **network.head}.items():
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
             if reset is not None:
                 reset()
+            elif list(part.parameters(recurse=False)):
+                raise WeightsError(
+                    f"weights=None: {type(part).__name__} in {name!r} has parameters, "
+                    "but no method reset_parameters() that gives them random values."
+                )
 
 
 def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,8 +142,33 @@ def _skeleton_that_fits(
     if n_classes == len(expected[last_weight]):
         n_classes = None
     network = build_skeleton(backbone, n_classes)
+    if _has_another_head(network, state):
+        # A network of the user's own is not built for other classes. Its blocks serve.
+        head = state_of(network.head)
+        network = replace(network, head={})
+        state = {key: value for key, value in state.items() if key not in head}
     _check_fit(network.state(), state, backbone, path)
     return network
+
+
+def _has_another_head(network: Network, state: Mapping[str, Tensor]) -> bool:
+    head = state_of(network.head)
+    return head.keys() <= state.keys() and any(
+        state[key].shape != value.shape for key, value in head.items()
+    )
+
+
+def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) -> None:
+    """Refuse blocks with numbers that are not finite.
+
+    Raises
+    ------
+    WeightsError
+        It names the first of them.
+    """
+    for key, value in state_of(blocks).items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{weights.source}: {key!r} holds NaN or infinity.")
 
 
 def _check_fit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -62,18 +61,16 @@ def extract_features(
     std = torch.tensor(preprocessing.std).view(3, 1, 1)
     pool_here = partial(pool, pooling=pooling)
 
-    def run_from(start: int, batch_size: int) -> Iterator[int]:
-        batches = iter_batches(source, preprocessing, batch_size, n_threads, start)
-        for batch in batches:
-            pixels = torch.from_numpy(batch.pixels)  # (batch_size, h, w, 3)
-            rows = runner.features(pixels, mean, std, pool_here)
-            positions = slice(batch.positions.start, batch.positions.stop)
-            features[positions] = rows[: len(batch.positions)].numpy()
-            progress.update(len(batch.positions))
-            yield batch.positions.stop
+    def run(batch_size: int) -> None:
+        with tqdm(
+            total=len(source), desc="features", unit="img", disable=not verbose
+        ) as progress:
+            for batch in iter_batches(source, preprocessing, batch_size, n_threads):
+                pixels = torch.from_numpy(batch.pixels)  # (batch_size, h, w, 3)
+                rows = runner.features(pixels, mean, std, pool_here)
+                positions = slice(batch.positions.start, batch.positions.stop)
+                features[positions] = rows[: len(batch.positions)].numpy()
+                progress.update(len(batch.positions))
 
-    with tqdm(
-        total=len(source), desc="features", unit="img", disable=not verbose
-    ) as progress:
-        halve_until_it_fits(run_from, batch_size)
+    halve_until_it_fits(run, batch_size)
     return features

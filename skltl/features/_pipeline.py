@@ -65,6 +65,6 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
 
 CLASSIFIERS = {
     "svm": LinearSVC(C=0.01),
-    "softmax": LogisticRegression(C=0.01, max_iter=1000),
-    "ovr": OneVsRestClassifier(LogisticRegression(C=0.01, max_iter=1000)),
+    "softmax": LogisticRegression(C=0.1, max_iter=1000),
+    "ovr": OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)),
 }

@@ -209,19 +209,23 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         TypeError, ValueError
             If ``X`` is not a sequence of pictures.
         """
-        self._read_images(X, reset=True)
+        resolve_device(self.device)
+        _n_threads(self.n_jobs)
         backbone = get_backbone(self.backbone)
         weights = resolve_weights(backbone, self.weights)
         preprocessing = (weights or backbone).preprocessing
         if self.image_size is not None:
             preprocessing = preprocessing.resized_to(self.image_size)
-        block_shapes(backbone, preprocessing.crop_size)  # an error if it is too small
         cut_points = _resolve_layers(backbone, self.layer)
+        blocks = tuple(cut_point.block for cut_point in cut_points)
+        block_shapes(backbone, preprocessing.crop_size, blocks)  # or: it is too small
         seed = _draw_seed(self.random_state) if weights is None else None
-        blocks = [cut_point.block for cut_point in cut_points]
-        self.network_ = load_prefix(backbone, weights, seed, blocks)
+        network = load_prefix(backbone, weights, seed, blocks)
+        # Last of all that can fail: a fit that fails leaves the one before as it was.
+        self._read_images(X, reset=True)
         self.backbone_ = backbone
         self.cut_points_ = cut_points
+        self.network_ = network
         self.preprocessing_ = preprocessing
         return self
 
@@ -244,6 +248,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             For the first picture that cannot be read; it names its index and path.
         """
         check_is_fitted(self)
+        self._validate_params()  # they may have been set after `fit`
         source = self._read_images(X, reset=False)
         device = resolve_device(self.device)
         dtype = resolve_precision(self.precision, device)
@@ -282,7 +287,8 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
 
     def _n_features(self):
         """Count the features at each cut point."""
-        shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size)
+        blocks = tuple(cut_point.block for cut_point in self.cut_points_)
+        shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
         return [
             n_pooled(shapes[point.block], self.pooling) for point in self.cut_points_
         ]
@@ -290,13 +296,15 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
+        tags.non_deterministic = self.weights is None and self.random_state is None
         return tags
 
 
 def _resolve_layers(backbone, layer):
     """Find the cut points that a `layer` parameter names, each of them once."""
     layers = layer if isinstance(layer, (list, tuple)) else [layer]
-    if not all(isinstance(one, (str, Integral)) for one in layers):
+    is_name = [isinstance(one, (str, Integral)) for one in layers]
+    if not all(is_name) or any(isinstance(one, bool) for one in layers):
         raise InvalidParameterError(
             "The 'layer' parameter of CNNFeatureTransformer must be a name, a number "
             f"or a list of them. Got {layer!r} instead."

@@ -40,7 +40,6 @@ def iter_batches(
     preprocessing: Preprocessing,
     batch_size: int,
     n_threads: int,
-    start: int = 0,
 ) -> Iterator[Batch]:
     """Yield the pictures of a source in order, in batches of one fixed size.
 
@@ -57,8 +56,6 @@ def iter_batches(
         Pictures in each batch.
     n_threads : int
         Threads that decode.
-    start : int, default=0
-        Position of the first picture.
 
     Yields
     ------
@@ -74,11 +71,11 @@ def iter_batches(
     def read(index: int) -> Pixels:
         return preprocessing.crop(source[index])
 
-    remaining = iter(range(start, len(source)))
+    remaining = iter(range(len(source)))
     ahead: deque[Future[Pixels]] = deque()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
     try:
-        for first in range(start, len(source), batch_size):
+        for first in range(0, len(source), batch_size):
             while len(ahead) < batch_size * (1 + BATCHES_AHEAD):
                 index = next(remaining, None)
                 if index is None:

@@ -29,6 +29,11 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 # Transparent pixels are laid on white, as on a page.
 BACKGROUND = 255
 
+# TIFF's tags, and a value (TIFF 6.0, sections 3 and 8).
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC_INTERPRETATION = 262
+WHITE_IS_ZERO = 0
+
 SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 # What Pillow's decoders were seen to raise on damaged files. They are one family for
@@ -126,16 +131,27 @@ def _check_pixel_count(picture: Image.Image) -> None:
 def _read_picture(picture: Image.Image) -> Pixels:
     if not picture.width or not picture.height:
         raise ValueError("it has no pixels")
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode in SIXTEEN_BIT_MODES:
-        # `convert("RGB")` would clip these to white.
-        return read_array(np.asarray(picture).astype(np.uint16))
+        return _read_deep_grey(picture)
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F"):
         kind = "32-bit integers" if picture.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind}, whose range is unknown")
     if picture.has_transparency_data:
         return _on_background(np.asarray(picture.convert("RGBA")))
     return np.array(picture.convert("RGB"))
+
+
+def _read_deep_grey(picture: Image.Image) -> Pixels:
+    """Scale a grey picture of 16 bits; ``convert("RGB")`` would clip it to white."""
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF file
+    n_bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    if n_bits != 16:
+        raise ValueError(f"its pixels have {n_bits} bits; 8 and 16 are understood")
+    grey = np.asarray(ImageOps.exif_transpose(picture)).astype(np.uint16)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        grey = np.uint16(65535) - grey
+    return read_array(grey)
 
 
 def _with_known_range(array: NDArray[Any]) -> Pixels:
@@ -160,7 +176,7 @@ def _with_known_range(array: NDArray[Any]) -> Pixels:
 def _on_background(rgba: Pixels) -> Pixels:
     """Lay a picture with an alpha channel on the background."""
     if rgba.dtype == np.uint8:
-        picture = Image.fromarray(np.ascontiguousarray(rgba), "RGBA")
+        picture = Image.fromarray(np.ascontiguousarray(rgba))
         page = Image.new("RGBA", picture.size, (BACKGROUND,) * 3 + (255,))
         return np.array(Image.alpha_composite(page, picture).convert("RGB"))
     alpha = rgba[:, :, 3:]

@@ -8,6 +8,7 @@ the last two run on whole batches, on the network's device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,13 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            numbers = tuple(float(number) for number in getattr(self, name))
+            object.__setattr__(self, name, numbers)  # the usual way, in a frozen class
+            if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} must be 3 finite numbers, got {numbers}.")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}.")
         if self.crop_size < 1 or self.shorter_side < 1:
             raise ValueError("crop_size and resize_size must be at least 1 pixel.")
         if self.interpolation not in INTERPOLATIONS:

@@ -6,6 +6,7 @@ import math
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 CHANNEL_COUNTS = (1, 3, 4)
@@ -40,6 +41,18 @@ def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[
             f"image_shape={image_shape} does not fit rows of {n_columns} numbers."
         )
     return rows.reshape(len(rows), *image_shape)
+
+
+def as_pixels(rows: NDArray[Any]) -> NDArray[Any]:
+    """Bring numbers to types that pictures have.
+
+    uint8, uint16 and bool say what white is, and stay; all others become float32, with
+    the values they have. The byte order becomes this machine's.
+    """
+    rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
+    if rows.dtype in (np.uint8, np.uint16, np.bool_):
+        return rows
+    return rows.astype(np.float32, copy=False)
 
 
 def suggest_image_shape(n_columns: int) -> str:

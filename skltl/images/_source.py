@@ -31,7 +31,12 @@ from skltl.images._decode import (
     read_picture,
     tensor_to_array,
 )
-from skltl.images._rows import CHANNEL_COUNTS, rows_as_images, suggest_image_shape
+from skltl.images._rows import (
+    CHANNEL_COUNTS,
+    as_pixels,
+    rows_as_images,
+    suggest_image_shape,
+)
 
 # Arrays are no `Sequence` to Python, but serve as one here.
 Items: TypeAlias = Sequence[Any] | NDArray[Any]
@@ -42,7 +47,12 @@ _EXPECTED = (
 )
 
 
-class ImageSource(Sequence[Pixels]):
+# Pillow loads a picture from its file when it is first used. The same one may stand at
+# several places and in several sources, and must not be loaded by two threads at once.
+_PICTURE_LOCK = threading.Lock()
+
+
+class ImageSource:
     """Pictures that are decoded when they are asked for.
 
     Parameters
@@ -88,10 +98,7 @@ class ImageSource(Sequence[Pixels]):
         if isinstance(item, (str, os.PathLike)):
             return read_file(item)
         if isinstance(item, Image.Image):
-            # Pillow loads a picture from its file when it is first used. The same
-            # one may stand at several places, and must not be loaded by two threads
-            # at once.
-            with self._lock:
+            with _PICTURE_LOCK:
                 return read_picture(item)
         array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
         if array.ndim == 3 and self._channels_first:
@@ -151,9 +158,10 @@ def read_images(
         If ``X`` is empty, a single picture, or an array that cannot be pictures.
     """
     if image_shape is not None:
-        images = rows_as_images(X, image_shape)
+        images = rows_as_images(as_pixels(X), image_shape)
         channels_first = _has_channels_first([images.shape[1:]], prefers_first=False)
-        return ImageSource(images, channels_first, checks_range=False)
+        # Integers of a type that does not say what white is often go from 0 to 255.
+        return ImageSource(images, channels_first, checks_range=X.dtype.kind in "iu")
     X = _unwrap(X)
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUT":
         return _source_of_array(X, prefers_first=False)
@@ -218,7 +226,7 @@ def _source_of_items(X: Items, check_items: bool) -> ImageSource:
             f"Expected {_EXPECTED}, got an array of {X.dtype} of shape {X.shape}."
         )
     _check_not_empty((len(X),))
-    if isinstance(X[0], (int, float, np.number)):
+    if check_items and isinstance(X[0], (int, float, np.number)):
         raise ImageTypeError(0, f"a number ({X[0]!r}), not a path or a picture")
     if isinstance(X[0], (list, tuple)) or getattr(X[0], "ndim", 0) == 1:
         return _source_of_array(_stacked(X), prefers_first=False)

@@ -1,5 +1,7 @@
 """A network of the user's own is a backbone like any other."""
 
+import copy
+import pickle
 from collections import OrderedDict
 
 import joblib
@@ -187,6 +189,154 @@ def test_a_unit_that_inherits_but_runs_otherwise_is_not_folded(pictures):
     with torch.inference_mode():
         by_hand = blocks["unit"].eval()(blocks["stem"](batch)).mean((2, 3))
     np.testing.assert_allclose(features, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def by_hand(blocks, pictures):
+    """Run modules on the middle of the pictures, scaled to [0, 1] only."""
+    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        for block in blocks:
+            batch = block.eval()(batch)
+    return batch.mean((2, 3)).numpy()
+
+
+def features_of(blocks, pictures):
+    names = [f"block{number}" for number in range(len(blocks))]
+    backbone = Backbone.from_blocks(
+        "odd",
+        dict(zip(names, copy.deepcopy(blocks), strict=True)),
+        preprocessing=Preprocessing(40, mean=(0,) * 3, std=(1,) * 3),
+    )
+    transformer = CNNFeatureTransformer(backbone, precision="float32")
+    return transformer.fit_transform(pictures)
+
+
+def with_statistics(norm):
+    for values in (norm.running_mean, norm.bias.data):
+        values.uniform_(-1, 1)
+    return norm
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, batch):
+        return super().forward(batch).relu()
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, batch):
+        weight = self.weight / self.weight.std(dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(batch, weight, self.bias)
+
+
+def shared_activation():
+    relu = nn.ReLU()
+    return [nn.Sequential(nn.Conv2d(3, 6, 3), relu, nn.Conv2d(6, 8, 3), relu)]
+
+
+def activation_between_convolution_and_norm():
+    relu = nn.ReLU()
+    first = nn.Sequential(nn.Conv2d(3, 6, 3), relu)
+    norm = with_statistics(nn.BatchNorm2d(6))
+    return [nn.Sequential(first, nn.Conv2d(6, 6, 3), relu, norm)]
+
+
+def norm_with_activation():
+    return [nn.Sequential(nn.Conv2d(3, 6, 3), with_statistics(NormAndActivation(6)))]
+
+
+def standardised_convolution():
+    norm = with_statistics(nn.BatchNorm2d(6))
+    return [nn.Sequential(StandardisedConv(3, 6, 3), norm)]
+
+
+def normalised_weights():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+    return [nn.Sequential(conv, with_statistics(nn.BatchNorm2d(6)))]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        shared_activation,
+        activation_between_convolution_and_norm,
+        norm_with_activation,
+        standardised_convolution,
+        normalised_weights,
+    ],
+)
+def test_odd_networks_give_what_their_modules_give(pictures, make):
+    torch.manual_seed(0)
+    blocks = make()
+
+    found = features_of(blocks, pictures)
+
+    np.testing.assert_allclose(found, by_hand(blocks, pictures), rtol=1e-4, atol=1e-5)
+
+
+def test_networks_in_half_precision_are_run_in_full(pictures):
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(3, 6, 3).bfloat16()]
+
+    found = features_of(blocks, pictures)
+
+    expected = by_hand([blocks[0].float()], pictures)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_without_statistics_is_refused():
+    norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    with pytest.raises(ValueError, match="depend on the others in its batch"):
+        Backbone.from_blocks("odd", {"norm": norm}, preprocessing=Preprocessing(8))
+
+
+def test_random_weights_need_a_way_to_draw_them(pictures):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((3, 1, 1), 7.0))
+
+        def forward(self, batch):
+            return batch * self.scale
+
+    backbone = Backbone.from_blocks(
+        "odd", {"scale": Scale()}, preprocessing=Preprocessing(8)
+    )
+
+    with pytest.raises(ValueError, match="Scale in 'scale'.*reset_parameters"):
+        CNNFeatureTransformer(backbone, weights=None).fit(pictures)
+
+
+def test_a_copy_from_another_process_is_the_same_backbone(backbone, blocks):
+    copied = pickle.loads(pickle.dumps(backbone))
+    blocks["stem"][0].weight.data += 1
+    other = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
+
+    assert copied == backbone
+    assert hash(copied) == hash(backbone)
+    assert other != backbone
+
+
+def test_weights_of_another_head_serve_its_blocks(backbone, blocks, tmp_path, pictures):
+    state = nn.ModuleDict({**blocks, "head": nn.Linear(5, 7)}).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+
+    found = CNNFeatureTransformer(
+        backbone, weights=tmp_path / "weights.pt"
+    ).fit_transform(pictures)
+
+    expected = CNNFeatureTransformer(backbone).fit_transform(pictures)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_saved_estimator_remembers_an_unregistered_network(backbone, pictures):
+    fitted = CNNFeatureTransformer(backbone).fit(pictures)
+    expected = fitted.transform(pictures)
+    fitted.set_params(backbone="resnet18")
+
+    loaded = pickle.loads(pickle.dumps(fitted))
+
+    np.testing.assert_array_equal(loaded.transform(pictures), expected)
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):

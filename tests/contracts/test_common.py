@@ -61,7 +61,7 @@ def test_the_whole_suite_of_scikit_learn_passes(kind):
 
 
 # Some of them fit on a table with names and transform an array, on purpose.
-@pytest.mark.filterwarnings("ignore:X does not have valid feature names")
+@pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names")
 @pytest.mark.parametrize("check", FURTHER_CHECKS, ids=lambda check: check.__name__)
 def test_further_public_checks_pass(check):
     check("CNNFeatureTransformer", TRANSFORMERS["several"])

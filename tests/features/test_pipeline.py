@@ -24,7 +24,7 @@ def test_pipelines_learn_digits(digits, classifier):
         "tiny", classifier, layer="block3", image_shape=(8, 8)
     )
 
-    assert pipeline.fit(X_train, y_train).score(X_test, y_test) > 0.9
+    assert pipeline.fit(X_train, y_train).score(X_test, y_test) > 0.8
 
 
 def test_a_grid_over_the_cut_point(digits):

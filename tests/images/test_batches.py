@@ -1,13 +1,15 @@
 """Batches keep order and size, and hold few pictures at a time."""
 
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
 
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
-from skltl.images import iter_batches, read_images
+from skltl.images import ImageSource, iter_batches, read_images
 from skltl.images._batches import BATCHES_AHEAD
 
 
@@ -29,11 +31,14 @@ def test_batches_have_one_size_and_keep_the_order(pictures):
 
 
 class CountingPictures:
-    """A sequence that knows how many of its pictures were asked for."""
+    """A sequence that knows how many pictures were asked for, and how many are alive."""
 
     def __init__(self, n):
         self.n = n
         self.n_read = 0
+        self.n_most_alive = 0
+        self.alive = weakref.WeakSet()
+        self.threads = set()
         self.lock = threading.Lock()
 
     def __len__(self):
@@ -42,17 +47,38 @@ class CountingPictures:
     def __getitem__(self, index):
         with self.lock:
             self.n_read += 1
-        return np.zeros((8, 8, 3), np.uint8)
+            picture = Tracked((8, 8, 3), np.uint8)
+            self.alive.add(picture)
+            self.n_most_alive = max(self.n_most_alive, len(self.alive))
+            self.threads.add(threading.current_thread().name)
+        time.sleep(0.001)
+        return picture
 
 
-def test_few_pictures_are_decoded_ahead():
-    from skltl.images import ImageSource
+class Tracked(np.ndarray):
+    """An array that can be watched, by identity."""
 
-    items = CountingPictures(1000)
+    __hash__ = object.__hash__
+
+
+def test_few_pictures_are_decoded_ahead_and_none_is_kept():
+    items = CountingPictures(500)
     batches = iter_batches(ImageSource(items), Preprocessing(8), 10, n_threads=4)
 
     for number, _ in enumerate(batches, start=1):
         assert items.n_read <= 10 * (number + BATCHES_AHEAD)
+
+    assert items.n_read == 500
+    assert items.n_most_alive <= 10 * (1 + BATCHES_AHEAD)
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_so_many_threads_decode(n_threads):
+    items = CountingPictures(60)
+
+    list(iter_batches(ImageSource(items), Preprocessing(8), 10, n_threads))
+
+    assert len(items.threads) == n_threads
 
 
 def test_the_first_unreadable_picture_is_named_and_threads_end(pictures):

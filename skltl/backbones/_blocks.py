@@ -1,0 +1,120 @@
+"""Ordered named blocks: take networks apart, move numbers, freeze, find out shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Take sequences of modules apart, down to the finest steps.
+
+    A step's name is its path; what is no plain ``nn.Sequential`` stays whole.
+    """
+    steps: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        is_sequence = isinstance(module, nn.Sequential)
+        if is_sequence and type(module).forward is nn.Sequential.forward:
+            steps |= expand(
+                {f"{name}.{key}": child for key, child in children_of(module)}
+            )
+        else:
+            steps[name] = module
+    return steps
+
+
+def cut(blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the blocks up to the last wanted one, nothing of what comes after."""
+    names = list(blocks)
+    deepest = max(names.index(name) for name in wanted)
+    return {name: blocks[name] for name in names[: deepest + 1]}
+
+
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module's children, each as often as it is used.
+
+    ``named_children`` leaves out repetitions: the second use of one shared ReLU.
+    """
+    return [(key, child) for key, child in module._modules.items() if child is not None]
+
+
+def state_of(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the blocks' parameters and statistics, by block and torch's name."""
+    return {
+        f"{name}.{key}": value
+        for name, block in blocks.items()
+        for key, value in block.state_dict().items()
+    }
+
+
+def load_state(blocks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Put parameters and statistics into blocks, in place of what they have.
+
+    The keys must be those of `state_of`; the tensors are used as they are, not copied.
+    """
+    for name, block in blocks.items():
+        part = {key: state[f"{name}.{key}"] for key in block.state_dict()}
+        block.load_state_dict(part, assign=True)
+
+
+def content_of(blocks: Mapping[str, nn.Module]) -> str:
+    """Name blocks by their structure and all their numbers."""
+    hashed = blake2b(digest_size=16)
+    for name, block in blocks.items():
+        hashed.update(f"{name}: {block}".encode())
+        for key, value in block.state_dict().items():
+            hashed.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            hashed.update(value.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def freeze(modules: Mapping[str, nn.Module]) -> None:
+    """Make modules fixed functions of their input: no gradients, evaluation mode."""
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+
+
+def last_step(steps: Mapping[str, nn.Module], path: str) -> str:
+    """Return the last step that is ``path`` or lies inside of it.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    """
+    inside = [step for step in steps if step == path or step.startswith(f"{path}.")]
+    if not inside:
+        raise KeyError(path)
+    return inside[-1]
+
+
+@torch.inference_mode()
+def output_shapes(
+    blocks: Mapping[str, nn.Module], size: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one picture's feature map after each block.
+
+    Parameters
+    ----------
+    blocks : mapping of str to Module
+        In evaluation mode, with or without numbers in them (torch's "meta" device).
+    size : int
+        Height and width of the picture.
+
+    Returns
+    -------
+    dict of str to tuple of int
+        (c, h, w), or (d,) after a fully connected layer.
+    """
+    parameters = chain.from_iterable(block.parameters() for block in blocks.values())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    feature_map = torch.zeros(1, 3, size, size, device=device)
+    shapes = {}
+    for name, block in blocks.items():
+        feature_map = block(feature_map)  # (1, c, h, w)
+        shapes[name] = tuple(feature_map.shape[1:])
+    return shapes
