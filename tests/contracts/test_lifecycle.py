@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 from skltl import CNNFeatureTransformer
 
@@ -43,6 +44,28 @@ def test_copies_of_a_fitted_estimator_are_fitted(pictures, copied):
     np.testing.assert_array_equal(
         copied(fitted).transform(pictures), fitted.transform(pictures)
     )
+
+
+def test_a_fit_on_rows_that_fails_leaves_the_last_one():
+    rows = np.random.default_rng(0).random((3, 64))
+    fitted = CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit(rows)
+    expected = fitted.transform(rows)
+
+    with pytest.raises(ValueError, match="block9"):
+        fitted.set_params(layer="block9", image_shape=(4, 4)).fit(rows[:, :16])
+
+    fitted.set_params(layer="last", image_shape=(8, 8))
+    np.testing.assert_array_equal(fitted.transform(rows), expected)
+
+
+def test_a_first_fit_that_fails_leaves_the_estimator_unfitted(pictures):
+    transformer = CNNFeatureTransformer("tiny", layer="block9")
+
+    with pytest.raises(ValueError, match="block9"):
+        transformer.fit(pictures)
+
+    with pytest.raises(NotFittedError):
+        transformer.transform(pictures)
 
 
 def test_a_fit_that_fails_leaves_the_last_one(pictures):

@@ -4,6 +4,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -47,6 +48,18 @@ def test_skops_needs_only_what_skltl_lists(pictures, tmp_path):
     assert set(unknown) <= set(skltl.SKOPS_TRUSTED)
     np.testing.assert_array_equal(
         loaded.decision_function(rows), pipeline.decision_function(rows)
+    )
+
+
+def test_skops_takes_weights_from_a_path(tmp_path, pictures):
+    weights = Path(skltl.backbones.__file__).with_name("tiny.safetensors")
+    transformer = CNNFeatureTransformer("tiny", weights=weights).fit(pictures)
+    skops.io.dump(transformer, tmp_path / "transformer.skops")
+
+    loaded = skops.io.load(tmp_path / "transformer.skops", trusted=skltl.SKOPS_TRUSTED)
+
+    np.testing.assert_array_equal(
+        loaded.transform(pictures), transformer.transform(pictures)
     )
 
 

@@ -50,12 +50,39 @@ def test_the_steps_of_two_pipelines_are_their_own():
     assert second.get_params()["svm__C"] == 0.01
 
 
-def test_labels_of_any_kind_come_back(pictures):
-    labels = np.array([True, False, True] * 3)
+LABELS = {
+    "strings": np.array(["rose", "tulip", "lily"]),
+    "objects": np.array(["rose", "tulip", "lily"], dtype=object),
+    "bools": np.array([True, False]),
+    "negative": np.array([-1, 7, 3]),
+}
+NO_LABELS = {
+    "too few": list("ab"),
+    "None": ["a", "b", None] * 3,
+    "continuous": np.linspace(0, 1, 9),
+}
 
-    predicted = make_feature_pipeline("tiny").fit(pictures, labels).predict(pictures)
 
-    assert predicted.dtype == bool
+@pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_any_kind_come_back(pictures, classifier, kind):
+    labels = np.resize(LABELS[kind], len(pictures))
+
+    pipeline = make_feature_pipeline("tiny", classifier).fit(pictures, labels)
+
+    assert set(pipeline.predict(pictures)) <= set(labels)
+    assert list(pipeline.classes_) == sorted(set(labels))
+    if classifier != "ovr":  # scikit-learn's OneVsRestClassifier loses the type object
+        assert pipeline.classes_.dtype == labels.dtype
+
+
+# What else is no label (NaN, several for one picture) is left to scikit-learn, whose
+# OneVsRestClassifier takes it.
+@pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_what_is_no_label_is_refused(pictures, classifier, kind):
+    with pytest.raises((ValueError, TypeError)):
+        make_feature_pipeline("tiny", classifier).fit(pictures, NO_LABELS[kind])
 
 
 def test_unknown_classifiers_are_refused():

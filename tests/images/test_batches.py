@@ -31,7 +31,7 @@ def test_batches_have_one_size_and_keep_the_order(pictures):
 
 
 class CountingPictures:
-    """A sequence that knows how many pictures were asked for, and how many are alive."""
+    """A sequence that knows how many of its pictures were read, and how many live."""
 
     def __init__(self, n):
         self.n = n

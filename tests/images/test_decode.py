@@ -81,6 +81,37 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, extension):
     np.testing.assert_allclose(pixels[:, :, 1], values / 65535, rtol=1e-6)
 
 
+def tiff(n_bits, photometric, content):
+    """Write a grey TIFF file of 4 x 4 pixels by hand (little-endian, one strip)."""
+    tags = [
+        (256, 3, 4),
+        (257, 3, 4),
+        (258, 3, n_bits),
+        (259, 3, 1),
+        (262, 3, photometric),
+        (273, 4, 8 + 2 + 9 * 12 + 4),
+        (277, 3, 1),
+        (278, 3, 4),
+        (279, 4, len(content)),
+    ]
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in tags)
+    header = b"II*\x00" + struct.pack("<I", 8) + struct.pack("<H", len(tags))
+    return header + directory + struct.pack("<I", 0) + content
+
+
+def test_deep_tiff_with_white_as_zero_is_upright(tmp_path):
+    (tmp_path / "deep.tif").write_bytes(tiff(16, 0, b"\xff\xff" * 16))
+
+    np.testing.assert_array_equal(decoded(tmp_path / "deep.tif"), 0)
+
+
+def test_twelve_bits_are_refused(tmp_path):
+    (tmp_path / "deep.tif").write_bytes(tiff(12, 1, b"\xff" * 24))
+
+    with pytest.raises(ImageReadError, match="12 bits"):
+        decoded(tmp_path / "deep.tif")
+
+
 def test_sixteen_bit_files_and_arrays_give_the_same_pixels(tmp_path):
     values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
     Image.fromarray(values).save(tmp_path / "deep.png")

@@ -1,6 +1,7 @@
 """What ``X`` may be, and the words with which anything else is refused."""
 
 import pickle
+import threading
 
 import numpy as np
 import pandas as pd
@@ -246,6 +247,44 @@ def test_floats_outside_0_and_1_are_warned_of_once_with_their_range():
         walked(read_images(floats))
 
     assert len(record) == 1
+
+
+def test_a_picture_not_yet_loaded_may_stand_in_many_sources(picture_files, pictures):
+    lazy = [Image.open(path) for path in picture_files]
+    barrier = threading.Barrier(4)
+    found = []
+
+    def read_all():
+        barrier.wait()
+        found.append([pixels.copy() for pixels in read_images(lazy)])
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(found) == 4
+    for read in found:
+        np.testing.assert_array_equal(read, pictures)
+
+
+@pytest.mark.parametrize("dtype", [">u2", "<u2", ">f4", ">f8"])
+def test_rows_of_any_byte_order_hold_the_same_pictures(dtype):
+    values = np.arange(12).reshape(1, 12) * 5000
+    scale = 65535 if dtype[1] == "u" else 1
+
+    pixels = read_images(values.astype(dtype), image_shape=(3, 4))[0]
+
+    expected = values.reshape(3, 4) / scale
+    np.testing.assert_allclose(pixels[:, :, 0], expected, rtol=1e-6)
+
+
+def test_rows_of_integers_that_do_not_say_what_white_is_are_warned_of():
+    rows = np.arange(12).reshape(1, 12) * 20
+
+    with pytest.warns(ImageRangeWarning, match="from 0 to 220"):
+        walked(read_images(rows, image_shape=(3, 4)))
 
 
 def test_rows_are_taken_as_they_are():
