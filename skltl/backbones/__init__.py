@@ -1,6 +1,6 @@
 """Pretrained networks as ordered lists of named blocks, and their weights."""
 
-from skltl.backbones._cut import FrozenPrefix, Runner
+from skltl.backbones._prefix import FrozenPrefix, Runner
 from skltl.backbones._cut_points import (
     CutPoint,
     Layer,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skltl.backbones._blocks import cut, load_state, state_of
-from skltl.backbones._cut import FrozenPrefix
+from skltl.backbones._prefix import FrozenPrefix
 from skltl.backbones._cut_points import build_skeleton, resolve_layer
 from skltl.backbones._spec import Backbone, PretrainedWeights
 from skltl.backbones._weights import check_finite, load_network, random_network

@@ -1,4 +1,4 @@
-"""Cut a network at the wanted places, and run what is left of it fast."""
+"""The frozen prefix of a network, made ready to run fast."""
 
 from __future__ import annotations
 
