@@ -33,7 +33,7 @@ splits = StratifiedShuffleSplit(
 print(f"{'accuracy':<12}{'raw pixels':>12}{'features':>12}")
 for classifier in ("svm", "softmax", "ovr"):
     pipeline = make_feature_pipeline(
-        "tiny", classifier, layer="block3", image_shape=(8, 8)
+        "tiny", classifier, layer="block3", image_shape=(8, 8), image_size=32
     )
     without_network = make_pipeline(*(step for _, step in pipeline.steps[1:]))
     on_pixels = cross_val_score(without_network, digits, labels, cv=splits).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch
 # every batch is filled up to this size. A GPU needs more to keep all its cores at work.
 CPU_BATCH_SIZE = 8
 GPU_BATCH_SIZE = 128
+
+# The threads of torch's pool do not exist in a forked child, which would wait for them
+# for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

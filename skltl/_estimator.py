@@ -15,7 +15,7 @@ from skltl.backbones import (
     prefix_from_state,
     prefix_state,
 )
-from skltl.images import Preprocessing, read_images
+from skltl.images import Preprocessing, is_tensor, read_images, tensor_to_array
 
 
 class ImageEstimator(BaseEstimator):
@@ -36,6 +36,7 @@ class ImageEstimator(BaseEstimator):
                 self.__dict__.pop("n_features_in_", None)
                 self.__dict__.pop("feature_names_in_", None)
             return read_images(X)
+        X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
         rows = validate_data(self, X, reset=reset, dtype="numeric")
         return read_images(rows, image_shape=tuple(self.image_shape))
 
@@ -50,9 +51,8 @@ class ImageEstimator(BaseEstimator):
     def __getstate__(self):
         state = dict(super().__getstate__())
         if "network_" in state:
-            state["backbone_"] = (
-                self.backbone_.name if is_registered(self.backbone_) else self.backbone_
-            )
+            by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
+            state["backbone_"] = self.backbone_.name if by_name else self.backbone_
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["network_"] = prefix_state(self.network_)
             state["preprocessing_"] = asdict(self.preprocessing_)
@@ -71,3 +71,13 @@ class ImageEstimator(BaseEstimator):
             state["network_"] = prefix_from_state(backbone, state["network_"], blocks)
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
         super().__setstate__(state)
+
+
+def _with_numpy_types(X):
+    """Turn a table of one of pandas' own types (UInt8, Arrow's) into the numpy type.
+
+    scikit-learn makes floats of them, and uint8 would lose the meaning of its 255.
+    """
+    types = set(getattr(X, "dtypes", ())) if hasattr(X, "iloc") else set()
+    numpy_type = getattr(next(iter(types)), "numpy_dtype", None) if types else None
+    return X.astype(numpy_type) if len(types) == 1 and numpy_type is not None else X

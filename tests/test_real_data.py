@@ -150,7 +150,9 @@ def test_a_grid_search_on_paths_finds_the_last_cut_for_flowers(
 
 def test_the_tiny_backbone_beats_raw_pixels_on_digits():
     digits, labels = load_digits(return_X_y=True)
-    features = CNNFeatureTransformer("tiny", layer="block3", image_shape=(8, 8))
+    features = CNNFeatureTransformer(
+        "tiny", layer="block3", image_shape=(8, 8), image_size=32
+    )
 
     on_pixels = cross_val_score(linear_svm(), digits, labels, cv=DIGIT_SPLITS).mean()
     on_features = cross_val_score(

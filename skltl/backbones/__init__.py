@@ -1,6 +1,5 @@
 """Pretrained networks as ordered lists of named blocks, and their weights."""
 
-from skltl.backbones._prefix import FrozenPrefix, Runner
 from skltl.backbones._cut_points import (
     CutPoint,
     Layer,
@@ -9,6 +8,7 @@ from skltl.backbones._cut_points import (
     resolve_layer,
 )
 from skltl.backbones._loading import load_prefix, prefix_from_state, prefix_state
+from skltl.backbones._prefix import FrozenPrefix, Runner
 from skltl.backbones._registry import (
     get_backbone,
     is_registered,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from itertools import chain
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Take sequences of modules apart, down to the finest steps.
 
-    A step's name is its path; what is no plain ``nn.Sequential`` stays whole.
+    A step's name is its path. What is no plain ``nn.Sequential``, or has hooks, stays
+    whole.
     """
     steps: dict[str, nn.Module] = {}
     for name, module in modules.items():
-        is_sequence = isinstance(module, nn.Sequential)
-        if is_sequence and type(module).forward is nn.Sequential.forward:
+        is_plain = type(module).forward is nn.Sequential.forward
+        if is_plain and not has_hooks(module):
             steps |= expand(
                 {f"{name}.{key}": child for key, child in children_of(module)}
             )
@@ -32,6 +32,11 @@ def cut(blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.
     names = list(blocks)
     deepest = max(names.index(name) for name in wanted)
     return {name: blocks[name] for name in names[: deepest + 1]}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether more than ``forward`` happens when a module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -59,17 +64,6 @@ def load_state(blocks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> 
     for name, block in blocks.items():
         part = {key: state[f"{name}.{key}"] for key in block.state_dict()}
         block.load_state_dict(part, assign=True)
-
-
-def content_of(blocks: Mapping[str, nn.Module]) -> str:
-    """Name blocks by their structure and all their numbers."""
-    hashed = blake2b(digest_size=16)
-    for name, block in blocks.items():
-        hashed.update(f"{name}: {block}".encode())
-        for key, value in block.state_dict().items():
-            hashed.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            hashed.update(value.contiguous().numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def freeze(modules: Mapping[str, nn.Module]) -> None:

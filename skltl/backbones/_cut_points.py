@@ -237,7 +237,10 @@ def _strides(
     """
     added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
     maps = {name: network.blocks[name] for name in shapes if len(shapes[name]) == 3}
-    larger = output_shapes(maps, size + added)
+    try:
+        larger = output_shapes(maps, size + added)
+    except RuntimeError:  # a network for pictures of one size only
+        return {}
     return {
         name: round(added / (larger[name][1] - shapes[name][1]))
         for name in maps

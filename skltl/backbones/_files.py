@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -13,12 +14,18 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from skltl.exceptions import WeightsError, WeightsNotFoundError
 
 FILE_FORMATS = (".safetensors", ".pt", ".pth")
+
+# What the readers were seen to raise on damaged files, which have no common class.
+_READ_ERRORS = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError),
+    *(AttributeError, AssertionError, struct.error),
+)
 
 # Under these names training scripts keep the state dict beside an optimizer's.
 WRAPPERS = ("state_dict", "model")
@@ -119,8 +126,9 @@ def _download(url: str, path: Path, digits: str) -> None:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        # Not `load_file`, whose tensors are the file: they would change when it does.
+        return load(path.read_bytes())
+    except (SafetensorError, *_READ_ERRORS) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {error}"
         ) from error
@@ -133,21 +141,19 @@ def _read_pt(path: Path) -> Any:
         raise WeightsError(
             f"{path} holds more than tensors and was not loaded, because that would "
             "run code from the file. Save a state dict instead: "
-            "torch.save(network.state_dict(), ...). "
-            f"torch says: {_first_sentence(error)}"
+            f"torch.save(network.state_dict(), ...).{_refused_names(error)}"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _READ_ERRORS as error:
         raise WeightsError(f"{path} is not a readable torch file: {error}") from error
 
 
-def _first_sentence(error: Exception) -> str:
-    # torch's message goes on with advice to load the file unsafely. Not here. The name
-    # of what was refused stands behind "Unsupported global" or "Unsupported".
-    text = str(error)
-    named = re.search(
-        r"(Unsupported [^\n]*?|Can only[^\n]*?)(?: was not an|\n|$)", text
+def _refused_names(error: Exception) -> str:
+    # Of torch's message only the names of what it refused. It goes on with advice to
+    # load the file unsafely; not here.
+    named = re.findall(
+        r"(?:GLOBAL|function|class) [`'\"<]?(?:class ')?([\w.]+)", str(error)
     )
-    return named[1] if named else text.splitlines()[0]
+    return f" It asks for {', '.join(dict.fromkeys(named))}." if named else ""
 
 
 def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
@@ -170,7 +176,11 @@ def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _checked_tensor(key: str, value: Tensor, path: Path) -> Tensor:
-    if value.layout is not torch.strided or value.is_quantized or value.is_complex():
+    is_plain = value.layout is torch.strided and not (
+        value.is_quantized or value.is_complex() or value.is_meta
+    )
+    # A few bytes can claim to be terabytes by repeating themselves.
+    if not is_plain or value.nbytes > value.untyped_storage().nbytes():
         raise WeightsError(
             f"{path}: {key!r} is a {value.dtype} tensor ({value.layout})."
         )

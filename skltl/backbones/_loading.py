@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skltl.backbones._blocks import cut, load_state, state_of
-from skltl.backbones._prefix import FrozenPrefix
 from skltl.backbones._cut_points import build_skeleton, resolve_layer
+from skltl.backbones._prefix import FrozenPrefix
 from skltl.backbones._spec import Backbone, PretrainedWeights
 from skltl.backbones._weights import check_finite, load_network, random_network
 
@@ -118,7 +118,10 @@ def _file_state(weights: PretrainedWeights) -> Hashable:
     if not path.exists():  # the error comes when it is read
         return weights
     stat = path.stat()
-    return (weights, path.resolve(), stat.st_size, stat.st_mtime_ns)
+    # Programs that copy files often keep the time of their last change; the time of the
+    # last change of the directory entry (ctime) they cannot set.
+    times = (stat.st_mtime_ns, stat.st_ctime_ns)
+    return (weights, path.resolve(), stat.st_ino, stat.st_size, *times)
 
 
 def _recall(memory: OrderedDict[Hashable, Value], key: Hashable) -> Value | None:

@@ -14,7 +14,7 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
 from torchvision.models.inception import BasicConv2d as InceptionUnit
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from skltl.backbones._blocks import children_of, freeze
+from skltl.backbones._blocks import children_of, freeze, has_hooks
 from skltl.images import normalise
 
 # What modules do that run each batch-norm right behind the convolution defined before
@@ -86,7 +86,6 @@ class Runner:
             for name, segment in _segments(blocks, wanted)
         ]
 
-    @torch.inference_mode()
     def features(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
         """Run a batch of pictures, and pool at each wanted place.
 
@@ -105,6 +104,14 @@ class Runner:
         tensor of shape (n, d)
             The features of all wanted places, side by side, float32, on the CPU.
         """
+        # The user's autocast would overrule the precision that was asked for.
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            return self._run(pixels, mean, std, pool).cpu()
+
+    def _run(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
         # Pictures lie in memory with their channels last:
         # this permutation copies nothing.
         batch = pixels.to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
@@ -115,7 +122,7 @@ class Runner:
             feature_map = segment(feature_map)  # (n, c, h', w')
             # Pooled at once: the next block's in-place ReLU may overwrite the map.
             pooled[name] = pool(feature_map)
-        return torch.cat([pooled[name] for name in self._wanted], dim=1).cpu()
+        return torch.cat([pooled[name] for name in self._wanted], dim=1)
 
 
 def fold_batch_norms(module: nn.Module) -> None:
@@ -132,15 +139,10 @@ def fold_batch_norms(module: nn.Module) -> None:
         if (
             type(conv) is nn.Conv2d
             and type(norm) is nn.BatchNorm2d
-            and not (_has_hooks(conv) or _has_hooks(norm))
+            and not (has_hooks(conv) or has_hooks(norm))
         ):
             setattr(module, first, fuse_conv_bn_eval(conv, norm))
             setattr(module, second, nn.Identity())
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    # Weight normalisation is one: it computes the weight anew before each forward pass.
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _segments(

@@ -31,7 +31,7 @@ def list_backbones() -> list[str]:
     return ["tiny", *list_torchvision(), *_REGISTERED]
 
 
-def register_backbone(backbone: Backbone) -> None:
+def register_backbone(backbone: Backbone, replace: bool = False) -> None:
     """Make a backbone of your own available under its name, in this process.
 
     Worker processes (``n_jobs``) do not know the name: pass the `Backbone` itself as
@@ -41,6 +41,9 @@ def register_backbone(backbone: Backbone) -> None:
     ----------
     backbone : Backbone
         See `Backbone.from_blocks`.
+
+    replace : bool, default=False
+        Whether it may take the place of another one of your own with this name.
 
     Raises
     ------
@@ -57,8 +60,10 @@ def register_backbone(backbone: Backbone) -> None:
     """
     if is_registered(backbone):
         return
-    if backbone.name in list_backbones():
-        raise ValueError(f"There is a backbone named {backbone.name!r} already.")
+    is_own = backbone.name in _REGISTERED
+    if backbone.name in list_backbones() and not (replace and is_own):
+        hint = " Pass replace=True to exchange it." if is_own else ""
+        raise ValueError(f"There is a backbone named {backbone.name!r} already.{hint}")
     _REGISTERED[backbone.name] = backbone
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from uuid import uuid4
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from skltl.backbones._blocks import (
     children_of,
-    content_of,
     expand,
     last_step,
     state_of,
@@ -104,9 +105,9 @@ class Backbone:
         Turns a state dict's key, as old files have it, into that of today.
     needless_keys : tuple of str, default=()
         Beginnings of keys that a state dict may have although nothing needs them.
-    content : str, default=""
-        Names the numbers in the network, where ``build`` has put some there. Backbones
-        of the same name and content are equal, in other processes, too.
+    token : str, default=""
+        Backbones with the same token are equal. Drawn at random if it is empty, it goes
+        where the record goes: a copy in another process is equal, and only a copy.
 
     See Also
     --------
@@ -131,11 +132,13 @@ class Backbone:
     weights: tuple[PretrainedWeights, ...]
     rename_keys: Callable[[str], str] | None = None
     needless_keys: tuple[str, ...] = ()
-    content: str = ""
+    token: str = ""
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("A backbone needs at least one record of weights.")
+        if not self.token:
+            object.__setattr__(self, "token", uuid4().hex)
 
     @classmethod
     def from_blocks(
@@ -172,8 +175,12 @@ class Backbone:
             If there are no blocks, a name cannot serve as one, or a picture's features
             would depend on the others in its batch (batch-norm without statistics).
         """
-        if not blocks:
-            raise ValueError("A backbone needs at least one block.")
+        if not isinstance(preprocessing, Preprocessing):
+            raise TypeError(
+                f"preprocessing must be a Preprocessing, got {preprocessing!r}."
+            )
+        if not isinstance(blocks, Mapping) or not blocks:
+            raise TypeError("blocks must be a dictionary of names and modules.")
         for block_name in blocks:
             if not block_name.isidentifier() or block_name in ("head", "last"):
                 raise ValueError(
@@ -188,7 +195,6 @@ class Backbone:
             build=partial(_network_of_blocks, own, own_head),
             preprocessing=preprocessing,
             weights=(PretrainedWeights("own", None, preprocessing),),
-            content=content_of({**own, "head": own_head or nn.Identity()}),
         )
 
     def __deepcopy__(self, memo: object) -> Backbone:
@@ -197,10 +203,10 @@ class Backbone:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Backbone):
             return NotImplemented
-        return (self.name, self.content) == (other.name, other.content)
+        return self.token == other.token
 
     def __hash__(self) -> int:
-        return hash((self.name, self.content))
+        return hash(self.token)
 
     def __repr__(self) -> str:
         return f"Backbone({self.name!r})"
@@ -211,10 +217,12 @@ def _copy_for_cpu(module: nn.Module) -> nn.Module:
 
 
 def _check_own_block(name: str, block: nn.Module) -> None:
+    if not isinstance(block, nn.Module):
+        raise TypeError(f"The block {name!r} must be a torch module, got {block!r}.")
     if isinstance(block, nn.Sequential) and not children_of(block):
         raise ValueError(f"The block {name!r} is empty.")
     for part in block.modules():
-        if isinstance(part, nn.BatchNorm2d) and part.running_mean is None:
+        if isinstance(part, _BatchNorm) and part.running_mean is None:
             raise ValueError(
                 f"The block {name!r} has a batch-norm without running statistics: the "
                 "features of a picture would depend on the others in its batch."

@@ -137,11 +137,7 @@ def _skeleton_that_fits(
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
             state[key] = torch.tensor(0)
-    last_weight = [key for key, value in expected.items() if value.ndim > 1][-1]
-    n_classes = len(state[last_weight]) if last_weight in state else None
-    if n_classes == len(expected[last_weight]):
-        n_classes = None
-    network = build_skeleton(backbone, n_classes)
+    network = build_skeleton(backbone, _other_n_classes(expected, state))
     if _has_another_head(network, state):
         # A network of the user's own is not built for other classes. Its blocks serve.
         head = state_of(network.head)
@@ -149,6 +145,17 @@ def _skeleton_that_fits(
         state = {key: value for key, value in state.items() if key not in head}
     _check_fit(network.state(), state, backbone, path)
     return network
+
+
+def _other_n_classes(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> int | None:
+    """Return for how many classes a state dict is, if not for the usual number."""
+    matrices = [key for key, value in expected.items() if value.ndim > 1]
+    if not matrices or state.get(matrices[-1], torch.tensor(0)).ndim < 2:
+        return None
+    n_classes = len(state[matrices[-1]])
+    return None if n_classes == len(expected[matrices[-1]]) else n_classes
 
 
 def _has_another_head(network: Network, state: Mapping[str, Tensor]) -> bool:
@@ -179,12 +186,23 @@ def _check_fit(
 ) -> None:
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
+    common = [key for key in expected if key in state]
     misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in common
+        if state[key].shape != expected[key].shape
     ]
-    faults = {"missing": missing, "not known": extra, "of another shape": misshapen}
+    mistyped = [
+        f"{key} ({state[key].dtype})"
+        for key in common
+        if state[key].is_floating_point() != expected[key].is_floating_point()
+    ]
+    faults = {
+        "missing": missing,
+        "not known": extra,
+        "of another shape": misshapen,
+        "of another type": mistyped,
+    }
     said = [
         f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
         for fault, keys in faults.items()

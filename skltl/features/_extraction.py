@@ -68,6 +68,11 @@ def extract_features(
             for batch in iter_batches(source, preprocessing, batch_size, n_threads):
                 pixels = torch.from_numpy(batch.pixels)  # (batch_size, h, w, 3)
                 rows = runner.features(pixels, mean, std, pool_here)
+                if rows.shape != (batch_size, n_features):
+                    raise ValueError(
+                        f"The network makes features of shape {tuple(rows.shape)} of "
+                        f"{batch_size} pictures; expected {(batch_size, n_features)}."
+                    )
                 positions = slice(batch.positions.start, batch.positions.stop)
                 features[positions] = rows[: len(batch.positions)].numpy()
                 progress.update(len(batch.positions))

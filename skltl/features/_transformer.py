@@ -8,7 +8,7 @@ from os import PathLike
 import numpy as np
 import torch
 from joblib import effective_n_jobs
-from sklearn.base import TransformerMixin
+from sklearn.base import TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -209,6 +209,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         TypeError, ValueError
             If ``X`` is not a sequence of pictures.
         """
+        clone(self)._read_images(X, reset=True)  # is `X` all right, before any work
         resolve_device(self.device)
         _n_threads(self.n_jobs)
         backbone = get_backbone(self.backbone)
@@ -218,10 +219,10 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             preprocessing = preprocessing.resized_to(self.image_size)
         cut_points = _resolve_layers(backbone, self.layer)
         blocks = tuple(cut_point.block for cut_point in cut_points)
-        block_shapes(backbone, preprocessing.crop_size, blocks)  # or: it is too small
+        _check_shapes(block_shapes(backbone, preprocessing.crop_size, blocks), blocks)
         seed = _draw_seed(self.random_state) if weights is None else None
         network = load_prefix(backbone, weights, seed, blocks)
-        # Last of all that can fail: a fit that fails leaves the one before as it was.
+        # Only now does anything change: a fit that fails leaves the one before.
         self._read_images(X, reset=True)
         self.backbone_ = backbone
         self.cut_points_ = cut_points
@@ -316,6 +317,16 @@ def _resolve_layers(backbone, layer):
             f"layer={layer!r} must name at least one cut point, and none of them twice."
         )
     return cut_points
+
+
+def _check_shapes(shapes, blocks):
+    """Refuse cut points whose output is neither a feature map nor a vector."""
+    for block in blocks:
+        if len(shapes[block]) not in (1, 3):
+            raise ValueError(
+                f"The output of {block!r} for one picture has shape {shapes[block]}; "
+                "expected a map (c, h, w) or a vector (d,)."
+            )
 
 
 def _draw_seed(random_state):

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 
@@ -34,6 +34,17 @@ BITS_PER_SAMPLE = 258
 PHOTOMETRIC_INTERPRETATION = 262
 WHITE_IS_ZERO = 0
 
+# What undoes each orientation of EXIF (CIPA DC-008, tag 0x0112).
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 # What Pillow's decoders were seen to raise on damaged files. They are one family for
@@ -47,6 +58,8 @@ _DECODER_ERRORS = (
     KeyError,
     TypeError,
     OverflowError,
+    AttributeError,
+    AssertionError,  # also of a picture whose file was closed
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -96,10 +109,13 @@ def read_array(array: NDArray[Any]) -> Pixels:
 
 def tensor_to_array(tensor: Any) -> NDArray[Any]:
     """Bring a torch tensor, on any device, to numpy."""
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
-        tensor = tensor.float()
-    array: NDArray[Any] = tensor.numpy()
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
+            tensor = tensor.float()
+        array: NDArray[Any] = tensor.numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"its tensor cannot become an array: {error}") from error
     return array
 
 
@@ -131,9 +147,10 @@ def _check_pixel_count(picture: Image.Image) -> None:
 def _read_picture(picture: Image.Image) -> Pixels:
     if not picture.width or not picture.height:
         raise ValueError("it has no pixels")
+    picture.load()  # before metadata is read: some lie behind the pixels
     if picture.mode in SIXTEEN_BIT_MODES:
         return _read_deep_grey(picture)
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode in ("I", "F"):
         kind = "32-bit integers" if picture.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind}, whose range is unknown")
@@ -148,10 +165,27 @@ def _read_deep_grey(picture: Image.Image) -> Pixels:
     n_bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     if n_bits != 16:
         raise ValueError(f"its pixels have {n_bits} bits; 8 and 16 are understood")
-    grey = np.asarray(ImageOps.exif_transpose(picture)).astype(np.uint16)
+    grey = np.asarray(_upright(picture)).astype(np.uint16)
     if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         grey = np.uint16(65535) - grey
+    if "transparency" in picture.info:  # the one value that is transparent
+        grey = np.where(grey == picture.info["transparency"], np.uint16(65535), grey)
     return read_array(grey)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn a picture as its camera's orientation says.
+
+    Not ``ImageOps.exif_transpose``, which also writes the metadata anew, and fails when
+    any of it is odd.
+    """
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except _DECODER_ERRORS:
+        return picture  # a picture that can be seen, with metadata that cannot be read
+    if orientation in UPRIGHT:
+        return picture.transpose(UPRIGHT[orientation])
+    return picture
 
 
 def _with_known_range(array: NDArray[Any]) -> Pixels:

@@ -183,7 +183,8 @@ def _unwrap(X: Any) -> Any:
             "Masked arrays are not supported: fill the masked pixels first."
         )
     if hasattr(X, "to_numpy"):  # pandas, polars
-        if len(X.shape) == 2 and X.shape[1] == 1:
+        shape: tuple[int, ...] = getattr(X, "shape", ())
+        if len(shape) == 2 and shape[1] == 1:
             X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
         X = X.to_numpy()
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
@@ -254,6 +255,8 @@ def _stacked(X: Items) -> NDArray[Any]:
 
 def check_item(index: int, item: Any) -> None:
     """Refuse an item that cannot be a picture, whatever its pixels."""
+    if isinstance(item, os.PathLike) and isinstance(os.fspath(item), bytes):
+        raise ImageTypeError(index, "a path of bytes; paths of text are understood")
     if isinstance(item, (str, os.PathLike, Image.Image)):
         return
     if isinstance(item, np.ma.MaskedArray):

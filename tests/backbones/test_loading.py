@@ -1,5 +1,6 @@
 """A network is loaded once, prepared once, and nothing more is kept than is of use."""
 
+import os
 import threading
 
 import pytest
@@ -71,6 +72,28 @@ def test_a_file_that_has_changed_is_loaded_again(weights_file):
     after = prefix("block1", weights_file).blocks["features.0"].weight
 
     assert not torch.equal(before, after)
+
+
+def test_a_file_copied_over_with_the_old_time_is_loaded_again(weights_file):
+    before = prefix("block1", weights_file).blocks["features.0"].weight.clone()
+    stat = weights_file.stat()
+    torch.manual_seed(1)
+    save_file(models.alexnet(weights=None).state_dict(), weights_file)
+    os.utime(weights_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    after = prefix("block1", weights_file).blocks["features.0"].weight
+
+    assert not torch.equal(before, after)
+
+
+def test_what_is_loaded_does_not_change_with_the_file(weights_file):
+    weight = prefix("block1", weights_file).blocks["features.0"].weight
+    before = weight.clone()
+
+    with weights_file.open("r+b") as file:  # in place, as `cp` does it
+        file.write(bytes(weights_file.stat().st_size))
+
+    assert torch.equal(weight, before)
 
 
 def test_numbers_in_use_must_be_finite(weights_file):

@@ -283,8 +283,99 @@ def test_networks_in_half_precision_are_run_in_full(pictures):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_without_statistics_is_refused():
-    norm = nn.BatchNorm2d(3, track_running_stats=False)
+class Scale(nn.Module):
+    """Its number is no parameter."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, batch):
+        return batch * self.factor
+
+
+def test_two_networks_of_one_name_are_two(pictures):
+    small, large = (features_of([Scale(factor)], pictures) for factor in (1, 100))
+
+    np.testing.assert_allclose(large, 100 * small, rtol=1e-5)
+
+
+def test_hooks_of_a_sequence_are_kept(pictures):
+    sequence = nn.Sequential(nn.Conv2d(3, 4, 3))
+    sequence.register_forward_hook(lambda module, args, output: output * 0)
+
+    assert (features_of([sequence], pictures) == 0).all()
+
+
+class FirstOnly(nn.Module):
+    def forward(self, batch):
+        return batch[:1]
+
+
+class Tokens(nn.Module):
+    def forward(self, batch):
+        return batch.flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(FirstOnly(), "expected \\(8, 3\\)"), (Tokens(), "expected a map")],
+)
+def test_outputs_that_are_no_features_are_refused(pictures, module, words):
+    with pytest.raises(ValueError, match=words):
+        features_of([module], pictures)
+
+
+def test_a_network_for_one_size_only_has_no_strides():
+    unflatten = nn.Unflatten(1, (3, 8, 8))
+    sequence = [nn.Flatten(), nn.Linear(192, 192), unflatten, nn.Conv2d(3, 4, 3)]
+    backbone = Backbone.from_blocks(
+        "odd", {"all": nn.Sequential(*sequence)}, preprocessing=Preprocessing(8)
+    )
+
+    (layer,) = list_layers(backbone)
+
+    assert (layer.channels, layer.stride) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "preprocessing", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 1)), Preprocessing(8), "must be a dictionary"),
+        ({}, Preprocessing(8), "must be a dictionary"),
+        ({"block": torch.relu}, Preprocessing(8), "'block' must be a torch module"),
+        ({"block": nn.Conv2d(3, 3, 1)}, 224, "must be a Preprocessing"),
+    ],
+)
+def test_arguments_of_a_record_are_checked(blocks, preprocessing, words):
+    with pytest.raises(TypeError, match=words):
+        Backbone.from_blocks("odd", blocks, preprocessing=preprocessing)
+
+
+def test_an_own_backbone_may_be_replaced(backbone, blocks):
+    register_backbone(backbone)
+    other = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(16))
+
+    with pytest.raises(ValueError, match="replace=True"):
+        register_backbone(other)
+    register_backbone(other, replace=True)
+
+    assert get_backbone("mine") is other
+
+
+def test_a_record_that_is_also_registered_is_saved_with_the_estimator(
+    backbone, pictures
+):
+    register_backbone(backbone)
+    saved = pickle.dumps(CNNFeatureTransformer(backbone).fit(pictures))
+    _registry._REGISTERED.clear()
+
+    assert pickle.loads(saved).transform(pictures).shape == (len(pictures), 8)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_a_norm_without_statistics_is_refused(kind):
+    norm = kind(3, track_running_stats=False)
 
     with pytest.raises(ValueError, match="depend on the others in its batch"):
         Backbone.from_blocks("odd", {"norm": norm}, preprocessing=Preprocessing(8))

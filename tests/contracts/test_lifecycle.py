@@ -53,8 +53,10 @@ def test_a_fit_on_rows_that_fails_leaves_the_last_one():
 
     with pytest.raises(ValueError, match="block9"):
         fitted.set_params(layer="block9", image_shape=(4, 4)).fit(rows[:, :16])
-
     fitted.set_params(layer="last", image_shape=(8, 8))
+    with pytest.raises(ValueError, match="does not fit rows of 63"):
+        fitted.fit(rows[:, :63])
+
     np.testing.assert_array_equal(fitted.transform(rows), expected)
 
 

@@ -1,5 +1,8 @@
 """Features are what torchvision's network gives by hand, whatever the way to them."""
 
+import multiprocessing
+import os
+
 import joblib
 import numpy as np
 import pandas as pd
@@ -235,6 +238,43 @@ def test_rows_are_the_pictures_that_they_hold():
     )
 
 
+@pytest.mark.parametrize("kind", ["UInt8", "uint8[pyarrow]", "uint8"])
+def test_bytes_in_a_table_stay_bytes(kind):
+    rows = np.random.default_rng(0).integers(256, size=(3, 64)).astype(np.uint8)
+    transformer = CNNFeatureTransformer("tiny", layer="stem", image_shape=(8, 8))
+
+    from_table = transformer.fit_transform(pd.DataFrame(rows).astype(kind))
+
+    np.testing.assert_array_equal(from_table, transformer.fit_transform(rows))
+
+
+def test_autocast_does_not_overrule_the_precision(pictures):
+    transformer = CNNFeatureTransformer("tiny", precision="float32").fit(pictures)
+    expected = transformer.transform(pictures)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = transformer.transform(pictures)
+
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_x_is_looked_at_before_weights_are_fetched():
+    with pytest.raises(TypeError, match="single path"):
+        CNNFeatureTransformer("tiny", weights="missing.pt").fit("flower.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_child_does_not_hang(pictures):
+    transformer = CNNFeatureTransformer("tiny").fit(pictures)
+    expected = transformer.transform(pictures)
+
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.map_async(transformer.transform, [pictures]).get(timeout=60)
+
+    np.testing.assert_allclose(found[0], expected, rtol=0.02, atol=0.02)
+
+
 def test_image_size_is_what_the_network_sees(pictures):
     def n_features(**parameters):
         transformer = CNNFeatureTransformer(
@@ -242,7 +282,7 @@ def test_image_size_is_what_the_network_sees(pictures):
         )
         return transformer.fit_transform(pictures).shape[1]
 
-    assert n_features() == 288 * 4 * 4
+    assert n_features() == 288 * 5 * 5
     assert n_features(image_size=128) == 288 * 8 * 8
 
 

@@ -131,6 +131,37 @@ def test_exif_orientation_is_applied(picture, tmp_path, orientation):
     assert (decoded(tmp_path / "turned.png").shape[0] == 48) == (orientation >= 5)
 
 
+def test_odd_metadata_is_no_reason_to_refuse_a_picture(picture, tmp_path):
+    """The camera's maker as a fraction, which cannot be written again."""
+    entries = struct.pack("<HHII", 0x10F, 5, 1, 38) + struct.pack(
+        "<HHIHH", 0x112, 3, 1, 6, 0
+    )
+    directory = struct.pack("<H", 2) + entries + bytes(4) + struct.pack("<II", 7, 2)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory
+    picture.save(tmp_path / "odd.png", exif=exif)
+
+    expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+
+    np.testing.assert_array_equal(decoded(tmp_path / "odd.png"), expected)
+
+
+def test_a_picture_whose_file_was_closed_is_named(picture_files):
+    with Image.open(picture_files[0]) as closed:
+        pass
+
+    with pytest.raises(ImageReadError, match="Image 0 could not be read"):
+        decoded(closed)
+
+
+def test_the_transparent_value_of_deep_grey_is_white(tmp_path):
+    values = np.array([[0, 1000], [1000, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=1000)
+
+    pixels = decoded(tmp_path / "deep.png")[:, :, 0]
+
+    np.testing.assert_array_equal(pixels, [[0, 1], [1, 1]])
+
+
 def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
