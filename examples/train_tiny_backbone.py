@@ -6,7 +6,7 @@ for each, and 50 for validation. Get it as a folder holding ``train`` and
 
     python examples/train_tiny_backbone.py tiny-imagenet-200 tiny.safetensors
 
-It takes about an hour on two processor cores, and needs 2 GB of memory. Everything
+It takes an hour or more on two processor cores, and 3 GB of memory. Everything
 random comes from ``--seed``; the number of threads changes the last digits.
 """
 
