@@ -204,8 +204,8 @@ def test_output_as_a_data_frame(picture_files, pooling, n, kind, frame):
     assert list(table.columns) == list(transformer.get_feature_names_out())
 
 
-def test_a_series_keeps_its_index(picture_files):
-    paths = pd.Series(map(str, picture_files), index=list("abcdefghi"))
+def test_a_column_of_a_table_keeps_its_index(picture_files):
+    paths = pd.DataFrame({"path": [*map(str, picture_files)]}, index=list("abcdefghi"))
 
     table = (
         CNNFeatureTransformer("tiny")
