@@ -9,8 +9,8 @@ which comes with skltl and has only ever seen photographs of animals and things.
 
 The digits lie in rows of 64 numbers from 0 to 16; ``image_shape=(8, 8)`` says that each
 row is a picture. They are little like the photographs, so the network is cut early,
-after ``block3``: later layers know more about photographs, and less about strokes
-of a pen.
+after ``block3``: later layers know more about photographs, and less about strokes of a
+pen. Eight pixels need not be enlarged to the usual 80, ``image_size=32`` is enough.
 """
 
 # %%

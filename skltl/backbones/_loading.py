@@ -18,6 +18,7 @@ from skltl.backbones._cut_points import build_skeleton, resolve_layer
 from skltl.backbones._prefix import FrozenPrefix
 from skltl.backbones._spec import Backbone, PretrainedWeights
 from skltl.backbones._weights import check_finite, load_network, random_network
+from skltl.exceptions import WeightsError
 
 # Enough for a search over a few backbones and their cut points; the least recently used
 # ones go first. Fitted estimators keep what they use in any case.
@@ -78,8 +79,22 @@ def prefix_state(prefix: FrozenPrefix) -> dict[str, NDArray[Any]]:
 def prefix_from_state(
     backbone: Backbone, state: Mapping[str, NDArray[Any]], wanted: Sequence[str]
 ) -> FrozenPrefix:
-    """Build a prefix again from what `prefix_state` gave."""
-    blocks = cut(build_skeleton(backbone).blocks, wanted)
+    """Build a prefix again from what `prefix_state` gave.
+
+    Raises
+    ------
+    WeightsError
+        If the backbone of this name is another network here than where it was saved.
+    """
+    blocks = build_skeleton(backbone).blocks
+    is_known = set(wanted) <= blocks.keys()
+    blocks = cut(blocks, wanted) if is_known else blocks
+    shapes = {key: tuple(value.shape) for key, value in state_of(blocks).items()}
+    if not is_known or shapes != {key: array.shape for key, array in state.items()}:
+        raise WeightsError(
+            f"The backbone {backbone.name!r} is another network here than it was where "
+            "the estimator was saved. Register the same one before loading."
+        )
     load_state(blocks, {key: torch.tensor(value) for key, value in state.items()})
     return FrozenPrefix(blocks, wanted)
 

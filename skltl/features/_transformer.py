@@ -219,7 +219,9 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             preprocessing = preprocessing.resized_to(self.image_size)
         cut_points = _resolve_layers(backbone, self.layer)
         blocks = tuple(cut_point.block for cut_point in cut_points)
-        _check_shapes(block_shapes(backbone, preprocessing.crop_size, blocks), blocks)
+        shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
+        for cut_point in cut_points:
+            _check_output(cut_point, shapes[cut_point.block], self.pooling)
         seed = _draw_seed(self.random_state) if weights is None else None
         network = load_prefix(backbone, weights, seed, blocks)
         # Only now does anything change: a fit that fails leaves the one before.
@@ -319,14 +321,18 @@ def _resolve_layers(backbone, layer):
     return cut_points
 
 
-def _check_shapes(shapes, blocks):
-    """Refuse cut points whose output is neither a feature map nor a vector."""
-    for block in blocks:
-        if len(shapes[block]) not in (1, 3):
-            raise ValueError(
-                f"The output of {block!r} for one picture has shape {shapes[block]}; "
-                "expected a map (c, h, w) or a vector (d,)."
-            )
+def _check_output(cut_point, shape, pooling):
+    """Refuse cut points whose output cannot be pooled as asked."""
+    if len(shape) not in (1, 3):
+        raise ValueError(
+            f"The output of layer {cut_point.name!r} for a picture has shape {shape}; "
+            "expected a map (c, h, w) or a vector (d,)."
+        )
+    if isinstance(pooling, Integral) and len(shape) == 3 and pooling > min(shape[1:]):
+        raise ValueError(
+            f"pooling={pooling} is a grid finer than the map of {shape[1]} x "
+            f"{shape[2]} at layer {cut_point.name!r}."
+        )
 
 
 def _draw_seed(random_state):

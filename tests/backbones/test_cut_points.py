@@ -28,6 +28,7 @@ from skltl.exceptions import UnknownBackboneError, UnknownLayerError
         ("resnet50", "conv4_x", "layer3.5"),
         ("resnet50", "bn1", "bn1"),
         ("resnet50", -2, "layer3.5"),
+        ("resnet50", "avgpool", "avgpool"),
         ("resnet50", 0, "maxpool"),
         ("squeezenet1_0", "last", "features.12"),
         ("squeezenet1_0", "fire7", "features.9"),

@@ -307,6 +307,17 @@ def test_hooks_of_a_sequence_are_kept(pictures):
     assert (features_of([sequence], pictures) == 0).all()
 
 
+def test_a_saved_estimator_is_not_loaded_into_another_network(backbone, pictures):
+    register_backbone(backbone)
+    saved = pickle.dumps(CNNFeatureTransformer("mine", layer="block1").fit(pictures))
+    blocks = {"stem": nn.Conv2d(3, 6, 3), "block1": nn.Conv2d(6, 8, 5)}
+    other = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
+    register_backbone(other, replace=True)
+
+    with pytest.raises(ValueError, match="'mine' is another network here"):
+        pickle.loads(saved)
+
+
 class FirstOnly(nn.Module):
     def forward(self, batch):
         return batch[:1]

@@ -345,6 +345,7 @@ def test_not_fitted(pictures):
         ({"device": "gpu"}, "Unknown device"),
         ({"pooling": "mean"}, "'pooling' parameter"),
         ({"pooling": 0}, "'pooling' parameter"),
+        ({"pooling": 6}, "finer than the map of 5 x 5"),
         ({"batch_size": 0}, "'batch_size' parameter"),
         ({"precision": "float16"}, "'precision' parameter"),
         ({"image_size": 0}, "'image_size' parameter"),
