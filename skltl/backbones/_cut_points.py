@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from skltl.backbones._blocks import cut, freeze, last_step, output_shapes
-from skltl.backbones._registry import get_backbone, nearest
+from skltl.backbones._registry import get_backbone, near
 from skltl.backbones._spec import Backbone, Network
 from skltl.exceptions import UnknownLayerError
 
@@ -220,9 +220,11 @@ def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoi
         return CutPoint(name, last_step(network.blocks, name))
     except KeyError:
         known = [*network.cut_points, *network.aliases, *network.blocks]
+        meant = near(layer, network.cut_points) or near(layer, known)
+        hint = f"{meant} " if meant else ""
         raise UnknownLayerError(
-            f"{backbone.name!r} has no layer {layer!r}. {nearest(layer, known)} The "
-            f"main ones are {', '.join(network.cut_points)}; every torch path up to "
+            f"{backbone.name!r} has no layer {layer!r}. {hint}Its "
+            f"main layers are {', '.join(network.cut_points)}; every torch path up to "
             f"{list(network.blocks)[-1]!r} can be given too."
         ) from None
 

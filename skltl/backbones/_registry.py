@@ -94,14 +94,18 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which of the known names are nearest, or all of them if they are few."""
+    """Say which of the known names are nearest, or which there are if none is near."""
+    shown = list(known)
+    more = ", ..." if len(shown) > 12 else ""
+    return near(name, shown) or f"Known: {', '.join(shown[:12])}{more}."
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Ask whether one of the nearest names was meant; nothing if none is near."""
     by_lower = {one.lower(): one for one in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
-    if found:
-        return f"Did you mean {' or '.join(repr(by_lower[one]) for one in found)}?"
-    known = list(by_lower.values())
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"Known: {shown}."
+    meant = " or ".join(repr(by_lower[one]) for one in found)
+    return f"Did you mean {meant}?" if meant else ""
 
 
 @cache

@@ -12,6 +12,7 @@ change its meaning with its neighbours:
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
@@ -126,7 +127,7 @@ class ImageSource:
                 f"{high:.4g}. Divide them by their maximum (255 for 8-bit pictures), "
                 "or pass them as uint8.",
                 ImageRangeWarning,
-                stacklevel=2,
+                stacklevel=_level_of_the_user(),
             )
 
 
@@ -168,6 +169,14 @@ def read_images(
     if is_tensor(X):
         return _source_of_array(X, prefers_first=True)
     return _source_of_items(X, check_items)
+
+
+def _level_of_the_user() -> int:
+    """Count the calls back to code that is neither skltl's nor scikit-learn's."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals["__name__"].startswith(("skltl.", "sklearn.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _unwrap(X: Any) -> Any:

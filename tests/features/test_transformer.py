@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer
+from skltl.exceptions import ImageRangeWarning
 
 # Name, cut point, torchvision's module there.
 BY_HAND = [
@@ -256,6 +257,15 @@ def test_autocast_does_not_overrule_the_precision(pictures):
         found = transformer.transform(pictures)
 
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_warning_about_the_range_points_at_the_users_line(pictures):
+    transformer = CNNFeatureTransformer("tiny").fit(pictures)
+
+    with pytest.warns(ImageRangeWarning) as record:
+        transformer.transform(pictures.astype(float))
+
+    assert record[0].filename == __file__
 
 
 def test_x_is_looked_at_before_weights_are_fetched():
