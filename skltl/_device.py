@@ -65,7 +65,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch < 2.11
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
         return bool(torch.cpu._is_avx512_bf16_supported())
     capabilities: Any = torch.cpu.get_capabilities()
     instructions = ("amx_bf16", "avx512_bf16", "bf16")  # the last is Arm's
