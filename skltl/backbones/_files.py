@@ -84,8 +84,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     WeightsNotFoundError
         If there is no such file.
     WeightsError
-        If it is of another format, holds anything but a state dict (objects that need
-        code to load are never loaded), or numbers that are not finite.
+        If it is of another format or damaged, or holds anything but a state dict:
+        objects that need code to load are never loaded.
     """
     if path.suffix not in FILE_FORMATS:
         raise WeightsError(

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -47,7 +48,7 @@ def load_prefix(
     weights : PretrainedWeights or None
         Its weights; ``None`` for random ones.
     seed : int or None
-        Of the random ones.
+        Of the random ones; ``None`` draws others each time.
     wanted : sequence of str
         The blocks after which features are taken.
 
@@ -59,8 +60,12 @@ def load_prefix(
     Raises
     ------
     WeightsError
-        If the weights cannot be loaded.
+        If the weights cannot be loaded, or those of the blocks are not finite.
     """
+    if weights is None and seed is None:
+        # A network that nobody can ask for again is not remembered.
+        seed = int(np.random.default_rng().integers(2**31))
+        return FrozenPrefix(cut(random_network(backbone, seed).blocks, wanted), wanted)
     key = (backbone, seed if weights is None else _file_state(weights))
     with _lock:
         prefix = _recall(_prefixes, (key, tuple(wanted)))
@@ -120,6 +125,7 @@ def _load_blocks(
         last = resolve_layer(backbone, "last").block
         kept = cut(network.blocks, [last, *wanted])
         if weights is not None:
+            # Not the head: that of some published files holds NaN on purpose.
             check_finite(kept, weights)
         _remember(_networks, key, kept, MAX_NETWORKS)
     return kept

@@ -171,8 +171,10 @@ class Backbone:
 
         Raises
         ------
+        TypeError
+            If `blocks` is no dictionary of modules, or `preprocessing` no record.
         ValueError
-            If there are no blocks, a name cannot serve as one, or a picture's features
+            If a name cannot serve as one, a block is empty, or a picture's features
             would depend on the others in its batch (batch-norm without statistics).
         """
         if not isinstance(preprocessing, Preprocessing):

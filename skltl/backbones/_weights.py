@@ -74,7 +74,8 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
     ------
     WeightsError
         If the file cannot be had or read, or does not fit the network. A head for
-        another number of classes fits.
+        another number of classes fits. Whether the numbers are finite is for those to
+        check who know which of them they use: `check_finite`.
     """
     if weights.source is None:
         network = backbone.build(None)
@@ -83,10 +84,7 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
         path = fetch(str(weights.source)) if is_url else Path(weights.source)
         state = _renamed(backbone, read_state(path))
         network = _skeleton_that_fits(backbone, state, path)
-        modules = {**network.blocks, **network.head}
-        load_state(modules, state)
-        if not is_url:  # the heads of some published files hold NaN on purpose
-            check_finite(modules, weights)
+        load_state({**network.blocks, **network.head}, state)
     freeze({**network.blocks, **network.head})
     return network
 

@@ -336,10 +336,9 @@ def _check_output(cut_point, shape, pooling):
 
 
 def _draw_seed(random_state):
-    """Return the seed of random weights; an int stands for itself."""
+    """Return the seed of random weights; an int and ``None`` stand for themselves."""
     if random_state is None:
-        # Fresh entropy: numpy's global generator is neither read nor moved on.
-        return int(np.random.default_rng().integers(2**31))
+        return None
     if isinstance(random_state, Integral):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))

@@ -106,6 +106,18 @@ def test_numbers_in_use_must_be_finite(weights_file):
         prefix("block1", weights_file)
 
 
+def test_numbers_not_in_use_may_be_anything(weights_file):
+    """As in torchvision's VGG-16 ``IMAGENET1K_FEATURES``, whose classifier is NaN."""
+    torch.manual_seed(0)
+    state = models.alexnet(weights=None).state_dict()
+    state["classifier.1.bias"][:] = torch.nan
+    save_file(state, weights_file)
+
+    assert torch.isfinite(prefix("last", weights_file).blocks["features.0"].bias).all()
+    with pytest.raises(WeightsError, match="'classifier.1.bias' holds NaN"):
+        prefix("fc6", weights_file)
+
+
 def test_prepared_networks_have_no_batch_norm_left():
     backbone = get_backbone("resnet18")
     blocks = [resolve_layer(backbone, layer).block for layer in ("stem", "layer4")]
@@ -143,6 +155,17 @@ def test_threads_that_begin_together_load_one_network():
     assert len(found) == 6
     assert len({id(loaded) for loaded, _ in found}) == 1
     assert len({id(runner) for _, runner in found}) == 1
+
+
+def test_networks_that_cannot_be_asked_for_again_are_not_kept():
+    backbone = get_backbone("tiny")
+
+    first, second = (load_prefix(backbone, None, None, ["stem.2"]) for _ in range(2))
+
+    weights = [one.blocks["stem.0"].weight for one in (first, second)]
+    assert not torch.equal(*weights)
+    assert not _loading._networks
+    assert not _loading._prefixes
 
 
 def test_random_networks_do_not_touch_the_global_generator():
