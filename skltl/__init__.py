@@ -16,7 +16,12 @@ if TYPE_CHECKING:
         list_layers,
         register_backbone,
     )
-    from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+    from skltl.features import (
+        CNNFeatureTransformer,
+        cache_info,
+        clear_cache,
+        make_feature_pipeline,
+    )
     from skltl.images import Preprocessing, find_bad_images
 
 SKOPS_TRUSTED = ["skltl.features._transformer.CNNFeatureTransformer"]
@@ -26,6 +31,8 @@ _STATIONS = {
     "Backbone": "backbones",
     "CNNFeatureTransformer": "features",
     "Preprocessing": "images",
+    "cache_info": "features",
+    "clear_cache": "features",
     "find_bad_images": "images",
     "list_backbones": "backbones",
     "list_layers": "backbones",
@@ -39,6 +46,8 @@ __all__ = [
     "CNNFeatureTransformer",
     "Preprocessing",
     "__version__",
+    "cache_info",
+    "clear_cache",
     "exceptions",
     "find_bad_images",
     "list_backbones",

@@ -56,8 +56,10 @@ class ImageEstimator(BaseEstimator):
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["network_"] = prefix_state(self.network_)
             state["preprocessing_"] = asdict(self.preprocessing_)
-        if isinstance(self.weights, PathLike):  # a file of another system has no Path
-            state["weights"] = fspath(self.weights)
+            state["_recorder"] = None  # more of the network than the cut needs
+        for name in ("weights", "cache"):
+            if isinstance(state[name], PathLike):  # paths differ between systems
+                state[name] = fspath(state[name])
         return state
 
     def __setstate__(self, state):

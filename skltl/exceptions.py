@@ -12,6 +12,7 @@
     └── TypeError
         └── ImageTypeError        an item of X is not a picture at all
     UserWarning
+    ├── CacheWarning              features cannot be stored, or not be read again
     └── ImageRangeWarning         floats lie outside [0, 1]
 
 They inherit from the built-in class that scikit-learn would raise, so that
@@ -21,6 +22,7 @@ They inherit from the built-in class that scikit-learn would raise, so that
 from __future__ import annotations
 
 __all__ = [
+    "CacheWarning",
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
@@ -96,6 +98,10 @@ class WeightsError(ValueError):
 
 class WeightsNotFoundError(WeightsError):
     """The weights are neither on this machine nor could they be downloaded."""
+
+
+class CacheWarning(UserWarning):
+    """The cache of features is damaged, full or not writable; results stay right."""
 
 
 class ImageRangeWarning(UserWarning):

@@ -22,7 +22,7 @@ from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer, make_feature_pipeline
 from skltl.backbones import get_backbone, load_network, resolve_weights
-from skltl.images import iter_batches, normalise, read_images
+from skltl.images import iter_batches, iter_crops, normalise, read_images
 
 pytestmark = pytest.mark.real_data
 
@@ -66,7 +66,8 @@ def test_imagenet_pictures_are_recognised(real_data, squeezenet_weights):
     )
 
     logits = []
-    for batch in iter_batches(read_images(paths), preprocessing, 10, n_threads=2):
+    crops = iter_crops(read_images(paths), range(50), preprocessing, 10, n_threads=2)
+    for batch in iter_batches(crops, 10):
         pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2)
         with torch.inference_mode():
             logits.append(network.logits(normalise(pixels, mean, std)))

@@ -5,10 +5,13 @@ from skltl.backbones._cut_points import (
     Layer,
     block_shapes,
     list_layers,
+    reached_main_blocks,
     resolve_layer,
+    skeleton,
 )
+from skltl.backbones._digest import prefix_digests
 from skltl.backbones._loading import load_prefix, prefix_from_state, prefix_state
-from skltl.backbones._prefix import FrozenPrefix, Runner
+from skltl.backbones._prefix import FrozenPrefix, Runner, parts_a_fold
 from skltl.backbones._registry import (
     get_backbone,
     is_registered,
@@ -33,10 +36,14 @@ __all__ = [
     "list_layers",
     "load_network",
     "load_prefix",
+    "parts_a_fold",
+    "prefix_digests",
     "prefix_from_state",
     "prefix_state",
     "random_network",
+    "reached_main_blocks",
     "register_backbone",
     "resolve_layer",
     "resolve_weights",
+    "skeleton",
 ]

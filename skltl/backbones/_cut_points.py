@@ -197,6 +197,32 @@ def block_shapes(
         ) from error
 
 
+@lru_cache(maxsize=128)
+def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
+    """Return the blocks of the main cut points that pictures of a size get to.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Which network.
+    size : int
+        Height and width of the picture, in pixels.
+
+    Returns
+    -------
+    tuple of str
+        From the picture on. Small pictures shrink to nothing before the last.
+    """
+    reached = []
+    for block in skeleton(backbone).cut_points.values():
+        try:
+            block_shapes(backbone, size, (block,))
+        except ValueError:
+            break
+        reached.append(block)
+    return tuple(reached)
+
+
 class WithoutNumbers(TorchFunctionMode):
     """Make new parameters shapes only: nothing is allocated, nothing drawn at random.
 

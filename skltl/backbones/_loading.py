@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skltl.backbones._blocks import cut, load_state, state_of
-from skltl.backbones._cut_points import build_skeleton, resolve_layer
+from skltl.backbones._cut_points import build_skeleton, resolve_layer, skeleton
 from skltl.backbones._prefix import FrozenPrefix
 from skltl.backbones._spec import Backbone, PretrainedWeights
 from skltl.backbones._weights import check_finite, load_network, random_network
@@ -50,12 +50,12 @@ def load_prefix(
     seed : int or None
         Of the random ones; ``None`` draws others each time.
     wanted : sequence of str
-        The blocks after which features are taken.
+        Blocks after which features will be taken.
 
     Returns
     -------
     FrozenPrefix
-        The same object for the same arguments, as long as it is in use or was lately.
+        The same object for the same arguments, as long as it was used lately.
 
     Raises
     ------
@@ -65,14 +65,15 @@ def load_prefix(
     if weights is None and seed is None:
         # A network that nobody can ask for again is not remembered.
         seed = int(np.random.default_rng().integers(2**31))
-        return FrozenPrefix(cut(random_network(backbone, seed).blocks, wanted), wanted)
+        return FrozenPrefix(cut(random_network(backbone, seed).blocks, wanted))
     key = (backbone, seed if weights is None else _file_state(weights))
+    deepest = list(cut(skeleton(backbone).blocks, wanted))[-1]
     with _lock:
-        prefix = _recall(_prefixes, (key, tuple(wanted)))
+        prefix = _recall(_prefixes, (key, deepest))
         if prefix is None:
-            blocks = cut(_load_blocks(key, backbone, weights, seed, wanted), wanted)
-            prefix = FrozenPrefix(blocks, wanted)
-            _remember(_prefixes, (key, tuple(wanted)), prefix, MAX_PREFIXES)
+            kept = _load_blocks(key, backbone, weights, seed, wanted)
+            prefix = FrozenPrefix(cut(kept, wanted))
+            _remember(_prefixes, (key, deepest), prefix, MAX_PREFIXES)
         return prefix
 
 
@@ -101,7 +102,7 @@ def prefix_from_state(
             "the estimator was saved. Register the same one before loading."
         )
     load_state(blocks, {key: torch.tensor(value) for key, value in state.items()})
-    return FrozenPrefix(blocks, wanted)
+    return FrozenPrefix(blocks)
 
 
 def _load_blocks(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
 from torchvision.models.inception import BasicConv2d as InceptionUnit
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from skltl.backbones._blocks import children_of, freeze, has_hooks
+from skltl.backbones._blocks import children_of, cut, freeze, has_hooks
 from skltl.images import normalise
 
 # What modules do that run each batch-norm right behind the convolution defined before
@@ -25,6 +26,9 @@ RUN_IN_ORDER = {
     for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
 }
 
+# Each is a copy of the network.
+MAX_RUNNERS = 2
+
 Pool = Callable[[Tensor], Tensor]
 
 
@@ -34,26 +38,32 @@ class FrozenPrefix:
     Parameters
     ----------
     blocks : mapping of str to Module
-        Up to the last wanted one; never changed. They become frozen, and are shared by
-        all estimators that use the same network.
-    wanted : sequence of str
-        The blocks after which features are taken.
+        Never changed. They become frozen, and are shared by all estimators that use the
+        same network.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> None:
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         freeze(blocks)
         self.blocks = blocks
-        self.wanted = tuple(wanted)
-        self._runners: dict[tuple[torch.device, torch.dtype], Runner] = {}
+        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
         self._lock = threading.Lock()
 
-    def runner(self, device: torch.device, dtype: torch.dtype) -> Runner:
-        """Return the prefix made ready for a device; it is prepared once."""
+    def runner(
+        self, device: torch.device, dtype: torch.dtype, wanted: Sequence[str]
+    ) -> Runner:
+        """Return the prefix made ready for a device and some of its blocks.
+
+        It is prepared once for the same arguments, as long as it was used lately.
+        """
+        key = (device, dtype, tuple(wanted))
         with self._lock:
-            key = (device, dtype)
-            if key not in self._runners:
-                self._runners[key] = Runner(self.blocks, self.wanted, device, dtype)
-            return self._runners[key]
+            runner = self._runners.pop(key, None)
+            if runner is None:
+                runner = Runner(cut(self.blocks, wanted), wanted, device, dtype)
+            self._runners[key] = runner
+            if len(self._runners) > MAX_RUNNERS:
+                self._runners.popitem(last=False)
+            return runner
 
 
 class Runner:
@@ -143,6 +153,19 @@ def fold_batch_norms(module: nn.Module) -> None:
         ):
             setattr(module, first, fuse_conv_bn_eval(conv, norm))
             setattr(module, second, nn.Identity())
+
+
+def parts_a_fold(blocks: Mapping[str, nn.Module], name: str) -> bool:
+    """Tell whether a cut after a block parts a convolution from its batch-norm.
+
+    Then the one is not folded into the other, which changes the last digits of all that
+    follows.
+    """
+    names = list(blocks)
+    following = names[names.index(name) + 1 :][:1]
+    return type(blocks[name]) is nn.Conv2d and any(
+        type(blocks[next_name]) is nn.BatchNorm2d for next_name in following
+    )
 
 
 def _segments(

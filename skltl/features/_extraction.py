@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,41 +13,37 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from skltl._device import halve_until_it_fits
-from skltl.backbones import Runner
-from skltl.features._pooling import pool
-from skltl.images import ImageSource, Preprocessing, iter_batches
+from skltl.features._recipe import Recipe
+from skltl.features._session import CacheSession, NoCache
+from skltl.images import ImageSource, iter_batches, iter_crops
 
 
 def extract_features(
     source: ImageSource,
-    runner: Runner,
-    preprocessing: Preprocessing,
-    pooling: str | int,
-    n_features: int,
-    batch_size: int,
+    recipe: Recipe,
+    asked: Sequence[str],
     n_threads: int,
     verbose: bool = False,
+    cache: Path | None = None,
 ) -> NDArray[np.float32]:
-    """Send every picture through a frozen network once.
+    """Send every picture through a frozen network once, at most.
 
     Parameters
     ----------
     source : ImageSource
         The pictures.
-    runner : Runner
-        The network up to the cut.
-    preprocessing : Preprocessing
-        What the pictures go through first.
-    pooling : str or int
-        How feature maps become features; see `pool`.
-    n_features : int
-        How many a picture gets.
-    batch_size : int
-        Pictures that cross the network together; halved if they do not fit its memory.
+    recipe : Recipe
+        How they become features. Its batch size is halved if a batch does not fit the
+        device's memory.
+    asked : sequence of str
+        The blocks whose features are wanted. Without a cache, those of the recipe; with
+        one, the recipe may have further ones, to be stored.
     n_threads : int
         Threads that decode pictures.
     verbose : bool, default=False
         Whether a progress bar is shown.
+    cache : Path, default=None
+        The folder in which features are kept.
 
     Returns
     -------
@@ -56,26 +55,46 @@ def extract_features(
     ImageReadError
         For the first picture that cannot be read.
     """
+    n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
     features = np.empty((len(source), n_features), dtype=np.float32)
-    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(3, 1, 1)
-    pool_here = partial(pool, pooling=pooling)
 
     def run(batch_size: int) -> None:
-        with tqdm(
-            total=len(source), desc="features", unit="img", disable=not verbose
-        ) as progress:
-            for batch in iter_batches(source, preprocessing, batch_size, n_threads):
-                pixels = torch.from_numpy(batch.pixels)  # (batch_size, h, w, 3)
-                rows = runner.features(pixels, mean, std, pool_here)
-                if rows.shape != (batch_size, n_features):
-                    raise ValueError(
-                        f"The network makes features of shape {tuple(rows.shape)} of "
-                        f"{batch_size} pictures; expected {(batch_size, n_features)}."
-                    )
-                positions = slice(batch.positions.start, batch.positions.stop)
-                features[positions] = rows[: len(batch.positions)].numpy()
-                progress.update(len(batch.positions))
+        # Features depend on the batch size, so a smaller one begins anew.
+        this = replace(recipe, batch_size=batch_size)
+        with closing(
+            NoCache(features)
+            if cache is None
+            else CacheSession(cache, this, asked, features)
+        ) as session:
+            _fill(session, source, this, n_threads, verbose)
 
-    halve_until_it_fits(run, batch_size)
+    halve_until_it_fits(run, recipe.batch_size)
+    source.warn_of_odd_range()
     return features
+
+
+def _fill(
+    session: NoCache | CacheSession,
+    source: ImageSource,
+    recipe: Recipe,
+    n_threads: int,
+    verbose: bool,
+) -> None:
+    """Compute whatever the session does not have."""
+    size, has_cache = recipe.batch_size, isinstance(session, CacheSession)
+    with tqdm(
+        total=len(source), desc="features", unit="img", disable=not verbose
+    ) as progress:
+        missing = session.recall(source, n_threads)
+        while missing:
+            with closing(
+                iter_crops(
+                    source, missing, recipe.preprocessing, size, n_threads, has_cache
+                )
+            ) as crops:
+                for batch in iter_batches(session.sift(crops), size):
+                    rows = recipe.compute(torch.from_numpy(batch.pixels)).numpy()
+                    session.keep(batch, rows[: len(batch.positions)])
+                    progress.update(session.n_done - progress.n)
+            missing = session.left()
+        progress.update(session.n_done - progress.n)

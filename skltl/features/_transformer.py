@@ -34,8 +34,11 @@ from skltl.backbones import (
     resolve_layer,
     resolve_weights,
 )
+from skltl.exceptions import WeightsError
+from skltl.features._cache import resolve_folder
 from skltl.features._extraction import extract_features
 from skltl.features._pooling import POOLINGS, n_pooled
+from skltl.features._recipe import Recipe, can_pool, recorded_blocks
 
 
 class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
@@ -81,6 +84,12 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What the network computes in. ``"auto"`` is bfloat16 where the device multiplies
         it natively, else float32. Features are float32 in any case.
+    cache : bool, str or path, default=None
+        Where features are kept for the next time: a folder, or ``True`` for one in the
+        user's cache directory (or that in the environment variable ``SKLTL_CACHE``).
+        ``None`` and ``False`` keep nothing. One pass over a picture then serves all
+        main cut points, clones, folds, processes and later runs; see
+        :ref:`the user guide <caching>`.
     n_jobs : int, default=None
         Threads that decode pictures; ``None`` is as many as torch uses, -1 is one for
         each core.
@@ -151,6 +160,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         ],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "cache": ["boolean", str, PathLike, None],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -168,6 +178,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         batch_size="auto",
         device="auto",
         precision="auto",
+        cache=None,
         n_jobs=None,
         random_state=None,
         verbose=0,
@@ -181,6 +192,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.cache = cache
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
@@ -223,12 +235,18 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         for cut_point in cut_points:
             _check_output(cut_point, shapes[cut_point.block], self.pooling)
         seed = _draw_seed(self.random_state) if weights is None else None
+        size = preprocessing.crop_size
+        recorded = recorded_blocks(backbone, blocks, size, self.pooling)
+        recorder = None
+        if self.cache and not (weights is None and seed is None):
+            recorder = _load_recorder(backbone, weights, seed, recorded)
         network = load_prefix(backbone, weights, seed, blocks)
         # Only now does anything change: a fit that fails leaves the one before.
         self._read_images(X, reset=True)
         self.backbone_ = backbone
         self.cut_points_ = cut_points
         self.network_ = network
+        self._recorder = recorder
         self.preprocessing_ = preprocessing
         return self
 
@@ -253,17 +271,13 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         check_is_fitted(self)
         self._validate_params()  # they may have been set after `fit`
         source = self._read_images(X, reset=False)
-        device = resolve_device(self.device)
-        dtype = resolve_precision(self.precision, device)
         return extract_features(
             source,
-            self.network_.runner(device, dtype),
-            self.preprocessing_,
-            self.pooling,
-            sum(self._n_features()),
-            resolve_batch_size(self.batch_size, device),
+            self._recipe(),
+            [cut_point.block for cut_point in self.cut_points_],
             _n_threads(self.n_jobs),
-            bool(self.verbose),
+            verbose=bool(self.verbose),
+            cache=resolve_folder(self.cache) if self.cache else None,
         )
 
     def get_feature_names_out(self, input_features=None):
@@ -287,6 +301,27 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             for number in range(n)
         ]
         return np.asarray(names, dtype=object)
+
+    def _recipe(self):
+        """Say how pictures become features, and those that are stored."""
+        blocks = tuple(cut_point.block for cut_point in self.cut_points_)
+        network = self.network_
+        if self.cache:
+            network = self.__dict__.get("_recorder") or self.network_
+            size = self.preprocessing_.crop_size
+            recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling)
+            blocks = tuple(block for block in recorded if block in network.blocks)
+        device = resolve_device(self.device)
+        return Recipe(
+            self.backbone_,
+            network,
+            blocks,
+            self.preprocessing_,
+            self.pooling,
+            resolve_batch_size(self.batch_size, device),
+            device,
+            resolve_precision(self.precision, device),
+        )
 
     def _n_features(self):
         """Count the features at each cut point."""
@@ -321,18 +356,31 @@ def _resolve_layers(backbone, layer):
     return cut_points
 
 
+def _load_recorder(backbone, weights, seed, blocks):
+    """Load the network as far as a cache records it, or ``None``.
+
+    The fully connected layers of some published weights hold NaN on purpose: they
+    cannot be recorded, but need not be.
+    """
+    try:
+        return load_prefix(backbone, weights, seed, blocks)
+    except WeightsError:
+        return None
+
+
 def _check_output(cut_point, shape, pooling):
     """Refuse cut points whose output cannot be pooled as asked."""
-    if len(shape) not in (1, 3):
+    if can_pool(shape, pooling):
+        return
+    if len(shape) != 3:
         raise ValueError(
             f"The output of layer {cut_point.name!r} for a picture has shape {shape}; "
             "expected a map (c, h, w) or a vector (d,)."
         )
-    if isinstance(pooling, Integral) and len(shape) == 3 and pooling > min(shape[1:]):
-        raise ValueError(
-            f"pooling={pooling} is a grid finer than the map of {shape[1]} x "
-            f"{shape[2]} at layer {cut_point.name!r}."
-        )
+    raise ValueError(
+        f"pooling={pooling} is a grid finer than the map of {shape[1]} x {shape[2]} at "
+        f"layer {cut_point.name!r}."
+    )
 
 
 def _draw_seed(random_state):

@@ -1,7 +1,9 @@
 """From whatever ``X`` is to batches of RGB pictures."""
 
+from skltl.images._ahead import map_ahead
 from skltl.images._bad_images import BadImage, find_bad_images
-from skltl.images._batches import Batch, iter_batches
+from skltl.images._batches import Batch, Crop, iter_batches, iter_crops
+from skltl.images._content import content_key, file_state
 from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._preprocessing import Preprocessing, normalise
 from skltl.images._source import ImageSource, read_images
@@ -9,11 +11,16 @@ from skltl.images._source import ImageSource, read_images
 __all__ = [
     "BadImage",
     "Batch",
+    "Crop",
     "ImageSource",
     "Preprocessing",
+    "content_key",
+    "file_state",
     "find_bad_images",
     "is_tensor",
     "iter_batches",
+    "iter_crops",
+    "map_ahead",
     "normalise",
     "read_images",
     "tensor_to_array",

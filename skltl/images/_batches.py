@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from skltl.images._ahead import map_ahead
+from skltl.images._content import content_key, file_state
 from skltl.images._decode import Pixels
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
@@ -20,74 +20,127 @@ BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
+class Crop:
+    """A picture as the network will see it.
+
+    Parameters
+    ----------
+    position : int
+        Where the picture stands in the source.
+    pixels : array of shape (h, w, 3)
+        Resized and cropped; uint8 or float32.
+    key : bytes, default=b""
+        Names the decoded picture by its content, if that was asked for.
+    file : bytes or None, default=None
+        The state of the file it was decoded from, if that did not change meanwhile.
+    """
+
+    position: int
+    pixels: Pixels
+    key: bytes = b""
+    file: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Pictures ready for the network.
 
     Parameters
     ----------
-    positions : range
-        Where the pictures stand in the source.
+    positions : list of int
+        Where they stand in the source.
+    keys : list of bytes
+        Their crops' keys.
     pixels : array of shape (batch_size, h, w, 3)
         uint8, or float32 if one picture is; black after the last picture.
     """
 
-    positions: range
+    positions: list[int]
+    keys: list[bytes]
     pixels: Pixels
 
 
-def iter_batches(
+def iter_crops(
     source: ImageSource,
+    positions: Iterable[int],
     preprocessing: Preprocessing,
     batch_size: int,
     n_threads: int,
-) -> Iterator[Batch]:
-    """Yield the pictures of a source in order, in batches of one fixed size.
+    with_keys: bool = False,
+) -> Generator[Crop, None, None]:
+    """Yield pictures of a source, resized and cropped.
+
+    Parameters
+    ----------
+    source : ImageSource
+        The pictures.
+    positions : iterable of int
+        Which of them, in which order.
+    preprocessing : Preprocessing
+        Its resize and crop are applied.
+    batch_size : int
+        Of the batches that will be made; ``BATCHES_AHEAD`` of them are decoded ahead.
+    n_threads : int
+        Threads that decode.
+    with_keys : bool, default=False
+        Whether the crops' `key` and `file` are wanted.
+
+    Yields
+    ------
+    Crop
+        In the order of the positions.
+
+    Raises
+    ------
+    ImageReadError
+        For the first picture, in this order, that cannot be read.
+    """
+
+    def read(position: int) -> Crop:
+        if not with_keys:
+            return Crop(position, preprocessing.crop(source[position]))
+        path = source.path(position)
+        before = file_state(path) if path is not None else None
+        pixels = source[position]
+        after = file_state(path) if path is not None else None
+        crop, key = preprocessing.crop(pixels), content_key(pixels)
+        return Crop(position, crop, key, after if before == after else None)
+
+    return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
+
+
+def iter_batches(crops: Iterable[Crop], batch_size: int) -> Iterator[Batch]:
+    """Yield crops, in order, in batches of one fixed size.
 
     The last batch is filled up with black pictures: kernels round differently for other
     batch sizes, and an image shall give the same bits wherever it stands.
 
     Parameters
     ----------
-    source : ImageSource
-        The pictures.
-    preprocessing : Preprocessing
-        Its resize and crop are applied.
+    crops : iterable of Crop
+        All of one height and width.
     batch_size : int
         Pictures in each batch.
-    n_threads : int
-        Threads that decode.
 
     Yields
     ------
     Batch
-        At most ``BATCHES_AHEAD`` batches more than the one yielded are in memory.
-
-    Raises
-    ------
-    ImageReadError
-        For the first picture, in order, that cannot be read.
+        The next pictures.
     """
+    waiting: list[Crop] = []
+    for crop in crops:
+        waiting.append(crop)
+        if len(waiting) == batch_size:
+            yield _batch(waiting, batch_size)
+            waiting = []
+    if waiting:
+        yield _batch(waiting, batch_size)
 
-    def read(index: int) -> Pixels:
-        return preprocessing.crop(source[index])
 
-    remaining = iter(range(len(source)))
-    ahead: deque[Future[Pixels]] = deque()
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
-    try:
-        for first in range(0, len(source), batch_size):
-            while len(ahead) < batch_size * (1 + BATCHES_AHEAD):
-                index = next(remaining, None)
-                if index is None:
-                    break
-                ahead.append(pool.submit(read, index))
-            positions = range(first, min(first + batch_size, len(source)))
-            pictures = [ahead.popleft().result() for _ in positions]
-            yield Batch(positions, _stack(pictures, batch_size))
-    finally:
-        # Also reached when the caller stops early or a picture cannot be read.
-        pool.shutdown(wait=True, cancel_futures=True)
-    source.warn_of_odd_range()
+def _batch(crops: list[Crop], batch_size: int) -> Batch:
+    positions = [crop.position for crop in crops]
+    keys = [crop.key for crop in crops]
+    return Batch(positions, keys, _stack([crop.pixels for crop in crops], batch_size))
 
 
 def _stack(pictures: list[Pixels], batch_size: int) -> Pixels:

@@ -12,7 +12,6 @@ change its meaning with its neighbours:
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import warnings
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from skltl._caller import level_of_the_user
 from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
 from skltl.images._decode import (
     Pixels,
@@ -91,9 +91,13 @@ class ImageSource:
         try:
             return self._read(item)
         except ValueError as error:
-            path = os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
             cause = error.__cause__ or error
-            raise ImageReadError(int(index), path, str(error)) from cause
+            raise ImageReadError(int(index), self.path(index), str(error)) from cause
+
+    def path(self, index: int) -> str | None:
+        """Return the path of picture ``index``, or ``None`` if it is not a file."""
+        item = self._items[index]
+        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 
     def _read(self, item: Any) -> Pixels:
         if isinstance(item, (str, os.PathLike)):
@@ -127,7 +131,7 @@ class ImageSource:
                 f"{high:.4g}. Divide them by their maximum (255 for 8-bit pictures), "
                 "or pass them as uint8.",
                 ImageRangeWarning,
-                stacklevel=_level_of_the_user(),
+                stacklevel=level_of_the_user(),
             )
 
 
@@ -169,14 +173,6 @@ def read_images(
     if is_tensor(X):
         return _source_of_array(X, prefers_first=True)
     return _source_of_items(X, check_items)
-
-
-def _level_of_the_user() -> int:
-    """Count the calls back to code that is neither skltl's nor scikit-learn's."""
-    frame, level = inspect.currentframe(), 0
-    while frame and frame.f_globals["__name__"].startswith(("skltl.", "sklearn.")):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _unwrap(X: Any) -> Any:

@@ -123,7 +123,7 @@ def test_prepared_networks_have_no_batch_norm_left():
     blocks = [resolve_layer(backbone, layer).block for layer in ("stem", "layer4")]
     loaded = load_prefix(backbone, None, 0, blocks)
 
-    runner = loaded.runner(torch.device("cpu"), torch.bfloat16)
+    runner = loaded.runner(torch.device("cpu"), torch.bfloat16, blocks)
 
     modules = [part for _, segment in runner._segments for part in segment.modules()]
     assert not [part for part in modules if isinstance(part, nn.BatchNorm2d)]
@@ -144,7 +144,8 @@ def test_threads_that_begin_together_load_one_network():
     def load():
         barrier.wait()
         loaded = load_prefix(backbone, None, 7, [block])
-        found.append((loaded, loaded.runner(torch.device("cpu"), torch.float32)))
+        runner = loaded.runner(torch.device("cpu"), torch.float32, [block])
+        found.append((loaded, runner))
 
     threads = [threading.Thread(target=load) for _ in range(6)]
     for thread in threads:

@@ -164,8 +164,8 @@ def test_prepared_blocks_give_what_torchvision_gives_at_every_cut(name):
     # DenseNet's last cut lies behind a function, not a module, that a hook could be on.
     wanted = [block for block in network.cut_points.values() if block != "relu"]
 
-    runner = FrozenPrefix(network.blocks, wanted).runner(
-        torch.device("cpu"), torch.float32
+    runner = FrozenPrefix(network.blocks).runner(
+        torch.device("cpu"), torch.float32, wanted
     )
     features = runner.features(
         pixels.to(torch.uint8), mean, std, lambda feature_map: pool(feature_map, "avg")

@@ -3,22 +3,28 @@
 import threading
 import time
 import weakref
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
-from skltl.images import ImageSource, iter_batches, read_images
+from skltl.images import ImageSource, iter_batches, iter_crops, read_images
 from skltl.images._batches import BATCHES_AHEAD
 
 
-def test_batches_have_one_size_and_keep_the_order(pictures):
-    batches = list(
-        iter_batches(
-            read_images(pictures), Preprocessing(40), batch_size=4, n_threads=3
-        )
+def batches_of(source, size, batch_size, n_threads):
+    """Yield all of a source in batches; `crops` is closed with the generator."""
+    crops = iter_crops(
+        source, range(len(source)), Preprocessing(size), batch_size, n_threads
     )
+    with closing(crops):
+        yield from iter_batches(crops, batch_size)
+
+
+def test_batches_have_one_size_and_keep_the_order(pictures):
+    batches = list(batches_of(read_images(pictures), 40, batch_size=4, n_threads=3))
 
     assert [len(batch.pixels) for batch in batches] == [4, 4, 4]
     assert [position for batch in batches for position in batch.positions] == [
@@ -63,7 +69,7 @@ class Tracked(np.ndarray):
 
 def test_few_pictures_are_decoded_ahead_and_none_is_kept():
     items = CountingPictures(500)
-    batches = iter_batches(ImageSource(items), Preprocessing(8), 10, n_threads=4)
+    batches = batches_of(ImageSource(items), 8, 10, n_threads=4)
 
     for number, _ in enumerate(batches, start=1):
         assert items.n_read <= 10 * (number + BATCHES_AHEAD)
@@ -76,7 +82,7 @@ def test_few_pictures_are_decoded_ahead_and_none_is_kept():
 def test_so_many_threads_decode(n_threads):
     items = CountingPictures(60)
 
-    list(iter_batches(ImageSource(items), Preprocessing(8), 10, n_threads))
+    list(batches_of(ImageSource(items), 8, 10, n_threads))
 
     assert len(items.threads) == n_threads
 
@@ -85,13 +91,13 @@ def test_the_first_unreadable_picture_is_named_and_threads_end(pictures):
     items = [*pictures, "missing.png", *pictures, "also missing.png"]
 
     with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
-        list(iter_batches(read_images(items), Preprocessing(8), 4, n_threads=4))
+        list(batches_of(read_images(items), 8, 4, n_threads=4))
 
     assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
 
 
 def test_a_caller_may_stop_early(pictures):
-    batches = iter_batches(read_images(pictures), Preprocessing(8), 2, n_threads=2)
+    batches = batches_of(read_images(pictures), 8, 2, n_threads=2)
     next(batches)
     batches.close()
 

@@ -8,14 +8,16 @@ from PIL import Image
 
 from skltl import Preprocessing
 from skltl.backbones import get_backbone
-from skltl.images import iter_batches, normalise, read_images
+from skltl.images import iter_batches, iter_crops, normalise, read_images
 
 SIZES = [(500, 375), (375, 500), (224, 224), (90, 60), (301, 17), (1, 1)]
 
 
 def prepared(items, preprocessing):
     """All the way to the network's input, as the package does it."""
-    (batch,) = iter_batches(read_images(items), preprocessing, len(items), n_threads=2)
+    n = len(items)
+    crops = iter_crops(read_images(items), range(n), preprocessing, n, n_threads=2)
+    (batch,) = iter_batches(crops, n)
     pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2)
     mean, std = (
         torch.tensor(values).view(3, 1, 1)

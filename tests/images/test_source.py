@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import sparse
 
 from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
-from skltl.images import Preprocessing, iter_batches, read_images
+from skltl.images import Preprocessing, iter_crops, read_images
 
 KINDS = {
     "list of paths": lambda arrays, paths: paths,
@@ -228,15 +228,18 @@ def test_errors_survive_the_way_back_from_a_worker_process():
 def test_a_picture_not_yet_loaded_may_stand_at_many_places(picture_files, pictures):
     lazy = Image.open(picture_files[0])
 
-    (batch,) = iter_batches(
-        read_images([lazy] * 60), Preprocessing(40), 60, n_threads=8
-    )
+    source = read_images([lazy] * 60)
+    crops = list(iter_crops(source, range(60), Preprocessing(40), 60, n_threads=8))
 
-    assert (batch.pixels == pictures[0][:, 4:44]).all()
+    assert len(crops) == 60
+    for crop in crops:
+        np.testing.assert_array_equal(crop.pixels, pictures[0][:, 4:44])
 
 
 def walked(source):
-    return list(iter_batches(source, Preprocessing(4), batch_size=2, n_threads=2))
+    pictures = list(source)
+    source.warn_of_odd_range()
+    return pictures
 
 
 def test_floats_outside_0_and_1_are_warned_of_once_with_their_range():

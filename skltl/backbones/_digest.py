@@ -1,0 +1,111 @@
+"""A name for what a network computes up to a block, from its structure and numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from skltl.backbones._blocks import has_hooks
+from skltl.backbones._spec import Backbone
+
+# Classes of these packages compute what their versions say.
+# Of others the code is not known.
+KNOWN_PACKAGES = ("torch", "torchvision", "skltl")
+
+# What every module has besides its own attributes.
+NO_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+_digests: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def prefix_digests(
+    backbone: Backbone, blocks: Mapping[str, nn.Module]
+) -> dict[str, bytes]:
+    """Name what a network computes up to each block.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The network's record. Its token is part of the names from the first block on
+        that runs code which neither torch, torchvision nor skltl brings.
+    blocks : mapping of str to Module
+        Frozen, from the network's first block on.
+
+    Returns
+    -------
+    dict of str to bytes
+        Equal names at equal places mean equal functions, in all processes with the same
+        versions of torch and torchvision.
+    """
+    versions = f"torch {torch.__version__} torchvision {torchvision.__version__}"
+    chain = versions.encode()
+    names = {}
+    for name, block in blocks.items():
+        token = "" if _is_known(block) else backbone.token
+        link = f"{name}\0{token}".encode() + _block_digest(block)
+        chain = blake2b(chain + link, digest_size=16).digest()
+        names[name] = chain
+    return names
+
+
+def _block_digest(block: nn.Module) -> bytes:
+    """Name one frozen block; of its numbers every bit counts, so they are read once."""
+    with _lock:
+        if block not in _digests:
+            digest = blake2b(digest_size=16)
+            for path, module in block.named_modules(remove_duplicate=False):
+                kind = type(module)
+                attributes = sorted(
+                    (name, repr(value))
+                    for name, value in _attributes(module).items()
+                    if _is_plain(value)
+                )
+                module_line = (path, kind.__module__, kind.__qualname__, attributes)
+                digest.update(f"{module_line}\n".encode())
+            for name, tensor in _tensors(block):
+                tensor_line = (name, tensor.dtype, tuple(tensor.shape))
+                digest.update(f"{tensor_line}\n".encode())
+                numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
+                digest.update(numbers.numpy().data)
+            _digests[block] = digest.digest()
+        return _digests[block]
+
+
+def _tensors(block: nn.Module) -> list[tuple[str, Tensor]]:
+    # Not the state dict, which leaves out buffers that are not persistent.
+    return [*block.named_parameters(), *block.named_buffers()]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what the constructor of a module's class left besides submodules."""
+    found = vars(module)
+    return {name: found[name] for name in found.keys() - NO_ATTRIBUTES}
+
+
+def _is_known(block: nn.Module) -> bool:
+    """Tell whether the class names, attributes and numbers say all that is computed."""
+    return all(
+        type(module).__module__.partition(".")[0] in KNOWN_PACKAGES
+        and not has_hooks(module)
+        and all(_is_plain(value) for value in _attributes(module).values())
+        for module in block.modules()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value's text is all there is to it."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return isinstance(value, _PLAIN)

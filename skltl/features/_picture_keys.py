@@ -1,0 +1,110 @@
+"""Which picture stands where: the content keys of a source's pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import PIL
+from PIL.features import version
+
+from skltl.exceptions import ImageReadError, ImageTypeError
+from skltl.features._shelf import Shelf
+from skltl.images import Crop, ImageSource, content_key, file_state, map_ahead
+
+KEY_BYTES = 16  # of a picture's content, a path and a file's state each
+
+# Pictures in memory are named in groups: a task costs more than a small one's name.
+PICTURES_PER_TASK = 32
+
+
+class PictureKeys:
+    """The content keys of pictures, as far as they are known.
+
+    Files are recognised by path and state; what they hold is remembered on a shelf.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.shelf_name = _shelf_name()
+        self._shelf = Shelf(folder, self.shelf_name)
+        self._keys: dict[int, bytes] = {}
+        self._paths: dict[int, str] = {}
+        self._new_files: list[tuple[bytes, bytes]] = []
+
+    def __getitem__(self, position: int) -> bytes:
+        return self._keys[position]
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._keys
+
+    def find(self, source: ImageSource, n_threads: int) -> None:
+        """Find the keys of pictures in memory, and of files that are known."""
+        paths = {position: source.path(position) for position in range(len(source))}
+        self._paths = {one: path for one, path in paths.items() if path is not None}
+        self._recognise_files()
+        in_memory = [one for one, path in paths.items() if path is None]
+        self._name(source, in_memory, n_threads)
+
+    def learn(self, crop: Crop) -> None:
+        """Take the key of a picture that has been decoded."""
+        self._keys[crop.position] = crop.key
+        if crop.file is not None:
+            path = _name_of(self._paths[crop.position])
+            self._new_files.append((path, crop.key + crop.file))
+
+    def store(self) -> None:
+        """Remember the files that have been decoded."""
+        self._shelf.write(self._new_files)
+        self._new_files.clear()
+
+    def close(self) -> None:
+        """Close the shelf."""
+        self._shelf.close()
+
+    def _recognise_files(self) -> None:
+        names = {position: _name_of(path) for position, path in self._paths.items()}
+        known = dict(self._shelf.read(list(set(names.values())), 2 * KEY_BYTES))
+        for position, name in names.items():
+            if name in known:
+                key, state = known[name][:KEY_BYTES], known[name][KEY_BYTES:]
+                if state == file_state(self._paths[position]):
+                    self._keys[position] = key
+
+    def _name(
+        self, source: ImageSource, positions: Sequence[int], n_threads: int
+    ) -> None:
+        def name(some: Sequence[int]) -> dict[int, bytes]:
+            keys = {}
+            for position in some:
+                try:
+                    keys[position] = content_key(source[position])
+                except (ImageReadError, ImageTypeError):
+                    break  # raised when it is read in the order of the source
+            return keys
+
+        tasks = [
+            positions[first : first + PICTURES_PER_TASK]
+            for first in range(0, len(positions), PICTURES_PER_TASK)
+        ]
+        for keys in map_ahead(name, tasks, n_threads, 2 * n_threads):
+            self._keys |= keys
+
+
+def _name_of(path: str) -> bytes:
+    absolute = os.path.abspath(path)  # noqa: PTH100  # `Path.absolute` keeps ".."
+    return blake2b(os.fsencode(absolute), digest_size=KEY_BYTES).digest()
+
+
+def _shelf_name() -> str:
+    """Name the shelf of files after what decodes them: others may give other pixels."""
+    decoders = ("jpg", "libjpeg_turbo", "webp", "libtiff")
+    versions = (PIL.__version__, *map(version, decoders))
+    digest = blake2b(repr(versions).encode(), digest_size=16).hexdigest()
+    return f"skltl-files-{digest}"

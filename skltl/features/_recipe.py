@@ -1,0 +1,177 @@
+"""Everything but the pictures that features depend on, as one record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skltl.backbones import (
+    Backbone,
+    FrozenPrefix,
+    block_shapes,
+    parts_a_fold,
+    prefix_digests,
+    reached_main_blocks,
+    skeleton,
+)
+from skltl.features._pooling import n_pooled, pool
+from skltl.images import Preprocessing
+
+# Raised when the way features are computed or stored changes: those of other formats
+# are never read.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures become features.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The record of the network.
+    network : FrozenPrefix
+        The network, at least up to the last of `blocks`.
+    blocks : tuple of str
+        After which of its blocks features are taken, side by side.
+    preprocessing : Preprocessing
+        What the pictures go through first.
+    pooling : str or int
+        How feature maps become features; see `pool`.
+    batch_size : int
+        Pictures that cross the network together.
+    device : torch.device
+        Where the network runs.
+    dtype : torch.dtype
+        What it computes in.
+    """
+
+    backbone: Backbone
+    network: FrozenPrefix
+    blocks: tuple[str, ...]
+    preprocessing: Preprocessing
+    pooling: str | int
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def widths(self) -> list[int]:
+        """Count the features at each of the blocks."""
+        shapes = block_shapes(self.backbone, self.preprocessing.crop_size, self.blocks)
+        return [n_pooled(shapes[block], self.pooling) for block in self.blocks]
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """Return the features (n, d) of a batch of pictures (n, h, w, 3)."""
+        runner = self.network.runner(self.device, self.dtype, self.blocks)
+        mean = torch.tensor(self.preprocessing.mean).view(3, 1, 1)
+        std = torch.tensor(self.preprocessing.std).view(3, 1, 1)
+        rows = runner.features(pixels, mean, std, partial(pool, pooling=self.pooling))
+        expected = (len(pixels), sum(self.widths()))
+        if rows.shape != expected:
+            raise ValueError(
+                f"The network makes features of shape {tuple(rows.shape)} of "
+                f"{len(pixels)} pictures; expected {expected}."
+            )
+        return rows
+
+    def fingerprints(self) -> list[str]:
+        """Name, for each of the blocks, all that its features depend on."""
+        digests = prefix_digests(self.backbone, self.network.blocks)
+        return [self._fingerprint(block, digests[block].hex()) for block in self.blocks]
+
+    def about(self, block: str) -> str:
+        """Say what the features at a block are, for people (JSON)."""
+        mains = skeleton(self.backbone).cut_points
+        names = {main_block: name for name, main_block in mains.items()}
+        facts = {
+            "backbone": self.backbone.name,
+            "layer": names.get(block, block),
+            "depth": list(self.network.blocks).index(block) + 1,
+            "pooling": self.pooling,
+            "image_size": self.preprocessing.crop_size,
+            "batch_size": self.batch_size,
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+        return json.dumps(facts)
+
+    def _fingerprint(self, block: str, digest: str) -> str:
+        facts = {
+            "format": FORMAT,
+            "network": digest,
+            "cut between": self._inner_cuts(block),
+            "preprocessing": asdict(self.preprocessing),
+            "pooling": self.pooling,
+            "batch size": self.batch_size,
+            "device": _kind(self.device),
+            "dtype": str(self.dtype),
+            "torch's own precisions": _precisions_of_torch(),
+        }
+        return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def _inner_cuts(self, block: str) -> list[str]:
+        """Return the cuts before a block that change its features' last digits."""
+        blocks = self.network.blocks
+        before = list(blocks)[: list(blocks).index(block)]
+        return [
+            one for one in before if one in self.blocks and parts_a_fold(blocks, one)
+        ]
+
+
+def recorded_blocks(
+    backbone: Backbone, asked: Sequence[str], crop_size: int, pooling: str | int
+) -> tuple[str, ...]:
+    """Return the blocks whose features a pass records when those of some are asked for.
+
+    Pooled features are small, so all main cut points are recorded with the one that is
+    asked for: a search over cut points needs a single pass. Whole maps, and what lies
+    between main cut points, are recorded only where they are asked for.
+    """
+    mains = reached_main_blocks(backbone, crop_size)
+    if pooling == "flatten" or not set(asked) <= set(mains):
+        return tuple(asked)
+    shapes = block_shapes(backbone, crop_size, mains)
+    blocks = skeleton(backbone).blocks
+
+    def is_harmless(block: str) -> bool:
+        return can_pool(shapes[block], pooling) and not parts_a_fold(blocks, block)
+
+    return tuple(block for block in mains if block in asked or is_harmless(block))
+
+
+def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
+    """Tell whether what a block gives for a picture can be pooled in this way."""
+    if len(shape) != 3:
+        return len(shape) == 1
+    return isinstance(pooling, str) or pooling <= min(shape[1:])
+
+
+def _kind(device: torch.device) -> str:
+    """Name the hardware as far as its kernels may differ in the last digits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def _precisions_of_torch() -> list[str]:
+    """Return the user's settings that let torch compute less precisely than asked."""
+    backends: Any = torch.backends
+    return [
+        str(backend.fp32_precision)
+        for backend in (
+            backends,
+            backends.cudnn.conv,
+            backends.cuda.matmul,
+            backends.mkldnn.conv,
+            backends.mkldnn.matmul,
+        )
+    ]
