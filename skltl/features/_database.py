@@ -107,10 +107,14 @@ class Database:
     ) -> set[bytes]:
         """Announce that rows are being computed; return those that nobody else claims.
 
-        Claims of processes that were killed end by themselves when their time is up.
+        The owner's older claims are renewed. Those of a process that was killed end by
+        themselves when their time is up.
         """
         with self._transaction():
             self._connection.execute("DELETE FROM claims WHERE until < ?", (now,))
+            self._connection.execute(
+                "UPDATE claims SET until = ? WHERE owner = ?", (until, owner)
+            )
             self._connection.executemany(
                 "INSERT OR IGNORE INTO claims VALUES (?, ?, ?)",
                 [(key, owner, until) for key in keys],

@@ -16,8 +16,9 @@ from skltl.features._database import KEYS_PER_QUERY, DamagedDatabaseError, Datab
 # What one query may bring into memory.
 BYTES_PER_QUERY = 2**26
 
-# After that time another process computes a picture itself. A batch takes seconds.
-CLAIM_SECONDS = 60.0
+# Claims are renewed with every batch, which takes a second, or a few. Those of a
+# process that was killed hold others up for so long.
+CLAIM_SECONDS = 15.0
 
 _MOVED = sqlite3.SQLITE_READONLY_DBMOVED
 
@@ -29,8 +30,8 @@ _warned: set[tuple[Path, str]] = set()
 class Shelf:
     """A database that is set aside when it is damaged, and done without otherwise.
 
-    A cache saves time; no error of it may cost a result. Each kind of trouble gives one
-    warning in the life of the process.
+    A cache saves time; no error of it may cost a result. A process warns once of each
+    damaged file, and once for a folder in which not all can be stored.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ class Shelf:
     def stop_storing(self, why: str) -> None:
         """Only read from now on."""
         self._is_writable = False
-        self._warn(f"{why}: not all features are stored")
+        self._warn("storing", f"{why}: not all features are stored")
 
     def _attempt(
         self, action: Callable[[Database], Result], otherwise: Result
@@ -136,15 +137,16 @@ class Shelf:
             if journal.exists():  # it would be applied to the new file
                 journal.replace(f"{aside}-journal")
             self._path.replace(aside)
-            self._warn(f"had a damaged file ({error}), set aside as {aside.name!r}")
+            what = f"had a damaged file ({error}), set aside as {aside.name!r}"
+            self._warn(self._path.name, what)
         except FileNotFoundError:
             return  # another process has just done it
         except OSError:
             self.stop_storing(f"has a damaged file that cannot be set aside ({error})")
 
-    def _warn(self, what: str) -> None:
-        if (self._folder, what) not in _warned:
-            _warned.add((self._folder, what))
+    def _warn(self, subject: str, what: str) -> None:
+        if (self._folder, subject) not in _warned:
+            _warned.add((self._folder, subject))
             warnings.warn(
                 f"The cache of features in {str(self._folder)!r} {what}.",
                 CacheWarning,
