@@ -45,6 +45,8 @@ class Claims:
     def close(self) -> None:
         """Leave what is not done to the others."""
         self._shelf.release(list(self._held), self._owner)
+        if not self._shelf.is_writable:  # or they would be waited for
+            self._shelf.delete()
         self._shelf.close()
 
     def _name(self, key: bytes) -> bytes:

@@ -41,6 +41,11 @@ class Shelf:
         Of the database.
     about, is_durable
         See `Database`.
+
+    Attributes
+    ----------
+    is_writable : bool
+        Whether all that was to be written has been so far.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class Shelf:
         self._about = about
         self._is_durable = is_durable
         self._database: Database | None = None
-        self._is_writable = True
+        self.is_writable = True
         self._inode = 0
 
     def close(self) -> None:
@@ -74,12 +79,12 @@ class Shelf:
 
     def write(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Store rows, if that is possible."""
-        if rows and self._is_writable:
+        if rows and self.is_writable:
             self._attempt(lambda database: database.write(rows), None)
 
     def claim(self, keys: Sequence[bytes], owner: bytes) -> set[bytes]:
         """Announce that rows are being computed; return those to compute here."""
-        if not self._is_writable or not keys:
+        if not self.is_writable or not keys:
             return set(keys)
         now = time.time()
         return self._attempt(
@@ -89,12 +94,17 @@ class Shelf:
 
     def release(self, keys: Sequence[bytes], owner: bytes) -> None:
         """Withdraw claims."""
-        if keys and self._is_writable:
+        if keys and self.is_writable:
             self._attempt(lambda database: database.release(keys, owner), None)
+
+    def delete(self) -> None:
+        """Delete the file, which works on a full disk, too."""
+        self._attempt(lambda database: database.delete(), None)
+        self.close()
 
     def stop_storing(self, why: str) -> None:
         """Only read from now on."""
-        self._is_writable = False
+        self.is_writable = False
         self._warn("storing", f"{why}: not all features are stored")
 
     def _attempt(

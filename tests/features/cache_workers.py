@@ -20,6 +20,7 @@ from skltl.backbones import Runner
 from skltl.features import _session, _shelf
 
 N_PICTURES = 3000
+N_PICTURES_TO_KILL = 10_000
 N_WORKERS = 4
 N_KILLS = 40
 
@@ -97,7 +98,7 @@ def kill(folder):
     rng = random.Random(0)
     n_alive, n_lost, faults, before = 0, 0, [], {}
     for _ in range(N_KILLS):
-        worker = in_child(extract, pictures(N_PICTURES), folder / "cache")
+        worker = in_child(extract, pictures(N_PICTURES_TO_KILL), folder / "cache")
         time.sleep(rng.uniform(0.05, 0.5))
         committed = stored(folder)
         os.kill(worker, signal.SIGKILL)
@@ -109,11 +110,13 @@ def kill(folder):
         before = after
     found = folder / "found.npy"
     child = in_child(
-        lambda: np.save(found, extract(pictures(N_PICTURES), folder / "cache"))
+        lambda: np.save(found, extract(pictures(N_PICTURES_TO_KILL), folder / "cache"))
     )
     os.waitpid(child, 0)
     expected = folder / "expected.npy"
-    child = in_child(lambda: np.save(expected, extract(pictures(N_PICTURES), None)))
+    child = in_child(
+        lambda: np.save(expected, extract(pictures(N_PICTURES_TO_KILL), None))
+    )
     os.waitpid(child, 0)
     return {
         "killed": n_alive,
