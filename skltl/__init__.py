@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         list_layers,
         register_backbone,
     )
+    from skltl.displays import LayerScoresDisplay
     from skltl.features import (
         CNNFeatureTransformer,
         cache_info,
@@ -30,6 +31,7 @@ SKOPS_TRUSTED = ["skltl.features._transformer.CNNFeatureTransformer"]
 _STATIONS = {
     "Backbone": "backbones",
     "CNNFeatureTransformer": "features",
+    "LayerScoresDisplay": "displays",
     "Preprocessing": "images",
     "cache_info": "features",
     "clear_cache": "features",
@@ -44,6 +46,7 @@ __all__ = [
     "SKOPS_TRUSTED",
     "Backbone",
     "CNNFeatureTransformer",
+    "LayerScoresDisplay",
     "Preprocessing",
     "__version__",
     "cache_info",

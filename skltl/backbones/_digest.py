@@ -24,7 +24,7 @@ NO_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
-_digests: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[nn.Module, tuple[bytes, bool]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -51,15 +51,19 @@ def prefix_digests(
     chain = versions.encode()
     names = {}
     for name, block in blocks.items():
-        token = "" if _is_known(block) else backbone.token
-        link = f"{name}\0{token}".encode() + _block_digest(block)
+        digest, is_known = _block_digest(block)
+        token = "" if is_known else backbone.token
+        link = f"{name}\0{token}".encode() + digest
         chain = blake2b(chain + link, digest_size=16).digest()
         names[name] = chain
     return names
 
 
-def _block_digest(block: nn.Module) -> bytes:
-    """Name one frozen block; of its numbers every bit counts, so they are read once."""
+def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
+    """Name one frozen block, and tell whether the name says all.
+
+    Of its numbers every bit counts, so they are read once.
+    """
     with _lock:
         if block not in _digests:
             digest = blake2b(digest_size=16)
@@ -77,7 +81,7 @@ def _block_digest(block: nn.Module) -> bytes:
                 digest.update(f"{tensor_line}\n".encode())
                 numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
                 digest.update(numbers.numpy().data)
-            _digests[block] = digest.digest()
+            _digests[block] = digest.digest(), _is_known(block)
         return _digests[block]
 
 

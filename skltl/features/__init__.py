@@ -2,6 +2,7 @@
 
 from skltl.features._cache import CacheEntry, CacheInfo, cache_info, clear_cache
 from skltl.features._pipeline import make_feature_pipeline
+from skltl.features._recipe import can_pool
 from skltl.features._transformer import CNNFeatureTransformer
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CacheEntry",
     "CacheInfo",
     "cache_info",
+    "can_pool",
     "clear_cache",
     "make_feature_pipeline",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -178,17 +178,18 @@ class CacheSession:
                 where[self._keys[position]].append(position)
             else:
                 missing.append(position)
-        n_found: Counter[bytes] = Counter()
+        found = set(where)
         for block, columns in self._asked.items():
             n_bytes = 4 * _width(columns)
-            for key, value in self._shelves[block].read(list(where), n_bytes):
+            there = set()
+            for key, value in self._shelves[block].read(list(found), n_bytes):
                 self._features[where[key], columns] = np.frombuffer(value, "<f4")
-                n_found[key] += 1
-        for key, same in where.items():
-            if n_found[key] == len(self._asked):
-                self.n_done += len(same)
-            else:
-                missing += same
+                there.add(key)
+            found &= there
+        self.n_done += sum(len(where[key]) for key in found)
+        missing += [
+            one for key, same in where.items() if key not in found for one in same
+        ]
         return sorted(missing)
 
     def _store(self) -> None:

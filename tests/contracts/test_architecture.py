@@ -19,6 +19,7 @@ STATIONS = [
     "backbones",
     "_estimator",
     "features",
+    "displays",
 ]
 SAYS_NOTHING = {"utils", "helpers", "common", "misc", "core", "base"}
 

@@ -1,0 +1,166 @@
+"""The display shows the search's own scores, in the order of the network."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.tree import DecisionTreeClassifier
+
+from skltl import CNNFeatureTransformer, LayerScoresDisplay, make_feature_pipeline
+from skltl.backbones import Runner
+
+LABELS = np.arange(9) % 3
+ALL = ["stem", "block1", "block2", "block3", "block4"]
+
+
+@pytest.fixture(autouse=True)
+def without_a_screen():
+    with mpl.rc_context({"backend": "agg"}):
+        yield
+        plt.close("all")
+
+
+@pytest.fixture
+def pipeline():
+    return make_feature_pipeline("tiny", "softmax", image_size=32)
+
+
+def test_lines_are_the_scores_of_the_search_by_depth(pipeline, pictures):
+    grid = {
+        "feat__layer": ["last", "stem", 2, ["stem", "block3"]],
+        "softmax__C": [0.1, 10],
+    }
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == ["stem", "block2", "stem + block3", "block4"]
+    means = search.cv_results_["mean_test_score"].reshape(4, 2)
+    deviations = search.cv_results_["std_test_score"].reshape(4, 2)
+    for column, line in enumerate(["C=0.1", "C=10"]):
+        order = [1, 2, 3, 0]
+        np.testing.assert_array_equal(display.scores[line], means[order, column])
+        np.testing.assert_array_equal(
+            display.deviations[line], deviations[order, column]
+        )
+    assert display.best_[2] == search.best_score_
+    assert display.score_name == "accuracy"
+
+
+def test_what_is_drawn_is_what_is_held(pipeline, pictures):
+    search = GridSearchCV(pipeline, {"feat__layer": ALL}, cv=3).fit(pictures, LABELS)
+    _, ax = plt.subplots()
+
+    display = LayerScoresDisplay.from_search(search, ax=ax)
+
+    assert display.ax_ is ax
+    assert display.figure_ is ax.figure
+    line, star = ax.get_lines()
+    np.testing.assert_array_equal(line.get_ydata(), display.scores[""])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ALL
+    assert star.get_ydata()[0] == search.best_score_
+    assert display.best_[0] in ax.get_legend_handles_labels()[1][0]
+
+
+def test_candidates_that_were_not_tried_leave_a_gap(pipeline, pictures):
+    grid = [
+        {"feat__layer": ["stem", "block2"], "softmax__C": [1]},
+        {"feat__layer": ["block1"], "softmax__C": [10]},
+    ]
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == ["stem", "block1", "block2"]
+    assert np.isnan(display.scores["C=1"]).tolist() == [False, True, False]
+    assert np.isnan(display.scores["C=10"]).tolist() == [True, False, True]
+
+
+def test_one_of_several_metrics_is_chosen(pipeline, pictures):
+    search = GridSearchCV(
+        pipeline,
+        {"feat__layer": ["stem", "block2"]},
+        scoring=["accuracy", "f1_macro"],
+        refit=False,
+        cv=3,
+    ).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search, metric="f1_macro")
+
+    np.testing.assert_array_equal(
+        display.scores[""], search.cv_results_["mean_test_f1_macro"]
+    )
+    assert display.score_name == "f1_macro"
+    with pytest.raises(ValueError, match="the search has accuracy, f1_macro"):
+        LayerScoresDisplay.from_search(search)
+
+
+def test_a_pipeline_is_scored_at_all_its_cut_points_in_one_pass(
+    pipeline, pictures, monkeypatch
+):
+    expected = [
+        cross_val_score(
+            pipeline.set_params(feat__layer=layer), pictures, LABELS, cv=3
+        ).mean()
+        for layer in ALL
+    ]
+    n_crossed = []
+    features = Runner.features
+
+    def counted(self, pixels, *others):
+        n_crossed.append(int(pixels.flatten(1).any(dim=1).sum()))
+        return features(self, pixels, *others)
+
+    monkeypatch.setattr(Runner, "features", counted)
+    pipeline.set_params(feat__layer="last")
+
+    display = LayerScoresDisplay.from_estimator(pipeline, pictures, LABELS, cv=3)
+
+    assert display.layers == ALL
+    np.testing.assert_array_equal(display.scores[""], expected)
+    assert sum(n_crossed) == len(pictures)
+    assert pipeline.get_params()["feat__cache"] is None
+
+
+def test_all_cut_points_are_those_that_small_pictures_get_to(pictures):
+    pipeline = make_pipeline(
+        CNNFeatureTransformer("vgg11", weights=None, random_state=0, image_size=8),
+        LogisticRegression(),
+    )
+
+    display = LayerScoresDisplay.from_estimator(pipeline, pictures, LABELS, cv=3)
+
+    assert display.layers == ["block1", "block2", "block3"]
+
+
+def test_estimators_without_a_network_are_refused(pictures):
+    tree = DecisionTreeClassifier()
+    search = GridSearchCV(tree, {"max_depth": [1, 2]}, cv=3).fit(
+        pictures.reshape(9, -1), LABELS
+    )
+
+    with pytest.raises(ValueError, match="no parameter 'layer' .* among max_depth"):
+        LayerScoresDisplay.from_search(search)
+    with pytest.raises(ValueError, match="no parameter 'layer'"):
+        LayerScoresDisplay.from_estimator(tree, pictures, LABELS)
+
+
+@pytest.mark.parametrize("n_lines", [1, 3, 12])
+def test_many_lines_and_long_names_are_drawn(n_lines):
+    layers = [f"features.denseblock{number}" for number in range(12)]
+    rng = np.random.default_rng(0)
+    scores = {f"C={10.0**-n:g}": rng.random(12) for n in range(n_lines)}
+    spread = {line: np.full(12, 0.05) for line in scores}
+
+    display = LayerScoresDisplay(
+        layers=layers, scores=scores, deviations=spread, score_name="accuracy"
+    ).plot()
+
+    display.figure_.canvas.draw()
+    boxes = [text.get_window_extent() for text in display.ax_.get_xticklabels()]
+    ends = [box.x1 for box in boxes]
+    assert ends == sorted(ends)
+    assert len(display.ax_.get_lines()) == n_lines + 1
