@@ -46,8 +46,8 @@ print(f"{time.perf_counter() - start:.1f} s for 75 fits")
 # %%
 # What the scores look like along the network
 # -------------------------------------------
-# Digits are unlike the photographs that the network was trained on: after the middle of
-# the network the scores fall.
+# Digits are unlike the photographs that the network was trained on, so the last cut is
+# not the best: what the last block knows is about animals and things.
 
 LayerScoresDisplay.from_search(search)
 

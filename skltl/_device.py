@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from joblib import effective_n_jobs
 
 # On a CPU small batches stay in the cache, and a single picture stays cheap although
 # every batch is filled up to this size. A GPU needs more to keep all its cores at work.
@@ -77,6 +78,13 @@ def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
     if isinstance(batch_size, str):  # "auto"
         return CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE
     return int(batch_size)
+
+
+def resolve_threads(n_jobs: int | None) -> int:
+    """Return how many threads decode; torch's number respects joblib's workers."""
+    if n_jobs is None:
+        return torch.get_num_threads()
+    return int(effective_n_jobs(n_jobs))
 
 
 def halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> None:

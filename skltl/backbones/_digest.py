@@ -86,8 +86,12 @@ def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
 
 
 def _tensors(block: nn.Module) -> list[tuple[str, Tensor]]:
-    # Not the state dict, which leaves out buffers that are not persistent.
-    return [*block.named_parameters(), *block.named_buffers()]
+    # Not the state dict, which leaves out buffers that are not persistent. What stands
+    # at two places is named at both: where it stands is part of the structure.
+    return [
+        *block.named_parameters(remove_duplicate=False),
+        *block.named_buffers(remove_duplicate=False),
+    ]
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

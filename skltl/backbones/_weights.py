@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from skltl._randomness import own_random_state
 from skltl.backbones._blocks import freeze, load_state, state_of
 from skltl.backbones._cut_points import build_skeleton, skeleton
 from skltl.backbones._files import FILE_FORMATS, fetch, read_state
@@ -19,10 +19,6 @@ from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.exceptions import WeightsError
 
 DEFAULT = "imagenet"
-
-# torch's modules draw their first weights from torch's global generator, which has to
-# be seeded and put back by one thread at a time.
-_GENERATOR_LOCK = threading.Lock()
 
 
 def resolve_weights(
@@ -95,8 +91,7 @@ def random_network(backbone: Backbone, seed: int) -> Network:
     They are those that torch draws after ``torch.manual_seed(seed)``; the state of
     torch's global generator does not change.
     """
-    with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with own_random_state(seed):
         network = backbone.build(None)
         if backbone.weights[0].source is None:
             _forget(network)

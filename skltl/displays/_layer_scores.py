@@ -5,23 +5,28 @@ from __future__ import annotations
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from sklearn.base import clone, is_classifier, is_regressor
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
-from sklearn.utils.validation import check_is_fitted
 
-from skltl.backbones import (
-    block_shapes,
-    get_backbone,
-    reached_main_blocks,
-    resolve_layer,
-    skeleton,
+from skltl.backbones import block_shapes, reached_main_blocks, skeleton
+from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.displays._search_results import (
+    arrange,
+    last_round,
+    metric_of,
+    place_of,
+    prefix_of_layer,
+    score_name_of,
 )
-from skltl.displays._axes import axes_to_draw_on
 from skltl.features import can_pool
 
 # More lines than colours of matplotlib's usual cycle, or long ones, are named beside
 # the axes and not in them.
 MOST_LINES_INSIDE = 6
+
+# More names than these do not fit beside the axes.
+MOST_NAMES = 12
 
 
 class LayerScoresDisplay:
@@ -70,6 +75,13 @@ class LayerScoresDisplay:
             name: np.asarray(line, float) for name, line in deviations.items()
         }
         self.score_name = score_name
+        lines = [*self.scores.values(), *self.deviations.values()]
+        if not lines or any(line.shape != (len(self.layers),) for line in lines):
+            raise ValueError(
+                "There must be lines, of as many numbers as there are layers."
+            )
+        if not any(np.isfinite(line).any() for line in self.scores.values()):
+            raise ValueError("There is no score to draw: all fits failed.")
 
     @classmethod
     def from_search(cls, search, *, metric=None, ax=None):
@@ -94,33 +106,28 @@ class LayerScoresDisplay:
         ValueError
             If the search did not vary `layer`, or has no such metric.
         """
-        check_is_fitted(search, "cv_results_")
-        results = search.cv_results_
-        metric = _metric(results, metric)
-        candidates = results["params"]
-        prefix = _prefix_of_layer(candidates[0], search.estimator.get_params())
-        places, lines = [], []
-        for candidate in candidates:
-            backbone = {**search.estimator.get_params(), **candidate}[
-                f"{prefix}backbone"
-            ]
-            places.append(_place(backbone, candidate[f"{prefix}layer"]))
-            rest = {k: v for k, v in candidate.items() if k != f"{prefix}layer"}
-            lines.append(_line_name(rest))
-        layers = [name for _, name in sorted(set(places))]
-        layers = list(dict.fromkeys(layers))
-        tables = []
-        for statistic in ("mean", "std"):
-            table = {line: np.full(len(layers), np.nan) for line in lines}
-            values = results[f"{statistic}_test_{metric}"]
-            for (_, layer), line, value in zip(places, lines, values, strict=True):
-                table[line][layers.index(layer)] = value
-            tables.append(table)
+        axes_library()
+        if not hasattr(search, "cv_results_"):
+            raise NotFittedError(
+                "from_search draws a fitted search, which has cv_results_; got "
+                f"{type(search).__name__}."
+            )
+        results = last_round(search.cv_results_)
+        metric = metric_of(results, metric)
+        scores = results[f"mean_test_{metric}"]
+        deviations = results[f"std_test_{metric}"]
+        places, lines = arrange(results["params"], scores, search.estimator)
+        layers = list(dict.fromkeys(name for _, name in sorted(set(places.values()))))
+        names = dict.fromkeys(lines[index] for index in places)
+        table = {name: np.full((2, len(layers)), np.nan) for name in names}
+        for index, (_, layer) in places.items():
+            column = layers.index(layer)
+            table[lines[index]][:, column] = scores[index], deviations[index]
         display = cls(
             layers=layers,
-            scores=tables[0],
-            deviations=tables[1],
-            score_name=_score_name(search, metric),
+            scores={name: line[0] for name, line in table.items()},
+            deviations={name: line[1] for name, line in table.items()},
+            score_name=score_name_of(search, metric),
         )
         return display.plot(ax=ax)
 
@@ -151,8 +158,8 @@ class LayerScoresDisplay:
         y : array of shape (n,)
             What they show.
         layers : "all" or list, default="all"
-            The cut points. ``"all"`` is all main ones that pictures of this size get
-            to.
+            The cut points, as the parameter `layer` takes them. ``"all"`` is all main
+            ones that pictures of this size get to.
         cv : int or splitter, default=5
             As in scikit-learn's ``cross_validate``.
         scoring : str or callable, default=None
@@ -172,31 +179,37 @@ class LayerScoresDisplay:
         ValueError
             If there is no transformer with a `layer` in the estimator.
         """
+        axes_library()
         estimator = clone(estimator)
         params = estimator.get_params()
-        prefix = _prefix_of_layer(params, params)
-        if isinstance(layers, str):
+        prefix = prefix_of_layer(params, params)
+        if isinstance(layers, str) and layers == "all":
             step = params[prefix.removesuffix("__")] if prefix else estimator
             layers = _main_layers(step, X)
+        layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+        for layer in layers:  # is there such a one, before all the fits
+            place_of(params[f"{prefix}backbone"], layer)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             if not params[f"{prefix}cache"]:
                 estimator.set_params(**{f"{prefix}cache": folder})
             search = GridSearchCV(
                 estimator,
-                {f"{prefix}layer": list(layers)},
+                {f"{prefix}layer": layers},
                 cv=cv,
                 scoring=scoring,
                 n_jobs=n_jobs,
                 refit=False,
+                error_score="raise",
             ).fit(X, y)
         return cls.from_search(search, ax=ax)
 
     @property
     def best_(self):
         """Cut point, line and score of the best."""
-        best = max(self.scores, key=lambda line: np.nanmax(self.scores[line]))
-        index = int(np.nanargmax(self.scores[best]))
-        return self.layers[index], best, float(self.scores[best][index])
+        names = list(self.scores)
+        table = np.nan_to_num(np.array(list(self.scores.values())), nan=-np.inf)
+        line, column = np.unravel_index(table.argmax(), table.shape)
+        return self.layers[column], names[line], float(table[line, column])
 
     def plot(self, ax=None):
         """Draw the scores.
@@ -211,83 +224,66 @@ class LayerScoresDisplay:
         LayerScoresDisplay
             The display itself.
         """
+        drawn = {
+            name: line for name, line in self.scores.items() if np.isfinite(line).any()
+        }
         width = max(6.4, 0.7 * len(self.layers) + 2)
         ax = axes_to_draw_on(ax, figsize=(width, 4.8))
-        positions = np.arange(len(self.layers))
-        colours = _colours(len(self.scores))
-        for (line, scores), colour in zip(self.scores.items(), colours, strict=True):
-            there = ~np.isnan(scores)
-            at, mean = positions[there], scores[there]
-            spread = self.deviations[line][there]
-            ax.plot(at, mean, "o-", color=colour, label=line or None, markersize=4)
-            if len(self.scores) <= MOST_LINES_INSIDE:
-                low, high = mean - spread, mean + spread
-                ax.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
+        for number, (name, scores) in enumerate(drawn.items()):
+            colour = _colour(number, len(drawn))
+            there = np.isfinite(scores)
+            at, mean = np.flatnonzero(there), scores[there]
+            label = name if _is_named(number, len(drawn)) else None
+            ax.plot(at, mean, "o-", color=colour, label=label, markersize=4)
+            if len(drawn) <= MOST_LINES_INSIDE:
+                spread = self.deviations[name][there]
+                high = mean + spread
+                if np.nanmax(self._all_scores()) <= 1:  # most scores end there
+                    high = high.clip(max=1)
+                ax.fill_between(
+                    at, mean - spread, high, color=colour, alpha=0.1, linewidth=0
+                )
         self._mark_best(ax)
-        long = max(map(len, self.layers)) * len(self.layers) > 60
-        ax.set_xticks(
-            positions,
-            self.layers,
-            rotation=40 if long else 0,
-            ha="right" if long else "center",
-            rotation_mode="anchor" if long else "default",
-        )
-        ax.set_xlabel("cut after")
-        ax.set_ylabel(self.score_name)
-        ax.grid(axis="y", alpha=0.3)
-        _draw_legend(ax, len(self.scores))
+        self._label_axes(ax)
+        if any(drawn):
+            _draw_legend(ax, len(drawn))
         self.ax_ = ax
         self.figure_ = ax.figure
         return self
 
+    def _all_scores(self):
+        return np.array(list(self.scores.values()))
+
     def _mark_best(self, ax):
         layer, line, score = self.best_
-        label = f"best: {layer}{', ' + line if line else ''} ({score:.3f})"
+        column = self.layers.index(layer)
         ax.plot(
-            self.layers.index(layer),
+            column,
             score,
             "*",
             color="black",
-            markersize=13,
+            markersize=16,
             zorder=5,
-            label=label,
+            fillstyle="none",
+        )
+        ax.set_title(
+            _shortened(f"best: {layer}{', ' + line if line else ''} ({score:.3f})", 70),
+            fontsize="medium",
         )
 
-
-def _metric(results, metric):
-    """Return which scores of a search are meant: the end of their columns' names."""
-    prefix = "mean_test_"
-    known = [name.removeprefix(prefix) for name in results if name.startswith(prefix)]
-    if metric is None and len(known) == 1:
-        return known[0]
-    if metric not in known:
-        raise ValueError(f"metric={metric!r}, but the search has {', '.join(known)}.")
-    return metric
-
-
-def _score_name(search, metric):
-    """Name the scores: by the metric, or by what `score` of the estimator is."""
-    if metric != "score":
-        return metric
-    if isinstance(search.scoring, str):
-        return search.scoring
-    if search.scoring is not None:
-        return "score"
-    if is_classifier(search.estimator):
-        return "accuracy"
-    return "R²" if is_regressor(search.estimator) else "score"
-
-
-def _prefix_of_layer(varied, params):
-    """Return what stands before ``layer`` in a nested parameter's name."""
-    for name in varied:
-        prefix = name.removesuffix("layer")
-        if name.endswith("layer") and f"{prefix}backbone" in params:
-            return prefix
-    raise ValueError(
-        "There is no parameter 'layer' of a CNNFeatureTransformer among "
-        f"{', '.join(sorted(varied))}."
-    )
+    def _label_axes(self, ax):
+        names = [_shortened(layer) for layer in self.layers]
+        is_long = max(map(len, names)) * len(names) > 60
+        ax.set_xticks(
+            range(len(names)),
+            names,
+            rotation=40 if is_long else 0,
+            ha="right" if is_long else "center",
+            rotation_mode="anchor" if is_long else "default",
+        )
+        ax.set_xlabel("cut after")
+        ax.set_ylabel(self.score_name.replace("_", " "))
+        ax.grid(axis="y", alpha=0.3)
 
 
 def _main_layers(transformer, X):
@@ -303,38 +299,30 @@ def _main_layers(transformer, X):
     ]
 
 
-def _place(backbone, layer):
-    """Return how deep a `layer` parameter cuts, and its name."""
-    record = get_backbone(backbone)
-    several = layer if isinstance(layer, (list, tuple)) else [layer]
-    cut_points = [resolve_layer(record, one) for one in several]
-    blocks = list(skeleton(record).blocks)
-    depths = [blocks.index(cut_point.block) for cut_point in cut_points]
-    name = " + ".join(cut_point.name for cut_point in cut_points)
-    return (max(depths) / len(blocks), len(depths)), name
+def _shortened(text, n_most=40):
+    """Leave out the middle of a long text."""
+    half = (n_most - 1) // 2
+    return text if len(text) <= n_most else f"{text[:half]}…{text[-half:]}"
 
 
-def _line_name(params):
-    """Name a line by the parameters that tell it from the others."""
-    return ", ".join(
-        f"{name.rpartition('__')[2]}={_text(value)}" for name, value in params.items()
-    )
-
-
-def _text(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _colours(n):
+def _colour(number, n):
     from matplotlib import colormaps
 
-    if n <= 1:
-        return ["C0"] * n
-    return [colormaps["viridis"](share) for share in np.linspace(0, 0.85, n)]
+    return "C0" if n == 1 else colormaps["viridis"](0.85 * number / (n - 1))
+
+
+def _is_named(number, n):
+    """Tell whether a line has its name in the legend: of very many, only some have."""
+    step = -(-n // MOST_NAMES)
+    return number % step == 0
 
 
 def _draw_legend(ax, n_lines):
-    if n_lines <= MOST_LINES_INSIDE:
-        ax.legend(frameon=False)
-    else:
-        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    is_inside = n_lines <= MOST_LINES_INSIDE
+    place = (
+        {"loc": "best"}
+        if is_inside
+        else {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    )
+    handles, names = ax.get_legend_handles_labels()
+    ax.legend(handles, [_shortened(name) for name in names], frameon=False, **place)

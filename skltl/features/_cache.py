@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
+import warnings
 from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from platformdirs import user_cache_path
 
-from skltl.features._database import DamagedDatabaseError, Database
+from skltl._caller import level_of_the_user
+from skltl.exceptions import CacheWarning
+from skltl.features._database import DamagedDatabaseError, Database, look_into
 
 # Of all databases together, in units of 10^9 bytes. Average-pooled features of all main
 # cut points of ResNet-50 are 16 kB a picture: a million pictures.
 LIMIT = 20.0
 
 FEATURES = "skltl-features-"
+
+OWN_FILES = re.compile(
+    r"skltl-(features-[0-9a-f]{32}|files-[0-9a-f]{32}|claims)\.sqlite"
+    r"(\.[0-9a-f]{8}\.damaged(-journal)?)?"
+)
 
 
 class CacheEntry(NamedTuple):
@@ -63,7 +73,7 @@ class CacheInfo(NamedTuple):
         The folder.
     n_bytes : int
         Of all files of the cache.
-    max_bytes : int
+    max_bytes : float
         What they may grow to.
     entries : list of CacheEntry
         One for each way to compute features, by backbone and depth of the cut.
@@ -71,7 +81,7 @@ class CacheInfo(NamedTuple):
 
     folder: Path
     n_bytes: int
-    max_bytes: int
+    max_bytes: float
     entries: list[CacheEntry]
 
 
@@ -112,9 +122,8 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     block3 6
     block4 6
     """
-    folder = resolve_folder(cache)
-    paths = _databases(folder)
-    entries = [_entry(path) for path in paths if path.name.startswith(FEATURES)]
+    folder = _named_folder(cache)
+    entries = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
     known = [entry for entry in entries if entry is not None]
     return CacheInfo(
         folder, n_bytes(folder), max_bytes(), sorted(known, key=_by_recipe)
@@ -141,28 +150,61 @@ def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     clear_cache(folder)
     """
-    for path in _files(resolve_folder(cache)):
-        _delete(path)
+    folder = _named_folder(cache)
+    left = [path.name for path in _files(folder) if not _delete(path)]
+    if left:
+        warnings.warn(
+            f"Of the cache of features in {str(folder)!r} {len(left)} files could not "
+            f"be deleted: {', '.join(left[:3])}, ... Another program may be using "
+            "them, or the right to write is missing.",
+            CacheWarning,
+            stacklevel=level_of_the_user(),
+        )
 
 
-def resolve_folder(cache: str | os.PathLike[str] | bool) -> Path:
-    """Return the folder that a `cache` parameter means."""
-    if not isinstance(cache, bool):
-        return Path(cache).expanduser().absolute()
+def resolve_folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
+    """Return the folder that a `cache` parameter means, ``None`` for no cache.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be a folder's name.
+    """
+    if cache is None or (isinstance(cache, (bool, np.bool_)) and not cache):
+        return None
     own = os.environ.get("SKLTL_CACHE")
-    return Path(own).expanduser().absolute() if own else user_cache_path("skltl")
-
-
-def max_bytes() -> int:
-    """Return what the cache may grow to: ``SKLTL_CACHE_LIMIT``, in gigabytes."""
-    text = os.environ.get("SKLTL_CACHE_LIMIT", str(LIMIT))
+    if isinstance(cache, (bool, np.bool_)) and not own:
+        return user_cache_path("skltl")
+    name = own if isinstance(cache, (bool, np.bool_)) else cache
     try:
-        return int(float(text) * 1e9)
-    except (ValueError, OverflowError):
+        text = os.fspath(name)  # type: ignore[arg-type]
+        os.fsencode(text)
+        if not text or "\0" in text:
+            raise ValueError("it is empty, or has a null character")
+        return Path(text).expanduser().absolute()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise ValueError(f"cache={name!r} names no folder: {error}.") from error
+
+
+def max_bytes() -> float:
+    """Return what the cache may grow to: ``SKLTL_CACHE_LIMIT``, in gigabytes.
+
+    Raises
+    ------
+    ValueError
+        If that is no number from 0 on.
+    """
+    text = os.environ.get("SKLTL_CACHE_LIMIT") or str(LIMIT)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
         raise ValueError(
-            f"SKLTL_CACHE_LIMIT={text!r} in the environment must be a number: how many "
-            "gigabytes the cache may grow to."
-        ) from None
+            f"SKLTL_CACHE_LIMIT={text!r} in the environment must be a number from 0 "
+            "on: how many gigabytes the cache may grow to ('inf' for no limit)."
+        )
+    return limit * 1e9
 
 
 def n_bytes(folder: Path) -> int:
@@ -180,11 +222,10 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
     Returns
     -------
     bool
-        Whether it is kept now; those in use are not deleted.
+        Whether it is kept now. Those in use, and those of other users, stay.
     """
     limit = max_bytes()
-    files = _files(folder)
-    for path in sorted(files, key=_last_used):
+    for path in sorted(_files(folder), key=_last_used):
         if n_bytes(folder) <= limit:
             return True
         if path.stem not in in_use:
@@ -192,17 +233,25 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
     return n_bytes(folder) <= limit
 
 
+def _named_folder(cache: str | os.PathLike[str] | bool) -> Path:
+    folder = resolve_folder(cache)
+    if folder is None:
+        raise ValueError(
+            f"cache={cache!r} means no cache. Name a folder, or pass True."
+        )
+    return folder
+
+
 def _files(folder: Path) -> list[Path]:
-    """List the cache's files, journals left out: SQLite looks after those."""
-    return [
-        path
-        for path in sorted(folder.glob("skltl-*.sqlite*"))
-        if not path.name.endswith(".sqlite-journal")
-    ]
-
-
-def _databases(folder: Path) -> list[Path]:
-    return [path for path in _files(folder) if path.suffix == ".sqlite"]
+    """List the cache's files; SQLite looks after the journals of those in use."""
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if OWN_FILES.fullmatch(path.name) and path.is_file()
+        )
+    except OSError:  # not made yet, or not to be read
+        return []
 
 
 def _last_used(path: Path) -> float:
@@ -213,16 +262,19 @@ def _last_used(path: Path) -> float:
 
 
 def _entry(path: Path) -> CacheEntry | None:
-    """Look into a database; one that cannot be read is not listed."""
+    """Look into a database; one that holds no features we know of is not listed."""
     try:
         stat = path.stat()
-        with closing(Database(path)) as database:
-            facts, n_images = json.loads(database.about()), database.n_rows()
+        about, n_images = look_into(path)
         used = datetime.fromtimestamp(stat.st_mtime)
         return CacheEntry(
-            **facts, n_images=n_images, n_bytes=stat.st_size, last_used=used, path=path
+            **json.loads(about),
+            n_images=n_images,
+            n_bytes=stat.st_size,
+            last_used=used,
+            path=path,
         )
-    except (OSError, sqlite3.Error, DamagedDatabaseError, ValueError, TypeError):
+    except (OSError, sqlite3.Error, ValueError, TypeError):
         return None
 
 
@@ -232,13 +284,16 @@ def _by_recipe(entry: CacheEntry) -> tuple[str | int, ...]:
     return (*recipe, entry.device, entry.precision, entry.depth)
 
 
-def _delete(path: Path) -> None:
-    """Delete a file of the cache; a database not before its writers are done."""
-    if path.suffix != ".sqlite":
-        path.unlink(missing_ok=True)
-        return
+def _delete(path: Path) -> bool:
+    """Delete a file of the cache, a database between two transactions.
+
+    Returns whether it is gone now: one that is locked, or not ours to delete, stays.
+    """
     try:
-        with closing(Database(path)) as database:
-            database.delete()
-    except (sqlite3.Error, DamagedDatabaseError):
+        if path.suffix == ".sqlite":
+            with suppress(DamagedDatabaseError), closing(Database(path)) as database:
+                database.delete()
         path.unlink(missing_ok=True)
+    except (OSError, sqlite3.Error):
+        return False
+    return True

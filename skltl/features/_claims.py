@@ -37,16 +37,14 @@ class Claims:
         return {names[name] for name in granted}
 
     def release(self, keys: Iterable[bytes]) -> None:
-        """Tell the others that pictures are done."""
-        names = {self._name(key) for key in keys}
+        """Tell the others that pictures are done, or are not being computed."""
+        names = {self._name(key) for key in keys} & self._held
         self._shelf.release(list(names), self._owner)
         self._held -= names
 
     def close(self) -> None:
         """Leave what is not done to the others."""
         self._shelf.release(list(self._held), self._owner)
-        if not self._shelf.is_writable:  # or they would be waited for
-            self._shelf.delete()
         self._shelf.close()
 
     def _name(self, key: bytes) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -28,9 +28,16 @@ CREATE TABLE about (text TEXT NOT NULL);
 KEYS_PER_QUERY = 500
 
 # Writers hold the file for milliseconds; on a slow network drive, for seconds.
-PATIENCE = 60.0
+PATIENCE = 10.0
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# Besides real damage: our statements never change, so tables or columns that they do
+# not find (SQLITE_ERROR), or rules that they break (SQLITE_CONSTRAINT), are not ours.
+_DAMAGED = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+}
 
 
 class DamagedDatabaseError(Exception):
@@ -107,11 +114,16 @@ class Database:
     ) -> set[bytes]:
         """Announce that rows are being computed; return those that nobody else claims.
 
-        The owner's older claims are renewed. Those of a process that was killed end by
-        themselves when their time is up.
+        At most ``KEYS_PER_QUERY`` keys can be claimed. The owner's older claims are
+        renewed. Those of a process that was killed end by themselves when their time is
+        up, also if its clock was ahead: nobody claims for longer than this, but others
+        may have looked at the clock later, while this one waited for the file.
         """
+        latest = until + PATIENCE
         with self._transaction():
-            self._connection.execute("DELETE FROM claims WHERE until < ?", (now,))
+            self._connection.execute(
+                "DELETE FROM claims WHERE NOT until BETWEEN ? AND ?", (now, latest)
+            )
             self._connection.execute(
                 "UPDATE claims SET until = ? WHERE owner = ?", (until, owner)
             )
@@ -120,9 +132,11 @@ class Database:
                 [(key, owner, until) for key in keys],
             )
             granted = self._connection.execute(
-                "SELECT key FROM claims WHERE owner = ?", (owner,)
+                "SELECT key FROM claims WHERE owner = ? "
+                f"AND key IN ({','.join('?' * len(keys))})",
+                (owner, *keys),
             ).fetchall()
-        return {key for (key,) in granted}.intersection(keys)
+        return {key for (key,) in granted}
 
     def release(self, keys: Iterable[bytes], owner: bytes) -> None:
         """Withdraw claims."""
@@ -132,20 +146,8 @@ class Database:
                 [(key, owner) for key in keys],
             )
 
-    def about(self) -> str:
-        """Return what it holds, in words."""
-        with _naming_damage():
-            row = self._connection.execute("SELECT text FROM about").fetchone()
-        return "" if row is None else str(row[0])
-
-    def n_rows(self) -> int:
-        """Count the rows."""
-        with _naming_damage():
-            (n,) = self._connection.execute("SELECT count(*) FROM rows").fetchone()
-        return int(n)
-
     def delete(self) -> None:
-        """Delete the file, while no other process writes to it.
+        """Delete the file at a moment when no other process writes to it.
 
         One that has it open finds out when it writes next, and gets an error.
         """
@@ -182,6 +184,21 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+
+def look_into(path: Path) -> tuple[str, int]:
+    """Return what a database holds, in words, and how many rows; change nothing.
+
+    Raises
+    ------
+    sqlite3.Error
+        If it is no database of ours, or cannot be read now.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, timeout=1, uri=True)) as connection:
+        (about,) = connection.execute("SELECT max(text) FROM about").fetchone()
+        (n_rows,) = connection.execute("SELECT count(*) FROM rows").fetchone()
+    return str(about), int(n_rows)
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
 import PIL
+from PIL import Image, ImageFile
 from PIL.features import version
 
 from skltl.exceptions import ImageReadError, ImageTypeError
+from skltl.features._recipe import FORMAT
 from skltl.features._shelf import Shelf
 from skltl.images import (
     FILE_STATE_BYTES,
@@ -66,6 +69,10 @@ class PictureKeys:
             path = _name_of(self._paths[crop.position])
             self._new_files.append((path, crop.key + crop.file))
 
+    def stop_storing(self, why: str) -> None:
+        """Remember no more files."""
+        self._shelf.stop_storing(why)
+
     def store(self) -> None:
         """Remember the files that have been decoded."""
         self._shelf.write(self._new_files)
@@ -109,12 +116,23 @@ def _name_of(path: str) -> bytes:
     # Not `Path.absolute`, which takes ten times as long, in each fold.
     if not os.path.isabs(path):  # noqa: PTH117
         path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
-    return blake2b(os.fsencode(path), digest_size=KEY_BYTES).digest()
+    text = path.encode(errors="surrogatepass")
+    return blake2b(text, digest_size=KEY_BYTES).digest()
 
 
 def _shelf_name() -> str:
-    """Name the shelf of files after what decodes them: others may give other pixels."""
-    decoders = ("jpg", "libjpeg_turbo", "webp", "libtiff")
-    versions = (PIL.__version__, *map(version, decoders))
-    digest = blake2b(repr(versions).encode(), digest_size=16).hexdigest()
+    """Name the shelf of files after all that their pixels depend on besides them."""
+    facts = (
+        FORMAT,
+        *_decoders(),
+        ImageFile.LOAD_TRUNCATED_IMAGES,
+        Image.MAX_IMAGE_PIXELS,
+    )
+    digest = blake2b(repr(facts).encode(), digest_size=16).hexdigest()
     return f"skltl-files-{digest}"
+
+
+@lru_cache
+def _decoders() -> tuple[str | None, ...]:
+    names = ("jpg", "libjpeg_turbo", "webp", "libtiff")
+    return (PIL.__version__, *map(version, names))

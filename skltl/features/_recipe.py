@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor
 
@@ -70,8 +72,9 @@ class Recipe:
     def compute(self, pixels: Tensor) -> Tensor:
         """Return the features (n, d) of a batch of pictures (n, h, w, 3)."""
         runner = self.network.runner(self.device, self.dtype, self.blocks)
-        mean = torch.tensor(self.preprocessing.mean).view(3, 1, 1)
-        std = torch.tensor(self.preprocessing.std).view(3, 1, 1)
+        # Not the user's default dtype.
+        mean = torch.tensor(self.preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(self.preprocessing.std, dtype=torch.float32).view(3, 1, 1)
         rows = runner.features(pixels, mean, std, partial(pool, pooling=self.pooling))
         expected = (len(pixels), sum(self.widths()))
         if rows.shape != expected:
@@ -100,7 +103,7 @@ class Recipe:
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
         }
-        return json.dumps(facts)
+        return json.dumps(facts, default=int)
 
     def _fingerprint(self, block: str, digest: str) -> str:
         facts = {
@@ -112,9 +115,12 @@ class Recipe:
             "batch size": self.batch_size,
             "device": _kind(self.device),
             "dtype": str(self.dtype),
-            "torch's own precisions": _precisions_of_torch(),
+            "Pillow, which resizes": PIL.__version__,
+            "settings of torch": _settings_of_torch(),
         }
-        return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        # The user's numbers may be numpy's.
+        text = json.dumps(facts, default=int)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _inner_cuts(self, block: str) -> list[str]:
         """Return the cuts before a block that change its features' last digits."""
@@ -153,20 +159,35 @@ def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
     return isinstance(pooling, str) or pooling <= min(shape[1:])
 
 
-def _kind(device: torch.device) -> str:
+def _kind(device: torch.device) -> list[str]:
     """Name the hardware as far as its kernels may differ in the last digits."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
+        return ["cuda", torch.cuda.get_device_name(device)]
+    if device.type != "cpu":
+        return [device.type]
+    instructions = [torch.backends.cpu.get_cpu_capability()]
+    if hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.10
+        capabilities: Any = torch.cpu.get_capabilities()
+        instructions += [f"{name} {value}" for name, value in capabilities.items()]
+    limits = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
+    return [*instructions, *limits]
 
 
-def _precisions_of_torch() -> list[str]:
-    """Return the user's settings that let torch compute less precisely than asked."""
+def _settings_of_torch() -> list[str]:
+    """Return the user's settings on which torch's choice of kernels depends."""
     backends: Any = torch.backends
-    return [
-        str(backend.fp32_precision)
+    settings = [
+        torch.are_deterministic_algorithms_enabled(),
+        backends.mkldnn.enabled,
+        backends.cudnn.enabled,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_fp16_accumulation,
+    ]
+    precisions = [
+        backend.fp32_precision
         for backend in (
             backends,
             backends.cudnn.conv,
@@ -175,3 +196,4 @@ def _precisions_of_torch() -> list[str]:
             backends.mkldnn.matmul,
         )
     ]
+    return [str(setting) for setting in (*settings, *precisions)]

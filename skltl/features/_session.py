@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from skltl.images import Batch, Crop, ImageSource
 # What a kill may cost: features are stored after so many seconds, or bytes.
 SECONDS_UNSTORED = 2.0
 BYTES_UNSTORED = 2**26
+
+# An extraction that gives nothing new for so long is not waited for any more.
+SECONDS_WITHOUT_NEWS = 60.0
 
 # How often a process looks whether another one is done with a picture.
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -87,6 +91,7 @@ class CacheSession:
         asked: Sequence[str],
         features: NDArray[np.float32],
     ) -> None:
+        max_bytes()  # is the limit a number, before any work
         names = [FEATURES + fingerprint for fingerprint in recipe.fingerprints()]
         self._folder = folder
         self._batch_size = recipe.batch_size
@@ -99,11 +104,12 @@ class CacheSession:
             for block, name in zip(recipe.blocks, names, strict=True)
         }
         self._keys = PictureKeys(folder)
-        self._claims = Claims(folder, work=names[-1])
+        self._claims = Claims(folder, work=" ".join(names))
         self._in_use = {*names, self._keys.shelf_name, self._claims.shelf_name}
         self._first: dict[bytes, int] = {}  # where a picture computed here stands first
         self._copies: list[tuple[int, int]] = []  # and where it stands again
         self._others: list[int] = []  # what other extractions are computing
+        self._may_share = True
         self._unstored: list[tuple[list[bytes], NDArray[np.float32]]] = []
         self._last_stored = time.monotonic()
         self.n_done = 0
@@ -121,12 +127,16 @@ class CacheSession:
             # Before the look: what was done between them would be computed again.
             granted = self._claims.claim(crop.key for crop in group)
             missing = set(self._fill(crop.position for crop in group))
+            self._claims.release(
+                crop.key for crop in group if crop.position not in missing
+            )
+            self._store_now_and_then()
             for crop in group:
                 if crop.position not in missing:
                     continue
                 if crop.key in self._first:
                     self._copies.append((crop.position, self._first[crop.key]))
-                elif crop.key in granted:
+                elif crop.key in granted or not self._may_share:
                     self._first[crop.key] = crop.position
                     yield crop
                 else:
@@ -138,10 +148,7 @@ class CacheSession:
             self._features[batch.positions, columns] = rows[:, self._columns[block]]
         self.n_done += len(rows)
         self._unstored.append((batch.keys, rows))
-        n_bytes = sum(rows.nbytes for _, rows in self._unstored)
-        waited = time.monotonic() - self._last_stored
-        if n_bytes > BYTES_UNSTORED or waited > SECONDS_UNSTORED:
-            self._store()
+        self._store_now_and_then()
 
     def left(self) -> list[int]:
         """Wait for other extractions; return what they leave to this one."""
@@ -150,9 +157,17 @@ class CacheSession:
             self._features[position] = self._features[first]
         self.n_done += len(self._copies)
         self._copies.clear()
+        give_up = time.monotonic() + SECONDS_WITHOUT_NEWS
         while self._others:
+            if time.monotonic() > give_up:  # whoever it is, it may be standing still
+                mine, self._others = self._others, []
+                self._may_share = False
+                return mine
             granted = self._claims.claim(self._keys[one] for one in self._others)
+            n_before = len(self._others)
             missing = self._fill(self._others)
+            if len(missing) < n_before:
+                give_up = time.monotonic() + SECONDS_WITHOUT_NEWS
             mine = [one for one in missing if self._keys[one] in granted]
             self._others = [one for one in missing if self._keys[one] not in granted]
             if mine:
@@ -163,11 +178,12 @@ class CacheSession:
 
     def close(self) -> None:
         """Store what is not stored yet, and leave the rest to other extractions."""
-        self._store()
-        self._claims.close()
-        self._keys.close()
-        for shelf in self._shelves.values():
-            shelf.close()
+        with ExitStack() as stack:
+            stack.callback(self._claims.close)
+            stack.callback(self._keys.close)
+            for shelf in self._shelves.values():
+                stack.callback(shelf.close)
+            self._store()
 
     def _fill(self, positions: Iterable[int]) -> list[int]:
         """Copy what is stored; return the positions of what is not."""
@@ -192,18 +208,26 @@ class CacheSession:
         ]
         return sorted(missing)
 
+    def _store_now_and_then(self) -> None:
+        n_bytes = sum(rows.nbytes for _, rows in self._unstored)
+        waited = time.monotonic() - self._last_stored
+        if n_bytes > BYTES_UNSTORED or waited > SECONDS_UNSTORED:
+            self._store()
+
     def _store(self) -> None:
         """Write what has been computed, and let other extractions have it."""
         self._last_stored = time.monotonic()
+        if self._unstored and not drop_oldest(self._folder, self._in_use):
+            why = (
+                f"has reached its limit of {max_bytes() / 1e9:g} GB with what is in "
+                "use. Raise SKLTL_CACHE_LIMIT, or call skltl.clear_cache."
+            )
+            self._keys.stop_storing(why)
+            for shelf in self._shelves.values():
+                shelf.stop_storing(why)
         self._keys.store()
         if not self._unstored:
             return
-        if not drop_oldest(self._folder, self._in_use):
-            for shelf in self._shelves.values():
-                shelf.stop_storing(
-                    f"has reached its limit of {max_bytes() / 1e9:g} GB "
-                    "(SKLTL_CACHE_LIMIT) with what is in use"
-                )
         keys = [key for some, _ in self._unstored for key in some]
         rows = np.concatenate([rows for _, rows in self._unstored]).astype("<f4")
         for block, columns in self._columns.items():

@@ -6,10 +6,7 @@ from numbers import Integral
 from os import PathLike
 
 import numpy as np
-import torch
-from joblib import effective_n_jobs
 from sklearn.base import TransformerMixin, clone
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import (
@@ -17,8 +14,10 @@ from skltl._device import (
     resolve_batch_size,
     resolve_device,
     resolve_precision,
+    resolve_threads,
 )
 from skltl._estimator import ImageEstimator
+from skltl._randomness import draw_seed
 from skltl._validation import (
     Interval,
     InvalidParameterError,
@@ -223,7 +222,7 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         """
         clone(self)._read_images(X, reset=True)  # is `X` all right, before any work
         resolve_device(self.device)
-        _n_threads(self.n_jobs)
+        resolve_threads(self.n_jobs)
         backbone = get_backbone(self.backbone)
         weights = resolve_weights(backbone, self.weights)
         preprocessing = (weights or backbone).preprocessing
@@ -234,11 +233,11 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
         for cut_point in cut_points:
             _check_output(cut_point, shapes[cut_point.block], self.pooling)
-        seed = _draw_seed(self.random_state) if weights is None else None
+        seed = draw_seed(self.random_state) if weights is None else None
         size = preprocessing.crop_size
         recorded = recorded_blocks(backbone, blocks, size, self.pooling)
         recorder = None
-        if self.cache and not (weights is None and seed is None):
+        if self._cache_folder() is not None:
             recorder = _load_recorder(backbone, weights, seed, recorded)
         network = load_prefix(backbone, weights, seed, blocks)
         # Only now does anything change: a fit that fails leaves the one before.
@@ -275,9 +274,9 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             source,
             self._recipe(),
             [cut_point.block for cut_point in self.cut_points_],
-            _n_threads(self.n_jobs),
+            resolve_threads(self.n_jobs),
             verbose=bool(self.verbose),
-            cache=resolve_folder(self.cache) if self.cache else None,
+            cache=self._cache_folder(),
         )
 
     def get_feature_names_out(self, input_features=None):
@@ -302,11 +301,20 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
         ]
         return np.asarray(names, dtype=object)
 
+    def _cache_folder(self):
+        """Return where features are kept, or ``None``.
+
+        Those of random weights that nobody can draw again are not worth keeping.
+        """
+        is_lost = self.weights is None and not isinstance(self.random_state, Integral)
+        folder = resolve_folder(self.cache)
+        return None if is_lost else folder
+
     def _recipe(self):
         """Say how pictures become features, and those that are stored."""
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         network = self.network_
-        if self.cache:
+        if self._cache_folder() is not None:
             network = self.__dict__.get("_recorder") or self.network_
             size = self.preprocessing_.crop_size
             recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling)
@@ -381,19 +389,3 @@ def _check_output(cut_point, shape, pooling):
         f"pooling={pooling} is a grid finer than the map of {shape[1]} x {shape[2]} at "
         f"layer {cut_point.name!r}."
     )
-
-
-def _draw_seed(random_state):
-    """Return the seed of random weights; an int and ``None`` stand for themselves."""
-    if random_state is None:
-        return None
-    if isinstance(random_state, Integral):
-        return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-def _n_threads(n_jobs):
-    """Return how many threads decode; torch's number respects joblib's workers."""
-    if n_jobs is None:
-        return torch.get_num_threads()
-    return effective_n_jobs(n_jobs)

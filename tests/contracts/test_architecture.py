@@ -15,6 +15,7 @@ STATIONS = [
     "_caller",
     "_validation",
     "_device",
+    "_randomness",
     "images",
     "backbones",
     "_estimator",

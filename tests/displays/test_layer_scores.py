@@ -1,5 +1,7 @@
 """The display shows the search's own scores, in the order of the network."""
 
+import warnings
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def test_what_is_drawn_is_what_is_held(pipeline, pictures):
     np.testing.assert_array_equal(line.get_ydata(), display.scores[""])
     assert [text.get_text() for text in ax.get_xticklabels()] == ALL
     assert star.get_ydata()[0] == search.best_score_
-    assert display.best_[0] in ax.get_legend_handles_labels()[1][0]
+    assert display.best_[0] in ax.get_title()
 
 
 def test_candidates_that_were_not_tried_leave_a_gap(pipeline, pictures):
@@ -148,11 +150,11 @@ def test_estimators_without_a_network_are_refused(pictures):
         LayerScoresDisplay.from_estimator(tree, pictures, LABELS)
 
 
-@pytest.mark.parametrize("n_lines", [1, 3, 12])
+@pytest.mark.parametrize("n_lines", [1, 3, 12, 31])
 def test_many_lines_and_long_names_are_drawn(n_lines):
     layers = [f"features.denseblock{number}" for number in range(12)]
     rng = np.random.default_rng(0)
-    scores = {f"C={10.0**-n:g}": rng.random(12) for n in range(n_lines)}
+    scores = {f"{n}, " * 30: rng.random(12) for n in range(n_lines)}
     spread = {line: np.full(12, 0.05) for line in scores}
 
     display = LayerScoresDisplay(
@@ -164,3 +166,92 @@ def test_many_lines_and_long_names_are_drawn(n_lines):
     ends = [box.x1 for box in boxes]
     assert ends == sorted(ends)
     assert len(display.ax_.get_lines()) == n_lines + 1
+    legend = display.ax_.get_legend().get_window_extent()
+    assert legend.height < display.figure_.bbox.height
+    assert display.ax_.get_window_extent().width > display.figure_.bbox.width / 3
+
+
+def test_failed_fits_and_grids_without_a_layer_are_left_out(pipeline, pictures):
+    grid = [
+        {"softmax__C": [0.1]},
+        {"feat__layer": ["stem", "block9"], "softmax__C": [0.1]},
+        {"feat__layer": ["stem"], "softmax__C": [-1]},
+    ]
+    search = GridSearchCV(pipeline, grid, cv=3, error_score=np.nan, refit=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search.fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == ["stem", "block4"]
+    assert list(display.scores) == ["C=0.1"]
+
+
+def test_settings_of_one_name_are_told_apart(pictures):
+    pipeline = make_pipeline(
+        CNNFeatureTransformer("tiny", image_size=32), DecisionTreeClassifier()
+    )
+    grid = {
+        "cnnfeaturetransformer__layer": ["stem", "block1"],
+        "cnnfeaturetransformer__random_state": [0, 1],
+        "decisiontreeclassifier__random_state": [0, 1],
+        "decisiontreeclassifier__ccp_alpha": [1e-4, 1.00000001e-4],
+    }
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert len(display.scores) == 8
+    assert display.best_[2] == search.best_score_
+
+
+def test_networks_stand_one_after_the_other(pipeline, pictures):
+    pipeline.set_params(feat__weights=None, feat__random_state=0)
+    grid = {"feat__backbone": ["tiny", "squeezenet1_1"], "feat__layer": ["stem", -1]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == [
+        "tiny stem",
+        "tiny block4",
+        "squeezenet1_1 stem",
+        "squeezenet1_1 fire9",
+    ]
+
+
+def test_of_a_search_in_rounds_the_last_counts(pipeline, pictures):
+    from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+    from sklearn.model_selection import HalvingGridSearchCV
+
+    X, y = np.concatenate([pictures] * 6), np.concatenate([LABELS] * 6)
+    search = HalvingGridSearchCV(
+        pipeline, {"feat__layer": ALL}, cv=3, random_state=0, min_resources=18
+    ).fit(X, y)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert search.n_iterations_ > 1
+    assert display.best_[2] == search.best_score_
+
+
+def test_unknown_layers_and_bad_pictures_are_named_at_once(pipeline, pictures):
+    with pytest.raises(ValueError, match="no layer 'blok2'.*block2"):
+        LayerScoresDisplay.from_estimator(
+            pipeline, pictures, LABELS, layers=["block1", "blok2"]
+        )
+    with pytest.raises(ValueError, match="Image . .'missing.png'."):
+        LayerScoresDisplay.from_estimator(
+            pipeline, ["missing.png"] * 9, LABELS, layers="block1", cv=3
+        )
+
+
+def test_what_cannot_be_drawn_is_refused():
+    nothing = {"C=1": [np.nan, np.nan]}
+    with pytest.raises(ValueError, match="all fits failed"):
+        LayerScoresDisplay(layers=["a", "b"], scores=nothing, deviations=nothing)
+    with pytest.raises(ValueError, match="as many numbers as there are layers"):
+        LayerScoresDisplay(layers=["a"], scores={"": [1, 2]}, deviations={"": [1, 2]})
+    with pytest.raises(ValueError, match="cv_results_; got Pipeline"):
+        LayerScoresDisplay.from_search(make_feature_pipeline("tiny"))

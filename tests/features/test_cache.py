@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections import OrderedDict
 
 import joblib
@@ -15,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from skltl import (
     Backbone,
@@ -61,9 +61,9 @@ def decoded(monkeypatch):
 
 
 @pytest.fixture
-def settled_files(picture_files):
-    """Files old enough to be recognised by their state."""
-    time.sleep(2.1)
+def settled_files(picture_files, monkeypatch):
+    """Files that are recognised by their state, although they are young."""
+    monkeypatch.setattr("skltl.images._content.CLOCK_TICK", 0.0)
     return picture_files
 
 
@@ -200,7 +200,7 @@ def test_a_replaced_file_gives_the_features_of_the_new_picture(settled_files, tm
     stat = settled_files[0].stat()
 
     # Same size, same time of the last change.
-    content = bytearray(settled_files[3].read_bytes())
+    content = settled_files[3].read_bytes()
     content += bytes(max(0, stat.st_size - len(content)))
     settled_files[0].write_bytes(content)
     os.utime(settled_files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -256,18 +256,96 @@ def test_other_parameters_are_another_recipe(other, pictures, tmp_path):
     assert len(cache_info(tmp_path).entries) == 2 * len(LAYERS)
 
 
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+
+
+def without_onednn():
+    torch.backends.mkldnn.enabled = False
+
+
+def in_reduced_precision():
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+
+
+@pytest.fixture
+def torch_as_it_was():
+    before = torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("torch_as_it_was")
+@pytest.mark.parametrize(
+    "change",
+    [in_float64, without_onednn, in_reduced_precision],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_settings_of_torch_that_change_the_bits_are_part_of_the_recipe(
-    pictures, tmp_path, crossed
+    change, precision, pictures, tmp_path
 ):
-    transformer(tmp_path, precision="float32").fit_transform(pictures)
-    before = torch.backends.mkldnn.conv.fp32_precision
-    try:
-        torch.backends.mkldnn.conv.fp32_precision = "bf16"
-        transformer(tmp_path, precision="float32").fit_transform(pictures)
-    finally:
-        torch.backends.mkldnn.conv.fp32_precision = before
+    transformer(tmp_path, precision=precision).fit_transform(pictures)
+    change()
+
+    found = transformer(tmp_path, precision=precision).fit_transform(pictures)
+
+    expected = transformer(None, precision=precision).fit_transform(pictures)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pillow_that_resizes_otherwise_is_another_recipe(
+    pictures, tmp_path, crossed, monkeypatch
+):
+    transformer(tmp_path).fit_transform(pictures)
+    monkeypatch.setattr("PIL.__version__", "99.0")
+    transformer(tmp_path).fit_transform(pictures)
 
     assert sum(crossed) == 2 * len(pictures)
+
+
+def test_what_pillow_was_allowed_to_read_is_not_remembered_when_it_is_not(
+    settled_files, tmp_path, monkeypatch
+):
+    os.truncate(settled_files[0], settled_files[0].stat().st_size // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+        transformer(tmp_path).fit_transform(settled_files)
+
+    with pytest.raises(ImageReadError, match="Image 0"):
+        transformer(tmp_path).fit_transform(settled_files)
+
+
+def test_numbers_of_numpy_are_numbers(pictures, tmp_path, crossed):
+    for number in (int, np.int64):
+        CNNFeatureTransformer(
+            "tiny",
+            image_size=number(32),
+            pooling=number(2),
+            batch_size=number(4),
+            cache=tmp_path,
+        ).fit_transform(pictures)
+
+    assert sum(crossed) == len(pictures)
+
+
+@pytest.mark.parametrize("cache", ["", "a\0b", "~nobody-of-this-name/x", "\ud800"])
+def test_what_names_no_folder_is_refused(cache, pictures):
+    with pytest.raises(ValueError, match="cache=.* names no folder"):
+        transformer(cache).fit(pictures)
+
+
+@pytest.mark.parametrize("function", [cache_info, clear_cache])
+@pytest.mark.parametrize("cache", [False, None])
+def test_no_cache_has_no_contents(function, cache, tmp_path, monkeypatch, pictures):
+    monkeypatch.setenv("SKLTL_CACHE", str(tmp_path))
+    transformer(True).fit_transform(pictures)
+
+    with pytest.raises(ValueError, match="means no cache"):
+        function(cache)
+
+    assert cache_info().n_bytes > 0
 
 
 def own_backbone(name, bias=0.0, slope=0.1):
@@ -297,6 +375,27 @@ def test_own_networks_of_torchs_parts_are_known_by_content(pictures, tmp_path, c
         found = CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
         expected = CNNFeatureTransformer(network).fit_transform(pictures)
         np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_shared_inside_of_a_network_is_part_of_its_name(pictures, tmp_path):
+    found = []
+    for shared in ("conv1", "conv2"):
+        torch.manual_seed(0)
+        block = BasicBlock(4, 4, downsample=nn.Identity()).eval()
+        block.downsample = nn.Sequential(getattr(block, shared))
+        network = Backbone.from_blocks(
+            "shared",
+            OrderedDict(stem=nn.Conv2d(3, 4, 3), block=block),
+            preprocessing=Preprocessing(16),
+        )
+        torch.manual_seed(1)
+        nn.init.normal_(block.conv1.weight)
+        cached = CNNFeatureTransformer(network, cache=tmp_path)
+        found.append(cached.fit_transform(pictures))
+        np.testing.assert_array_equal(
+            found[-1], CNNFeatureTransformer(network).fit_transform(pictures)
+        )
+    assert not np.array_equal(*found)
 
 
 class Times(nn.Module):
@@ -345,15 +444,19 @@ def test_cuts_between_a_convolution_and_its_batch_norm_stay_apart(pictures, tmp_
         )
 
 
-def test_random_weights_without_a_seed_are_never_mixed_up(pictures, tmp_path):
-    random = transformer(tmp_path, weights=None)
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)])
+def test_random_weights_that_nobody_can_draw_again_are_not_kept(
+    random_state, pictures, tmp_path
+):
+    random = transformer(tmp_path, weights=None, random_state=random_state)
 
     first = random.fit_transform(pictures)
     again = random.transform(pictures)
-    other = clone(random).fit_transform(pictures)
+    other = clone(random).fit(pictures).fit_transform(pictures)
 
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+    assert cache_info(tmp_path).entries == []
 
 
 def test_a_saved_transformer_uses_the_cache_and_holds_only_its_cut(
@@ -434,12 +537,18 @@ def test_without_a_cache_nothing_is_written(pictures, tmp_path, monkeypatch):
 
 def test_clearing_leaves_other_peoples_files(pictures, tmp_path):
     transformer(tmp_path).fit_transform(pictures)
-    other = tmp_path / "holiday.sqlite"
-    other.write_text("mine")
+    others = [
+        tmp_path / "holiday.sqlite",
+        tmp_path / "skltl-results.sqlite",
+        tmp_path / "skltl-notes.sqlite.txt",
+        tmp_path / f"skltl-features-{'0' * 32}.sqlite.bak",
+    ]
+    for other in others:
+        other.write_text("mine")
 
     clear_cache(tmp_path)
 
-    assert list(tmp_path.iterdir()) == [other]
+    assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_cache_that_is_cleared_while_in_use_is_begun_anew(pictures, tmp_path):

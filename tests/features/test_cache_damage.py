@@ -6,12 +6,15 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from skltl import CNNFeatureTransformer, cache_info, clear_cache
 from skltl.exceptions import CacheWarning
+from skltl.features._database import Database
 
 
 def transformer(folder, **parameters):
@@ -62,6 +65,20 @@ def write_text(path):
     path.write_text("This is no database." * 100)
 
 
+def drop_the_tables(path):
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TABLE rows")
+    connection.execute("DROP TABLE claims")
+    connection.close()
+
+
+def rename_a_column(path):
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE rows RENAME COLUMN value TO number")
+    connection.execute("ALTER TABLE claims RENAME COLUMN until TO number")
+    connection.close()
+
+
 def make_foreign(path):
     path.unlink()
     connection = sqlite3.connect(path)
@@ -81,6 +98,8 @@ def make_foreign(path):
         overwrite_the_middle,
         write_text,
         make_foreign,
+        drop_the_tables,
+        rename_a_column,
     ],
     ids=lambda damage: damage.__name__,
 )
@@ -106,6 +125,7 @@ def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, pictures):
     with pytest.warns(CacheWarning, match="damaged file .* set aside as") as caught:
         transformer(filled).fit_transform(pictures)
 
+    assert len(caught) == 1
     assert caught[0].filename == __file__
     assert len(list(filled.glob("*.damaged"))) == 5
     clear_cache(filled)
@@ -174,7 +194,9 @@ def test_a_folder_that_cannot_be_made_gives_one_warning(pictures, expected, tmp_
     (tmp_path / "file").write_text("")
 
     cached = transformer(tmp_path / "file" / "cache")
-    with pytest.warns(CacheWarning, match="not all features are stored") as caught:
+    with pytest.warns(
+        CacheWarning, match="cannot be written .* not all are stored"
+    ) as caught:
         first = cached.fit_transform(pictures)
     again = cached.fit_transform(pictures)  # a warning would be an error
 
@@ -189,6 +211,7 @@ import sys, warnings
 import numpy as np
 from skltl import CNNFeatureTransformer
 from skltl.exceptions import CacheWarning
+from skltl.features._database import Database
 
 def extract(folder):
     return CNNFeatureTransformer(
@@ -231,8 +254,8 @@ def test_a_full_disk_gives_one_warning(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
     )
 
-    assert warned.count("cannot be used as it should") == 1
-    assert "not all features are stored" in warned
+    assert warned.count("cannot be written") == 1
+    assert "not all are stored" in warned
     for path in databases(tmp_path):
         connection = sqlite3.connect(path)
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -266,7 +289,7 @@ def test_a_folder_to_read_only_is_read(tmp_path, is_filled):
 
     warned = run_script(tmp_path, *wrapper, f'{mount} && exec "$@"', "sh")
 
-    assert warned.count("not all features are stored") == (not is_filled)
+    assert warned.count("not all are stored") == (not is_filled)
 
 
 def test_the_least_recently_used_goes_first(pictures, tmp_path, monkeypatch):
@@ -294,7 +317,9 @@ def test_what_is_in_use_is_not_deleted_but_not_added_to(
     transformer(tmp_path).fit_transform(pictures[:4])
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
 
-    with pytest.warns(CacheWarning, match="limit of 1e-05 GB .SKLTL_CACHE_LIMIT."):
+    with pytest.warns(
+        CacheWarning, match="limit of 1e-05 GB .* Raise SKLTL_CACHE_LIMIT"
+    ):
         found = transformer(tmp_path).fit_transform(pictures)
 
     np.testing.assert_array_equal(found, expected)
@@ -306,3 +331,67 @@ def test_a_limit_that_is_no_number_is_named(pictures, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="SKLTL_CACHE_LIMIT='20 GB' .* gigabytes"):
         transformer(tmp_path).fit_transform(pictures)
+    assert list(tmp_path.iterdir()) == []  # before any work
+
+
+@pytest.mark.parametrize("text", ["inf", "", "1e400"])
+def test_a_limit_may_be_infinite(text, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", text)
+
+    transformer(tmp_path).fit_transform(pictures)
+
+    assert len(cache_info(tmp_path).entries) == 5
+
+
+def test_files_that_may_not_be_deleted_cost_no_result(
+    pictures, expected, tmp_path, monkeypatch
+):
+    """As in a folder of several users, where each may delete only what is theirs."""
+    transformer(tmp_path, pooling="max").fit_transform(pictures)
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", refuse)
+        with pytest.warns(CacheWarning, match="reached its limit"):
+            found = transformer(tmp_path).fit_transform(pictures)
+        with pytest.warns(CacheWarning, match="could not be deleted"):
+            clear_cache(tmp_path)
+
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_locked_file_is_waited_for_once(filled, pictures, expected, monkeypatch):
+    monkeypatch.setattr("skltl.features._database.PATIENCE", 0.2)
+    other = np.concatenate([pictures, 255 - pictures])
+    locks = [sqlite3.connect(path) for path in databases(filled)]
+    for lock in locks:
+        lock.execute("BEGIN EXCLUSIVE")
+    start = time.monotonic()
+
+    with pytest.warns(CacheWarning, match="is locked by another program") as caught:
+        found = transformer(filled).fit_transform(other)
+    for _ in range(5):
+        transformer(filled).fit_transform(other)
+    seconds = time.monotonic() - start
+    for lock in locks:
+        lock.rollback()
+        lock.close()
+
+    np.testing.assert_array_equal(found[: len(pictures)], expected)
+    assert len(caught) == 1
+    assert seconds < 0.2 * (len(locks) + 1) + 10
+
+
+def test_claims_from_a_wrong_clock_are_not_believed(filled, pictures):
+    """Of a dead writer on a machine whose clock is an hour ahead."""
+    (path,) = filled.glob("skltl-claims.sqlite")
+    with closing(Database(path)) as database:
+        an_hour_ahead = time.time() + 3600
+        database.claim([b"picture"], b"dead", an_hour_ahead, an_hour_ahead + 15)
+
+        granted = database.claim([b"picture"], b"alive", time.time(), time.time() + 15)
+
+    assert granted == {b"picture"}

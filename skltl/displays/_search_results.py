@@ -1,0 +1,114 @@
+"""From the results of a search over cut points to lines along a network."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.base import is_classifier, is_regressor
+
+from skltl.backbones import get_backbone, resolve_layer, skeleton
+
+
+def last_round(results):
+    """Of a search in rounds with ever more pictures, return the results of the last."""
+    if "iter" not in results:
+        return results
+    is_last = results["iter"] == max(results["iter"])
+    return {
+        name: [one for one, keep in zip(column, is_last, strict=True) if keep]
+        for name, column in results.items()
+    }
+
+
+def metric_of(results, metric):
+    """Return which scores of a search are meant: the end of their columns' names."""
+    prefix = "mean_test_"
+    known = [name.removeprefix(prefix) for name in results if name.startswith(prefix)]
+    if metric is None and len(known) == 1:
+        return known[0]
+    if metric not in known:
+        raise ValueError(f"metric={metric!r}, but the search has {', '.join(known)}.")
+    return metric
+
+
+def score_name_of(search, metric):
+    """Name the scores: by the metric, or by what `score` of the estimator is."""
+    if metric != "score":
+        return metric
+    if isinstance(search.scoring, str):
+        return search.scoring
+    if search.scoring is not None:
+        return "score"
+    if is_classifier(search.estimator):
+        return "accuracy"
+    return "R²" if is_regressor(search.estimator) else "score"
+
+
+def prefix_of_layer(varied, params):
+    """Return what stands before ``layer`` in a nested parameter's name."""
+    for name in varied:
+        prefix = name.removesuffix("layer")
+        if name.endswith("layer") and f"{prefix}backbone" in params:
+            return prefix
+    raise ValueError(
+        "There is no parameter 'layer' of a CNNFeatureTransformer among "
+        f"{', '.join(sorted(varied)) or 'those that vary'}."
+    )
+
+
+def arrange(candidates, scores, estimator):
+    """Find the place of each candidate along the network, and the name of its line.
+
+    Returns
+    -------
+    places : dict of int to (sortable, str)
+        Depth and name of the cut, of each candidate that has a score.
+    lines : list of str
+        For each candidate.
+    """
+    fixed = estimator.get_params()
+    varied = list(dict.fromkeys(name for one in candidates for name in one))
+    prefix = prefix_of_layer(varied, fixed)
+    layer_name, backbone_name = f"{prefix}layer", f"{prefix}backbone"
+    complete = [{**fixed, **candidate} for candidate in candidates]
+    backbones = list(dict.fromkeys(str(one[backbone_name]) for one in complete))
+    places = {}
+    for index, params in enumerate(complete):
+        if np.isfinite(scores[index]):
+            depth, name = place_of(params[backbone_name], params[layer_name])
+            backbone = str(params[backbone_name])
+            name = f"{backbone} {name}" if len(backbones) > 1 else name
+            places[index] = (backbones.index(backbone), *depth), name
+    rest = [
+        {name: value for name, value in one.items() if name != layer_name}
+        for one in candidates
+    ]
+    return places, _line_names(rest)
+
+
+def place_of(backbone, layer):
+    """Return how deep a `layer` parameter cuts, and its name."""
+    record = get_backbone(backbone)
+    several = layer if isinstance(layer, (list, tuple)) else [layer]
+    cut_points = [resolve_layer(record, one) for one in several]
+    blocks = list(skeleton(record).blocks)
+    depths = [blocks.index(cut_point.block) for cut_point in cut_points]
+    name = " + ".join(cut_point.name for cut_point in cut_points)
+    return (max(depths), len(depths)), name
+
+
+def _line_names(rests):
+    """Name lines by the parameters that tell them apart, in short if that suffices."""
+    short = [_joined(rest, lambda name: name.rpartition("__")[2]) for rest in rests]
+    full = [_joined(rest, lambda name: name) for rest in rests]
+    return short if len(set(short)) == len(set(full)) else full
+
+
+def _joined(params, name_of):
+    return ", ".join(
+        f"{name_of(name)}={_text(value)}" for name, value in params.items()
+    )
+
+
+def _text(value):
+    is_estimator = hasattr(value, "get_params")
+    return type(value).__name__ if is_estimator else " ".join(str(value).split())
