@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         list_layers,
         register_backbone,
     )
+    from skltl.classifiers import FineTunedCNNClassifier
     from skltl.displays import LayerScoresDisplay
     from skltl.features import (
         CNNFeatureTransformer,
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     )
     from skltl.images import Preprocessing, find_bad_images
 
-SKOPS_TRUSTED = ["skltl.features._transformer.CNNFeatureTransformer"]
+SKOPS_TRUSTED = [
+    "skltl.classifiers._finetuned.FineTunedCNNClassifier",
+    "skltl.features._transformer.CNNFeatureTransformer",
+]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 
 _STATIONS = {
     "Backbone": "backbones",
     "CNNFeatureTransformer": "features",
+    "FineTunedCNNClassifier": "classifiers",
     "LayerScoresDisplay": "displays",
     "Preprocessing": "images",
     "cache_info": "features",
@@ -46,6 +51,7 @@ __all__ = [
     "SKOPS_TRUSTED",
     "Backbone",
     "CNNFeatureTransformer",
+    "FineTunedCNNClassifier",
     "LayerScoresDisplay",
     "Preprocessing",
     "__version__",

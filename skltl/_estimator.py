@@ -56,9 +56,9 @@ class ImageEstimator(BaseEstimator):
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["network_"] = prefix_state(self.network_)
             state["preprocessing_"] = asdict(self.preprocessing_)
-            state["_recorder"] = None  # more of the network than the cut needs
+            state.pop("_recorder", None)  # more of the network than the cut needs
         for name in ("weights", "cache"):
-            if isinstance(state[name], PathLike):  # paths differ between systems
+            if isinstance(state.get(name), PathLike):  # paths differ between systems
                 state[name] = fspath(state[name])
         return state
 

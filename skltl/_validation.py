@@ -13,6 +13,7 @@ from sklearn.utils._param_validation import (
     StrOptions,
 )
 from sklearn.utils.validation import _check_feature_names_in as check_feature_names_in
+from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 
 fit_context = _fit_context(prefer_skip_nested_validation=True)
 """Decorator of ``fit``: check the parameters against ``_parameter_constraints``."""
@@ -22,5 +23,6 @@ __all__ = [
     "InvalidParameterError",
     "StrOptions",
     "check_feature_names_in",
+    "check_sample_weight",
     "fit_context",
 ]

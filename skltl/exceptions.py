@@ -5,6 +5,7 @@
     Exception
     ├── ValueError
     │   ├── ImageReadError        an item of X cannot be read as a picture
+    │   ├── TrainingError         the loss is no longer a number
     │   ├── UnknownBackboneError  no backbone has this name
     │   ├── UnknownLayerError     the backbone has no such cut point
     │   └── WeightsError          a weights file does not fit or cannot be trusted
@@ -26,6 +27,7 @@ __all__ = [
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
+    "TrainingError",
     "UnknownBackboneError",
     "UnknownLayerError",
     "WeightsError",
@@ -82,6 +84,10 @@ class ImageTypeError(TypeError):
 
     def __str__(self) -> str:
         return f"Image {self.index} is {self.reason}."
+
+
+class TrainingError(ValueError):
+    """Training went astray: the loss became infinite or NaN."""
 
 
 class UnknownBackboneError(ValueError):

@@ -1,5 +1,6 @@
 """Pretrained networks as ordered lists of named blocks, and their weights."""
 
+from skltl.backbones._blocks import freeze
 from skltl.backbones._cut_points import (
     CutPoint,
     Layer,
@@ -30,6 +31,7 @@ __all__ = [
     "PretrainedWeights",
     "Runner",
     "block_shapes",
+    "freeze",
     "get_backbone",
     "is_registered",
     "list_backbones",

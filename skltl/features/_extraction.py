@@ -25,6 +25,7 @@ def extract_features(
     n_threads: int,
     verbose: bool = False,
     cache: Path | None = None,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Send every picture through a frozen network once, at most.
 
@@ -44,6 +45,8 @@ def extract_features(
         Whether a progress bar is shown.
     cache : Path, default=None
         The folder in which features are kept.
+    out : array of shape (n, n_features), default=None
+        Where the features go; ``None`` makes an array.
 
     Returns
     -------
@@ -56,7 +59,8 @@ def extract_features(
         For the first picture that cannot be read.
     """
     n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
-    features = np.empty((len(source), n_features), dtype=np.float32)
+    shape = (len(source), n_features)
+    features = np.empty(shape, dtype=np.float32) if out is None else out
 
     def run(batch_size: int) -> None:
         # Features depend on the batch size, so a smaller one begins anew.

@@ -5,7 +5,7 @@ from skltl.images._bad_images import BadImage, find_bad_images
 from skltl.images._batches import Batch, Crop, iter_batches, iter_crops
 from skltl.images._content import FILE_STATE_BYTES, content_key, file_state
 from skltl.images._decode import is_tensor, tensor_to_array
-from skltl.images._preprocessing import Preprocessing, normalise
+from skltl.images._preprocessing import Preprocessing, as_float, normalise
 from skltl.images._source import ImageSource, read_images
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Crop",
     "ImageSource",
     "Preprocessing",
+    "as_float",
     "content_key",
     "file_state",
     "find_bad_images",

@@ -20,6 +20,7 @@ STATIONS = [
     "backbones",
     "_estimator",
     "features",
+    "classifiers",
     "displays",
 ]
 SAYS_NOTHING = {"utils", "helpers", "common", "misc", "core", "base"}

@@ -1,0 +1,76 @@
+"""From a pipeline of frozen features and a linear classifier to a network's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from skltl.classifiers._head import Pool, Standardise, set_linear
+from skltl.features import CNNFeatureTransformer
+
+
+def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
+    """Return a fitted pipeline's transformer, scaler (or ``None``) and classifier.
+
+    Raises
+    ------
+    ValueError
+        If it has other steps, or the transformer has several cut points.
+    """
+    check_is_fitted(pipeline)
+    steps = [step for _, step in pipeline.steps if step not in (None, "passthrough")]
+    first, *between, last = steps
+    is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
+    if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
+        raise ValueError(
+            "The pipeline must be a CNNFeatureTransformer, a StandardScaler or none, "
+            "and a linear classifier; it is "
+            f"{', '.join(type(step).__name__ for step in steps)}."
+        )
+    if len(first.cut_points_) > 1:
+        raise ValueError(
+            f"The transformer has several cut points, layer={first.layer!r}: a network "
+            "to be tuned has one."
+        )
+    return first, between[0] if between else None, last
+
+
+def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Sequential:
+    """Build the head that computes what a scaler and a linear classifier do.
+
+    Raises
+    ------
+    ValueError
+        If the classifier is not linear.
+    """
+    coef, intercept = _coefficients(classifier)
+    n_features = coef.shape[1]
+    standardise = Standardise(n_features)
+    if scaler is not None and scaler.with_mean:
+        standardise.mean.copy_(torch.from_numpy(scaler.mean_))
+    if scaler is not None and scaler.with_std:
+        standardise.scale.copy_(torch.from_numpy(scaler.scale_))
+    linear = nn.Linear(n_features, max(2, len(coef)), device="cpu")
+    set_linear(linear, coef, intercept)
+    return nn.Sequential(Pool(pooling), standardise, linear)
+
+
+def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return coefficients (n_classes or 1, d) and intercepts of a linear classifier."""
+    binary = getattr(classifier, "estimators_", None)
+    each = [classifier] if binary is None else binary  # one-vs-rest has one per class
+    if not all(hasattr(one, "coef_") for one in each):
+        raise ValueError(
+            f"{type(classifier).__name__} is not linear: it has no coef_ to begin with."
+        )
+    coef = np.vstack([np.atleast_2d(one.coef_) for one in each])
+    intercept = np.hstack(
+        [np.broadcast_to(one.intercept_, len(np.atleast_2d(one.coef_))) for one in each]
+    )
+    return coef, intercept

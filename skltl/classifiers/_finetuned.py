@@ -1,0 +1,380 @@
+"""``FineTunedCNNClassifier``: two-stage fine-tuning of a pretrained ConvNet."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from os import PathLike
+
+import numpy as np
+from sklearn.base import clone
+
+from skltl._device import DTYPES
+from skltl._randomness import draw_seed
+from skltl._validation import Interval, StrOptions, fit_context
+from skltl.backbones import Backbone, FrozenPrefix
+from skltl.classifiers._checkpoint import Checkpoint
+from skltl.classifiers._conversion import head_of_pipeline, parts_of_pipeline
+from skltl.classifiers._fitting import (
+    RATES,
+    begin,
+    fingerprint,
+    goes_on,
+    hold_out,
+    inputs_of,
+    plan,
+    settings_of,
+)
+from skltl.classifiers._labels import encode_labels, example_weights
+from skltl.classifiers._network_classifier import (
+    FITTED_BY_BOTH,
+    SHARED_PARAMETERS,
+    NetworkClassifier,
+)
+from skltl.classifiers._training import Examples
+from skltl.classifiers._tuning import Parts, fine_tune, split_blocks
+from skltl.features import POOLINGS
+
+
+class FineTunedCNNClassifier(NetworkClassifier):
+    """Fine-tune a pretrained ConvNet in two stages.
+
+    First new layers are put on the frozen network and trained alone; then all of the
+    network, or its last blocks, are trained with them, at a smaller rate. What frozen
+    blocks give for a picture is computed once, so an epoch costs only what learns.
+
+    Parameters
+    ----------
+    backbone : str or Backbone, default="resnet50"
+        The network: any of :func:`~skltl.list_backbones`, or a record of your own.
+    weights : str, path or None, default="imagenet"
+        As for `CNNFeatureTransformer`. ``None`` (random weights) with
+        ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
+    layer : str or int, default="last"
+        Where the network is cut and the new layers begin.
+    pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
+        How the last feature map becomes features.
+    conv_channels : tuple of int, default=()
+        New 3 x 3 convolutions before the pooling: how many channels each has.
+    hidden_units : tuple of int, default=()
+        New fully connected layers after the pooling: how many units each has.
+    dropout : float, default=0.0
+        Share of the units, or features, that are left out in a step, in [0, 1).
+    unfreeze : str, int or None, default="all"
+        What of the pretrained network learns in the second stage: ``"all"``; the last
+        so many of the parts between main cut points; the part of this name and all
+        after it; the weights and biases of batch-norms (``"batch_norm"``); or nothing
+        (``None``).
+    head_epochs : int, default=25
+        Passes over the pictures in the first stage.
+    finetune_epochs : int, default=10
+        Passes over the pictures in the second stage.
+    head_init : {"probe", "random"}, default="probe"
+        A head that is one linear layer may begin as scikit-learn's logistic regression
+        on the frozen features [1]_, or as random.
+    head_lr : float or "auto", default="auto"
+        Highest rate of the new layers: 0.01 with SGD, 0.001 with AdamW.
+    backbone_lr : float or "auto", default="auto"
+        Highest rate of the pretrained layers: a tenth of that.
+    optimizer : {"auto", "sgd", "adamw"}, default="auto"
+        SGD has Nesterov momentum of 0.9. ``"auto"`` is AdamW for ConvNeXt and
+        EfficientNet v2, else SGD.
+    weight_decay : float, default=0.0001
+        Of weights, not of biases and batch-norms.
+    schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
+        How the rates change over a stage.
+    label_smoothing : float, default=0.0
+        Share of each label that is spread over all classes, in [0, 1).
+    class_weight : dict or "balanced", default=None
+        Weights of the classes in the loss, as in scikit-learn.
+    validation_fraction : float, default=None
+        Share of the pictures of each class that are held out, to look after each epoch
+        how well they are told apart; ``None`` is none of them, or a tenth with
+        `early_stopping`.
+    early_stopping : bool, default=False
+        Whether a stage ends when the score on the pictures held out has not risen for
+        `patience` epochs. The numbers of its best epoch are kept.
+    patience : int, default=5
+        How many epochs.
+    image_size : int, default=None
+        Height and width in pixels of what the network sees; ``None`` is the size it was
+        trained on.
+    image_shape : tuple of 2 or 3 ints, default=None
+        If given, ``X`` is an array (n, d), and each row is a picture of this shape.
+    batch_size : int, default=32
+        Pictures in a step.
+    device : str, default="auto"
+        As for `CNNFeatureTransformer`.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        What products are computed in; parameters stay float32.
+    checkpoint : str or path, default=None
+        A folder in which the state is kept after each epoch. After an interruption, the
+        same call goes on where it was, and ends with the same bits. The file is deleted
+        at the end.
+    warm_start : bool, default=False
+        Whether `fit` begins with what the fit before has learned, of the same classes.
+    n_jobs : int, default=None
+        Threads that decode pictures.
+    random_state : int, RandomState instance or None, default=None
+        Of everything random: new layers, order of the pictures, dropout.
+    verbose : int, default=0
+        Whether progress is shown.
+
+    Attributes
+    ----------
+    classes_ : array of shape (n_classes,)
+        The labels.
+    backbone_ : Backbone
+        The record of the network.
+    network_ : FrozenPrefix
+        The tuned network up to the cut.
+    head_ : Module
+        The new layers.
+    cut_points_ : list of CutPoint
+        The only one: where the new layers begin.
+    preprocessing_ : Preprocessing
+        What pictures go through before the network.
+    stages_ : list of Stage
+        What learned in each stage, and at which rate.
+    history_ : list of dict
+        One plain record for each epoch: stage, epoch, loss, score, rates, seconds.
+    n_epochs_ : int
+        Epochs in all.
+
+    See Also
+    --------
+    CNNFeatureTransformer : Features of the frozen network, for any classifier.
+
+    References
+    ----------
+    .. [1] Kumar, Raghunathan, Jones, Ma, Liang, "Fine-tuning can distort pretrained
+       features and underperform out-of-distribution", ICLR, 2022.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skltl import FineTunedCNNClassifier
+    >>> digits = load_digits()
+    >>> classifier = FineTunedCNNClassifier(
+    ...     "tiny", unfreeze=1, image_shape=(8, 8), image_size=32, random_state=0
+    ... )
+    >>> classifier.fit(digits.data[:100] / 16, digits.target[:100]).n_epochs_
+    35
+    """
+
+    _parameter_constraints: dict = {
+        "backbone": [str, Backbone],
+        "weights": [str, PathLike, None],
+        "layer": [str, Integral],
+        "pooling": [
+            StrOptions(set(POOLINGS)),
+            Interval(Integral, 1, None, closed="left"),
+        ],
+        "conv_channels": [tuple, list],
+        "hidden_units": [tuple, list],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "unfreeze": [str, Interval(Integral, 1, None, closed="left"), None],
+        "head_epochs": [Interval(Integral, 0, None, closed="left")],
+        "finetune_epochs": [Interval(Integral, 0, None, closed="left")],
+        "head_init": [StrOptions({"probe", "random"})],
+        "head_lr": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "backbone_lr": [
+            Interval(Real, 0, None, closed="neither"),
+            StrOptions({"auto"}),
+        ],
+        "optimizer": [StrOptions({"auto", *RATES})],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
+        "label_smoothing": [Interval(Real, 0, 1, closed="left")],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
+        "early_stopping": ["boolean"],
+        "patience": [Interval(Integral, 1, None, closed="left")],
+        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_shape": [tuple, list, None],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "device": [str],
+        "precision": [StrOptions({"auto", *DTYPES})],
+        "checkpoint": [str, PathLike, None],
+        "warm_start": ["boolean"],
+        "n_jobs": [Integral, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    cache = None
+
+    def __init__(
+        self,
+        backbone="resnet50",
+        *,
+        weights="imagenet",
+        layer="last",
+        pooling="avg",
+        conv_channels=(),
+        hidden_units=(),
+        dropout=0.0,
+        unfreeze="all",
+        head_epochs=25,
+        finetune_epochs=10,
+        head_init="probe",
+        head_lr="auto",
+        backbone_lr="auto",
+        optimizer="auto",
+        weight_decay=1e-4,
+        schedule="one_cycle",
+        label_smoothing=0.0,
+        class_weight=None,
+        validation_fraction=None,
+        early_stopping=False,
+        patience=5,
+        image_size=None,
+        image_shape=None,
+        batch_size=32,
+        device="auto",
+        precision="auto",
+        checkpoint=None,
+        warm_start=False,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.conv_channels = conv_channels
+        self.hidden_units = hidden_units
+        self.dropout = dropout
+        self.unfreeze = unfreeze
+        self.head_epochs = head_epochs
+        self.finetune_epochs = finetune_epochs
+        self.head_init = head_init
+        self.head_lr = head_lr
+        self.backbone_lr = backbone_lr
+        self.optimizer = optimizer
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.class_weight = class_weight
+        self.validation_fraction = validation_fraction
+        self.early_stopping = early_stopping
+        self.patience = patience
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.checkpoint = checkpoint
+        self.warm_start = warm_start
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @fit_context
+    def fit(self, X, y, sample_weight=None):
+        """Train the new layers, then the blocks that are to learn.
+
+        Parameters
+        ----------
+        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+            Of any kind that `CNNFeatureTransformer` takes.
+        y : array of shape (n,)
+            What they show: labels of any type that can be sorted.
+        sample_weight : array of shape (n,), default=None
+            Weights of the pictures in the loss.
+
+        Returns
+        -------
+        FineTunedCNNClassifier
+            The classifier itself.
+
+        Raises
+        ------
+        UnknownBackboneError, UnknownLayerError, WeightsError
+            If `backbone`, `layer` or `weights` name something that is not there.
+        ImageReadError
+            For the first picture that cannot be read.
+        TrainingError
+            If the loss becomes infinite or NaN.
+        """
+        source = clone(self)._read_images(X, reset=True)
+        classes, targets = encode_labels(y, len(source))
+        weights = example_weights(sample_weight, self.class_weight, classes, targets)
+        seed = draw_seed(self.random_state)
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**31))
+        foundation, head = begin(self, classes, seed)
+        stages = plan(self, foundation)
+        n_frozen = min(
+            (stage.n_frozen for stage in stages), default=len(foundation.blocks)
+        )
+        parts = Parts(*split_blocks(foundation.blocks, n_frozen), head)
+        inputs = inputs_of(self, source, foundation, parts)
+        examples = Examples(targets, weights, *hold_out(self, targets, seed))
+        history = fine_tune(
+            inputs,
+            examples,
+            parts,
+            stages,
+            settings_of(self, foundation),
+            seed,
+            head_begins_as=None if goes_on(self) else self.head_init,
+            keeps_statistics=self.weights is not None,
+            patience=self.patience if self.early_stopping else None,
+            checkpoint=Checkpoint(
+                self.checkpoint, fingerprint(self, inputs, examples, head)
+            ),
+        )
+        # Only now does anything change: a fit that fails leaves the one before.
+        self._read_images(X, reset=True)
+        self.classes_ = classes
+        self.backbone_ = foundation.backbone
+        self.preprocessing_ = foundation.preprocessing
+        self.cut_points_ = [foundation.cut_point]
+        self.network_ = FrozenPrefix({**parts.frozen, **parts.tuned})
+        self.head_ = head.cpu().double()
+        self.stages_ = stages
+        self.history_ = history
+        self.n_epochs_ = len(history)
+        return self
+
+    @classmethod
+    def from_pipeline(cls, pipeline, **parameters):
+        """Make a classifier from frozen features and a linear classifier.
+
+        It predicts what the pipeline does. Its `fit` begins there (`warm_start`), with
+        the second stage: ``head_epochs=0``.
+
+        Parameters
+        ----------
+        pipeline : Pipeline
+            Fitted: a `CNNFeatureTransformer` with one cut point, a ``StandardScaler``
+            or none, and a linear classifier.
+        **parameters
+            Further parameters of the classifier, such as `unfreeze`.
+
+        Returns
+        -------
+        FineTunedCNNClassifier
+            Fitted.
+
+        Raises
+        ------
+        ValueError
+            If the pipeline is made of something else.
+        """
+        transformer, scaler, classifier = parts_of_pipeline(pipeline)
+        shared = {
+            name: value
+            for name, value in transformer.get_params(deep=False).items()
+            if name in SHARED_PARAMETERS
+        }
+        made = cls(**{**shared, "warm_start": True, "head_epochs": 0, **parameters})
+        head = head_of_pipeline(transformer.pooling, scaler, classifier)
+        for name in FITTED_BY_BOTH:
+            if hasattr(transformer, name):
+                setattr(made, name, getattr(transformer, name))
+        made.classes_ = classifier.classes_
+        made.head_ = head.double().eval().requires_grad_(False)
+        made.stages_, made.history_, made.n_epochs_ = [], [], 0
+        return made

@@ -1,0 +1,125 @@
+"""The pretrained network that new layers are put on, as the parameters name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+
+from torch import nn
+
+from skltl.backbones import (
+    Backbone,
+    CutPoint,
+    block_shapes,
+    get_backbone,
+    load_prefix,
+    resolve_layer,
+    resolve_weights,
+    skeleton,
+)
+from skltl.exceptions import UnknownLayerError
+from skltl.features import can_pool
+from skltl.images import Preprocessing
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """A network up to its cut, and what pictures go through before it.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The record of the network.
+    preprocessing : Preprocessing
+        Of the pictures.
+    cut_point : CutPoint
+        Where the new layers begin.
+    blocks : mapping of str to Module
+        Up to there: frozen, and shared with others.
+    """
+
+    backbone: Backbone
+    preprocessing: Preprocessing
+    cut_point: CutPoint
+    blocks: Mapping[str, nn.Module]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one picture's feature map (c, h, w), or vector (d,)."""
+        block = self.cut_point.block
+        return block_shapes(self.backbone, self.preprocessing.crop_size, (block,))[
+            block
+        ]
+
+    def parts(self) -> list[tuple[str, ...]]:
+        """Return the names of the blocks between neighbouring main cut points."""
+        ends = {*skeleton(self.backbone).cut_points.values(), self.cut_point.block}
+        parts, part = [], []
+        for name in self.blocks:
+            part.append(name)
+            if name in ends:
+                parts.append(tuple(part))
+                part = []
+        return parts
+
+
+def lay_foundation(
+    backbone: str | Backbone,
+    weights: str | PathLike[str] | None,
+    layer: str | int,
+    image_size: int | None,
+    pooling: str | int,
+    seed: int,
+) -> Foundation:
+    """Load the network that the parameters of an estimator name.
+
+    Raises
+    ------
+    UnknownBackboneError, UnknownLayerError, WeightsError
+        If they name something that is not there.
+    ValueError
+        If pictures of this size cannot cross the network, or be pooled in this way.
+    """
+    record = get_backbone(backbone)
+    pretrained = resolve_weights(record, weights)
+    preprocessing = (pretrained or record).preprocessing
+    if image_size is not None:
+        preprocessing = preprocessing.resized_to(image_size)
+    cut_point = resolve_layer(record, layer)
+    prefix = load_prefix(record, pretrained, seed, [cut_point.block])
+    foundation = Foundation(record, preprocessing, cut_point, prefix.blocks)
+    if not can_pool(foundation.shape, pooling):
+        raise ValueError(
+            f"pooling={pooling} does not suit what layer {cut_point.name!r} gives for "
+            f"a picture, of shape {foundation.shape}."
+        )
+    return foundation
+
+
+def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
+    """Return how many of the blocks, from the picture on, never learn.
+
+    Raises
+    ------
+    UnknownLayerError
+        If `unfreeze` names no layer up to the cut.
+    """
+    names = list(foundation.blocks)
+    parts = foundation.parts()
+    if unfreeze is None:
+        return len(names)
+    if unfreeze in ("all", "batch_norm"):
+        return 0
+    if isinstance(unfreeze, int):
+        learning = parts[-unfreeze:]
+        return names.index(learning[0][0])
+    block = resolve_layer(foundation.backbone, unfreeze).block
+    for part in parts:
+        if block == part[-1]:
+            return names.index(part[0])
+    if block in names:
+        return names.index(block)
+    raise UnknownLayerError(
+        f"unfreeze={unfreeze!r} lies behind the cut at {foundation.cut_point.name!r}."
+    )

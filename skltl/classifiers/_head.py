@@ -1,0 +1,175 @@
+"""The new layers: from what the cut gives to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from skltl._randomness import own_random_state
+from skltl.features import n_pooled, pool
+
+
+class Pool(nn.Module):
+    """Pool a feature map (n, c, h, w) to features (n, d); vectors stay as they are.
+
+    Parameters
+    ----------
+    pooling : str or int
+        See `pool`.
+    """
+
+    def __init__(self, pooling: str | int) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """Return the features (n, d)."""
+        if feature_map.ndim == 2:
+            return feature_map
+        return pool(feature_map, self.pooling).to(feature_map.dtype)
+
+
+class Standardise(nn.Module):
+    """Bring each feature to mean 0 and deviation 1 on the training pictures.
+
+    Features of one network differ in scale by orders of magnitude, which makes gradient
+    descent slow. As a layer of fixed numbers it is the scaling of a pipeline of scaler
+    and linear model, folded into the network.
+
+    Parameters
+    ----------
+    n_features : int
+        How many there are.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_features))
+        self.register_buffer("scale", torch.ones(n_features))
+
+    def set_from(self, features: Tensor) -> None:
+        """Take mean and deviation of features (n, d); constant ones are not scaled.
+
+        Computed in float64, as scikit-learn's ``StandardScaler`` does.
+        """
+        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.scale.copy_(deviation.masked_fill(deviation < 1e-6, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features (n, d), standardised."""
+        return (features - self.mean) / self.scale
+
+
+def build_head(
+    shape: tuple[int, ...],
+    pooling: str | int,
+    conv_channels: Sequence[int],
+    hidden_units: Sequence[int],
+    dropout: float,
+    n_classes: int,
+    seed: int,
+) -> nn.Sequential:
+    """Build the new layers.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of what the cut gives for one picture: (c, h, w) or (d,).
+    pooling : str or int
+        Between the convolutions and the fully connected layers.
+    conv_channels, hidden_units : sequence of int
+        Widths of convolutions (3 x 3) and of fully connected layers.
+    dropout : float
+        Before the last layer, and behind each hidden one.
+    n_classes : int
+        Width of the last layer.
+    seed : int
+        Of the first numbers, drawn as torch does.
+
+    Returns
+    -------
+    Sequential
+        Convolutions, pooling, standardisation, fully connected layers.
+    """
+    plan: list[tuple[Any, ...]] = []
+    n_channels = shape[0]
+    for n_out in conv_channels:
+        plan += [("conv", n_channels, n_out), ("relu",)]
+        n_channels = n_out
+    n_features = n_pooled((n_channels, *shape[1:]), pooling)
+    plan += [("pool", pooling), ("standardise", n_features)]
+    for n_out in hidden_units:
+        plan += [("linear", n_features, n_out), ("relu",)]
+        plan += [("dropout", dropout)] if dropout else []
+        n_features = n_out
+    plan += [("dropout", dropout)] if dropout and not hidden_units else []
+    plan += [("linear", n_features, n_classes)]
+    with own_random_state(seed):
+        return _layers(plan)
+
+
+def head_state(head: nn.Sequential) -> dict[str, Any]:
+    """Return the layers as plain data: what they are, and their numbers."""
+    return {
+        "layers": [list(_description(layer)) for layer in head],
+        "numbers": {key: value.numpy() for key, value in head.state_dict().items()},
+    }
+
+
+def head_from_state(state: dict[str, Any]) -> nn.Sequential:
+    """Build again what `head_state` described."""
+    with torch.device("meta"):
+        head = _layers(state["layers"])
+    numbers = {key: torch.tensor(value) for key, value in state["numbers"].items()}
+    head.load_state_dict(numbers, assign=True)
+    return head.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def set_linear(layer: nn.Linear, coef: NDArray[Any], intercept: NDArray[Any]) -> None:
+    """Put scikit-learn's coefficients into a layer.
+
+    Of two classes scikit-learn has one row, the logit of the second against the first.
+    """
+    if len(coef) == 1:
+        coef = np.vstack([-coef, coef]) / 2
+        intercept = np.hstack([-intercept, intercept]) / 2
+    layer.weight.copy_(torch.from_numpy(coef))
+    layer.bias.copy_(torch.from_numpy(intercept))
+
+
+def _layers(plan: Sequence[Sequence[Any]]) -> nn.Sequential:
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "conv": lambda n_in, n_out: nn.Conv2d(n_in, n_out, 3, padding=1),
+        "relu": nn.ReLU,
+        "pool": Pool,
+        "standardise": Standardise,
+        "linear": nn.Linear,
+        "dropout": nn.Dropout,
+    }
+    return nn.Sequential(*(kinds[kind](*numbers) for kind, *numbers in plan))
+
+
+def _description(layer: nn.Module) -> tuple[Any, ...]:
+    match layer:
+        case nn.Conv2d():
+            return "conv", layer.in_channels, layer.out_channels
+        case nn.Linear():
+            return "linear", layer.in_features, layer.out_features
+        case Standardise():
+            return "standardise", len(layer.mean)
+        case Pool():
+            return "pool", layer.pooling
+        case nn.Dropout():
+            return "dropout", layer.p
+        case _:
+            return ("relu",)

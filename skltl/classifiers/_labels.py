@@ -1,0 +1,66 @@
+"""Labels and weights, made into what the loss takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import assert_all_finite, check_consistent_length
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import column_or_1d
+
+from skltl._validation import check_sample_weight
+
+
+def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Give each class a number.
+
+    Parameters
+    ----------
+    y : array of shape (n,)
+        The labels.
+    n : int
+        How many pictures there are.
+
+    Returns
+    -------
+    classes : array of shape (n_classes,)
+        Sorted, and of the labels' type.
+    targets : array of shape (n,)
+        Number of each label among them.
+
+    Raises
+    ------
+    ValueError
+        If there are none, not as many as pictures, or they are no classes.
+    """
+    if y is None:
+        raise ValueError(
+            "The classifier requires y to be passed, but the target y is None."
+        )
+    labels = column_or_1d(y, warn=True)
+    check_consistent_length(range(n), labels)
+    if labels.dtype.kind == "O" and any(one is None or one != one for one in labels):
+        raise ValueError("Input y contains NaN or None.")
+    assert_all_finite(labels, input_name="y")
+    check_classification_targets(labels)
+    classes, targets = np.unique(labels, return_inverse=True)
+    return classes, targets.astype(np.int64)
+
+
+def example_weights(
+    sample_weight: Any,
+    class_weight: Any,
+    classes: NDArray[Any],
+    targets: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Return the weight of each picture in the loss: its own, times its class's."""
+    weights = check_sample_weight(
+        sample_weight, targets, dtype=np.float64, ensure_non_negative=True
+    )
+    weights = weights * compute_sample_weight(class_weight, classes[targets])
+    if not weights.sum() > 0:
+        raise ValueError("All pictures have weight 0: there is nothing to learn from.")
+    return np.asarray(weights, dtype=np.float32)

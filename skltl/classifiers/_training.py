@@ -1,0 +1,327 @@
+"""The epochs of one stage, in the order a textbook gives them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from skltl._randomness import own_random_state
+from skltl.classifiers._stages import Stage
+from skltl.exceptions import TrainingError
+
+# Where the sources of the guide agree: see "What experts do".
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures with their labels, some to learn from, some to look how it goes.
+
+    Parameters
+    ----------
+    targets : array of shape (n,)
+        Numbers of the classes.
+    weights : array of shape (n,)
+        Of the pictures in the loss.
+    training, validation : array of int
+        Positions of the pictures that are learned from, and of those held out.
+    """
+
+    targets: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    training: NDArray[np.int64]
+    validation: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to learn, the same in all stages.
+
+    Parameters
+    ----------
+    optimizer : {"sgd", "adamw"}
+        Which of torch's.
+    schedule : {"one_cycle", "cosine", "constant"}
+        How the rates change over a stage.
+    weight_decay : float
+        Of weights; biases and the parameters of batch-norms have none.
+    label_smoothing : float
+        As in torch's ``cross_entropy``.
+    batch_size : int
+        Pictures in a step.
+    device : torch.device
+        Where to train.
+    dtype : torch.dtype
+        Of the products; parameters and sums are float32 in any case.
+    """
+
+    optimizer: str
+    schedule: str
+    weight_decay: float
+    label_smoothing: float
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which products are computed in `dtype`."""
+        is_mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, is_mixed)
+
+
+class Learner(nn.Module):
+    """The layers that a stage runs: some of the backbone's, and the new ones.
+
+    Batch-norms of pretrained blocks keep the statistics that they have: those of a few
+    small batches are worse [1]_. Their weights and biases learn.
+
+    Parameters
+    ----------
+    backbone : Module
+        From the examples' inputs to what is pooled; nothing, in the head stage.
+    head : Module
+        From there to the logits.
+    keeps_statistics : bool
+        Whether batch-norms of the backbone stay in evaluation mode.
+
+    References
+    ----------
+    .. [1] Kumar, Raghunathan, Jones, Ma, Liang, "Fine-tuning can distort pretrained
+       features and underperform out-of-distribution", ICLR, 2022.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, keeps_statistics: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self._keeps_statistics = keeps_statistics
+
+    def train(self, mode: bool = True) -> Learner:
+        """Set the mode, but never wake a frozen layer."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            is_frozen = not any(
+                parameter.requires_grad for parameter in module.parameters()
+            )
+            keeps = self._keeps_statistics and isinstance(module, _BatchNorm)
+            if is_frozen or keeps:
+                module.eval()
+        return self
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Return the logits (n, n_classes)."""
+        logits: Tensor = self.head(self.backbone(batch))
+        return logits
+
+
+class StageTraining:
+    """One stage, epoch by epoch; all that changes is in `state` and can be put back.
+
+    Parameters
+    ----------
+    learner : Learner
+        What is trained, in place.
+    examples : Examples
+        From what.
+    inputs : callable
+        From positions of pictures to a batch of what the learner runs on, (b, ...).
+    stage : Stage
+        At which rates, for how long.
+    settings : Settings
+        How.
+    seed : int
+        Of the order of the pictures, and of dropout.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        examples: Examples,
+        inputs: Callable[[NDArray[np.int64]], Tensor],
+        stage: Stage,
+        settings: Settings,
+        seed: int,
+    ) -> None:
+        self.learner = learner
+        self.n_epochs_done = 0
+        self._examples = examples
+        self._inputs = inputs
+        self._stage = stage
+        self._settings = settings
+        self._seed = seed
+        self.optimizer = build_optimizer(learner, stage, settings)
+        n_batches = len(_batches(len(examples.training), settings.batch_size))
+        n_steps = stage.n_epochs * n_batches
+        self.schedule = build_schedule(self.optimizer, settings.schedule, n_steps)
+
+    def train_epoch(self) -> dict[str, float | int | str]:
+        """Train for one epoch; return its record.
+
+        Raises
+        ------
+        TrainingError
+            If the loss is not finite.
+        """
+        start = time.perf_counter()
+        rng = np.random.default_rng([self._seed, self.n_epochs_done])
+        order = rng.permutation(self._examples.training)
+        self.learner.train()
+        totals = np.zeros(3)
+        with own_random_state(int(rng.integers(2**31)), self._settings.device):
+            for batch in _batches(len(order), self._settings.batch_size):
+                totals += self._step(order[batch])
+        self.n_epochs_done += 1
+        loss, score = _means(totals)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {
+            "stage": self._stage.name,
+            "epoch": self.n_epochs_done,
+            "loss": loss,
+            "score": score,
+            **self._validate(),
+            "head_lr": max(rates),
+            "backbone_lr": min(rates),
+            "seconds": time.perf_counter() - start,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return all that an epoch changes, as tensors and plain numbers."""
+        return {
+            "n_epochs_done": self.n_epochs_done,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.n_epochs_done = state["n_epochs_done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Return loss and score on the pictures that are held out, if there are any."""
+        if len(self._examples.validation) == 0:
+            return {}
+        self.learner.eval()
+        totals = np.zeros(3)
+        for batch in _batches(
+            len(self._examples.validation), self._settings.batch_size
+        ):
+            totals += self._losses(self._examples.validation[batch])[1]
+        loss, score = _means(totals)
+        return {"validation_loss": loss, "validation_score": score}
+
+    def _losses(
+        self, positions: NDArray[np.int64]
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """Return the mean loss, and the sums of losses, right answers and weights."""
+        settings = self._settings
+        targets = torch.from_numpy(self._examples.targets[positions])
+        weights = torch.from_numpy(self._examples.weights[positions])
+        targets, weights = targets.to(settings.device), weights.to(settings.device)
+        with settings.autocast():
+            logits = self.learner(self._inputs(positions))
+        losses = cross_entropy(
+            logits.float(),
+            targets,
+            reduction="none",
+            label_smoothing=settings.label_smoothing,
+        )
+        # A batch of weights that are all zero teaches nothing, and divides by nothing.
+        loss = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
+        is_right = (logits.detach().argmax(dim=1) == targets).float()
+        sums = [(losses.detach() * weights).sum(), (is_right * weights).sum()]
+        return loss, np.array([*(one.item() for one in sums), weights.sum().item()])
+
+    def _step(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Make one step; return the sums of losses, right answers and weights."""
+        loss, totals = self._losses(positions)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"The loss became {loss.item()} in epoch {self.n_epochs_done + 1} of "
+                f"the {self._stage.name} stage, at rates up to "
+                f"{self._stage.head_lr:g} (new layers) and {self._stage.backbone_lr:g} "
+                "(pretrained ones). Try smaller ones."
+            )
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+        return totals
+
+
+def build_optimizer(learner: Learner, stage: Stage, settings: Settings) -> Optimizer:
+    """Build the optimizer, with groups of parameters by part and by kind.
+
+    Sorted by identity: two parameters with equal values are two.
+    """
+    groups = [
+        {
+            "params": [
+                one for one in part.parameters() if one.requires_grad and rule(one)
+            ],
+            "lr": rate,
+            "weight_decay": decay,
+        }
+        for part, rate in (
+            (learner.head, stage.head_lr),
+            (learner.backbone, stage.backbone_lr),
+        )
+        for rule, decay in ((_is_matrix, settings.weight_decay), (_is_vector, 0.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, lr=stage.head_lr, momentum=0.9, nesterov=True)
+
+
+def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:
+    """Build the schedule of the rates over so many steps."""
+    if name == "one_cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rates, total_steps=max(n_steps, 2) + 1
+        )
+    if name == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.ndim <= 1
+
+
+def _means(totals: NDArray[np.float64]) -> tuple[float, float]:
+    """Return loss and score from the sums of losses, right answers and weights."""
+    loss, n_right, weight = totals.tolist()
+    return (loss / weight, n_right / weight) if weight else (0.0, 0.0)
+
+
+def _batches(n: int, batch_size: int) -> list[slice]:
+    """Cut a range into batches; a last one of one goes to the one before."""
+    starts = list(range(0, n, batch_size))
+    if len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return [
+        slice(start, end) for start, end in zip(starts, [*starts[1:], n], strict=True)
+    ]
