@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         register_backbone,
     )
     from skltl.classifiers import FineTunedCNNClassifier
-    from skltl.displays import LayerScoresDisplay
+    from skltl.displays import LayerScoresDisplay, TrainingHistoryDisplay
     from skltl.features import (
         CNNFeatureTransformer,
         cache_info,
@@ -38,6 +38,7 @@ _STATIONS = {
     "FineTunedCNNClassifier": "classifiers",
     "LayerScoresDisplay": "displays",
     "Preprocessing": "images",
+    "TrainingHistoryDisplay": "displays",
     "cache_info": "features",
     "clear_cache": "features",
     "find_bad_images": "images",
@@ -54,6 +55,7 @@ __all__ = [
     "FineTunedCNNClassifier",
     "LayerScoresDisplay",
     "Preprocessing",
+    "TrainingHistoryDisplay",
     "__version__",
     "cache_info",
     "clear_cache",

@@ -169,7 +169,7 @@ class StageTraining:
         self.schedule = build_schedule(self.optimizer, settings.schedule, n_steps)
 
     def train_epoch(self) -> dict[str, float | int | str]:
-        """Train for one epoch; return its record.
+        """Train for one epoch; return its record. The rates are those it begins with.
 
         Raises
         ------
@@ -179,6 +179,7 @@ class StageTraining:
         start = time.perf_counter()
         rng = np.random.default_rng([self._seed, self.n_epochs_done])
         order = rng.permutation(self._examples.training)
+        rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         self.learner.train()
         totals = np.zeros(3)
         with own_random_state(int(rng.integers(2**31)), self._settings.device):
@@ -186,15 +187,14 @@ class StageTraining:
                 totals += self._step(order[batch])
         self.n_epochs_done += 1
         loss, score = _means(totals)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         return {
             "stage": self._stage.name,
             "epoch": self.n_epochs_done,
             "loss": loss,
             "score": score,
             **self._validate(),
-            "head_lr": max(rates),
-            "backbone_lr": min(rates),
+            "head_lr": rates["head"],
+            "backbone_lr": rates.get("backbone", 0.0),
             "seconds": time.perf_counter() - start,
         }
 
@@ -276,12 +276,13 @@ def build_optimizer(learner: Learner, stage: Stage, settings: Settings) -> Optim
             "params": [
                 one for one in part.parameters() if one.requires_grad and rule(one)
             ],
+            "part": name,
             "lr": rate,
             "weight_decay": decay,
         }
-        for part, rate in (
-            (learner.head, stage.head_lr),
-            (learner.backbone, stage.backbone_lr),
+        for name, part, rate in (
+            ("head", learner.head, stage.head_lr),
+            ("backbone", learner.backbone, stage.backbone_lr),
         )
         for rule, decay in ((_is_matrix, settings.weight_decay), (_is_vector, 0.0))
     ]

@@ -26,6 +26,8 @@ METHODS = [
     "LayerScoresDisplay.from_estimator",
     "LayerScoresDisplay.from_search",
     "LayerScoresDisplay.plot",
+    "TrainingHistoryDisplay.from_estimator",
+    "TrainingHistoryDisplay.plot",
     "Preprocessing.crop",
     "Preprocessing.resized_to",
 ]

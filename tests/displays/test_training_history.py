@@ -1,0 +1,77 @@
+"""The display shows the records of a fit, stage by stage."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+
+from skltl import FineTunedCNNClassifier, TrainingHistoryDisplay
+
+
+@pytest.fixture(autouse=True)
+def without_a_screen():
+    with mpl.rc_context({"backend": "agg"}):
+        yield
+        plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    rows, labels = load_digits(return_X_y=True)
+    return FineTunedCNNClassifier(
+        "tiny",
+        layer="block2",
+        image_shape=(8, 8),
+        image_size=16,
+        unfreeze=1,
+        head_epochs=4,
+        finetune_epochs=3,
+        validation_fraction=0.2,
+        random_state=0,
+    ).fit(rows[:80] / 16, labels[:80])
+
+
+def test_lines_are_the_records(fitted):
+    display = TrainingHistoryDisplay.from_estimator(fitted, rates=True)
+
+    keys = [
+        ("loss", "validation_loss"),
+        ("score", "validation_score"),
+        ("head_lr", "backbone_lr"),
+    ]
+    for ax, names in zip(display.axes_, keys, strict=True):
+        for line, name in zip(ax.get_lines(), names, strict=True):
+            expected = [record[name] for record in fitted.history_]
+            np.testing.assert_array_equal(line.get_ydata(), expected)
+    assert display.stages == [("head", 4), ("fine-tuning", 3)]
+    words = {text.get_text() for text in display.axes_[0].texts}
+    assert words == {"head", "fine-tuning"}
+
+
+def test_pretrained_layers_have_no_rate_while_they_are_frozen(fitted):
+    rates = [record["backbone_lr"] for record in fitted.history_]
+
+    assert rates[:4] == [0.0] * 4
+    assert all(0 < rate <= 0.001 for rate in rates[4:])
+
+
+def test_what_is_not_recorded_is_not_drawn(fitted):
+    records = [
+        {key: value for key, value in record.items() if "validation" not in key}
+        for record in fitted.history_
+    ]
+    _, axes = plt.subplots(2)
+
+    display = TrainingHistoryDisplay(records).plot(axes=axes)
+
+    assert [len(ax.get_lines()) for ax in display.axes_] == [1, 1]
+    assert display.axes_[0] is axes[0]
+
+
+def test_what_has_no_history_is_refused():
+    with pytest.raises(ValueError, match="no epoch"):
+        TrainingHistoryDisplay([])
+    with pytest.raises(NotFittedError):
+        TrainingHistoryDisplay.from_estimator(FineTunedCNNClassifier("tiny"))
