@@ -28,9 +28,9 @@ from skltl import LayerScoresDisplay, cache_info, list_layers, make_feature_pipe
 digits, labels = load_digits(return_X_y=True)
 digits, labels = digits[:600] / 16, labels[:600]
 
-folder = tempfile.mkdtemp()  # in earnest: cache=True
+folder = tempfile.TemporaryDirectory()  # in earnest: cache=True
 pipeline = make_feature_pipeline(
-    "tiny", "softmax", image_shape=(8, 8), image_size=32, cache=folder
+    "tiny", "softmax", image_shape=(8, 8), image_size=32, cache=folder.name
 )
 grid = {
     "feat__layer": [layer.name for layer in list_layers("tiny")],
@@ -62,6 +62,8 @@ LayerScoresDisplay.from_estimator(pipeline, digits, labels)
 # --------------------
 # One database for each cut point, and in it a row for each picture.
 
-for entry in cache_info(folder).entries:
+for entry in cache_info(folder.name).entries:
     kilobytes = entry.n_bytes / 1000
     print(f"{entry.layer:<8}{entry.n_images:>6} pictures{kilobytes:>8.0f} kB")
+
+folder.cleanup()

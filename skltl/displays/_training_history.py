@@ -107,7 +107,7 @@ class TrainingHistoryDisplay:
         for ax, (title, lines) in zip(axes, parts.items(), strict=True):
             self._draw_lines(ax, lines)
             self._shade_stages(ax)
-            ax.set_title(title, fontsize="medium")
+            ax.set_title(title, fontsize="medium", pad=18)
             ax.set_xlabel("epoch")
             ax.grid(axis="y", alpha=0.3)
         axes[0].set_ylim(bottom=0)
@@ -132,14 +132,14 @@ class TrainingHistoryDisplay:
                 ax.axvspan(first, last, color="black", alpha=0.06, linewidth=0)
             ax.text(
                 (first + last) / 2,
-                0.98,
+                1.01,  # above the axes, where no legend is
                 name,
                 transform=ax.get_xaxis_transform(),
                 ha="center",
-                va="top",
+                va="bottom",
                 fontsize="small",
                 color="dimgray",
             )
             first = last
         ax.set_xlim(0.5, first)
-        ax.margins(y=0.15)
+        ax.xaxis.get_major_locator().set_params(integer=True)

@@ -212,6 +212,17 @@ def test_the_head_stage_runs_the_backbone_once(digits, monkeypatch):
     assert sum(n_crossed) == 60
 
 
+@pytest.mark.parametrize("unfreeze", [1, "all"])
+def test_what_does_not_fit_memory_lies_in_a_file(unfreeze, digits, monkeypatch):
+    X, y = digits[0][:60], digits[1][:60]
+    expected = classifier(unfreeze=unfreeze).fit(X, y)
+
+    monkeypatch.setattr("skltl.classifiers._activations.MAX_BYTES_IN_MEMORY", 0)
+    found = classifier(unfreeze=unfreeze).fit(X, y)
+
+    assert losses(found) == losses(expected)
+
+
 def test_new_layers_are_built_as_asked(digits):
     fitted = classifier(
         conv_channels=(16,), hidden_units=(12, 8), dropout=0.1, pooling="avgmax"
