@@ -96,10 +96,10 @@ def inputs_of(classifier, source, foundation, parts):
         device = resolve_device(classifier.device)
         return Pictures(source, foundation.preprocessing, device, threads)
     sees_maps = parts.tuned or classifier.conv_channels
-    recipe = classifier._recipe(
+    recipe = classifier._make_recipe(
         foundation.backbone,
         FrozenPrefix(parts.frozen),
-        list(parts.frozen)[-1],
+        (list(parts.frozen)[-1],),
         foundation.preprocessing,
         "flatten" if sees_maps else classifier.pooling,
     )

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import numpy as np
 import torch
 from scipy.special import softmax
-from sklearn.base import ClassifierMixin, TransformerMixin
+from sklearn.base import ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import (
-    resolve_batch_size,
-    resolve_device,
-    resolve_precision,
     resolve_threads,
 )
-from skltl._estimator import ImageEstimator
-from skltl._validation import check_feature_names_in
 from skltl.backbones import block_shapes
 from skltl.classifiers._head import Pool, head_from_state, head_state
 from skltl.classifiers._stages import Stage
-from skltl.features import CNNFeatureTransformer, Recipe, extract_features, n_pooled
+from skltl.features import CNNFeatureTransformer, FeatureEstimator, extract_features
 
 # What a transformer and a classifier on the same network have in common.
 SHARED_PARAMETERS = (
@@ -45,7 +39,7 @@ FITTED_BY_BOTH = (
 )
 
 
-class NetworkClassifier(ClassifierMixin, TransformerMixin, ImageEstimator):
+class NetworkClassifier(ClassifierMixin, FeatureEstimator):
     """A network up to a cut, and a head on it.
 
     Its `fit` sets `network_`, `head_`, `cut_points_`, `preprocessing_`, `backbone_`,
@@ -115,29 +109,6 @@ class NetworkClassifier(ClassifierMixin, TransformerMixin, ImageEstimator):
         check_is_fitted(self)
         return self._features(X, self.pooling)
 
-    def get_feature_names_out(self, input_features=None):
-        """Name the features that `transform` gives: backbone, cut point, number.
-
-        Parameters
-        ----------
-        input_features : array-like of str, default=None
-            Not used, checked against `feature_names_in_` as scikit-learn asks.
-
-        Returns
-        -------
-        ndarray of str objects
-            Such as ``resnet50_layer4_17``.
-        """
-        check_is_fitted(self)
-        check_feature_names_in(self, input_features, generate_names=False)
-        (point,) = self.cut_points_
-        shape = block_shapes(
-            self.backbone_, self.preprocessing_.crop_size, (point.block,)
-        )[point.block]
-        prefix = f"{self.backbone_.name}_{point.name}"
-        names = [f"{prefix}_{n}" for n in range(n_pooled(shape, self.pooling))]
-        return np.asarray(names, dtype=object)
-
     def to_transformer(self):
         """Return the tuned network up to the cut as a transformer.
 
@@ -175,28 +146,14 @@ class NetworkClassifier(ClassifierMixin, TransformerMixin, ImageEstimator):
         """Return what the tuned network gives at the cut."""
         source = self._read_images(X, reset=False)
         block = self.cut_points_[0].block
-        recipe = self._recipe(
-            self.backbone_, self.network_, block, self.preprocessing_, pooling
+        recipe = self._make_recipe(
+            self.backbone_, self.network_, (block,), self.preprocessing_, pooling
         )
         threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
         return extract_features(source, recipe, [block], threads, verbose)
 
-    def _recipe(self, backbone, network, block, preprocessing, pooling):
-        device = resolve_device(self.device)
-        return Recipe(
-            backbone,
-            network,
-            (block,),
-            preprocessing,
-            pooling,
-            resolve_batch_size("auto", device),
-            device,
-            resolve_precision(self.precision, device),
-        )
-
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float32"]
         tags.non_deterministic = self.random_state is None
         return tags
 

@@ -8,6 +8,7 @@ from skltl.features._cache import (
     resolve_folder,
 )
 from skltl.features._extraction import extract_features
+from skltl.features._feature_estimator import FeatureEstimator
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._pooling import POOLINGS, n_pooled, pool
 from skltl.features._recipe import Recipe, can_pool
@@ -18,6 +19,7 @@ __all__ = [
     "CNNFeatureTransformer",
     "CacheEntry",
     "CacheInfo",
+    "FeatureEstimator",
     "Recipe",
     "cache_info",
     "can_pool",

@@ -5,24 +5,19 @@ from __future__ import annotations
 from numbers import Integral
 from os import PathLike
 
-import numpy as np
-from sklearn.base import TransformerMixin, clone
+from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import (
     DTYPES,
-    resolve_batch_size,
     resolve_device,
-    resolve_precision,
     resolve_threads,
 )
-from skltl._estimator import ImageEstimator
 from skltl._randomness import draw_seed
 from skltl._validation import (
     Interval,
     InvalidParameterError,
     StrOptions,
-    check_feature_names_in,
     fit_context,
 )
 from skltl.backbones import (
@@ -36,11 +31,12 @@ from skltl.backbones import (
 from skltl.exceptions import WeightsError
 from skltl.features._cache import resolve_folder
 from skltl.features._extraction import extract_features
-from skltl.features._pooling import POOLINGS, n_pooled
-from skltl.features._recipe import Recipe, can_pool, recorded_blocks
+from skltl.features._feature_estimator import FeatureEstimator
+from skltl.features._pooling import POOLINGS
+from skltl.features._recipe import can_pool, recorded_blocks
 
 
-class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
+class CNNFeatureTransformer(FeatureEstimator):
     """Turn pictures into the features of a pretrained ConvNet.
 
     The network is frozen, cut at any of its layers, and what it gives there is pooled
@@ -279,28 +275,6 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             cache=self._cache_folder(),
         )
 
-    def get_feature_names_out(self, input_features=None):
-        """Name the features: backbone, cut point, number.
-
-        Parameters
-        ----------
-        input_features : array-like of str, default=None
-            Not used, checked against `feature_names_in_` as scikit-learn asks.
-
-        Returns
-        -------
-        ndarray of str objects
-            Such as ``resnet50_layer3_17``.
-        """
-        check_is_fitted(self)
-        check_feature_names_in(self, input_features, generate_names=False)
-        names = [
-            f"{self.backbone_.name}_{cut_point.name}_{number}"
-            for cut_point, n in zip(self.cut_points_, self._n_features(), strict=True)
-            for number in range(n)
-        ]
-        return np.asarray(names, dtype=object)
-
     def _cache_folder(self):
         """Return where features are kept, or ``None``.
 
@@ -319,29 +293,17 @@ class CNNFeatureTransformer(TransformerMixin, ImageEstimator):
             size = self.preprocessing_.crop_size
             recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling)
             blocks = tuple(block for block in recorded if block in network.blocks)
-        device = resolve_device(self.device)
-        return Recipe(
+        return self._make_recipe(
             self.backbone_,
             network,
             blocks,
             self.preprocessing_,
             self.pooling,
-            resolve_batch_size(self.batch_size, device),
-            device,
-            resolve_precision(self.precision, device),
+            self.batch_size,
         )
-
-    def _n_features(self):
-        """Count the features at each cut point."""
-        blocks = tuple(cut_point.block for cut_point in self.cut_points_)
-        shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
-        return [
-            n_pooled(shapes[point.block], self.pooling) for point in self.cut_points_
-        ]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float32"]
         tags.non_deterministic = self.weights is None and self.random_state is None
         return tags
 

@@ -1,0 +1,67 @@
+"""What estimators share whose ``transform`` gives the features at cut points."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.base import TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from skltl._device import resolve_batch_size, resolve_device, resolve_precision
+from skltl._estimator import ImageEstimator
+from skltl._validation import check_feature_names_in
+from skltl.backbones import block_shapes
+from skltl.features._pooling import n_pooled
+from skltl.features._recipe import Recipe
+
+
+class FeatureEstimator(TransformerMixin, ImageEstimator):
+    """Base of the estimators with a network, cut points, and a pooling."""
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the features: backbone, cut point, number.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+            Not used, checked against `feature_names_in_` as scikit-learn asks.
+
+        Returns
+        -------
+        ndarray of str objects
+            Such as ``resnet50_layer3_17``.
+        """
+        check_is_fitted(self)
+        check_feature_names_in(self, input_features, generate_names=False)
+        names = [
+            f"{self.backbone_.name}_{cut_point.name}_{number}"
+            for cut_point, n in zip(self.cut_points_, self._n_features(), strict=True)
+            for number in range(n)
+        ]
+        return np.asarray(names, dtype=object)
+
+    def _n_features(self):
+        """Count the features at each cut point."""
+        blocks = tuple(cut_point.block for cut_point in self.cut_points_)
+        shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
+        return [n_pooled(shapes[block], self.pooling) for block in blocks]
+
+    def _make_recipe(
+        self, backbone, network, blocks, preprocessing, pooling, batch_size="auto"
+    ):
+        """Say how pictures become features, on which device, in which precision."""
+        device = resolve_device(self.device)
+        return Recipe(
+            backbone,
+            network,
+            blocks,
+            preprocessing,
+            pooling,
+            resolve_batch_size(batch_size, device),
+            device,
+            resolve_precision(self.precision, device),
+        )
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
