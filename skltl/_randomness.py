@@ -26,7 +26,8 @@ def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[
     with _LOCK, torch.random.fork_rng([device] if has_cuda else []):
         torch.default_generator.manual_seed(seed)
         if has_cuda:
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):  # not the one that happens to be current
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -15,12 +15,17 @@ from sklearn.model_selection import (
     StratifiedKFold,
     StratifiedShuffleSplit,
     cross_val_score,
+    train_test_split,
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from skltl import CNNFeatureTransformer, make_feature_pipeline
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    make_feature_pipeline,
+)
 from skltl.backbones import get_backbone, load_network, resolve_weights
 from skltl.images import iter_batches, iter_crops, normalise, read_images
 
@@ -171,3 +176,75 @@ def test_the_tiny_backbone_tells_flowers_apart(flowers):
 
     # 16 x 16 raw pixels give 0.355.
     assert score > 0.73
+
+
+def test_fine_tuning_is_as_good_as_a_linear_svm_on_flowers(flowers, squeezenet_weights):
+    paths, labels = np.array(flowers[0], dtype=object), flowers[1]
+    splits = StratifiedShuffleSplit(3, train_size=272, test_size=136, random_state=0)
+    network = {"backbone": "squeezenet1_0", "weights": squeezenet_weights}
+    scores = []
+    for seed, (train, test) in enumerate(splits.split(paths, labels)):
+        scores.append(
+            [
+                one.fit(paths[train], labels[train]).score(paths[test], labels[test])
+                for one in (
+                    make_feature_pipeline(**network, classifier="svm"),
+                    FineTunedCNNClassifier(**network, unfreeze=1, random_state=seed),
+                )
+            ]
+        )
+
+    svm, tuned = np.mean(scores, axis=0)
+    standard_error = np.sqrt(svm * (1 - svm) / (3 * 136))
+    assert svm > 0.85
+    assert tuned >= svm - standard_error
+
+
+def test_fine_tuning_beats_the_best_frozen_cut_on_digits(squeezenet_weights):
+    digits, labels = load_digits(return_X_y=True)
+    X_train, X_test, y_train, y_test = train_test_split(
+        digits / 16, labels, train_size=1000, stratify=labels, random_state=1
+    )
+    network = {"weights": squeezenet_weights, "image_shape": (8, 8), "image_size": 96}
+    layers = [f"fire{number}" for number in range(2, 10)]
+    features = CNNFeatureTransformer("squeezenet1_0", layer=layers, **network)
+    train = features.fit_transform(X_train)
+    ends = np.cumsum(features._n_features())[:-1]
+    at_cuts = zip(
+        np.split(train, ends, axis=1),
+        np.split(features.transform(X_test), ends, axis=1),
+        strict=True,
+    )
+
+    frozen = [linear_svm().fit(a, y_train).score(b, y_test) for a, b in at_cuts]
+    tuned = FineTunedCNNClassifier(
+        "squeezenet1_0", layer="fire8", random_state=1, **network
+    ).fit(X_train, y_train)
+
+    assert max(frozen) > 0.98
+    assert tuned.score(X_test, y_test) > max(frozen)
+
+
+def test_balanced_weights_help_where_a_flower_is_rare(flowers, squeezenet_weights):
+    paths, labels = np.array(flowers[0], dtype=object), flowers[1]
+    position = np.arange(len(paths)) % 24  # 24 pictures of each flower
+    names = np.unique(labels)
+    is_rare = np.isin(labels, names[::2])
+    is_train = (position < 2) | (~is_rare & (position < 16))
+    is_test = position >= 16
+    settings = {"unfreeze": None, "head_init": "random", "head_epochs": 5}
+
+    recalls = [
+        FineTunedCNNClassifier(
+            "squeezenet1_0",
+            weights=squeezenet_weights,
+            class_weight=class_weight,
+            random_state=0,
+            **settings,
+        )
+        .fit(paths[is_train], labels[is_train])
+        .score(paths[is_test & is_rare], labels[is_test & is_rare])
+        for class_weight in (None, "balanced")
+    ]
+
+    assert recalls[1] > recalls[0] + 0.05

@@ -95,6 +95,8 @@ def random_network(backbone: Backbone, seed: int) -> Network:
         network = backbone.build(None)
         if backbone.weights[0].source is None:
             _forget(network)
+    for module in (*network.blocks.values(), *network.head.values()):
+        module.float()  # whatever the user's default dtype is
     freeze({**network.blocks, **network.head})
     return network
 

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import is_classifier
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from skltl.classifiers._head import Pool, Standardise, set_linear
 from skltl.features import CNNFeatureTransformer
+
+# What a pipeline of frozen features and a linear classifier leaves no choice about.
+FIXED_BY_A_PIPELINE = (
+    "backbone",
+    "weights",
+    "layer",
+    "pooling",
+    "image_size",
+    "image_shape",
+    "conv_channels",
+    "hidden_units",
+    "dropout",
+)
+
+
+def check_free(parameters: Iterable[str]) -> None:
+    """Refuse parameters of a classifier that a pipeline leaves no choice about."""
+    fixed = sorted(set(parameters) & set(FIXED_BY_A_PIPELINE))
+    if fixed:
+        raise ValueError(f"The pipeline says already what {', '.join(fixed)} shall be.")
 
 
 def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
@@ -23,9 +46,14 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     ValueError
         If it has other steps, or the transformer has several cut points.
     """
+    if not isinstance(pipeline, Pipeline):
+        raise ValueError(
+            f"A fitted Pipeline is expected, not {type(pipeline).__name__}. Of a "
+            "search pass its best_estimator_."
+        )
     check_is_fitted(pipeline)
     steps = [step for _, step in pipeline.steps if step not in (None, "passthrough")]
-    first, *between, last = steps
+    first, *between, last = steps if len(steps) > 1 else (*steps, None)
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
         raise ValueError(
@@ -47,10 +75,12 @@ def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Seq
     Raises
     ------
     ValueError
-        If the classifier is not linear.
+        If the classifier is not linear, or puts its coefficients together in another
+        way than one row for each class.
     """
     coef, intercept = _coefficients(classifier)
     n_features = coef.shape[1]
+    _check_decisions(classifier, coef, intercept)
     standardise = Standardise(n_features)
     if scaler is not None and scaler.with_mean:
         standardise.mean.copy_(torch.from_numpy(scaler.mean_))
@@ -65,12 +95,30 @@ def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return coefficients (n_classes or 1, d) and intercepts of a linear classifier."""
     binary = getattr(classifier, "estimators_", None)
     each = [classifier] if binary is None else binary  # one-vs-rest has one per class
-    if not all(hasattr(one, "coef_") for one in each):
+    if not (is_classifier(classifier) and all(hasattr(one, "coef_") for one in each)):
         raise ValueError(
-            f"{type(classifier).__name__} is not linear: it has no coef_ to begin with."
+            f"{type(classifier).__name__} is not a linear classifier: it has no coef_ "
+            "to begin with."
         )
     coef = np.vstack([np.atleast_2d(one.coef_) for one in each])
     intercept = np.hstack(
         [np.broadcast_to(one.intercept_, len(np.atleast_2d(one.coef_))) for one in each]
     )
     return coef, intercept
+
+
+def _check_decisions(
+    classifier: Any, coef: NDArray[Any], intercept: NDArray[Any]
+) -> None:
+    """Refuse what is linear in pieces only, such as one-vs-one classifiers."""
+    points = np.random.default_rng(0).normal(size=(8, coef.shape[1]))
+    expected = np.asarray(points @ coef.T + intercept)
+    decide = getattr(classifier, "decision_function", None)
+    found = np.zeros((8, 0)) if decide is None else np.asarray(decide(points))
+    found = found.reshape(8, -1)
+    if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-4):
+        raise ValueError(
+            f"{type(classifier).__name__} does not decide by one row of coefficients "
+            "for each class, as a network's last layer does. LogisticRegression, "
+            "LinearSVC and OneVsRestClassifier do."
+        )

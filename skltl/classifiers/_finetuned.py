@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral, Real
 from os import PathLike
 
-import numpy as np
-from sklearn.base import clone
-
 from skltl._device import DTYPES
-from skltl._randomness import draw_seed
 from skltl._validation import Interval, StrOptions, fit_context
-from skltl.backbones import Backbone, FrozenPrefix
-from skltl.classifiers._checkpoint import Checkpoint
-from skltl.classifiers._conversion import head_of_pipeline, parts_of_pipeline
-from skltl.classifiers._fitting import (
-    RATES,
-    begin,
-    fingerprint,
-    goes_on,
-    hold_out,
-    inputs_of,
-    plan,
-    settings_of,
+from skltl.backbones import Backbone
+from skltl.classifiers._conversion import (
+    check_free,
+    head_of_pipeline,
+    parts_of_pipeline,
 )
-from skltl.classifiers._labels import encode_labels, example_weights
+from skltl.classifiers._fitting import RATES, run_fit
 from skltl.classifiers._network_classifier import (
     FITTED_BY_BOTH,
     SHARED_PARAMETERS,
     NetworkClassifier,
 )
-from skltl.classifiers._training import Examples
-from skltl.classifiers._tuning import Parts, fine_tune, split_blocks
+from skltl.classifiers._progress import CallbackSupportMixin
 from skltl.features import POOLINGS
 
 
-class FineTunedCNNClassifier(NetworkClassifier):
+class FineTunedCNNClassifier(CallbackSupportMixin, NetworkClassifier):
     """Fine-tune a pretrained ConvNet in two stages.
 
     First new layers are put on the frozen network and trained alone; then all of the
-    network, or its last blocks, are trained with them, at a smaller rate. What frozen
+    network, or its last blocks, are trained with them, at a small rate. What frozen
     blocks give for a picture is computed once, so an epoch costs only what learns.
 
     Parameters
@@ -74,7 +63,11 @@ class FineTunedCNNClassifier(NetworkClassifier):
     head_lr : float or "auto", default="auto"
         Highest rate of the new layers: 0.01 with SGD, 0.001 with AdamW.
     backbone_lr : float or "auto", default="auto"
-        Highest rate of the pretrained layers: a tenth of that.
+        Highest rate of the pretrained layers: 0.01 with SGD, where head and network
+        start from where they should be [1]_; 0.0001 with AdamW.
+    backbone_lr_decay : float, default=1.0
+        By which factor the rate falls from each part between main cut points to the one
+        before it, towards the picture; in (0, 1].
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
         SGD has Nesterov momentum of 0.9. ``"auto"`` is AdamW for ConvNeXt and
         EfficientNet v2, else SGD.
@@ -82,6 +75,15 @@ class FineTunedCNNClassifier(NetworkClassifier):
         Of weights, not of biases and batch-norms.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         How the rates change over a stage.
+    augment : callable, default=None
+        Makes a random variant of a picture, such as a ``torchvision.transforms.v2``
+        transform: from a tensor (3, h, w) of what the network sees, before it is
+        normalised, to one of the same shape. It draws from torch's generator, which is
+        seeded for each variant.
+    n_views : int or None, default=8
+        How many variants of each picture there are with `augment`: frozen blocks run on
+        each of them once. ``None`` makes a new one whenever a picture is seen, and the
+        frozen blocks run in every epoch.
     label_smoothing : float, default=0.0
         Share of each label that is spread over all classes, in [0, 1).
     class_weight : dict or "balanced", default=None
@@ -89,7 +91,7 @@ class FineTunedCNNClassifier(NetworkClassifier):
     validation_fraction : float, default=None
         Share of the pictures of each class that are held out, to look after each epoch
         how well they are told apart; ``None`` is none of them, or a tenth with
-        `early_stopping`.
+        `early_stopping`. Groups, if `fit` gets them, are held out as a whole.
     early_stopping : bool, default=False
         Whether a stage ends when the score on the pictures held out has not risen for
         `patience` epochs. The numbers of its best epoch are kept.
@@ -106,6 +108,8 @@ class FineTunedCNNClassifier(NetworkClassifier):
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What products are computed in; parameters stay float32.
+    cache : bool, str or path, default=None
+        Where to keep what frozen blocks give, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
         A folder in which the state is kept after each epoch. After an interruption, the
         same call goes on where it was, and ends with the same bits. The file is deleted
@@ -117,7 +121,8 @@ class FineTunedCNNClassifier(NetworkClassifier):
     random_state : int, RandomState instance or None, default=None
         Of everything random: new layers, order of the pictures, dropout.
     verbose : int, default=0
-        Whether progress is shown.
+        Whether progress bars are shown. From scikit-learn 1.9 on, its callbacks are
+        understood, too: ``set_callbacks(ProgressBar())``.
 
     Attributes
     ----------
@@ -181,9 +186,12 @@ class FineTunedCNNClassifier(NetworkClassifier):
             Interval(Real, 0, None, closed="neither"),
             StrOptions({"auto"}),
         ],
+        "backbone_lr_decay": [Interval(Real, 0, 1, closed="right")],
         "optimizer": [StrOptions({"auto", *RATES})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
+        "augment": [callable, None],
+        "n_views": [Interval(Integral, 1, None, closed="left"), None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
@@ -194,14 +202,13 @@ class FineTunedCNNClassifier(NetworkClassifier):
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "cache": ["boolean", str, PathLike, None],
         "checkpoint": [str, PathLike, None],
         "warm_start": ["boolean"],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
-
-    cache = None
 
     def __init__(
         self,
@@ -219,9 +226,12 @@ class FineTunedCNNClassifier(NetworkClassifier):
         head_init="probe",
         head_lr="auto",
         backbone_lr="auto",
+        backbone_lr_decay=1.0,
         optimizer="auto",
         weight_decay=1e-4,
         schedule="one_cycle",
+        augment=None,
+        n_views=8,
         label_smoothing=0.0,
         class_weight=None,
         validation_fraction=None,
@@ -232,6 +242,7 @@ class FineTunedCNNClassifier(NetworkClassifier):
         batch_size=32,
         device="auto",
         precision="auto",
+        cache=None,
         checkpoint=None,
         warm_start=False,
         n_jobs=None,
@@ -251,9 +262,12 @@ class FineTunedCNNClassifier(NetworkClassifier):
         self.head_init = head_init
         self.head_lr = head_lr
         self.backbone_lr = backbone_lr
+        self.backbone_lr_decay = backbone_lr_decay
         self.optimizer = optimizer
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.augment = augment
+        self.n_views = n_views
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
         self.validation_fraction = validation_fraction
@@ -264,6 +278,7 @@ class FineTunedCNNClassifier(NetworkClassifier):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.cache = cache
         self.checkpoint = checkpoint
         self.warm_start = warm_start
         self.n_jobs = n_jobs
@@ -271,7 +286,7 @@ class FineTunedCNNClassifier(NetworkClassifier):
         self.verbose = verbose
 
     @fit_context
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X, y, sample_weight=None, groups=None):
         """Train the new layers, then the blocks that are to learn.
 
         Parameters
@@ -282,6 +297,9 @@ class FineTunedCNNClassifier(NetworkClassifier):
             What they show: labels of any type that can be sorted.
         sample_weight : array of shape (n,), default=None
             Weights of the pictures in the loss.
+        groups : array of shape (n,), default=None
+            Which pictures belong together (of one plant, one patient): all or none of
+            them are held out.
 
         Returns
         -------
@@ -297,52 +315,44 @@ class FineTunedCNNClassifier(NetworkClassifier):
         TrainingError
             If the loss becomes infinite or NaN.
         """
-        source = clone(self)._read_images(X, reset=True)
-        classes, targets = encode_labels(y, len(source))
-        weights = example_weights(sample_weight, self.class_weight, classes, targets)
-        seed = draw_seed(self.random_state)
-        if seed is None:
-            seed = int(np.random.default_rng().integers(2**31))
-        foundation, head = begin(self, classes, seed)
-        stages = plan(self, foundation)
-        n_frozen = min(
-            (stage.n_frozen for stage in stages), default=len(foundation.blocks)
-        )
-        parts = Parts(*split_blocks(foundation.blocks, n_frozen), head)
-        inputs = inputs_of(self, source, foundation, parts)
-        examples = Examples(targets, weights, *hold_out(self, targets, seed))
-        history = fine_tune(
-            inputs,
-            examples,
-            parts,
-            stages,
-            settings_of(self, foundation),
-            seed,
-            head_begins_as=None if goes_on(self) else self.head_init,
-            keeps_statistics=self.weights is not None,
-            patience=self.patience if self.early_stopping else None,
-            checkpoint=Checkpoint(
-                self.checkpoint, fingerprint(self, inputs, examples, head)
-            ),
-        )
+        fit = run_fit(self, X, y, sample_weight, groups)
         # Only now does anything change: a fit that fails leaves the one before.
         self._read_images(X, reset=True)
-        self.classes_ = classes
-        self.backbone_ = foundation.backbone
-        self.preprocessing_ = foundation.preprocessing
-        self.cut_points_ = [foundation.cut_point]
-        self.network_ = FrozenPrefix({**parts.frozen, **parts.tuned})
-        self.head_ = head.cpu().double()
-        self.stages_ = stages
-        self.history_ = history
-        self.n_epochs_ = len(history)
+        self.__dict__.update(fit.attributes())
+        fit.progress.end()
         return self
+
+    def get_params(self, deep=True):
+        """Return the parameters; none of them is an estimator with its own.
+
+        Some of torchvision's transforms have a `get_params` that is another thing.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Without meaning here.
+
+        Returns
+        -------
+        dict
+            Names and values.
+        """
+        return super().get_params(deep=False)
+
+    def __sklearn_clone__(self):
+        # Not `copy.copy`, which would take the fitted network to pieces.
+        bare = type(self).__new__(type(self))
+        bare.__dict__ = {**vars(self), "augment": None}
+        cloned = super(FineTunedCNNClassifier, bare).__sklearn_clone__()
+        cloned.augment = copy.deepcopy(self.augment)
+        return cloned
 
     @classmethod
     def from_pipeline(cls, pipeline, **parameters):
         """Make a classifier from frozen features and a linear classifier.
 
-        It predicts what the pipeline does. Its `fit` begins there (`warm_start`), with
+        It predicts what the pipeline does; probabilities are the softmax of the same
+        decisions. Its `fit` begins there (`warm_start`), with
         the second stage: ``head_epochs=0``.
 
         Parameters
@@ -361,9 +371,10 @@ class FineTunedCNNClassifier(NetworkClassifier):
         Raises
         ------
         ValueError
-            If the pipeline is made of something else.
+            If the pipeline is made of something else, or a parameter says otherwise.
         """
         transformer, scaler, classifier = parts_of_pipeline(pipeline)
+        check_free(parameters)
         shared = {
             name: value
             for name, value in transformer.get_params(deep=False).items()

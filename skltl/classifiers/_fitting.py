@@ -3,41 +3,160 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from hashlib import blake2b
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
-from sklearn.model_selection import StratifiedShuffleSplit
+import torch
+from numpy.typing import NDArray
+from sklearn.base import clone
 
 from skltl._device import resolve_device, resolve_precision, resolve_threads
-from skltl.backbones import FrozenPrefix
-from skltl.classifiers._activations import Activations, Pictures
-from skltl.classifiers._foundation import count_frozen, lay_foundation
-from skltl.classifiers._head import build_head
+from skltl._randomness import draw_seed
+from skltl.backbones import FrozenPrefix, get_backbone
+from skltl.classifiers._checkpoint import Checkpoint
+from skltl.classifiers._fingerprint import fingerprint
+from skltl.classifiers._foundation import (
+    Foundation,
+    count_frozen,
+    lay_foundation,
+    split_blocks,
+)
+from skltl.classifiers._head import build_head, head_state
+from skltl.classifiers._hold_out import hold_out
+from skltl.classifiers._inputs import (
+    Fresh,
+    frozen_first,
+    normalised,
+    run_frozen,
+    without_resize,
+)
+from skltl.classifiers._labels import balanced, encode_labels, example_weights
+from skltl.classifiers._progress import Progress
 from skltl.classifiers._stages import plan_stages
-from skltl.classifiers._training import Settings
+from skltl.classifiers._training import Examples, Settings
+from skltl.classifiers._tuning import Parts, fine_tune
+from skltl.classifiers._views import Views, decode_crops
 
-# The highest rates, of new and of pretrained layers; see the user guide for sources.
-RATES = {"sgd": (0.01, 0.001), "adamw": (1e-3, 1e-4)}
-
-# What early stopping looks at, if nothing else is said.
-VALIDATION_FRACTION = 0.1
+# The highest rates, of new and of pretrained layers; see the user guide for sources and
+# for what was measured.
+RATES = {"sgd": (0.01, 0.01), "adamw": (1e-3, 1e-4)}
 
 # The families that were trained with AdamW, and are best tuned with it.
 ADAMW_FAMILIES = ("convnext", "efficientnet_v2")
 
-# On these a checkpoint does not depend.
-NOT_OF_THE_FIT = ("checkpoint", "verbose", "n_jobs")
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit that is going on: all that it has so far.
+
+    Parameters
+    ----------
+    of_reading : dict
+        The attributes that reading ``X`` sets.
+    classes : array
+        The labels.
+    foundation : Foundation
+        The network, as it was.
+    parts : Parts
+        Its layers, as they are.
+    stages : list of Stage
+        The plan.
+    history : list of dict
+        The records of the epochs.
+    progress : Progress or None, default=None
+        Who is told of them.
+    """
+
+    of_reading: dict
+    classes: NDArray
+    foundation: Foundation
+    parts: Parts
+    stages: list
+    history: list
+    progress: Progress | None = None
+
+    def attributes(self):
+        """Return the attributes of the estimator as if the fit had ended now."""
+        network, head = self.parts.finished()
+        return {
+            **self.of_reading,
+            "classes_": self.classes,
+            "backbone_": self.foundation.backbone,
+            "preprocessing_": self.foundation.preprocessing,
+            "cut_points_": [self.foundation.cut_point],
+            "network_": network,
+            "head_": head,
+            "stages_": self.stages,
+            "history_": list(self.history),
+            "n_epochs_": len(self.history),
+        }
 
 
-def goes_on(classifier):
+def run_fit(classifier, X, y, sample_weight, groups):
+    """Do what `fit` of a `FineTunedCNNClassifier` does, but change nothing of it."""
+    reader = clone(classifier)
+    source = reader._read_images(X, reset=True)
+    classes, targets = encode_labels(y, len(source))
+    weights = example_weights(sample_weight, classifier.class_weight, classes, targets)
+    _check_widths(classifier)
+    given = (classes[targets], sample_weight, groups)
+    seed, checkpoint = _find_checkpoint(classifier, source, given)
+    share, is_needed = classifier.validation_fraction, classifier.early_stopping
+    held = hold_out(targets, groups, share, is_needed, seed)
+    examples = Examples(targets, balanced(weights, *held), *held)
+    settings = _settings(classifier, seed)
+    # Whatever the user's own modes are: this is where gradients are needed.
+    with _training_mode(settings.device):
+        fit = _begin(classifier, reader, classes, seed)
+        metadata = {"sample_weight": sample_weight, "groups": groups}
+        progress = Progress(classifier, (X, y, metadata), fit.stages, fit.attributes)
+        fine_tune(
+            _inputs(classifier, source, fit, seed),
+            examples,
+            fit.parts,
+            fit.stages,
+            settings,
+            None if _goes_on(classifier) else classifier.head_init,
+            checkpoint,
+            progress,
+            fit.history,
+        )
+    return replace(fit, progress=progress)
+
+
+def _check_widths(classifier):
+    """Refuse new layers of no or half a width."""
+    for name in ("conv_channels", "hidden_units"):
+        for width in getattr(classifier, name):
+            is_count = isinstance(width, Integral) and not isinstance(width, bool)
+            if not is_count or width < 1:
+                raise ValueError(f"{name} must be positive integers, got {width!r}.")
+
+
+def _find_checkpoint(classifier, source, given):
+    """Return the seed of this fit, and where its state is kept."""
+    seed = draw_seed(classifier.random_state)
+    drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    name = ""
+    if classifier.checkpoint is not None:
+        arrays = [None if one is None else np.asarray(one) for one in given]
+        foundation = _foundation(classifier, drawn)
+        name = fingerprint(classifier, source, arrays, foundation, seed)
+    checkpoint = Checkpoint(classifier.checkpoint, name)
+    saved = checkpoint.saved
+    return (drawn if saved is None else saved["seed"]), checkpoint
+
+
+def _goes_on(classifier):
     """Tell whether a fit begins with what the one before has learned."""
     return classifier.warm_start and hasattr(classifier, "head_")
 
 
-def begin(classifier, classes, seed):
-    """Return the network to put new layers on, and these."""
-    foundation = lay_foundation(
+def _foundation(classifier, seed):
+    """Load the network that new layers are put on."""
+    return lay_foundation(
         classifier.backbone,
         classifier.weights,
         classifier.layer,
@@ -45,10 +164,12 @@ def begin(classifier, classes, seed):
         classifier.pooling,
         seed,
     )
-    if goes_on(classifier):
-        head = copy.deepcopy(classifier.head_).float().requires_grad_(True)
-        return _tuned_so_far(classifier, foundation, classes), head
-    return foundation, build_head(
+
+
+def _begin(classifier, reader, classes, seed):
+    """Lay out network, new layers and plan; `reader` is a copy that has read ``X``."""
+    foundation = _foundation(classifier, seed)
+    head = build_head(
         foundation.shape,
         classifier.pooling,
         tuple(classifier.conv_channels),
@@ -57,11 +178,89 @@ def begin(classifier, classes, seed):
         len(classes),
         seed,
     )
+    if _goes_on(classifier):
+        _check_same(classifier, foundation, head, classes)
+        foundation = replace(foundation, blocks=classifier.network_.blocks)
+        head = copy.deepcopy(classifier.head_).float().requires_grad_(True)
+    stages = _plan(classifier, foundation)
+    n_blocks = len(foundation.blocks)
+    n_frozen = min((stage.n_frozen for stage in stages), default=n_blocks)
+    parts = Parts(*split_blocks(foundation, n_frozen), head)
+    of_reading = {
+        name: value for name, value in vars(reader).items() if name.endswith("_in_")
+    }
+    return Fit(of_reading, classes, foundation, parts, stages, [])
 
 
-def plan(classifier, foundation):
+@contextmanager
+def _training_mode(device):
+    """Compute gradients, in the precision that is asked for, whatever the user does."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False, cache_enabled=False),
+    ):
+        yield
+
+
+def _settings(classifier, seed):
+    """Return how to learn, the same in all stages."""
+    device = resolve_device(classifier.device)
+    return Settings(
+        _optimizer(classifier),
+        classifier.schedule,
+        classifier.weight_decay,
+        classifier.label_smoothing,
+        classifier.backbone_lr_decay,
+        classifier.weights is not None,
+        classifier.patience if classifier.early_stopping else None,
+        classifier.batch_size,
+        device,
+        resolve_precision(classifier.precision, device),
+        seed,
+    )
+
+
+def _inputs(classifier, source, fit, seed):
+    """Return what the blocks that learn see: computed now, wherever that is possible.
+
+    Only free augmentation makes the frozen blocks run in every epoch.
+    """
+    threads, verbose = resolve_threads(classifier.n_jobs), bool(classifier.verbose)
+    cache = classifier._cache_folder()
+    recipe = _recipe(classifier, fit) if fit.parts.frozen else None
+    if classifier.augment is None and recipe is not None:
+        return run_frozen(source, 0, recipe, threads, verbose, cache)
+    n_views = 0 if classifier.augment is None else classifier.n_views
+    preprocessing = fit.foundation.preprocessing
+    crops = decode_crops(source, preprocessing, threads)
+    views = Views(crops, classifier.augment, n_views or 0, seed)
+    if recipe is None:
+        device = resolve_device(classifier.device)
+        return Fresh(views, n_views, normalised(preprocessing, device))
+    recipe = without_resize(recipe)
+    if n_views is None:
+        return Fresh(views, None, frozen_first(recipe))
+    # Variants that nobody can draw again are not worth keeping.
+    cache = None if classifier.random_state is None else cache
+    return run_frozen(views, n_views, recipe, threads, verbose, cache)
+
+
+def _recipe(classifier, fit):
+    """Say what the frozen blocks give; maps only if layers see them."""
+    sees_maps = fit.parts.tuned or classifier.conv_channels
+    return classifier._make_recipe(
+        fit.foundation.backbone,
+        FrozenPrefix(fit.parts.frozen),
+        (list(fit.parts.frozen)[-1],),
+        fit.foundation.preprocessing,
+        "flatten" if sees_maps else classifier.pooling,
+    )
+
+
+def _plan(classifier, foundation):
     """Plan the stages."""
-    head_lr, backbone_lr = RATES[_optimizer(classifier, foundation)]
+    head_lr, backbone_lr = RATES[_optimizer(classifier)]
     if classifier.head_lr != "auto":
         head_lr = float(classifier.head_lr)
     if classifier.backbone_lr != "auto":
@@ -75,79 +274,34 @@ def plan(classifier, foundation):
     )
 
 
-def settings_of(classifier, foundation):
-    """Return how to learn, the same in all stages."""
-    device = resolve_device(classifier.device)
-    return Settings(
-        _optimizer(classifier, foundation),
-        classifier.schedule,
-        classifier.weight_decay,
-        classifier.label_smoothing,
-        classifier.batch_size,
-        device,
-        resolve_precision(classifier.precision, device),
-    )
-
-
-def inputs_of(classifier, source, foundation, parts):
-    """Run the frozen blocks on all pictures; keep maps only if layers see them."""
-    threads = resolve_threads(classifier.n_jobs)
-    if not parts.frozen:
-        device = resolve_device(classifier.device)
-        return Pictures(source, foundation.preprocessing, device, threads)
-    sees_maps = parts.tuned or classifier.conv_channels
-    recipe = classifier._make_recipe(
-        foundation.backbone,
-        FrozenPrefix(parts.frozen),
-        (list(parts.frozen)[-1],),
-        foundation.preprocessing,
-        "flatten" if sees_maps else classifier.pooling,
-    )
-    return Activations(source, recipe, threads, bool(classifier.verbose))
-
-
-def hold_out(classifier, targets, seed):
-    """Return the positions to learn from, and those to look how it goes."""
-    everything = np.arange(len(targets))
-    share = classifier.validation_fraction
-    if share is None:
-        share = VALIDATION_FRACTION if classifier.early_stopping else 0.0
-    if not share:
-        return everything, everything[:0]
-    split = StratifiedShuffleSplit(1, test_size=share, random_state=seed)
-    return next(split.split(everything, targets))
-
-
-def fingerprint(classifier, inputs, examples, head):
-    """Name all that a fit depends on, to know a checkpoint of the same one."""
-    if classifier.checkpoint is None:
-        return ""
-    params = classifier.get_params()
-    params = sorted((k, v) for k, v in params.items() if k not in NOT_OF_THE_FIT)
-    digest = blake2b(repr(params).encode(), digest_size=16)
-    digest.update(inputs.digest())
-    for array in (examples.targets, examples.weights, examples.validation):
-        digest.update(np.ascontiguousarray(array).data)
-    if classifier.random_state is not None or goes_on(classifier):
-        for numbers in head.state_dict().values():
-            digest.update(numbers.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _optimizer(classifier, foundation):
+def _optimizer(classifier):
     if classifier.optimizer != "auto":
         return classifier.optimizer
-    is_adamw = foundation.backbone.name.startswith(ADAMW_FAMILIES)
+    is_adamw = get_backbone(classifier.backbone).name.startswith(ADAMW_FAMILIES)
     return "adamw" if is_adamw else "sgd"
 
 
-def _tuned_so_far(classifier, foundation, classes):
-    """Put the blocks of the last fit in place of the pretrained ones."""
+def _check_same(classifier, foundation, head, classes):
+    """Refuse to go on with a network that the parameters no longer describe."""
+    before = (classifier.backbone_, classifier.cut_points_)
     if not np.array_equal(classes, classifier.classes_):
         raise ValueError(
             f"warm_start=True: the classes are {classes}, those of the fit before are "
             f"{classifier.classes_}."
         )
-    if [foundation.cut_point] != classifier.cut_points_:
-        raise ValueError("warm_start=True: the fit before was cut somewhere else.")
-    return replace(foundation, blocks=classifier.network_.blocks)
+    if before != (foundation.backbone, [foundation.cut_point]):
+        raise ValueError(
+            "warm_start=True: the fit before had another backbone, or was cut "
+            f"somewhere else: {before[0].name!r} at {before[1][0].name!r}, not "
+            f"{foundation.backbone.name!r} at {foundation.cut_point.name!r}."
+        )
+    if classifier.preprocessing_ != foundation.preprocessing:
+        raise ValueError(
+            "warm_start=True: the fit before saw pictures prepared in another way: "
+            f"{classifier.preprocessing_}."
+        )
+    if head_state(head)["layers"] != head_state(classifier.head_)["layers"]:
+        raise ValueError(
+            "warm_start=True: the fit before had other new layers (pooling, "
+            "conv_channels, hidden_units, dropout)."
+        )

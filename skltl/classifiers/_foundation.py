@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -111,8 +112,8 @@ def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
         return len(names)
     if unfreeze in ("all", "batch_norm"):
         return 0
-    if isinstance(unfreeze, int):
-        learning = parts[-unfreeze:]
+    if not isinstance(unfreeze, str):  # numpy's integers are no `int`
+        learning = parts[-int(unfreeze) :]
         return names.index(learning[0][0])
     block = resolve_layer(foundation.backbone, unfreeze).block
     for part in parts:
@@ -123,3 +124,16 @@ def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
     raise UnknownLayerError(
         f"unfreeze={unfreeze!r} lies behind the cut at {foundation.cut_point.name!r}."
     )
+
+
+def split_blocks(
+    foundation: Foundation, n_frozen: int
+) -> tuple[dict[str, nn.Module], list[dict[str, nn.Module]]]:
+    """Return the frozen blocks, and copies of those that learn, by parts."""
+    blocks = foundation.blocks
+    frozen = dict(list(blocks.items())[:n_frozen])
+    tuned = [
+        {name: copy.deepcopy(blocks[name]) for name in part if name not in frozen}
+        for part in foundation.parts()
+    ]
+    return frozen, [part for part in tuned if part]

@@ -55,14 +55,17 @@ class Standardise(nn.Module):
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
 
-    def set_from(self, features: Tensor) -> None:
+    def set_from(self, features: NDArray[np.float32]) -> None:
         """Take mean and deviation of features (n, d); constant ones are not scaled.
 
-        Computed in float64, as scikit-learn's ``StandardScaler`` does.
+        Computed in float64, by rows, as scikit-learn's ``StandardScaler`` does: there
+        may be more of them than memory holds.
         """
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        self.mean.copy_(mean)
-        self.scale.copy_(deviation.masked_fill(deviation < 1e-6, 1.0))
+        mean = features.mean(axis=0, dtype=np.float64)
+        squares = sum((row - mean) ** 2 for row in features)
+        deviation = np.sqrt(squares / len(features))
+        self.mean.copy_(torch.from_numpy(mean))
+        self.scale.copy_(torch.from_numpy(np.where(deviation < 1e-6, 1.0, deviation)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the features (n, d), standardised."""
@@ -114,7 +117,7 @@ def build_head(
     plan += [("dropout", dropout)] if dropout and not hidden_units else []
     plan += [("linear", n_features, n_classes)]
     with own_random_state(seed):
-        return _layers(plan)
+        return _layers(plan).float()  # whatever the user's default dtype is
 
 
 def head_state(head: nn.Sequential) -> dict[str, Any]:

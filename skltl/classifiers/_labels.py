@@ -47,6 +47,11 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     assert_all_finite(labels, input_name="y")
     check_classification_targets(labels)
     classes, targets = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"There is one class only, {classes.tolist()[0]!r}: a classifier needs at "
+            "least two classes."
+        )
     return classes, targets.astype(np.int64)
 
 
@@ -55,12 +60,33 @@ def example_weights(
     class_weight: Any,
     classes: NDArray[Any],
     targets: NDArray[np.int64],
-) -> NDArray[np.float32]:
+) -> NDArray[np.float64]:
     """Return the weight of each picture in the loss: its own, times its class's."""
     weights = check_sample_weight(
         sample_weight, targets, dtype=np.float64, ensure_non_negative=True
     )
     weights = weights * compute_sample_weight(class_weight, classes[targets])
-    if not weights.sum() > 0:
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("class_weight must be finite numbers, none of them negative.")
+    return np.asarray(weights)
+
+
+def balanced(
+    weights: NDArray[np.float64],
+    training: NDArray[np.int64],
+    validation: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Bring weights to 1 on the average of the pictures that are learned from.
+
+    Then they do not change the rates, and a batch counts by what is in it.
+
+    Raises
+    ------
+    ValueError
+        If all that are learned from, or all that are held out, have weight 0.
+    """
+    if not weights[training].sum() > 0:
         raise ValueError("All pictures have weight 0: there is nothing to learn from.")
-    return np.asarray(weights, dtype=np.float32)
+    if len(validation) and not weights[validation].sum() > 0:
+        raise ValueError("All pictures that are held out have weight 0.")
+    return np.asarray(weights / weights[training].mean(), dtype=np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from skltl._randomness import own_random_state
+from skltl.classifiers._inputs import Inputs
 from skltl.classifiers._stages import Stage
+from skltl.classifiers._views import draw_views
 from skltl.exceptions import TrainingError
 
-# Where the sources of the guide agree: see "What experts do".
+# What most recipes for fine-tuning take.
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -34,7 +36,7 @@ class Examples:
     targets : array of shape (n,)
         Numbers of the classes.
     weights : array of shape (n,)
-        Of the pictures in the loss.
+        Of the pictures in the loss; 1 on the average of those that are learned from.
     training, validation : array of int
         Positions of the pictures that are learned from, and of those held out.
     """
@@ -59,26 +61,43 @@ class Settings:
         Of weights; biases and the parameters of batch-norms have none.
     label_smoothing : float
         As in torch's ``cross_entropy``.
+    rate_decay : float
+        By which factor the rate falls from each part of the backbone to the one before.
+    keeps_statistics : bool
+        Whether pretrained batch-norms keep theirs.
+    patience : int or None
+        Epochs without a better score on the pictures held out after which a stage ends;
+        its best epoch counts. ``None`` is all epochs, and the last counts.
     batch_size : int
         Pictures in a step.
     device : torch.device
         Where to train.
     dtype : torch.dtype
         Of the products; parameters and sums are float32 in any case.
+    seed : int
+        Of the order of the pictures, of their views, and of dropout.
     """
 
     optimizer: str
     schedule: str
     weight_decay: float
     label_smoothing: float
+    rate_decay: float
+    keeps_statistics: bool
+    patience: int | None
     batch_size: int
     device: torch.device
     dtype: torch.dtype
+    seed: int
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which products are computed in `dtype`."""
+        """Return the context in which products are computed in `dtype`.
+
+        Without torch's cache of weights in this type: it lives as long as the outermost
+        such context, which may be the user's own, and would hide every step.
+        """
         is_mixed = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, is_mixed)
+        return torch.autocast(self.device.type, self.dtype, is_mixed, False)
 
 
 class Learner(nn.Module):
@@ -89,12 +108,15 @@ class Learner(nn.Module):
 
     Parameters
     ----------
-    backbone : Module
-        From the examples' inputs to what is pooled; nothing, in the head stage.
+    backbone : sequence of Module
+        From the examples' inputs to what is pooled, by parts between cut points;
+        nothing, in the head stage.
     head : Module
         From there to the logits.
     keeps_statistics : bool
         Whether batch-norms of the backbone stay in evaluation mode.
+    only_batch_norms : bool, default=False
+        Whether nothing else of the backbone learns; then its dropout sleeps, too.
 
     References
     ----------
@@ -103,22 +125,25 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, keeps_statistics: bool
+        self,
+        backbone: Sequence[nn.Module],
+        head: nn.Module,
+        keeps_statistics: bool,
+        only_batch_norms: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = nn.Sequential(*backbone)
         self.head = head
         self._keeps_statistics = keeps_statistics
+        self._only_batch_norms = only_batch_norms
 
     def train(self, mode: bool = True) -> Learner:
         """Set the mode, but never wake a frozen layer."""
         super().train(mode)
         for module in self.backbone.modules():
-            is_frozen = not any(
-                parameter.requires_grad for parameter in module.parameters()
-            )
-            keeps = self._keeps_statistics and isinstance(module, _BatchNorm)
-            if is_frozen or keeps:
+            is_norm = isinstance(module, _BatchNorm)
+            sleeps = self._keeps_statistics if is_norm else self._only_batch_norms
+            if sleeps and not list(module.children()):
                 module.eval()
         return self
 
@@ -137,8 +162,8 @@ class StageTraining:
         What is trained, in place.
     examples : Examples
         From what.
-    inputs : callable
-        From positions of pictures to a batch of what the learner runs on, (b, ...).
+    inputs : Inputs
+        What the learner runs on.
     stage : Stage
         At which rates, for how long.
     settings : Settings
@@ -151,7 +176,7 @@ class StageTraining:
         self,
         learner: Learner,
         examples: Examples,
-        inputs: Callable[[NDArray[np.int64]], Tensor],
+        inputs: Inputs,
         stage: Stage,
         settings: Settings,
         seed: int,
@@ -162,9 +187,9 @@ class StageTraining:
         self._inputs = inputs
         self._stage = stage
         self._settings = settings
-        self._seed = seed
+        self.seed = seed
         self.optimizer = build_optimizer(learner, stage, settings)
-        n_batches = len(_batches(len(examples.training), settings.batch_size))
+        n_batches = len(batches(len(examples.training), settings.batch_size))
         n_steps = stage.n_epochs * n_batches
         self.schedule = build_schedule(self.optimizer, settings.schedule, n_steps)
 
@@ -177,26 +202,33 @@ class StageTraining:
             If the loss is not finite.
         """
         start = time.perf_counter()
-        rng = np.random.default_rng([self._seed, self.n_epochs_done])
+        rng = np.random.default_rng([self.seed, self.n_epochs_done])
         order = rng.permutation(self._examples.training)
-        rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        seed = int(rng.integers(2**31))
+        views = draw_views(rng, len(order), self._inputs.n_views)
+        rates = self._rates()
         self.learner.train()
         totals = np.zeros(3)
-        with own_random_state(int(rng.integers(2**31)), self._settings.device):
-            for batch in _batches(len(order), self._settings.batch_size):
-                totals += self._step(order[batch])
+        with own_random_state(seed, self._settings.device):
+            for batch in batches(len(order), self._settings.batch_size):
+                totals += self._step(order[batch], views[batch])
         self.n_epochs_done += 1
+        if self.is_done():
+            self._check_last_step(order[: self._settings.batch_size])
         loss, score = _means(totals)
         return {
             "stage": self._stage.name,
             "epoch": self.n_epochs_done,
             "loss": loss,
             "score": score,
-            **self._validate(),
-            "head_lr": rates["head"],
-            "backbone_lr": rates.get("backbone", 0.0),
+            **self.validate(),
+            **rates,
             "seconds": time.perf_counter() - start,
         }
+
+    def is_done(self) -> bool:
+        """Tell whether all epochs of the stage are done."""
+        return self.n_epochs_done >= self._stage.n_epochs
 
     def state(self) -> dict[str, Any]:
         """Return all that an epoch changes, as tensors and plain numbers."""
@@ -212,22 +244,44 @@ class StageTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
+    def _rates(self) -> dict[str, float]:
+        """Return the highest rates of new and of pretrained layers."""
+        rates = {"head_lr": 0.0, "backbone_lr": 0.0}
+        for group in self.optimizer.param_groups:
+            rates[group["rate"]] = max(rates[group["rate"]], group["lr"])
+        return rates
+
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
+    def _check_last_step(self, positions: NDArray[np.int64]) -> None:
+        """Refuse what the last step of all may have done, which no loss told yet."""
+        self.learner.eval()
+        loss = self._losses(positions, np.zeros_like(positions))[0].item()
+        if not math.isfinite(loss):
+            raise self._error(loss, self.n_epochs_done)
+
+    def _error(self, loss: float, epoch: int) -> TrainingError:
+        return TrainingError(
+            f"The loss became {loss} in epoch {epoch} of the {self._stage.name} stage, "
+            f"at rates up to {self._stage.head_lr:g} (new layers) and "
+            f"{self._stage.backbone_lr:g} (pretrained ones). Try smaller ones."
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
         """Return loss and score on the pictures that are held out, if there are any."""
         if len(self._examples.validation) == 0:
             return {}
         self.learner.eval()
         totals = np.zeros(3)
-        for batch in _batches(
-            len(self._examples.validation), self._settings.batch_size
-        ):
-            totals += self._losses(self._examples.validation[batch])[1]
+        held_out = self._examples.validation
+        for batch in batches(len(held_out), self._settings.batch_size):
+            positions = held_out[batch]
+            totals += self._losses(positions, np.zeros_like(positions))[1]
         loss, score = _means(totals)
         return {"validation_loss": loss, "validation_score": score}
 
     def _losses(
-        self, positions: NDArray[np.int64]
+        self, positions: NDArray[np.int64], views: NDArray[np.int64]
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """Return the mean loss, and the sums of losses, right answers and weights."""
         settings = self._settings
@@ -235,29 +289,25 @@ class StageTraining:
         weights = torch.from_numpy(self._examples.weights[positions])
         targets, weights = targets.to(settings.device), weights.to(settings.device)
         with settings.autocast():
-            logits = self.learner(self._inputs(positions))
+            logits = self.learner(self._inputs.batch(positions, views))
         losses = cross_entropy(
             logits.float(),
             targets,
             reduction="none",
             label_smoothing=settings.label_smoothing,
         )
-        # A batch of weights that are all zero teaches nothing, and divides by nothing.
-        loss = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
+        loss = (losses * weights).mean()
         is_right = (logits.detach().argmax(dim=1) == targets).float()
         sums = [(losses.detach() * weights).sum(), (is_right * weights).sum()]
         return loss, np.array([*(one.item() for one in sums), weights.sum().item()])
 
-    def _step(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _step(
+        self, positions: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
         """Make one step; return the sums of losses, right answers and weights."""
-        loss, totals = self._losses(positions)
+        loss, totals = self._losses(positions, views)
         if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"The loss became {loss.item()} in epoch {self.n_epochs_done + 1} of "
-                f"the {self._stage.name} stage, at rates up to "
-                f"{self._stage.head_lr:g} (new layers) and {self._stage.backbone_lr:g} "
-                "(pretrained ones). Try smaller ones."
-            )
+            raise self._error(loss.item(), self.n_epochs_done + 1)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRADIENT_NORM)
@@ -271,19 +321,21 @@ def build_optimizer(learner: Learner, stage: Stage, settings: Settings) -> Optim
 
     Sorted by identity: two parameters with equal values are two.
     """
+    parts = [("head_lr", learner.head, stage.head_lr)]
+    rate = stage.backbone_lr
+    for part in reversed(learner.backbone):
+        parts.append(("backbone_lr", part, rate))
+        rate *= settings.rate_decay
     groups = [
         {
             "params": [
                 one for one in part.parameters() if one.requires_grad and rule(one)
             ],
-            "part": name,
+            "rate": name,
             "lr": rate,
             "weight_decay": decay,
         }
-        for name, part, rate in (
-            ("head", learner.head, stage.head_lr),
-            ("backbone", learner.backbone, stage.backbone_lr),
-        )
+        for name, part, rate in parts
         for rule, decay in ((_is_matrix, settings.weight_decay), (_is_vector, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
@@ -315,10 +367,10 @@ def _is_vector(parameter: nn.Parameter) -> bool:
 def _means(totals: NDArray[np.float64]) -> tuple[float, float]:
     """Return loss and score from the sums of losses, right answers and weights."""
     loss, n_right, weight = totals.tolist()
-    return (loss / weight, n_right / weight) if weight else (0.0, 0.0)
+    return loss / weight, n_right / weight
 
 
-def _batches(n: int, batch_size: int) -> list[slice]:
+def batches(n: int, batch_size: int) -> list[slice]:
     """Cut a range into batches; a last one of one goes to the one before."""
     starts = list(range(0, n, batch_size))
     if len(starts) > 1 and n - starts[-1] == 1:

@@ -8,21 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from skltl.backbones import freeze
-from skltl.classifiers._activations import Inputs
+from skltl.backbones import FrozenPrefix, freeze
 from skltl.classifiers._checkpoint import Checkpoint
-from skltl.classifiers._head import Pool, Standardise, set_linear
+from skltl.classifiers._head_stage import head_inputs, prepare_head
+from skltl.classifiers._inputs import Inputs
+from skltl.classifiers._progress import Progress
 from skltl.classifiers._stages import Stage
 from skltl.classifiers._training import Examples, Learner, Settings, StageTraining
-
-# The best of decades on flowers and digits, as in `make_feature_pipeline`.
-PROBE_C = 0.1
 
 Record = dict[str, Any]
 
@@ -35,15 +30,24 @@ class Parts:
     ----------
     frozen : mapping of str to Module
         The first blocks; shared with others, never changed.
-    tuned : mapping of str to Module
-        Those that learn in the second stage; own copies.
+    tuned : list of mappings of str to Module
+        Those that learn in the second stage, by the parts between main cut points; own
+        copies.
     head : Module
         The new layers: convolutions, pooling, fully connected ones.
     """
 
     frozen: Mapping[str, nn.Module]
-    tuned: Mapping[str, nn.Module]
+    tuned: Sequence[Mapping[str, nn.Module]]
     head: nn.Sequential
+
+    def finished(self) -> tuple[FrozenPrefix, nn.Sequential]:
+        """Return copies that learn no more: the blocks, and the head in float64."""
+        tuned = {name: block for part in self.tuned for name, block in part.items()}
+        tuned, head = copy.deepcopy((tuned, self.head))
+        freeze({**tuned, "head": head})
+        blocks = {name: block.cpu() for name, block in tuned.items()}
+        return FrozenPrefix({**self.frozen, **blocks}), head.cpu().double()
 
 
 def fine_tune(
@@ -52,12 +56,11 @@ def fine_tune(
     parts: Parts,
     stages: Sequence[Stage],
     settings: Settings,
-    seed: int,
     head_begins_as: str | None,
-    keeps_statistics: bool,
-    patience: int | None,
     checkpoint: Checkpoint,
-) -> list[Record]:
+    progress: Progress,
+    history: list[Record],
+) -> None:
     """Train the head, then the blocks that are to learn, in place.
 
     Parameters
@@ -72,116 +75,65 @@ def fine_tune(
         What learns, in which order.
     settings : Settings
         How.
-    seed : int
-        Of the order of the pictures and of dropout.
     head_begins_as : {"probe", "random"} or None
         Whether a new head begins as logistic regression; ``None`` for one that has
         been trained before.
-    keeps_statistics : bool
-        Whether pretrained batch-norms keep theirs.
-    patience : int or None
-        Epochs without a better score on the pictures held out after which a stage ends;
-        its best epoch counts. ``None`` is all epochs, and the last counts.
     checkpoint : Checkpoint
         Where the state is kept after each epoch.
-
-    Returns
-    -------
-    list of dict
-        A record for each epoch.
+    progress : Progress
+        Who is told of each epoch.
+    history : list of dict
+        Gets a record for each epoch.
     """
-    tuned = nn.Sequential(*parts.tuned.values()).to(settings.device)
-    parts.head.to(settings.device)
-    freeze({"tuned": tuned})
-    features = _head_inputs(tuned, parts.head, inputs, settings)
+    tuned = [nn.Sequential(*part.values()).to(settings.device) for part in parts.tuned]
+    head = parts.head.to(settings.device)
+    freeze({"tuned": nn.Sequential(*tuned)})
+    features = inputs
+    if head_begins_as is not None or any(stage.name == "head" for stage in stages):
+        features = head_inputs(tuned, head, inputs, settings)
     if head_begins_as is not None:
-        has_probe = head_begins_as == "probe"
-        _prepare_head(parts.head, features, examples, has_probe, seed)
-    layers = nn.ModuleDict({"tuned": tuned, "head": parts.head})
-    history: list[Record] = []
-    saved = checkpoint.load()
+        prepare_head(head, features, examples, head_begins_as, settings)
+    layers = nn.ModuleDict({"tuned": nn.Sequential(*tuned), "head": head})
+    saved = checkpoint.saved
     for number, stage in enumerate(stages):
         if saved is not None and number < saved["stage"]:
+            progress.skip_stage(stage)
             continue
         training = StageTraining(
-            _learner(stage, tuned, parts.head, keeps_statistics),
+            _learner(stage, tuned, head, settings),
             examples,
-            features.__getitem__ if stage.name == "head" else inputs.batch,
+            features if stage.name == "head" else inputs,
             stage,
             settings,
-            seed + number,
+            settings.seed + number,
         )
-        best = BestEpoch()
-        if saved is not None:
-            history = _go_on(saved, layers, training, best)
+        best = BestEpoch(settings.patience)
+        is_stopped = False
+        if saved is None:
+            best.begin(training, layers)
+        else:
+            is_stopped = _go_on(saved, layers, training, best, history)
             saved = None
-        while training.n_epochs_done < stage.n_epochs and not best.is_long_ago(
-            patience
-        ):
-            history.append(training.train_epoch())
-            best.offer(history[-1], layers)
-            checkpoint.save(_state(number, layers, training, best, history))
-        best.restore(layers, patience)
-    freeze({"tuned": tuned, "head": parts.head})
-    layers.cpu()
+        with progress.begin_stage(stage, training.n_epochs_done) as told:
+            while not (training.is_done() or best.is_long_ago() or is_stopped):
+                history.append(training.train_epoch())
+                best.offer(history[-1], layers)
+                is_stopped = told.end_epoch(history[-1])
+                state = _state(number, layers, training, best, history)
+                checkpoint.save({**state, "is_stopped": is_stopped})
+            best.restore(layers)
     checkpoint.clear()
-    return history
-
-
-@torch.no_grad()
-def _head_inputs(
-    tuned: nn.Sequential, head: nn.Sequential, inputs: Inputs, settings: Settings
-) -> Tensor:
-    """Return what the head sees while the backbone is frozen, of all pictures.
-
-    Without new convolutions these are pooled features: small, whatever the map is.
-    """
-    begins_with_pool = isinstance(head[0], Pool)
-    found = []
-    for first in range(0, len(inputs), settings.batch_size):
-        last = min(first + settings.batch_size, len(inputs))
-        with settings.autocast():
-            feature_map = tuned(inputs.batch(np.arange(first, last)))
-        found.append(head[0](feature_map) if begins_with_pool else feature_map.float())
-    return torch.cat(found)
-
-
-def _prepare_head(
-    head: nn.Sequential,
-    features: Tensor,
-    examples: Examples,
-    has_probe: bool,
-    seed: int,
-) -> None:
-    """Give the head its first numbers, as far as they depend on the pictures."""
-    if not isinstance(head[0], Pool):
-        return
-    scaler = next(layer for layer in head if isinstance(layer, Standardise))
-    features = features[examples.training]
-    targets, weights = (
-        one[examples.training] for one in (examples.targets, examples.weights)
-    )
-    scaler.set_from(features)
-    linear = [layer for layer in head if isinstance(layer, nn.Linear)]
-    if (
-        has_probe
-        and len(linear) == 1
-        and len(np.unique(targets)) == linear[0].out_features
-    ):
-        probe = LogisticRegression(C=PROBE_C, max_iter=1000, random_state=seed)
-        standardised = scaler(features).cpu().numpy()
-        probe.fit(standardised, targets, sample_weight=weights)
-        set_linear(linear[0], probe.coef_, probe.intercept_)
 
 
 def _learner(
-    stage: Stage, tuned: nn.Module, head: nn.Module, keeps_statistics: bool
+    stage: Stage, tuned: Sequence[nn.Module], head: nn.Module, settings: Settings
 ) -> Learner:
     """Return what a stage trains; the head stage begins behind the backbone."""
     if stage.name == "head":
-        return Learner(nn.Identity(), head, keeps_statistics)
-    _unfreeze(tuned, stage.only_batch_norms)
-    return Learner(tuned, head, keeps_statistics)
+        return Learner([], head, settings.keeps_statistics)
+    for part in tuned:
+        _unfreeze(part, stage.only_batch_norms)
+    return Learner(tuned, head, settings.keeps_statistics, stage.only_batch_norms)
 
 
 def _unfreeze(tuned: nn.Module, only_batch_norms: bool) -> None:
@@ -191,45 +143,48 @@ def _unfreeze(tuned: nn.Module, only_batch_norms: bool) -> None:
                 parameter.requires_grad_(True)
 
 
-def split_blocks(
-    blocks: Mapping[str, nn.Module], n_frozen: int
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Part the blocks into the frozen ones and copies of those that learn."""
-    names = list(blocks)
-    frozen = {name: blocks[name] for name in names[:n_frozen]}
-    tuned = {name: copy.deepcopy(blocks[name]) for name in names[n_frozen:]}
-    return frozen, tuned
-
-
 class BestEpoch:
-    """The epoch with the best score on the pictures held out, and its numbers."""
+    """The epoch with the best score on the pictures held out, and its numbers.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    patience : int or None
+        After how many epochs without a better score to give up. ``None`` is never: the
+        last epoch counts, and nothing is remembered.
+    """
+
+    def __init__(self, patience: int | None) -> None:
         self.score = -math.inf
         self.loss = math.inf
         self.n_since = 0
         self.numbers: dict[str, Tensor] | None = None
+        self._patience = patience
+
+    def begin(self, training: StageTraining, layers: nn.Module) -> None:
+        """Remember what a stage begins with: it may make things worse."""
+        if self._patience is not None:
+            self.offer(training.validate(), layers)
 
     def offer(self, record: Record, layers: nn.Module) -> None:
         """Remember an epoch if its score is higher, or its loss lower at this score."""
         self.n_since += 1
-        if "validation_score" not in record:
+        if self._patience is None:
             return
         score, loss = record["validation_score"], record["validation_loss"]
-        if score < self.score or (score == self.score and loss >= self.loss):
+        if score < self.score or (score == self.score and not loss < self.loss):
             return
         if score > self.score:
             self.n_since = 0
         self.score, self.loss = float(score), float(loss)
         self.numbers = copy.deepcopy(layers.state_dict())
 
-    def is_long_ago(self, patience: int | None) -> bool:
+    def is_long_ago(self) -> bool:
         """Tell whether the score rose last `patience` epochs ago."""
-        return patience is not None and self.n_since >= patience
+        return self._patience is not None and self.n_since >= self._patience
 
-    def restore(self, layers: nn.Module, patience: int | None) -> None:
+    def restore(self, layers: nn.Module) -> None:
         """Put back the numbers of the best epoch, if it counts."""
-        if patience is not None and self.numbers is not None:
+        if self.numbers is not None:
             layers.load_state_dict(self.numbers)
 
 
@@ -242,6 +197,7 @@ def _state(
 ) -> dict[str, Any]:
     """Return all that has changed since the fit began."""
     return {
+        "seed": training.seed - number,
         "stage": number,
         "layers": layers.state_dict(),
         "training": training.state(),
@@ -256,13 +212,17 @@ def _state(
 
 
 def _go_on(
-    saved: dict[str, Any], layers: nn.Module, training: StageTraining, best: BestEpoch
-) -> list[Record]:
-    """Put back what `_state` gave; return the history."""
+    saved: dict[str, Any],
+    layers: nn.Module,
+    training: StageTraining,
+    best: BestEpoch,
+    history: list[Record],
+) -> bool:
+    """Put back what `_state` gave; tell whether a callback has stopped the stage."""
     layers.load_state_dict(saved["layers"])
     training.set_state(saved["training"])
     best.score, best.loss = saved["best"]["score"], saved["best"]["loss"]
     best.n_since = saved["best"]["n_since"]
     best.numbers = saved["best"]["numbers"]
-    history: list[Record] = saved["history"]
-    return history
+    history[:] = saved["history"]
+    return bool(saved["is_stopped"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
@@ -10,6 +12,7 @@ from skltl._device import resolve_batch_size, resolve_device, resolve_precision
 from skltl._estimator import ImageEstimator
 from skltl._validation import check_feature_names_in
 from skltl.backbones import block_shapes
+from skltl.features._cache import resolve_folder
 from skltl.features._pooling import n_pooled
 from skltl.features._recipe import Recipe
 
@@ -60,6 +63,15 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
             device,
             resolve_precision(self.precision, device),
         )
+
+    def _cache_folder(self):
+        """Return where features are kept, or ``None``.
+
+        Those of random weights that nobody can draw again are not worth keeping.
+        """
+        is_lost = self.weights is None and not isinstance(self.random_state, Integral)
+        folder = resolve_folder(self.cache)
+        return None if is_lost else folder
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

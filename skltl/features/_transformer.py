@@ -29,7 +29,6 @@ from skltl.backbones import (
     resolve_weights,
 )
 from skltl.exceptions import WeightsError
-from skltl.features._cache import resolve_folder
 from skltl.features._extraction import extract_features
 from skltl.features._feature_estimator import FeatureEstimator
 from skltl.features._pooling import POOLINGS
@@ -274,15 +273,6 @@ class CNNFeatureTransformer(FeatureEstimator):
             verbose=bool(self.verbose),
             cache=self._cache_folder(),
         )
-
-    def _cache_folder(self):
-        """Return where features are kept, or ``None``.
-
-        Those of random weights that nobody can draw again are not worth keeping.
-        """
-        is_lost = self.weights is None and not isinstance(self.random_state, Integral)
-        folder = resolve_folder(self.cache)
-        return None if is_lost else folder
 
     def _recipe(self):
         """Say how pictures become features, and those that are stored."""

@@ -2,52 +2,34 @@
 
 import copy
 import pickle
-import signal
-import subprocess
-import sys
-import time
 
 import joblib
 import numpy as np
 import pytest
+import sklearn
 import skops.io
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
-from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    cross_val_score,
+    cross_validate,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
+from tiny_classifier import classifier, losses
 from torch.nn.functional import cross_entropy
 
 import skltl
 from skltl import CNNFeatureTransformer, FineTunedCNNClassifier, Preprocessing
 from skltl.backbones import get_backbone, load_prefix, resolve_layer, resolve_weights
-from skltl.classifiers._checkpoint import Checkpoint
+from skltl.classifiers._training import Examples
 from skltl.exceptions import TrainingError, UnknownLayerError
-
-
-@pytest.fixture(scope="module")
-def digits():
-    rows, labels = load_digits(return_X_y=True)
-    return rows / 16, labels
-
-
-def classifier(**parameters):
-    settings = {
-        "layer": "block3",
-        "image_shape": (8, 8),
-        "image_size": 32,
-        "unfreeze": 1,
-        "head_epochs": 3,
-        "finetune_epochs": 2,
-        "precision": "float32",
-        "random_state": 0,
-    }
-    return FineTunedCNNClassifier("tiny", **{**settings, **parameters})
 
 
 def tiny_blocks(layer):
@@ -68,14 +50,10 @@ def standardised_probe(features, y):
     return weight.requires_grad_(), bias.requires_grad_(), shift, scale
 
 
-def losses(fitted):
-    return [record["loss"] for record in fitted.history_]
-
-
 def test_losses_are_those_of_a_loop_by_hand_over_the_whole_network(digits):
     """No cached prefix, no stages' machinery: the network runs from the pixels on."""
     X, y = digits[0][:70], digits[1][:70]
-    fitted = classifier(schedule="constant", batch_size=23).fit(X, y)
+    fitted = classifier(schedule="constant", batch_size=23, backbone_lr=0.001).fit(X, y)
 
     blocks = copy.deepcopy(dict(tiny_blocks("block3")))
     network = torch.nn.Sequential(*blocks.values())
@@ -212,12 +190,47 @@ def test_the_head_stage_runs_the_backbone_once(digits, monkeypatch):
     assert sum(n_crossed) == 60
 
 
+@pytest.mark.parametrize("unfreeze", [None, 1])
+def test_a_cache_makes_a_second_fit_run_no_frozen_block(
+    unfreeze, digits, tmp_path, monkeypatch
+):
+    X, y = digits[0][1:61], digits[1][1:61]
+    settings = {"unfreeze": unfreeze, "cache": tmp_path}
+    expected = classifier(unfreeze=unfreeze).fit(X, y)
+    classifier(**settings).fit(X, y)
+
+    def refused(*_):
+        raise AssertionError("a frozen block was run")
+
+    monkeypatch.setattr(skltl.backbones.Runner, "features", refused)
+    found = classifier(**settings, head_lr=0.02).fit(X, y)
+    again = classifier(**settings).fit(X, y)
+
+    assert losses(again) == losses(expected) != losses(found)
+
+
+def test_rates_may_fall_towards_the_picture(digits):
+    before = tiny_blocks("block3")
+
+    fitted = classifier(
+        unfreeze=2, backbone_lr=0.01, backbone_lr_decay=1e-12, weight_decay=0
+    ).fit(digits[0][:60], digits[1][:60])
+
+    moved = dict.fromkeys(("block2", "block3"), 0.0)
+    for name, block in fitted.network_.blocks.items():
+        for key, value in block.named_parameters():
+            part, change = name.split(".")[0], value - before[name].get_parameter(key)
+            if part in moved:
+                moved[part] = max(moved[part], change.abs().max().item())
+    assert 0 <= moved["block2"] < 1e-6 < moved["block3"]
+
+
 @pytest.mark.parametrize("unfreeze", [1, "all"])
 def test_what_does_not_fit_memory_lies_in_a_file(unfreeze, digits, monkeypatch):
     X, y = digits[0][:60], digits[1][:60]
     expected = classifier(unfreeze=unfreeze).fit(X, y)
 
-    monkeypatch.setattr("skltl.classifiers._activations.MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("skltl.classifiers._large_arrays.MAX_BYTES_IN_MEMORY", 0)
     found = classifier(unfreeze=unfreeze).fit(X, y)
 
     assert losses(found) == losses(expected)
@@ -305,6 +318,68 @@ def test_early_stopping_keeps_the_best_epoch(digits):
     assert max(scores) > scores[0]
 
 
+@pytest.fixture
+def held_out(monkeypatch):
+    """Note which pictures each fit holds out."""
+    noted = []
+
+    def noting(*parts):
+        noted.append(parts[-1])
+        return Examples(*parts)
+
+    monkeypatch.setattr("skltl.classifiers._fitting.Examples", noting)
+    return noted
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.75])
+def test_groups_are_held_out_as_a_whole(share, digits, held_out):
+    X, y = digits[0][:200], digits[1][:200]
+    groups = np.array([f"patient {n // 5}" for n in range(200)])
+
+    classifier(validation_fraction=share, head_epochs=1, finetune_epochs=0).fit(
+        X, y, groups=groups
+    )
+
+    is_held_out = np.isin(np.arange(200), held_out[0])
+    assert not set(groups[~is_held_out]) & set(groups[is_held_out])
+    assert is_held_out.mean() == pytest.approx(share, abs=0.06)
+    assert set(y[~is_held_out]) == set(y)
+
+
+def test_of_each_class_the_same_share_is_held_out(digits, held_out):
+    X, y = digits[0][:200], np.repeat([0, 1], [160, 40])
+
+    classifier(early_stopping=True, head_epochs=1, finetune_epochs=0).fit(X, y)
+
+    assert np.bincount(y[held_out[0]]).tolist() == [16, 4]
+
+
+def test_too_few_pictures_to_hold_some_out_are_told(digits):
+    X, y = digits[0][:20], digits[1][:20]
+
+    with pytest.raises(ValueError, match=r"validation_fraction=0.9 cannot .* 20 pict"):
+        classifier(validation_fraction=0.9).fit(X, y)
+    with pytest.raises(ValueError, match="groups: there are 1 of them"):
+        classifier(early_stopping=True).fit(X, y, groups=np.zeros(20))
+    with pytest.raises(ValueError, match="must not be the classes themselves"):
+        classifier(early_stopping=True).fit(X, y, groups=y)
+
+
+def test_groups_reach_the_fit_in_cross_validation(digits):
+    X, y = digits[0][:120], digits[1][:120]
+    groups = np.arange(120) // 4
+    with sklearn.config_context(enable_metadata_routing=True):
+        patient = classifier(validation_fraction=0.5).set_fit_request(groups=True)
+
+        found = cross_validate(
+            patient, X, y, cv=GroupKFold(2), params={"groups": groups}
+        )
+
+    assert (found["test_score"] > 0.5).all()
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        classifier().fit(X, y, groups=groups[:9])
+
+
 def test_a_loss_that_is_no_number_names_stage_epoch_and_rate(digits):
     X, y = digits[0][:60], digits[1][:60]
     fitted = classifier().fit(X, y)
@@ -316,99 +391,6 @@ def test_a_loss_that_is_no_number_names_stage_epoch_and_rate(digits):
 
     fitted.set_params(head_lr="auto")
     assert_array_equal(fitted.decision_function(X), expected)
-
-
-class InterruptedError_(Exception):
-    """What ends a fit in the middle."""
-
-
-@pytest.mark.parametrize("n_saves", [1, 3, 4, 5])
-def test_an_interrupted_fit_goes_on_with_the_same_bits(
-    n_saves, digits, tmp_path, monkeypatch
-):
-    X, y = digits[0][:60], digits[1][:60]
-    settings = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
-    expected = classifier(**settings).fit(X, y)
-    interrupted = classifier(checkpoint=tmp_path, **settings)
-    save, saves = Checkpoint.save, []
-
-    def save_and_end(self, state):
-        save(self, state)
-        saves.append(state["stage"])
-        if len(saves) == n_saves:
-            raise InterruptedError_
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_end)
-        with pytest.raises(InterruptedError_):
-            interrupted.fit(X, y)
-    interrupted.fit(X, y)
-
-    assert_array_equal(interrupted.decision_function(X), expected.decision_function(X))
-    assert losses(interrupted) == losses(expected)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_fit_goes_on_with_the_same_bits(digits, tmp_path):
-    code = """
-import pickle, sys
-from sklearn.datasets import load_digits
-from skltl import FineTunedCNNClassifier
-X, y = load_digits(return_X_y=True)
-classifier = FineTunedCNNClassifier(
-    "tiny", layer="block3", image_shape=(8, 8), image_size=32, unfreeze=1,
-    head_epochs=40, finetune_epochs=20, random_state=0, checkpoint=sys.argv[1] or None,
-)
-print("begins", flush=True)
-classifier.fit(X[:200] / 16, y[:200])
-sys.stdout.buffer.write(pickle.dumps(classifier.decision_function(X[:200] / 16)))
-"""
-    command = [sys.executable, "-c", code]
-    expected = subprocess.run([*command, ""], stdout=subprocess.PIPE, check=True)
-    folder = str(tmp_path / "fit")
-    n_killed = 0
-    for seconds in (0.4, 0.8):
-        worker = subprocess.Popen([*command, folder], stdout=subprocess.PIPE)
-        worker.stdout.readline()
-        time.sleep(seconds)
-        worker.kill()
-        worker.communicate()
-        n_killed += worker.returncode == -signal.SIGKILL
-
-    done = subprocess.run([*command, folder], stdout=subprocess.PIPE, check=True)
-
-    assert n_killed > 0
-    assert done.stdout == expected.stdout
-
-
-def test_a_checkpoint_of_another_fit_is_not_used(digits, tmp_path, monkeypatch):
-    X, y = digits[0][:60], digits[1][:60]
-    clear = Checkpoint.clear
-    monkeypatch.setattr(Checkpoint, "clear", lambda self: None)
-    classifier(checkpoint=tmp_path, head_lr=0.1).fit(X, y)
-    classifier(checkpoint=tmp_path).fit(X, y[::-1])
-    monkeypatch.setattr(Checkpoint, "clear", clear)
-
-    found = classifier(checkpoint=tmp_path).fit(X, y)
-
-    assert losses(found) == losses(classifier().fit(X, y))
-
-
-def test_a_checkpoint_that_needs_code_is_refused(digits, tmp_path):
-    X, y = digits[0][:60], digits[1][:60]
-    interrupted = classifier(checkpoint=tmp_path)
-
-    def write_code(self, state):
-        torch.save({"stage": print}, self._path)
-        raise InterruptedError_
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "save", write_code)
-        with pytest.raises(InterruptedError_):
-            interrupted.fit(X, y)
-
-    with pytest.raises(ValueError, match="would need code .* Delete it to begin anew"):
-        interrupted.fit(X, y)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +480,7 @@ def test_a_pipeline_is_where_fine_tuning_can_begin(kind, n_classes, digits):
     assert_allclose(made.decision_function(X), pipeline.decision_function(X), atol=2e-4)
     assert_array_equal(made.predict(X), pipeline.predict(X))
     before = made.decision_function(X)
-    made.set_params(finetune_epochs=2).fit(X, y)
+    made.set_params(finetune_epochs=2, backbone_lr=0.001).fit(X, y)
     assert [record["stage"] for record in made.history_] == ["fine-tuning"] * 2
     assert not np.array_equal(made.decision_function(X), before)
     after = made.decision_function(X)
@@ -514,7 +496,7 @@ def test_pipelines_of_something_else_are_refused(digits):
     ).fit(X, y)
     other = make_pipeline(transformer, MinMaxScaler(), LogisticRegression()).fit(X, y)
 
-    with pytest.raises(ValueError, match="DecisionTreeClassifier is not linear"):
+    with pytest.raises(ValueError, match="DecisionTreeClassifier is not a linear"):
         FineTunedCNNClassifier.from_pipeline(forest)
     with pytest.raises(ValueError, match="several cut points"):
         FineTunedCNNClassifier.from_pipeline(several)
