@@ -16,8 +16,15 @@ if TYPE_CHECKING:
         list_layers,
         register_backbone,
     )
-    from skltl.classifiers import FineTunedCNNClassifier
-    from skltl.displays import LayerScoresDisplay, TrainingHistoryDisplay
+    from skltl.classifiers import FineTunedCNNClassifier, PretrainedCNNClassifier
+    from skltl.displays import (
+        GradCAMDisplay,
+        LayerScoresDisplay,
+        PredictionGridDisplay,
+        StrategyDisplay,
+        TrainingHistoryDisplay,
+        TransferGainDisplay,
+    )
     from skltl.features import (
         CNNFeatureTransformer,
         cache_info,
@@ -25,10 +32,20 @@ if TYPE_CHECKING:
         make_feature_pipeline,
     )
     from skltl.images import Preprocessing, find_bad_images
+    from skltl.strategy import (
+        Strategy,
+        StrategyAdvisor,
+        TransferClassifier,
+        recommend_strategy,
+    )
 
 SKOPS_TRUSTED = [
     "skltl.classifiers._finetuned.FineTunedCNNClassifier",
+    "skltl.classifiers._pretrained.PretrainedCNNClassifier",
     "skltl.features._transformer.CNNFeatureTransformer",
+    "skltl.strategy._advisor.StrategyAdvisor",
+    "skltl.strategy._recommendation.Strategy",
+    "skltl.strategy._transfer.TransferClassifier",
 ]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 
@@ -36,15 +53,24 @@ _STATIONS = {
     "Backbone": "backbones",
     "CNNFeatureTransformer": "features",
     "FineTunedCNNClassifier": "classifiers",
+    "GradCAMDisplay": "displays",
     "LayerScoresDisplay": "displays",
+    "PredictionGridDisplay": "displays",
     "Preprocessing": "images",
+    "PretrainedCNNClassifier": "classifiers",
+    "Strategy": "strategy",
+    "StrategyAdvisor": "strategy",
+    "StrategyDisplay": "displays",
     "TrainingHistoryDisplay": "displays",
+    "TransferClassifier": "strategy",
+    "TransferGainDisplay": "displays",
     "cache_info": "features",
     "clear_cache": "features",
     "find_bad_images": "images",
     "list_backbones": "backbones",
     "list_layers": "backbones",
     "make_feature_pipeline": "features",
+    "recommend_strategy": "strategy",
     "register_backbone": "backbones",
 }
 
@@ -53,9 +79,17 @@ __all__ = [
     "Backbone",
     "CNNFeatureTransformer",
     "FineTunedCNNClassifier",
+    "GradCAMDisplay",
     "LayerScoresDisplay",
+    "PredictionGridDisplay",
     "Preprocessing",
+    "PretrainedCNNClassifier",
+    "Strategy",
+    "StrategyAdvisor",
+    "StrategyDisplay",
     "TrainingHistoryDisplay",
+    "TransferClassifier",
+    "TransferGainDisplay",
     "__version__",
     "cache_info",
     "clear_cache",
@@ -64,6 +98,7 @@ __all__ = [
     "list_backbones",
     "list_layers",
     "make_feature_pipeline",
+    "recommend_strategy",
     "register_backbone",
 ]
 

@@ -7,6 +7,7 @@ third-party estimators for them. If a release moves them, this is the file to me
 from __future__ import annotations
 
 from sklearn.base import _fit_context
+from sklearn.utils import _safe_indexing as take
 from sklearn.utils._param_validation import (
     Interval,
     InvalidParameterError,
@@ -25,4 +26,5 @@ __all__ = [
     "check_feature_names_in",
     "check_sample_weight",
     "fit_context",
+    "take",
 ]

@@ -24,6 +24,9 @@ from sklearn.svm import LinearSVC
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    PretrainedCNNClassifier,
+    StrategyAdvisor,
+    TransferClassifier,
     make_feature_pipeline,
 )
 from skltl.backbones import get_backbone, load_network, resolve_weights
@@ -248,3 +251,56 @@ def test_balanced_weights_help_where_a_flower_is_rare(flowers, squeezenet_weight
     ]
 
     assert recalls[1] > recalls[0] + 0.05
+
+
+def test_the_network_as_it_is_names_imagenet_pictures(real_data, squeezenet_weights):
+    folder = real_data / "imagenet_samples"
+    with (folder / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    paths = [folder / row["file"] for row in rows]
+    numbers = [int(row["class_index"]) for row in rows]
+
+    network = PretrainedCNNClassifier("squeezenet1_0", weights=squeezenet_weights)
+    top = network.fit(paths).predict_top_k(paths, k=5)
+
+    names = network.categories_[numbers]
+    assert (top[:, 0] == names).mean() == pytest.approx(0.54, abs=0.021)
+    assert (top == names[:, None]).any(axis=1).mean() == pytest.approx(0.80, abs=0.021)
+
+
+def test_flowers_are_similar_to_what_the_network_knows(flowers, squeezenet_weights):
+    paths, labels = flowers
+
+    advisor = StrategyAdvisor(
+        "squeezenet1_0", weights=squeezenet_weights, random_state=0
+    ).fit(paths, labels)
+
+    assert advisor.similarity_ == "similar"
+    assert advisor.strategy_.name == "extract"
+    assert advisor.strategy_.estimator[0].layer == "last"
+    assert advisor.layer_scores_["fire9"] > 0.88
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_digits_are_different_and_an_earlier_cut_is_better(
+    seed, squeezenet_weights
+):
+    digits, labels = load_digits(return_X_y=True)
+    X_train, X_test, y_train, y_test = train_test_split(
+        digits / 16,
+        labels,
+        train_size=100,
+        test_size=1000,
+        stratify=labels,
+        random_state=seed,
+    )
+    network = {"weights": squeezenet_weights, "image_shape": (8, 8), "image_size": 96}
+
+    advised = TransferClassifier("squeezenet1_0", random_state=seed, **network)
+    score = advised.fit(X_train, y_train).score(X_test, y_test)
+    last = make_feature_pipeline("squeezenet1_0", "svm", **network)
+    score_at_last = last.fit(X_train, y_train).score(X_test, y_test)
+
+    assert advised.advisor_.similarity_ == "different"
+    assert advised.strategy_.name == "extract_early"
+    assert score >= score_at_last + 0.03

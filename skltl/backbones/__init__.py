@@ -1,6 +1,7 @@
 """Pretrained networks as ordered lists of named blocks, and their weights."""
 
 from skltl.backbones._blocks import freeze
+from skltl.backbones._categories import imagenet_names, unique
 from skltl.backbones._cut_points import (
     CutPoint,
     Layer,
@@ -11,12 +12,19 @@ from skltl.backbones._cut_points import (
     skeleton,
 )
 from skltl.backbones._digest import prefix_digests
-from skltl.backbones._loading import load_prefix, prefix_from_state, prefix_state
+from skltl.backbones._loading import (
+    head_from_state,
+    load_prefix,
+    load_with_head,
+    prefix_from_state,
+    prefix_state,
+)
 from skltl.backbones._prefix import FrozenPrefix, Runner, parts_a_fold
 from skltl.backbones._registry import (
     get_backbone,
     is_registered,
     list_backbones,
+    nearest,
     register_backbone,
 )
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
@@ -33,11 +41,15 @@ __all__ = [
     "block_shapes",
     "freeze",
     "get_backbone",
+    "head_from_state",
+    "imagenet_names",
     "is_registered",
     "list_backbones",
     "list_layers",
     "load_network",
     "load_prefix",
+    "load_with_head",
+    "nearest",
     "parts_a_fold",
     "prefix_digests",
     "prefix_from_state",
@@ -48,4 +60,5 @@ __all__ = [
     "resolve_layer",
     "resolve_weights",
     "skeleton",
+    "unique",
 ]

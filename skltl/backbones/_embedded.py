@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from skltl.backbones._blocks import expand, last_step
+from skltl.backbones._categories import tiny_imagenet_categories
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.images import Preprocessing
 
@@ -86,7 +87,9 @@ def embedded_backbone() -> Backbone:
     # Trained on parts of pictures of 64 pixels; whole ones are seen best a little
     # enlarged (see the training script).
     preprocessing = Preprocessing(crop_size=80)
-    weights = PretrainedWeights("TINY_IMAGENET200", WEIGHTS_FILE, preprocessing)
+    weights = PretrainedWeights(
+        "TINY_IMAGENET200", WEIGHTS_FILE, preprocessing, tiny_imagenet_categories()
+    )
     return Backbone("tiny", _build, preprocessing, (weights,), token="skltl tiny")
 
 

@@ -30,6 +30,7 @@ Value = TypeVar("Value")
 
 _networks: OrderedDict[Hashable, Mapping[str, nn.Module]] = OrderedDict()
 _prefixes: OrderedDict[Hashable, FrozenPrefix] = OrderedDict()
+_wholes: OrderedDict[Hashable, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
 _lock = threading.RLock()
 
 
@@ -75,6 +76,72 @@ def load_prefix(
             prefix = FrozenPrefix(cut(kept, wanted))
             _remember(_prefixes, (key, deepest), prefix, MAX_PREFIXES)
         return prefix
+
+
+def load_with_head(
+    backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
+) -> tuple[FrozenPrefix, nn.Sequential]:
+    """Return a whole network: all of its blocks, and its head.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Which network.
+    weights : PretrainedWeights or None
+        Its weights; ``None`` for random ones.
+    seed : int or None
+        Of the random ones; ``None`` draws others each time.
+
+    Returns
+    -------
+    blocks : FrozenPrefix
+        Up to the head.
+    head : Sequential
+        From there to the logits, frozen.
+
+    Raises
+    ------
+    WeightsError
+        If the weights cannot be loaded or are not finite, or there is no head.
+    """
+    key = (backbone, seed if weights is None else _file_state(weights))
+    with _lock:
+        whole = _recall(_wholes, key)
+        if whole is None:
+            whole = _load_whole(backbone, weights, seed)
+            if key[1] is not None:  # a network that can be asked for again
+                _remember(_wholes, key, whole, MAX_NETWORKS)
+    return whole
+
+
+def _load_whole(
+    backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
+) -> tuple[FrozenPrefix, nn.Sequential]:
+    if weights is None:
+        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        network = random_network(backbone, seed)
+    else:
+        network = load_network(backbone, weights)
+        check_finite({**network.blocks, **network.head}, weights)
+    if not network.head:
+        raise WeightsError(
+            f"{backbone.name!r} with these weights has no head that tells classes "
+            "apart. Its features serve all the same: see CNNFeatureTransformer."
+        )
+    return FrozenPrefix(network.blocks), nn.Sequential(*network.head.values())
+
+
+def head_from_state(
+    backbone: Backbone, state: Mapping[str, NDArray[Any]], n_classes: int
+) -> nn.Sequential:
+    """Build a network's own head again, from the arrays of its state dict."""
+    numbers = {key: torch.tensor(value) for key, value in state.items()}
+    shapes = {key: value.shape for key, value in numbers.items()}
+    head = nn.Sequential(*build_skeleton(backbone).head.values())
+    if shapes != {key: value.shape for key, value in head.state_dict().items()}:
+        head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
+    head.load_state_dict(numbers, assign=True)
+    return head
 
 
 def prefix_state(prefix: FrozenPrefix) -> dict[str, NDArray[Any]]:

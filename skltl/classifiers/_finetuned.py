@@ -15,16 +15,16 @@ from skltl.classifiers._conversion import (
     parts_of_pipeline,
 )
 from skltl.classifiers._fitting import RATES, run_fit
-from skltl.classifiers._network_classifier import (
+from skltl.classifiers._progress import CallbackSupportMixin
+from skltl.classifiers._tuned_network import (
     FITTED_BY_BOTH,
     SHARED_PARAMETERS,
-    NetworkClassifier,
+    TunedNetwork,
 )
-from skltl.classifiers._progress import CallbackSupportMixin
 from skltl.features import POOLINGS
 
 
-class FineTunedCNNClassifier(CallbackSupportMixin, NetworkClassifier):
+class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
     """Fine-tune a pretrained ConvNet in two stages.
 
     First new layers are put on the frozen network and trained alone; then all of the

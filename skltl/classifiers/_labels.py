@@ -12,6 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 
 from skltl._validation import check_sample_weight
+from skltl.backbones import nearest
 
 
 def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -42,7 +43,7 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         )
     labels = column_or_1d(y, warn=True)
     check_consistent_length(range(n), labels)
-    if labels.dtype.kind == "O" and any(one is None or one != one for one in labels):
+    if labels.dtype.kind == "O" and any(map(_is_missing, labels)):
         raise ValueError("Input y contains NaN or None.")
     assert_all_finite(labels, input_name="y")
     check_classification_targets(labels)
@@ -90,3 +91,29 @@ def balanced(
     if len(validation) and not weights[validation].sum() > 0:
         raise ValueError("All pictures that are held out have weight 0.")
     return np.asarray(weights / weights[training].mean(), dtype=np.float32)
+
+
+def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
+    """Return the number of each label among a classifier's sorted classes.
+
+    Raises
+    ------
+    ValueError
+        For the first label that is none of them.
+    """
+    labels = column_or_1d(labels)
+    columns = np.searchsorted(classes, labels) if len(labels) else np.zeros(0, int)
+    columns = np.minimum(columns, len(classes) - 1)
+    wrong = np.flatnonzero(classes[columns] != labels)
+    if len(wrong):
+        label = labels[wrong[0]]
+        known = [str(one) for one in classes]
+        raise ValueError(
+            f"{label!r} is none of the classes of this classifier. "
+            f"{nearest(str(label), known)}"
+        )
+    return np.asarray(columns)
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or type(label).__name__ == "NAType" or label != label

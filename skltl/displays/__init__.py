@@ -1,6 +1,17 @@
 """Pictures of what fitted objects hold; matplotlib is imported when one is drawn."""
 
+from skltl.displays._grad_cam import GradCAMDisplay
 from skltl.displays._layer_scores import LayerScoresDisplay
+from skltl.displays._prediction_grid import PredictionGridDisplay
+from skltl.displays._strategy import StrategyDisplay
 from skltl.displays._training_history import TrainingHistoryDisplay
+from skltl.displays._transfer_gain import TransferGainDisplay
 
-__all__ = ["LayerScoresDisplay", "TrainingHistoryDisplay"]
+__all__ = [
+    "GradCAMDisplay",
+    "LayerScoresDisplay",
+    "PredictionGridDisplay",
+    "StrategyDisplay",
+    "TrainingHistoryDisplay",
+    "TransferGainDisplay",
+]

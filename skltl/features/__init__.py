@@ -8,7 +8,7 @@ from skltl.features._cache import (
     resolve_folder,
 )
 from skltl.features._extraction import extract_features
-from skltl.features._feature_estimator import FeatureEstimator
+from skltl.features._feature_estimator import FeatureEstimator, NetworkEstimator
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._pooling import POOLINGS, n_pooled, pool
 from skltl.features._recipe import Recipe, can_pool
@@ -20,6 +20,7 @@ __all__ = [
     "CacheEntry",
     "CacheInfo",
     "FeatureEstimator",
+    "NetworkEstimator",
     "Recipe",
     "cache_info",
     "can_pool",

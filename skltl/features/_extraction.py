@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from skltl._device import halve_until_it_fits
@@ -25,8 +27,9 @@ def extract_features(
     n_threads: int,
     verbose: bool = False,
     cache: Path | None = None,
-    out: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
+    out: NDArray[Any] | None = None,
+    then: Callable[[Tensor], Tensor] | None = None,
+) -> NDArray[Any]:
     """Send every picture through a frozen network once, at most.
 
     Parameters
@@ -47,6 +50,9 @@ def extract_features(
         The folder in which features are kept.
     out : array of shape (n, n_features), default=None
         Where the features go; ``None`` makes an array.
+    then : callable, default=None
+        What to do with the features of a batch at once; `out` gets the results. Without
+        a cache only.
 
     Returns
     -------
@@ -70,7 +76,7 @@ def extract_features(
             if cache is None
             else CacheSession(cache, this, asked, features)
         ) as session:
-            _fill(session, source, this, n_threads, verbose)
+            _fill(session, source, this, n_threads, verbose, then)
 
     halve_until_it_fits(run, recipe.batch_size)
     source.warn_of_odd_range()
@@ -83,6 +89,7 @@ def _fill(
     recipe: Recipe,
     n_threads: int,
     verbose: bool,
+    then: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Compute whatever the session does not have."""
     size, has_cache = recipe.batch_size, isinstance(session, CacheSession)
@@ -97,8 +104,9 @@ def _fill(
                 )
             ) as crops:
                 for batch in iter_batches(session.sift(crops), size):
-                    rows = recipe.compute(torch.from_numpy(batch.pixels)).numpy()
-                    session.keep(batch, rows[: len(batch.positions)])
+                    rows = recipe.compute(torch.from_numpy(batch.pixels))
+                    rows = rows if then is None else then(rows)
+                    session.keep(batch, rows.numpy()[: len(batch.positions)])
                     progress.update(session.n_done - progress.n)
             missing = session.left()
         progress.update(session.n_done - progress.n)

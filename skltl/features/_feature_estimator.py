@@ -1,4 +1,4 @@
-"""What estimators share whose ``transform`` gives the features at cut points."""
+"""What estimators share that run pictures through a network."""
 
 from __future__ import annotations
 
@@ -17,8 +17,37 @@ from skltl.features._pooling import n_pooled
 from skltl.features._recipe import Recipe
 
 
-class FeatureEstimator(TransformerMixin, ImageEstimator):
-    """Base of the estimators with a network, cut points, and a pooling."""
+class NetworkEstimator(ImageEstimator):
+    """Base of the estimators with a network, a device and a precision."""
+
+    def _make_recipe(
+        self, backbone, network, blocks, preprocessing, pooling, batch_size="auto"
+    ):
+        """Say how pictures become features, on which device, in which precision."""
+        device = resolve_device(self.device)
+        return Recipe(
+            backbone,
+            network,
+            blocks,
+            preprocessing,
+            pooling,
+            resolve_batch_size(batch_size, device),
+            device,
+            resolve_precision(self.precision, device),
+        )
+
+    def _cache_folder(self):
+        """Return where features are kept, or ``None``.
+
+        Those of random weights that nobody can draw again are not worth keeping.
+        """
+        is_lost = self.weights is None and not isinstance(self.random_state, Integral)
+        folder = resolve_folder(self.cache)
+        return None if is_lost else folder
+
+
+class FeatureEstimator(TransformerMixin, NetworkEstimator):
+    """Base of the estimators whose `transform` gives features at cut points."""
 
     def get_feature_names_out(self, input_features=None):
         """Name the features: backbone, cut point, number.
@@ -47,31 +76,6 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
         return [n_pooled(shapes[block], self.pooling) for block in blocks]
-
-    def _make_recipe(
-        self, backbone, network, blocks, preprocessing, pooling, batch_size="auto"
-    ):
-        """Say how pictures become features, on which device, in which precision."""
-        device = resolve_device(self.device)
-        return Recipe(
-            backbone,
-            network,
-            blocks,
-            preprocessing,
-            pooling,
-            resolve_batch_size(batch_size, device),
-            device,
-            resolve_precision(self.precision, device),
-        )
-
-    def _cache_folder(self):
-        """Return where features are kept, or ``None``.
-
-        Those of random weights that nobody can draw again are not worth keeping.
-        """
-        is_lost = self.weights is None and not isinstance(self.random_state, Integral)
-        folder = resolve_folder(self.cache)
-        return None if is_lost else folder
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class NoCache:
         To be filled.
     """
 
-    def __init__(self, features: NDArray[np.float32]) -> None:
+    def __init__(self, features: NDArray[Any]) -> None:
         self._features = features
         self.n_done = 0
 
@@ -51,7 +52,7 @@ class NoCache:
         """Leave out what needs no computing."""
         return crops
 
-    def keep(self, batch: Batch, rows: NDArray[np.float32]) -> None:
+    def keep(self, batch: Batch, rows: NDArray[Any]) -> None:
         """Take the features of a batch."""
         self._features[batch.positions] = rows
         self.n_done += len(rows)

@@ -21,6 +21,7 @@ STATIONS = [
     "_estimator",
     "features",
     "classifiers",
+    "strategy",
     "displays",
 ]
 SAYS_NOTHING = {"utils", "helpers", "common", "misc", "core", "base"}

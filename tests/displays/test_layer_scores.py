@@ -2,7 +2,6 @@
 
 import warnings
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -16,13 +15,6 @@ from skltl.backbones import Runner
 
 LABELS = np.arange(9) % 3
 ALL = ["stem", "block1", "block2", "block3", "block4"]
-
-
-@pytest.fixture(autouse=True)
-def without_a_screen():
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-        plt.close("all")
 
 
 @pytest.fixture

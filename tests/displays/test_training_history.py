@@ -1,6 +1,5 @@
 """The display shows the records of a fit, stage by stage."""
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -8,13 +7,6 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 
 from skltl import FineTunedCNNClassifier, TrainingHistoryDisplay
-
-
-@pytest.fixture(autouse=True)
-def without_a_screen():
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-        plt.close("all")
 
 
 @pytest.fixture(scope="module")

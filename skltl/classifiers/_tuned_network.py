@@ -1,0 +1,106 @@
+"""What a classifier with a tuned network gives once it is fitted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+
+from skltl._device import resolve_threads
+from skltl.classifiers._head import Pool, head_from_state, head_state
+from skltl.classifiers._network_classifier import NetworkClassifier
+from skltl.classifiers._stages import Stage
+from skltl.features import CNNFeatureTransformer, FeatureEstimator, extract_features
+
+# What a transformer and a classifier on the same network have in common.
+SHARED_PARAMETERS = (
+    "backbone",
+    "weights",
+    "layer",
+    "pooling",
+    "image_size",
+    "image_shape",
+    "device",
+    "precision",
+    "n_jobs",
+)
+FITTED_BY_BOTH = (
+    "backbone_",
+    "cut_points_",
+    "network_",
+    "preprocessing_",
+    "n_features_in_",
+    "feature_names_in_",
+)
+
+
+class TunedNetwork(FeatureEstimator, NetworkClassifier):
+    """A tuned network and new layers; its `fit` sets `stages_`, too."""
+
+    def transform(self, X):
+        """Return the features under the new layers, of the tuned network.
+
+        Parameters
+        ----------
+        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+            Of any kind that `fit` takes.
+
+        Returns
+        -------
+        array of shape (n, n_features), float32
+            Pooled at the cut, as `CNNFeatureTransformer` would.
+        """
+        check_is_fitted(self)
+        source = self._read_images(X, reset=False)
+        block = self.cut_points_[0].block
+        recipe = self._make_recipe(
+            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling
+        )
+        threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
+        return extract_features(source, recipe, [block], threads, verbose)
+
+    def to_transformer(self):
+        """Return the tuned network up to the cut as a transformer.
+
+        Returns
+        -------
+        CNNFeatureTransformer
+            Fitted; it gives what `transform` gives. Fitted again, or cloned, it is the
+            pretrained network as its parameters say.
+        """
+        check_is_fitted(self)
+        transformer = CNNFeatureTransformer(
+            **{name: getattr(self, name) for name in SHARED_PARAMETERS}
+        )
+        for name in FITTED_BY_BOTH:
+            if hasattr(self, name):
+                setattr(transformer, name, getattr(self, name))
+        return transformer
+
+    @property
+    def _pooling(self):
+        """What the head begins with, which then runs with the network."""
+        return self.head_[0].pooling if isinstance(self.head_[0], Pool) else "flatten"
+
+    def _run_head(self, rows):
+        """Return the logits; in float64 sums do not depend on the batch."""
+        features = rows.double()
+        if not isinstance(self.head_[0], Pool):
+            features = features.reshape(len(rows), *self._map_shape())
+        with torch.inference_mode():
+            return self.head_(features)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "head_" in state:
+            state["head_"] = head_state(self.head_)
+            state["stages_"] = [asdict(stage) for stage in self.stages_]
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        if "head_" in state:
+            state["head_"] = head_from_state(state["head_"])
+            state["stages_"] = [Stage(**stage) for stage in state["stages_"]]
+        super().__setstate__(state)

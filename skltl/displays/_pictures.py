@@ -1,0 +1,56 @@
+"""Pictures side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skltl.displays._axes import axes_library
+from skltl.images import read_images
+
+
+def grid_of_axes(n, n_columns, height):
+    """Make a figure with n axes in rows of so many, each of a height in inches."""
+    if n < 1 or n_columns < 1:
+        raise ValueError(f"{n} pictures in {n_columns} columns cannot be drawn.")
+    n_columns = min(n, n_columns)
+    n_rows = -(-n // n_columns)
+    figure, axes = axes_library().subplots(
+        n_rows,
+        n_columns,
+        figsize=(1.9 * n_columns, height * n_rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat[n:]:
+        figure.delaxes(ax)
+    return axes.ravel()[:n]
+
+
+def draw_picture(ax, picture):
+    """Draw one picture (h, w, 3), without ticks."""
+    pixels = picture if picture.dtype == np.uint8 else np.clip(picture, 0, 1)
+    ax.imshow(pixels)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def read_like(estimator, X, image_shape=None):
+    """Read pictures as the first part of an estimator does that reads pictures."""
+    reader = _reader_of(estimator)
+    if image_shape is None and reader is not None:
+        return reader._read_images(X, reset=False)
+    return read_images(X, image_shape=image_shape)
+
+
+def _reader_of(estimator):
+    """Return the first fitted part of an estimator that reads pictures, or ``None``."""
+    if hasattr(estimator, "_read_images"):
+        return estimator
+    parts = [step for _, step in getattr(estimator, "steps", [])]
+    names = ("best_estimator_", "estimator_", "estimator")
+    parts += [getattr(estimator, name, None) for name in names]
+    parts += getattr(estimator, "calibrated_classifiers_", [])[:1]
+    readers = [_reader_of(part) for part in parts if hasattr(part, "__dict__")]
+    return next((reader for reader in readers if reader is not None), None)

@@ -1,0 +1,137 @@
+"""``PredictionGridDisplay``: pictures with their true and predicted labels."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.utils.validation import check_consistent_length, column_or_1d
+
+from skltl._validation import take
+from skltl.classifiers import columns_of
+from skltl.displays._axes import axes_library
+from skltl.displays._pictures import draw_picture, grid_of_axes, read_like
+
+
+class PredictionGridDisplay:
+    """Pictures with true and predicted labels, the worst mistakes first.
+
+    Make one with :meth:`from_estimator`.
+
+    Parameters
+    ----------
+    pictures : list of arrays of shape (h, w, 3)
+        With dtype uint8, or float32 in [0, 1].
+    y_true, y_pred : array of shape (n,)
+        Labels.
+    margins : array of shape (n,)
+        How much surer the classifier was of the true class than of the next best one;
+        negative if it was wrong.
+
+    Attributes
+    ----------
+    axes_ : array of matplotlib Axes
+        After a plot.
+    figure_ : matplotlib Figure
+        Likewise.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skltl import PredictionGridDisplay
+    >>> picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    >>> display = PredictionGridDisplay([picture], ["cat"], ["dog"], [-0.4])
+    >>> display.n_wrong
+    1
+    """
+
+    def __init__(self, pictures, y_true, y_pred, margins):
+        check_consistent_length(pictures, y_true, y_pred, margins)
+        self.pictures = list(pictures)
+        self.y_true, self.y_pred = np.asarray(y_true), np.asarray(y_pred)
+        self.margins = np.asarray(margins)
+
+    @classmethod
+    def from_estimator(
+        cls, estimator, X, y, *, n_pictures=12, image_shape=None, n_columns=6
+    ):
+        """Predict, and draw the pictures that went worst.
+
+        Parameters
+        ----------
+        estimator : classifier
+            Fitted, with `predict_proba` or `decision_function`.
+        X : sequence of n pictures, or array of shape (n, d)
+            Of any kind that it takes.
+        y : array of shape (n,)
+            True labels.
+        n_pictures : int, default=12
+            How many to draw.
+        image_shape : tuple of int, default=None
+            Of rows of numbers; ``None`` is what the estimator says.
+        n_columns : int, default=6
+            How many side by side.
+
+        Returns
+        -------
+        PredictionGridDisplay
+            The display, drawn.
+        """
+        axes_library()
+        if n_pictures < 1:
+            raise ValueError(f"n_pictures={n_pictures} must be at least 1.")
+        y, predicted = column_or_1d(y), np.asarray(estimator.predict(X))
+        check_consistent_length(predicted, y)
+        scores = _scores(estimator, X)
+        if scores.shape[1] != len(estimator.classes_):
+            raise ValueError("The classifier's decisions are not one for each class.")
+        margins = _margins(scores, columns_of(estimator.classes_, y))
+        worst = np.argsort(margins, kind="stable")[:n_pictures]
+        pictures = read_like(estimator, take(X, worst), image_shape)
+        display = cls(list(pictures), y[worst], predicted[worst], margins[worst])
+        return display.plot(n_columns=n_columns)
+
+    @property
+    def n_wrong(self):
+        """How many of the pictures have another label than predicted."""
+        return int((self.y_true != self.y_pred).sum())
+
+    def plot(self, *, n_columns=6):
+        """Draw the pictures.
+
+        Parameters
+        ----------
+        n_columns : int, default=6
+            How many side by side.
+
+        Returns
+        -------
+        PredictionGridDisplay
+            The display itself.
+        """
+        axes = grid_of_axes(len(self.pictures), n_columns, height=2.15)
+        for ax, picture, true, predicted in zip(
+            axes, self.pictures, self.y_true, self.y_pred, strict=True
+        ):
+            is_right = true == predicted
+            draw_picture(ax, picture)
+            title = f"{true}" if is_right else f"{predicted}\n(is {true})"
+            color = "dimgray" if is_right else "firebrick"
+            ax.set_title(title, fontsize="small", color=color)
+        self.axes_, self.figure_ = axes, axes[0].figure
+        return self
+
+
+def _scores(estimator, X):
+    """Return a number for each picture and class; the larger, the surer."""
+    if hasattr(estimator, "predict_proba"):
+        return np.asarray(estimator.predict_proba(X))
+    decision = np.asarray(estimator.decision_function(X))
+    return np.column_stack([-decision, decision]) if decision.ndim == 1 else decision
+
+
+def _margins(scores, columns):
+    """Return how far the true class is ahead of the best other one."""
+    rows = np.arange(len(scores))
+    of_true = scores[rows, columns]
+    others = scores.copy()
+    others[rows, columns] = -np.inf
+    return of_true - others.max(axis=1)

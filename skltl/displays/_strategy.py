@@ -1,0 +1,166 @@
+"""``StrategyDisplay``: the four boxes, and where a data set lies in them."""
+
+from __future__ import annotations
+
+import math
+
+from sklearn.utils.validation import check_is_fitted
+
+from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.strategy import LARGE_N_IMAGES, LARGE_N_PER_CLASS, LEAD_THAT_COUNTS
+
+# Left and lower corner of each box, its ways of transfer, and what they are in words.
+BOXES = {
+    (0, 0): (("extract_early",), "linear classifier\non earlier features"),
+    (1, 0): (("extract",), "linear classifier\non the last features"),
+    (0, 1): (
+        ("finetune_top", "scratch"),
+        "fine-tune without the top\n(train anew if very large)",
+    ),
+    (1, 1): (("finetune",), "fine-tune\nall layers"),
+}
+
+# How much is shown on each side of the borders: decades of size, and accuracy.
+DECADES = 2.0
+LEAD_SHOWN = 0.1
+
+
+class StrategyDisplay:
+    """The textbooks' four boxes with a data set placed in them.
+
+    Make one with :meth:`from_advisor`.
+
+    Parameters
+    ----------
+    n_images, n_classes : int
+        The size of the data.
+    lead : float
+        Accuracy by which the best earlier cut is ahead of the last one.
+    strategy : str
+        Name of the way of transfer.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        After a plot.
+    figure_ : matplotlib Figure
+        Likewise.
+
+    Examples
+    --------
+    >>> from skltl import StrategyDisplay
+    >>> display = StrategyDisplay(300, 5, lead=0.0, strategy="extract")
+    >>> [round(value, 2) for value in display.place]
+    [1.1, 0.74]
+    """
+
+    def __init__(self, n_images, n_classes, lead, strategy):
+        self.n_images = n_images
+        self.n_classes = n_classes
+        self.lead = lead
+        self.strategy = strategy
+
+    @classmethod
+    def from_advisor(cls, advisor, *, ax=None):
+        """Draw where the data of an advisor lie.
+
+        Parameters
+        ----------
+        advisor : StrategyAdvisor or TransferClassifier
+            Fitted.
+        ax : matplotlib Axes, default=None
+            Where to draw; ``None`` makes a figure.
+
+        Returns
+        -------
+        StrategyDisplay
+            The display, drawn.
+        """
+        axes_library()
+        check_is_fitted(advisor)
+        advisor = getattr(advisor, "advisor_", advisor)  # of a `TransferClassifier`
+        if advisor is None:
+            raise ValueError("Nothing was measured: the strategy was asked for.")
+        return cls(
+            advisor.n_images_,
+            advisor.n_classes_,
+            advisor.lead_[0],
+            advisor.strategy_.name,
+        ).plot(ax=ax)
+
+    @property
+    def place(self):
+        """Where the data lie: (0, 0) is small and different, (2, 2) the opposite."""
+        n_per_class = self.n_images / self.n_classes
+        size = min(self.n_images / LARGE_N_IMAGES, n_per_class / LARGE_N_PER_CLASS)
+        up = 1 + math.log10(size) / DECADES
+        right = 1 - (self.lead - LEAD_THAT_COUNTS) / LEAD_SHOWN
+        if self.lead >= LEAD_THAT_COUNTS:
+            right = min(right, 0.99)  # on the border is beyond it
+        return tuple(min(max(value, 0.1), 1.9) for value in (right, up))
+
+    def plot(self, *, ax=None):
+        """Draw the boxes and the data set.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; ``None`` makes a figure.
+
+        Returns
+        -------
+        StrategyDisplay
+            The display itself.
+        """
+        ax = axes_to_draw_on(ax, figsize=(6.4, 4.6))
+        right, up = self.place
+        for (left, low), (names, words) in BOXES.items():
+            # Below the data set, or above it.
+            height = (
+                0.75 if (left, low) == (int(right), int(up)) and up % 1 < 0.5 else 0.25
+            )
+            is_chosen = self.strategy in names
+            ax.add_patch(
+                axes_library().Rectangle(
+                    (left + 0.02, low + 0.02),
+                    0.96,
+                    0.96,
+                    facecolor="C0" if is_chosen else "whitesmoke",
+                    edgecolor="lightgray",
+                    alpha=0.25 if is_chosen else 1,
+                )
+            )
+            ax.text(
+                *(left + 0.5, low + height, words),
+                ha="center",
+                va="center",
+                color="black" if is_chosen else "gray",
+                weight="bold" if is_chosen else "normal",
+            )
+        self._draw_data(ax)
+        ax.set(xlim=(0, 2), ylim=(0, 2))
+        ax.set_xticks([0.5, 1.5], ["different", "similar"])
+        ax.set_yticks([0.5, 1.5], ["small", "large"], rotation=90, va="center")
+        ax.set_xlabel("likeness to what the network knows")
+        ax.set_ylabel("size of the data")
+        ax.tick_params(length=0)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+    def _draw_data(self, ax):
+        right, up = self.place
+        ax.plot(right, up, "o", color="C3", markersize=9, zorder=3)
+        ax.annotate(
+            f"{self.n_images:,} pictures of {self.n_classes} classes",
+            (int(right) + 0.5, up),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            color="C3",
+        )
+        if self.strategy == "as_is":
+            ax.set_title(
+                "The network knows these classes: use it as it is.", fontsize="medium"
+            )

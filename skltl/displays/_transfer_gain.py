@@ -1,0 +1,182 @@
+"""``TransferGainDisplay``: what transfer gains over learning from scratch."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.model_selection import learning_curve
+from sklearn.utils.validation import check_is_fitted
+
+from skltl.displays._axes import axes_library, axes_to_draw_on
+
+# A curve's slope is taken to where it has risen to this share of its last score.
+RISEN = 0.9
+
+
+class TransferGainDisplay:
+    """Scores with transfer and from scratch, and the three gains.
+
+    Transfer may give a higher start, a higher slope and a higher asymptote [1]_. Make
+    one with :meth:`from_estimators`.
+
+    Parameters
+    ----------
+    steps : tuple of two arrays
+        Epochs, or numbers of training pictures, with transfer and from scratch.
+    scores : tuple of two arrays
+        The scores there.
+    step_name : str, default="epoch"
+        What the steps are.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        After a plot.
+    figure_ : matplotlib Figure
+        Likewise.
+
+    References
+    ----------
+    .. [1] Torrey, Shavlik, "Transfer learning", Handbook of research on machine
+       learning applications, 2009.
+
+    Examples
+    --------
+    >>> from skltl import TransferGainDisplay
+    >>> display = TransferGainDisplay(
+    ...     ([1, 2, 3], [1, 2, 3]), ([0.6, 0.9, 0.9], [0.1, 0.3, 0.5])
+    ... )
+    >>> {name: round(gain, 2) for name, gain in display.gains.items()}
+    {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
+    """
+
+    def __init__(self, steps, scores, step_name="epoch"):
+        self.steps = tuple(np.asarray(one, dtype=float) for one in steps)
+        self.scores = tuple(np.asarray(one, dtype=float) for one in scores)
+        self.step_name = step_name
+
+    @classmethod
+    def from_estimators(
+        cls,
+        with_transfer,
+        from_scratch,
+        X=None,
+        y=None,
+        *,
+        sizes=None,
+        cv=3,
+        random_state=0,
+        ax=None,
+    ):
+        """Draw what two classifiers have learned, or learn.
+
+        Parameters
+        ----------
+        with_transfer, from_scratch : FineTunedCNNClassifier
+            Fitted, for scores by epoch: those on pictures held out where both have
+            them, else those of training. With `X`, any classifiers, which are fitted
+            for scores by number of pictures.
+        X : sequence of n pictures, or array of shape (n, d), default=None
+            What to learn from.
+        y : array of shape (n,), default=None
+            Its labels.
+        sizes : sequence of float or int, default=None
+            Shares or numbers of pictures; ``None`` is a fifth to all in five steps.
+        cv : int or splitter, default=3
+            Folds, as in scikit-learn.
+        random_state : int, default=0
+            Of the choice of pictures, the same for both.
+        ax : matplotlib Axes, default=None
+            Where to draw; ``None`` makes a figure.
+
+        Returns
+        -------
+        TransferGainDisplay
+            The display, drawn.
+        """
+        axes_library()
+        both = [
+            getattr(one, "estimator_", one) if X is None else one
+            for one in (with_transfer, from_scratch)
+        ]
+        if X is None:
+            for estimator in both:
+                check_is_fitted(estimator, "history_")
+            histories = [estimator.history_ for estimator in both]
+            has_both = all("validation_score" in one[-1] for one in histories)
+            key = "validation_score" if has_both else "score"
+            scores = [[record[key] for record in one] for one in histories]
+            steps = [np.arange(1, len(one) + 1) for one in scores]
+            return cls(steps, scores).plot(ax=ax)
+        sizes = np.linspace(0.2, 1, 5) if sizes is None else sizes
+        curves = [
+            learning_curve(
+                *(estimator, X, y),
+                train_sizes=sizes,
+                cv=cv,
+                shuffle=True,
+                random_state=random_state,
+                error_score="raise",
+            )
+            for estimator in both
+        ]
+        steps = [curve[0] for curve in curves]
+        scores = [curve[2].mean(axis=1) for curve in curves]
+        return cls(steps, scores, "number of training pictures").plot(ax=ax)
+
+    @property
+    def gains(self):
+        """The gains in start, slope (per step) and asymptote."""
+        transfer, scratch = (
+            _start_slope_asymptote(*one)
+            for one in zip(self.steps, self.scores, strict=True)
+        )
+        names = ("start", "slope", "asymptote")
+        return {
+            name: float(a - b)
+            for name, a, b in zip(names, transfer, scratch, strict=True)
+        }
+
+    def plot(self, *, ax=None):
+        """Draw both curves, and the gains in words.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; ``None`` makes a figure.
+
+        Returns
+        -------
+        TransferGainDisplay
+            The display itself.
+        """
+        ax = axes_to_draw_on(ax, figsize=(6.4, 4.2))
+        names = ("with transfer", "from scratch")
+        for number, name in enumerate(names):
+            ax.plot(
+                *(self.steps[number], self.scores[number]),
+                marker="o" if len(self.steps[number]) <= 20 else None,
+                markersize=4,
+                color=f"C{number}",
+                label=name,
+            )
+        words = ", ".join(f"{name} {gain:+.3g}" for name, gain in self.gains.items())
+        ax.set_title(f"gains: {words}", fontsize="medium")
+        ax.legend(frameon=False)
+        ax.set_xlabel(self.step_name)
+        ax.set_ylabel("score")
+        ax.set_ylim(0, 1.02)
+        ax.grid(axis="y", alpha=0.3)
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+
+def _start_slope_asymptote(steps, scores):
+    """Return the first score, the rise per step until most is learned, the last."""
+    start, asymptote = scores[0], scores[-1]
+    has_risen = np.flatnonzero(scores >= RISEN * asymptote)
+    until = max(int(has_risen[0]) if len(has_risen) else len(scores) - 1, 1)
+    until = min(until, len(scores) - 1)
+    if until == 0:
+        return start, 0.0, asymptote
+    slope = (scores[until] - start) / (steps[until] - steps[0])
+    return start, slope, asymptote

@@ -1,0 +1,22 @@
+"""Which way of transfer to take: what to train, and where to cut."""
+
+from skltl.strategy._advisor import LEAD_THAT_COUNTS, StrategyAdvisor
+from skltl.strategy._recommendation import (
+    LARGE_N_IMAGES,
+    LARGE_N_PER_CLASS,
+    Strategy,
+    build_strategy,
+    recommend_strategy,
+)
+from skltl.strategy._transfer import TransferClassifier
+
+__all__ = [
+    "LARGE_N_IMAGES",
+    "LARGE_N_PER_CLASS",
+    "LEAD_THAT_COUNTS",
+    "Strategy",
+    "StrategyAdvisor",
+    "TransferClassifier",
+    "build_strategy",
+    "recommend_strategy",
+]
