@@ -4,6 +4,7 @@
 
     Exception
     ├── ValueError
+    │   ├── EngineError           the engine cannot run here
     │   ├── ImageReadError        an item of X cannot be read as a picture
     │   ├── TrainingError         the loss is no longer a number
     │   ├── UnknownBackboneError  no backbone has this name
@@ -14,6 +15,7 @@
         └── ImageTypeError        an item of X is not a picture at all
     UserWarning
     ├── CacheWarning              features cannot be stored, or not be read again
+    ├── EngineWarning             another engine runs than the one that was fitted
     └── ImageRangeWarning         floats lie outside [0, 1]
 
 They inherit from the built-in class that scikit-learn would raise, so that
@@ -24,6 +26,8 @@ from __future__ import annotations
 
 __all__ = [
     "CacheWarning",
+    "EngineError",
+    "EngineWarning",
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
@@ -33,6 +37,17 @@ __all__ = [
     "WeightsError",
     "WeightsNotFoundError",
 ]
+
+
+class EngineError(ValueError):
+    """An engine cannot run a network here."""
+
+
+class EngineWarning(UserWarning):
+    """A network is run by another engine than where it was fitted.
+
+    Features differ in the last digits.
+    """
 
 
 class ImageReadError(ValueError):

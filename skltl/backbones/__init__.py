@@ -12,6 +12,7 @@ from skltl.backbones._cut_points import (
     skeleton,
 )
 from skltl.backbones._digest import prefix_digests
+from skltl.backbones._engines import ENGINES, can_run, engine_version, resolve_engine
 from skltl.backbones._loading import (
     head_from_state,
     load_prefix,
@@ -31,6 +32,7 @@ from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.backbones._weights import load_network, random_network, resolve_weights
 
 __all__ = [
+    "ENGINES",
     "Backbone",
     "CutPoint",
     "FrozenPrefix",
@@ -39,6 +41,8 @@ __all__ = [
     "PretrainedWeights",
     "Runner",
     "block_shapes",
+    "can_run",
+    "engine_version",
     "freeze",
     "get_backbone",
     "head_from_state",
@@ -57,6 +61,7 @@ __all__ = [
     "random_network",
     "reached_main_blocks",
     "register_backbone",
+    "resolve_engine",
     "resolve_layer",
     "resolve_weights",
     "skeleton",

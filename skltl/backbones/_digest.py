@@ -28,6 +28,15 @@ _digests: WeakKeyDictionary[nn.Module, tuple[bytes, bool]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
+def is_known_code(module: nn.Module) -> bool:
+    """Tell whether a module runs code of torch, torchvision and skltl only."""
+    return all(
+        type(part).__module__.partition(".")[0] in KNOWN_PACKAGES
+        and not has_hooks(part)
+        for part in module.modules()
+    )
+
+
 def prefix_digests(
     backbone: Backbone, blocks: Mapping[str, nn.Module]
 ) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from torchvision.models.inception import BasicConv2d as InceptionUnit
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from skltl.backbones._blocks import children_of, cut, freeze, has_hooks
+from skltl.backbones._engines import ends_of_segments, prepare_engine
 from skltl.images import normalise
 
 # What modules do that run each batch-norm right behind the convolution defined before
@@ -49,17 +50,24 @@ class FrozenPrefix:
         self._lock = threading.Lock()
 
     def runner(
-        self, device: torch.device, dtype: torch.dtype, wanted: Sequence[str]
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        wanted: Sequence[str],
+        engine: str = "torch",
+        mains: Sequence[str] = (),
     ) -> Runner:
         """Return the prefix made ready for a device and some of its blocks.
 
-        It is prepared once for the same arguments, as long as it was used lately.
+        It is prepared once for the same arguments, as long as it was used lately. See
+        `Runner` for these.
         """
-        key = (device, dtype, tuple(wanted))
+        key = (device, dtype, tuple(wanted), engine)
         with self._lock:
             runner = self._runners.pop(key, None)
             if runner is None:
-                runner = Runner(cut(self.blocks, wanted), wanted, device, dtype)
+                blocks = cut(self.blocks, wanted)
+                runner = Runner(blocks, wanted, device, dtype, engine, mains)
             self._runners[key] = runner
             if len(self._runners) > MAX_RUNNERS:
                 self._runners.popitem(last=False)
@@ -79,6 +87,10 @@ class Runner:
         Where to run.
     dtype : torch.dtype
         What to compute in.
+    engine : {"torch", "compile", "openvino"}, default="torch"
+        What runs it.
+    mains : sequence of str, default=()
+        The blocks behind which main cut points lie.
     """
 
     def __init__(
@@ -87,14 +99,19 @@ class Runner:
         wanted: Sequence[str],
         device: torch.device,
         dtype: torch.dtype,
+        engine: str = "torch",
+        mains: Sequence[str] = (),
     ) -> None:
         self.device = device
         self.dtype = dtype
         self._wanted = wanted
-        self._segments = [
-            (name, _prepared(segment, device, dtype))
-            for name, segment in _segments(blocks, wanted)
-        ]
+        ends = ends_of_segments(list(blocks), wanted, mains, engine)
+        segments = {
+            name: _prepared(segment, device, dtype)
+            for name, segment in _segments(blocks, ends)
+        }
+        self._engine = prepare_engine(engine, segments, wanted, dtype)
+        self._input_dtype = torch.float32 if engine == "openvino" else dtype
 
     def features(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
         """Run a batch of pictures, and pool at each wanted place.
@@ -126,12 +143,8 @@ class Runner:
         # this permutation copies nothing.
         batch = pixels.to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
         batch = normalise(batch, mean.to(self.device), std.to(self.device))
-        feature_map = batch.to(self.dtype, memory_format=torch.channels_last)
-        pooled = {}
-        for name, segment in self._segments:
-            feature_map = segment(feature_map)  # (n, c, h', w')
-            # Pooled at once: the next block's in-place ReLU may overwrite the map.
-            pooled[name] = pool(feature_map)
+        batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
+        pooled = dict(self._engine(batch, pool))
         return torch.cat([pooled[name] for name in self._wanted], dim=1)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from numbers import Integral, Real
 from os import PathLike
 
 from skltl._device import DTYPES
 from skltl._validation import Interval, StrOptions, fit_context
-from skltl.backbones import Backbone
+from skltl.backbones import ENGINES, Backbone
 from skltl.classifiers._conversion import (
     check_free,
     head_of_pipeline,
@@ -108,6 +107,10 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What products are computed in; parameters stay float32.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        As for `CNNFeatureTransformer`.
+    decode : {"exact", "fast"}, default="exact"
+        As for `CNNFeatureTransformer`.
     cache : bool, str or path, default=None
         Where to keep what frozen blocks give, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
@@ -138,6 +141,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         The only one: where the new layers begin.
     preprocessing_ : Preprocessing
         What pictures go through before the network.
+    engine_ : {"torch", "compile", "openvino"}
+        What ran the frozen blocks where this was fitted, and runs them where it can.
     stages_ : list of Stage
         What learned in each stage, and at which rate.
     history_ : list of dict
@@ -202,6 +207,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "engine": [StrOptions({"auto", *ENGINES})],
+        "decode": [StrOptions({"exact", "fast"})],
         "cache": ["boolean", str, PathLike, None],
         "checkpoint": [str, PathLike, None],
         "warm_start": ["boolean"],
@@ -242,6 +249,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         batch_size=32,
         device="auto",
         precision="auto",
+        engine="auto",
+        decode="exact",
         cache=None,
         checkpoint=None,
         warm_start=False,
@@ -278,6 +287,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
+        self.decode = decode
         self.cache = cache
         self.checkpoint = checkpoint
         self.warm_start = warm_start
@@ -321,31 +332,6 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         self.__dict__.update(fit.attributes())
         fit.progress.end()
         return self
-
-    def get_params(self, deep=True):
-        """Return the parameters; none of them is an estimator with its own.
-
-        Some of torchvision's transforms have a `get_params` that is another thing.
-
-        Parameters
-        ----------
-        deep : bool, default=True
-            Without meaning here.
-
-        Returns
-        -------
-        dict
-            Names and values.
-        """
-        return super().get_params(deep=False)
-
-    def __sklearn_clone__(self):
-        # Not `copy.copy`, which would take the fitted network to pieces.
-        bare = type(self).__new__(type(self))
-        bare.__dict__ = {**vars(self), "augment": None}
-        cloned = super(FineTunedCNNClassifier, bare).__sklearn_clone__()
-        cloned.augment = copy.deepcopy(self.augment)
-        return cloned
 
     @classmethod
     def from_pipeline(cls, pipeline, **parameters):

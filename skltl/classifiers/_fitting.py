@@ -14,7 +14,7 @@ from sklearn.base import clone
 
 from skltl._device import resolve_device, resolve_precision, resolve_threads
 from skltl._randomness import draw_seed
-from skltl.backbones import FrozenPrefix, get_backbone
+from skltl.backbones import FrozenPrefix, get_backbone, resolve_engine
 from skltl.classifiers._checkpoint import Checkpoint
 from skltl.classifiers._fingerprint import fingerprint
 from skltl.classifiers._foundation import (
@@ -59,6 +59,8 @@ class Fit:
         The labels.
     foundation : Foundation
         The network, as it was.
+    engine : str
+        What runs its frozen blocks.
     parts : Parts
         Its layers, as they are.
     stages : list of Stage
@@ -72,6 +74,7 @@ class Fit:
     of_reading: dict
     classes: NDArray
     foundation: Foundation
+    engine: str
     parts: Parts
     stages: list
     history: list
@@ -85,6 +88,7 @@ class Fit:
             "classes_": self.classes,
             "backbone_": self.foundation.backbone,
             "preprocessing_": self.foundation.preprocessing,
+            "engine_": self.engine,
             "cut_points_": [self.foundation.cut_point],
             "network_": network,
             "head_": head,
@@ -189,7 +193,9 @@ def _begin(classifier, reader, classes, seed):
     of_reading = {
         name: value for name, value in vars(reader).items() if name.endswith("_in_")
     }
-    return Fit(of_reading, classes, foundation, parts, stages, [])
+    device = resolve_device(classifier.device)
+    engine = resolve_engine(classifier.engine, device, foundation.blocks)
+    return Fit(of_reading, classes, foundation, engine, parts, stages, [])
 
 
 @contextmanager
@@ -233,6 +239,8 @@ def _inputs(classifier, source, fit, seed):
         return run_frozen(source, 0, recipe, threads, verbose, cache)
     n_views = 0 if classifier.augment is None else classifier.n_views
     preprocessing = fit.foundation.preprocessing
+    if classifier.decode == "fast":
+        source = source.reduced_to(2 * preprocessing.shorter_side)
     crops = decode_crops(source, preprocessing, threads)
     views = Views(crops, classifier.augment, n_views or 0, seed)
     if recipe is None:

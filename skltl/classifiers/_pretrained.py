@@ -15,12 +15,14 @@ from skltl._device import DTYPES, resolve_device, resolve_threads
 from skltl._randomness import draw_seed
 from skltl._validation import Interval, StrOptions, fit_context
 from skltl.backbones import (
+    ENGINES,
     Backbone,
     CutPoint,
     block_shapes,
     get_backbone,
     head_from_state,
     load_with_head,
+    resolve_engine,
     resolve_weights,
     unique,
 )
@@ -59,6 +61,10 @@ class PretrainedCNNClassifier(NetworkClassifier):
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What the network computes in, up to its last layer with parameters; that one
         runs in float32.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        As for `CNNFeatureTransformer`.
+    decode : {"exact", "fast"}, default="exact"
+        As for `CNNFeatureTransformer`.
     n_jobs : int, default=None
         Threads that decode pictures.
     random_state : int, RandomState instance or None, default=None
@@ -84,6 +90,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         The only one: where the head begins.
     preprocessing_ : Preprocessing
         What pictures go through before the network.
+    engine_ : {"torch", "compile", "openvino"}
+        What ran the network where this was fitted, and runs it where it can.
 
     See Also
     --------
@@ -117,6 +125,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         ],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "engine": [StrOptions({"auto", *ENGINES})],
+        "decode": [StrOptions({"exact", "fast"})],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -136,6 +146,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         batch_size="auto",
         device="auto",
         precision="auto",
+        engine="auto",
+        decode="exact",
         n_jobs=None,
         random_state=None,
         verbose=0,
@@ -148,6 +160,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
+        self.decode = decode
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
@@ -181,13 +195,15 @@ class PretrainedCNNClassifier(NetworkClassifier):
         seed = draw_seed(self.random_state)
         reader = clone(self)
         source = reader._read_images(X, reset=True)
-        resolve_device(self.device)
+        device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         learns = self.class_map == "learn"
         if learns:
             classes, targets = encode_labels(y, len(source))
             weights = example_weights(sample_weight, None, classes, targets)
         reader._load(seed)
+        blocks = reader.network_.blocks
+        reader.engine_ = resolve_engine(self.engine, device, blocks)
         if learns:
             probabilities = softmax(reader._category_logits(X), axis=1)
             shares = learned_map(probabilities, targets, weights, len(classes))

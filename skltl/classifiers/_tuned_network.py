@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 
 import torch
@@ -23,6 +24,8 @@ SHARED_PARAMETERS = (
     "image_shape",
     "device",
     "precision",
+    "engine",
+    "decode",
     "n_jobs",
 )
 FITTED_BY_BOTH = (
@@ -30,6 +33,7 @@ FITTED_BY_BOTH = (
     "cut_points_",
     "network_",
     "preprocessing_",
+    "engine_",
     "n_features_in_",
     "feature_names_in_",
 )
@@ -37,6 +41,31 @@ FITTED_BY_BOTH = (
 
 class TunedNetwork(FeatureEstimator, NetworkClassifier):
     """A tuned network and new layers; its `fit` sets `stages_`, too."""
+
+    def get_params(self, deep=True):
+        """Return the parameters; none of them is an estimator with its own.
+
+        Some of torchvision's transforms have a `get_params` that is another thing.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Without meaning here.
+
+        Returns
+        -------
+        dict
+            Names and values.
+        """
+        return super().get_params(deep=False)
+
+    def __sklearn_clone__(self):
+        # Not `copy.copy`, which would take the fitted network to pieces.
+        bare = type(self).__new__(type(self))
+        bare.__dict__ = {**vars(self), "augment": None}
+        cloned = super(TunedNetwork, bare).__sklearn_clone__()
+        cloned.augment = copy.deepcopy(self.augment)
+        return cloned
 
     def transform(self, X):
         """Return the features under the new layers, of the tuned network.

@@ -64,6 +64,7 @@ def extract_features(
     ImageReadError
         For the first picture that cannot be read.
     """
+    source = recipe.scaled(source)
     n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
     shape = (len(source), n_features)
     features = np.empty(shape, dtype=np.float32) if out is None else out

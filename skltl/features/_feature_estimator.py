@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral
 
 import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._caller import level_of_the_user
 from skltl._device import resolve_batch_size, resolve_device, resolve_precision
 from skltl._estimator import ImageEstimator
 from skltl._validation import check_feature_names_in
-from skltl.backbones import block_shapes
+from skltl.backbones import block_shapes, can_run, resolve_engine
+from skltl.exceptions import EngineWarning
 from skltl.features._cache import resolve_folder
 from skltl.features._pooling import n_pooled
 from skltl.features._recipe import Recipe
@@ -34,7 +37,24 @@ class NetworkEstimator(ImageEstimator):
             resolve_batch_size(batch_size, device),
             device,
             resolve_precision(self.precision, device),
+            self._find_engine(device, network),
+            self.decode,
         )
+
+    def _find_engine(self, device, network):
+        """Return what runs the network: if that is left open, the same as in `fit`."""
+        fitted = getattr(self, "engine_", None)
+        if self.engine != "auto" or fitted is None:
+            return resolve_engine(self.engine, device, network.blocks)
+        if can_run(fitted, device):
+            return fitted
+        warnings.warn(
+            f"The estimator was fitted with engine={fitted!r}, which cannot run here; "
+            "torch runs instead, and features differ in the last digits.",
+            EngineWarning,
+            stacklevel=level_of_the_user(),
+        )
+        return "torch"
 
     def _cache_folder(self):
         """Return where features are kept, or ``None``.

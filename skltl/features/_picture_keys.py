@@ -45,6 +45,7 @@ class PictureKeys:
         self.shelf_name = _shelf_name()
         self._shelf = Shelf(folder, self.shelf_name)
         self._keys: dict[int, bytes] = {}
+        self._least_side: int | None = None
         self._paths: dict[int, str] = {}
         self._new_files: list[tuple[bytes, bytes]] = []
 
@@ -58,6 +59,7 @@ class PictureKeys:
         """Find the keys of pictures in memory, and of files that are known."""
         paths = {position: source.path(position) for position in range(len(source))}
         self._paths = {one: path for one, path in paths.items() if path is not None}
+        self._least_side = source.least_side
         self._recognise_files()
         in_memory = [one for one, path in paths.items() if path is None]
         self._name(source, in_memory, n_threads)
@@ -66,8 +68,8 @@ class PictureKeys:
         """Take the key of a picture that has been decoded."""
         self._keys[crop.position] = crop.key
         if crop.file is not None:
-            path = _name_of(self._paths[crop.position])
-            self._new_files.append((path, crop.key + crop.file))
+            name = _name_of(self._paths[crop.position], self._least_side)
+            self._new_files.append((name, crop.key + crop.file))
 
     def stop_storing(self, why: str) -> None:
         """Remember no more files."""
@@ -83,7 +85,10 @@ class PictureKeys:
         self._shelf.close()
 
     def _recognise_files(self) -> None:
-        names = {position: _name_of(path) for position, path in self._paths.items()}
+        names = {
+            position: _name_of(path, self._least_side)
+            for position, path in self._paths.items()
+        }
         n_bytes = KEY_BYTES + FILE_STATE_BYTES
         known = dict(self._shelf.read(list(set(names.values())), n_bytes))
         for position, name in names.items():
@@ -112,11 +117,14 @@ class PictureKeys:
             self._keys |= keys
 
 
-def _name_of(path: str) -> bytes:
+def _name_of(path: str, least_side: int | None) -> bytes:
+    """Name a file, and at which scale it may be decoded: its pixels depend on both."""
     # Not `Path.absolute`, which takes ten times as long, in each fold.
     if not os.path.isabs(path):  # noqa: PTH117
         path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
     text = path.encode(errors="surrogatepass")
+    if least_side is not None:
+        text += f"\0{least_side}".encode()
     return blake2b(text, digest_size=KEY_BYTES).digest()
 
 

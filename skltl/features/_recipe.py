@@ -18,13 +18,14 @@ from skltl.backbones import (
     Backbone,
     FrozenPrefix,
     block_shapes,
+    engine_version,
     parts_a_fold,
     prefix_digests,
     reached_main_blocks,
     skeleton,
 )
 from skltl.features._pooling import n_pooled, pool
-from skltl.images import Preprocessing
+from skltl.images import ImageSource, Preprocessing
 
 # Raised when the way features are computed or stored changes: those of other formats
 # are never read.
@@ -53,6 +54,11 @@ class Recipe:
         Where the network runs.
     dtype : torch.dtype
         What it computes in.
+    engine : {"torch", "compile", "openvino"}, default="torch"
+        What runs it.
+    decode : {"exact", "fast"}, default="exact"
+        Whether files may be decoded at a smaller scale. This changes the pictures, not
+        what is made of them, so it is no part of the fingerprints.
     """
 
     backbone: Backbone
@@ -63,6 +69,17 @@ class Recipe:
     batch_size: int
     device: torch.device
     dtype: torch.dtype
+    engine: str = "torch"
+    decode: str = "exact"
+
+    def scaled(self, source: ImageSource) -> ImageSource:
+        """Return the pictures at the scale at which they are to be decoded.
+
+        Twice the size that the network sees is what resizing needs to stay sharp.
+        """
+        if self.decode == "exact":
+            return source
+        return source.reduced_to(2 * self.preprocessing.shorter_side)
 
     def widths(self) -> list[int]:
         """Count the features at each of the blocks."""
@@ -71,7 +88,10 @@ class Recipe:
 
     def compute(self, pixels: Tensor) -> Tensor:
         """Return the features (n, d) of a batch of pictures (n, h, w, 3)."""
-        runner = self.network.runner(self.device, self.dtype, self.blocks)
+        mains = tuple(skeleton(self.backbone).cut_points.values())
+        runner = self.network.runner(
+            self.device, self.dtype, self.blocks, self.engine, mains
+        )
         # Not the user's default dtype.
         mean = torch.tensor(self.preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(self.preprocessing.std, dtype=torch.float32).view(3, 1, 1)
@@ -118,16 +138,28 @@ class Recipe:
             "Pillow, which resizes": PIL.__version__,
             "settings of torch": _settings_of_torch(),
         }
+        if self.engine != "torch":
+            facts["engine"] = [self.engine, engine_version(self.engine)]
         # The user's numbers may be numpy's.
         text = json.dumps(facts, default=int)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _inner_cuts(self, block: str) -> list[str]:
-        """Return the cuts before a block that change its features' last digits."""
+        """Return the cuts before a block that change its features' last digits.
+
+        Those that part what is folded or fused.
+        """
         blocks = self.network.blocks
         before = list(blocks)[: list(blocks).index(block)]
+        mains = set(skeleton(self.backbone).cut_points.values())
         return [
-            one for one in before if one in self.blocks and parts_a_fold(blocks, one)
+            one
+            for one in before
+            if one in self.blocks
+            and (
+                parts_a_fold(blocks, one)
+                or (self.engine != "torch" and one not in mains)
+            )
         ]
 
 

@@ -73,12 +73,18 @@ def is_tensor(item: object) -> TypeGuard[Any]:
     return torch is not None and isinstance(item, torch.Tensor)
 
 
-def read_file(path: str | os.PathLike[str]) -> Pixels:
-    """Decode the first frame of a picture file, upright, as RGB."""
+def read_file(path: str | os.PathLike[str], least_side: int | None = None) -> Pixels:
+    """Decode the first frame of a picture file, upright, as RGB.
+
+    With `least_side`, a JPEG file may be decoded at a half, a quarter or an eighth of
+    its size, as long as no side gets shorter than that.
+    """
     _check_regular_file(path)
     try:
         with Image.open(path, formats=FILE_FORMATS) as picture:
             _check_pixel_count(picture)
+            if least_side is not None:
+                picture.draft(None, (least_side, least_side))
             return _read_picture(picture)
     except _DECODER_ERRORS as error:
         raise ValueError(_reason(error)) from error

@@ -12,6 +12,7 @@ change its meaning with its neighbours:
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -75,8 +76,26 @@ class ImageSource:
         self._items = items
         self._channels_first = channels_first
         self._checks_range = checks_range
+        self.least_side: int | None = None
         self._seen_range: tuple[float, float] | None = None
         self._lock = threading.Lock()  # for what decoding threads share
+
+    def reduced_to(self, least_side: int) -> ImageSource:
+        """Return the same pictures, decoded at a smaller scale where that is possible.
+
+        Parameters
+        ----------
+        least_side : int
+            No side of a picture gets shorter than so many pixels.
+
+        Returns
+        -------
+        ImageSource
+            Of the same items.
+        """
+        reduced = copy.copy(self)
+        reduced.least_side = least_side
+        return reduced
 
     def __len__(self) -> int:
         return len(self._items)
@@ -101,7 +120,7 @@ class ImageSource:
 
     def _read(self, item: Any) -> Pixels:
         if isinstance(item, (str, os.PathLike)):
-            return read_file(item)
+            return read_file(item, self.least_side)
         if isinstance(item, Image.Image):
             with _PICTURE_LOCK:
                 return read_picture(item)

@@ -125,7 +125,8 @@ def test_prepared_networks_have_no_batch_norm_left():
 
     runner = loaded.runner(torch.device("cpu"), torch.bfloat16, blocks)
 
-    modules = [part for _, segment in runner._segments for part in segment.modules()]
+    segments = runner._engine._segments.values()
+    modules = [part for segment in segments for part in segment.modules()]
     assert not [part for part in modules if isinstance(part, nn.BatchNorm2d)]
     convolutions = [part for part in modules if isinstance(part, nn.Conv2d)]
     assert len(convolutions) == 20

@@ -276,7 +276,7 @@ def test_x_is_looked_at_before_weights_are_fetched():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_forked_child_does_not_hang(pictures):
-    transformer = CNNFeatureTransformer("tiny").fit(pictures)
+    transformer = CNNFeatureTransformer("tiny", engine="torch").fit(pictures)
     expected = transformer.transform(pictures)
 
     with multiprocessing.get_context("fork").Pool(1) as pool:

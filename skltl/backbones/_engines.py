@@ -1,0 +1,288 @@
+"""What runs the frozen network: torch, torch.compile or OpenVINO.
+
+An engine runs the segments between cut points, and hands out the feature map behind
+each. What a picture gives at one cut must not depend on which others are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skltl.backbones._digest import is_known_code
+from skltl.exceptions import EngineError
+
+Pool = Callable[[Tensor], Tensor]
+
+# From a batch, and how to pool, to features by the blocks behind which they are taken.
+Engine = Callable[[Tensor, Pool], Iterator[tuple[str, Tensor]]]
+
+ENGINES = ("torch", "compile", "openvino")
+
+# torch's compiler keeps what it has compiled by the code of `forward`, the same for all
+# segments; past its usual 8 it would silently run them as they are.
+MAX_COMPILED = 1024
+
+# OpenVINO's threads do not exist in a forked child, which would wait for them for ever.
+_process_of_openvino: int | None = None
+
+
+def resolve_engine(
+    engine: str, device: torch.device, blocks: Mapping[str, nn.Module]
+) -> str:
+    """Return what runs the network; ``"auto"`` is OpenVINO on a CPU that has it.
+
+    But not for code of the user's own, which may do what a conversion does not see.
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot run here.
+    """
+    if engine == "auto":
+        is_safe = all(map(is_known_code, blocks.values()))
+        return "openvino" if is_safe and can_run("openvino", device) else "torch"
+    if not can_run(engine, device):
+        raise EngineError(
+            f"engine={engine!r} cannot run on this {device.type!r} device: OpenVINO "
+            "runs on CPUs (pip install 'skltl[openvino]'), not in a forked child of a "
+            "process that has used it. engine='auto' takes what there is."
+        )
+    return engine
+
+
+def can_run(engine: str, device: torch.device) -> bool:
+    """Tell whether an engine can run on a device of this machine."""
+    if engine != "openvino":
+        return True
+    is_forked = _process_of_openvino not in (None, os.getpid())
+    return device.type == "cpu" and not is_forked and find_spec("openvino") is not None
+
+
+def engine_version(engine: str) -> str:
+    """Return the version of what computes, as far as torch's own does not say it."""
+    return version("openvino") if engine == "openvino" else ""
+
+
+def prepare_engine(
+    engine: str,
+    segments: Mapping[str, nn.Module],
+    wanted: Sequence[str],
+    dtype: torch.dtype,
+) -> Engine:
+    """Make segments of a network ready to run.
+
+    Parameters
+    ----------
+    engine : {"torch", "compile", "openvino"}
+        What runs them.
+    segments : mapping of str to Module
+        By the blocks behind which they end; frozen, on the device, channels last.
+    wanted : sequence of str
+        The blocks behind which features are taken.
+    dtype : torch.dtype
+        What to compute in; that of the segments.
+
+    Returns
+    -------
+    callable
+        From a batch (n, 3, h, w) and a pooling to the wanted blocks and the features
+        (n, d) behind them, one after the other.
+    """
+    if engine == "openvino":
+        return OpenVINOEngine(segments, wanted, dtype)
+    if engine == "compile":
+        return OneByOne({name: Compiled(one) for name, one in segments.items()}, wanted)
+    return OneByOne(segments, wanted)
+
+
+class OneByOne:
+    """Segments that run one after the other.
+
+    Parameters
+    ----------
+    segments : mapping of str to callable
+        From a feature map to the next one.
+    wanted : sequence of str
+        The blocks behind which features are taken.
+    """
+
+    def __init__(
+        self,
+        segments: Mapping[str, Callable[[Tensor], Tensor]],
+        wanted: Sequence[str],
+    ) -> None:
+        self._segments = segments
+        self._wanted = wanted
+
+    def __call__(self, batch: Tensor, pool: Pool) -> Iterator[tuple[str, Tensor]]:
+        """Yield the features.
+
+        Pooled at once: the next segment's in-place ReLU may overwrite the map.
+        """
+        for name, segment in self._segments.items():
+            batch = segment(batch)
+            if name in self._wanted:
+                yield name, pool(batch)
+
+
+class Compiled:
+    """A segment compiled by torch, with its weights built in.
+
+    Parameters
+    ----------
+    segment : Module
+        Frozen.
+    """
+
+    def __init__(self, segment: nn.Module) -> None:
+        self._run = torch.compile(segment, options={"freezing": True})
+
+    def __call__(self, feature_map: Tensor) -> Tensor:
+        """Return the next feature map.
+
+        Raises
+        ------
+        EngineError
+            If there is no C++ compiler.
+        """
+        from torch._dynamo import config
+        from torch._inductor.exc import InductorError
+
+        try:
+            # Inference mode would forbid to build weights in.
+            with config.patch(recompile_limit=MAX_COMPILED), torch.no_grad():
+                found: Tensor = self._run(feature_map)
+        except InductorError as error:
+            raise EngineError(
+                "engine='compile' needs a C++ compiler that torch can use: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return found
+
+
+class OpenVINOEngine:
+    """A network converted to OpenVINO, for the shape of the batches that it sees.
+
+    Pooling is a part of what is converted: whole maps would be large to hand over. For
+    the same reason it can be done behind all segments, wanted or not, so that the
+    network is the same whichever of them are wanted.
+
+    Parameters
+    ----------
+    segments : mapping of str to Module
+        Frozen, on the CPU.
+    wanted : sequence of str
+        The blocks behind which features are taken.
+    dtype : torch.dtype
+        What to compute in.
+    """
+
+    def __init__(
+        self,
+        segments: Mapping[str, nn.Module],
+        wanted: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self._segments = {name: one.float() for name, one in segments.items()}
+        self._wanted = wanted
+        self._precision = "bf16" if dtype == torch.bfloat16 else "f32"
+        self._models: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, batch: Tensor, pool: Pool) -> Iterator[tuple[str, Tensor]]:
+        """Yield the features, float32."""
+        key = (tuple(batch.shape), str(pool))
+        array = batch.float().contiguous().numpy()
+        with self._lock:  # a request serves one thread at a time
+            if key not in self._models:
+                self._models[key] = self._converted(batch.shape, pool)
+            names, request = self._models[key]
+            found = request.infer([array], share_inputs=True)
+            rows = {name: found[n].copy() for n, name in enumerate(names)}
+        for name in self._wanted:
+            yield name, torch.from_numpy(rows[name])
+
+    def _converted(self, shape: Sequence[int], pool: Pool) -> tuple[list[str], Any]:
+        from openvino.frontend import FrontEndManager, OpConversionFailure
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        global _process_of_openvino
+        _process_of_openvino = os.getpid()
+        is_large = getattr(pool, "keywords", {}).get("pooling") == "flatten"
+        names = list(self._wanted if is_large else self._segments)
+        network = _Pooled(self._segments, names, pool)
+        # Not `openvino.convert_model`, which would ask whether it may send statistics.
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        example = torch.zeros(tuple(shape), dtype=torch.float32)
+        try:
+            with (
+                warnings.catch_warnings(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
+                warnings.simplefilter("ignore")  # of torch.jit.trace, which they use
+                decoder = TorchScriptPythonDecoder(network, example_input=(example,))
+                model = frontend.convert(frontend.load(decoder))
+        except (RuntimeError, OpConversionFailure) as error:
+            raise EngineError(
+                "engine='openvino' cannot convert this network; engine='torch' runs "
+                f"all of them. {str(error).strip().splitlines()[0]}"
+            ) from error
+        model.reshape(list(shape))
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = _core().compile_model(model, "CPU", settings)
+        return names, compiled.create_infer_request()
+
+
+class _Pooled(nn.Module):
+    """A network that gives the pooled features behind some of its segments."""
+
+    def __init__(
+        self, segments: Mapping[str, nn.Module], names: Sequence[str], pool: Pool
+    ) -> None:
+        super().__init__()
+        self._segments = nn.ModuleList(segments.values())
+        self._is_wanted = [name in names for name in segments]
+        self._pool = pool
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return the features; of copies, which an in-place ReLU does not change."""
+        features = []
+        for segment, is_wanted in zip(self._segments, self._is_wanted, strict=True):
+            batch = segment(batch)
+            if is_wanted:
+                features.append(self._pool(batch.clone()))
+        return tuple(features)
+
+
+@cache
+def _core() -> Any:
+    from openvino import Core
+
+    return Core()
+
+
+def ends_of_segments(
+    names: Sequence[str], wanted: Sequence[str], mains: Sequence[str], engine: str
+) -> list[str]:
+    """Return the blocks behind which segments end.
+
+    Eager torch computes the same wherever it is cut; others fuse what lies between two
+    cuts, so they are cut at all main cut points in any case.
+    """
+    ends = set(wanted) if engine == "torch" else {*wanted, *mains}
+    return [name for name in names if name in ends]
