@@ -29,7 +29,12 @@ from skltl.backbones._registry import (
     register_backbone,
 )
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
-from skltl.backbones._weights import load_network, random_network, resolve_weights
+from skltl.backbones._weights import (
+    load_network,
+    random_network,
+    resolve_network,
+    resolve_weights,
+)
 
 __all__ = [
     "ENGINES",
@@ -63,6 +68,7 @@ __all__ = [
     "register_backbone",
     "resolve_engine",
     "resolve_layer",
+    "resolve_network",
     "resolve_weights",
     "skeleton",
     "unique",

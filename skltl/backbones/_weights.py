@@ -14,9 +14,10 @@ from skltl._randomness import own_random_state
 from skltl.backbones._blocks import freeze, load_state, state_of
 from skltl.backbones._cut_points import build_skeleton, skeleton
 from skltl.backbones._files import FILE_FORMATS, fetch, read_state
-from skltl.backbones._registry import nearest
+from skltl.backbones._registry import get_backbone, nearest
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.exceptions import WeightsError
+from skltl.images import Preprocessing
 
 DEFAULT = "imagenet"
 
@@ -61,6 +62,35 @@ def resolve_weights(
         f"{nearest(str(weights), names)} A file's name must end in "
         f"{', '.join(FILE_FORMATS)}; None gives random weights."
     )
+
+
+def resolve_network(
+    backbone: str | Backbone,
+    weights: str | os.PathLike[str] | None,
+    image_size: int | None,
+) -> tuple[Backbone, PretrainedWeights | None, Preprocessing]:
+    """Find what the parameters `backbone`, `weights` and `image_size` mean together.
+
+    Returns
+    -------
+    backbone : Backbone
+        The record.
+    weights : PretrainedWeights or None
+        ``None`` for random ones.
+    preprocessing : Preprocessing
+        That of the weights, for pictures of this size.
+
+    Raises
+    ------
+    UnknownBackboneError, WeightsError
+        If they name something that is not there.
+    """
+    record = get_backbone(backbone)
+    pretrained = resolve_weights(record, weights)
+    preprocessing = (pretrained or record).preprocessing
+    if image_size is not None:
+        preprocessing = preprocessing.resized_to(image_size)
+    return record, pretrained, preprocessing
 
 
 def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:

@@ -13,10 +13,9 @@ from skltl.backbones import (
     Backbone,
     CutPoint,
     block_shapes,
-    get_backbone,
     load_prefix,
     resolve_layer,
-    resolve_weights,
+    resolve_network,
     skeleton,
 )
 from skltl.exceptions import UnknownLayerError
@@ -82,11 +81,7 @@ def lay_foundation(
     ValueError
         If pictures of this size cannot cross the network, or be pooled in this way.
     """
-    record = get_backbone(backbone)
-    pretrained = resolve_weights(record, weights)
-    preprocessing = (pretrained or record).preprocessing
-    if image_size is not None:
-        preprocessing = preprocessing.resized_to(image_size)
+    record, pretrained, preprocessing = resolve_network(backbone, weights, image_size)
     cut_point = resolve_layer(record, layer)
     prefix = load_prefix(record, pretrained, seed, [cut_point.block])
     foundation = Foundation(record, preprocessing, cut_point, prefix.blocks)

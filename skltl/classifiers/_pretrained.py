@@ -19,11 +19,10 @@ from skltl.backbones import (
     Backbone,
     CutPoint,
     block_shapes,
-    get_backbone,
     head_from_state,
     load_with_head,
     resolve_engine,
-    resolve_weights,
+    resolve_network,
     unique,
 )
 from skltl.classifiers._class_map import learned_map, map_of_names
@@ -246,11 +245,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
 
     def _load(self, seed):
         """Set what `fit` sets, as far as it does not depend on pictures."""
-        backbone = get_backbone(self.backbone)
-        weights = resolve_weights(backbone, self.weights)
-        preprocessing = (weights or backbone).preprocessing
-        if self.image_size is not None:
-            preprocessing = preprocessing.resized_to(self.image_size)
+        backbone, weights, preprocessing = resolve_network(
+            self.backbone, self.weights, self.image_size
+        )
         self.network_, self.head_ = load_with_head(
             backbone, weights, seed if weights is None else None
         )

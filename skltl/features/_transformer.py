@@ -24,11 +24,10 @@ from skltl.backbones import (
     ENGINES,
     Backbone,
     block_shapes,
-    get_backbone,
     load_prefix,
     resolve_engine,
     resolve_layer,
-    resolve_weights,
+    resolve_network,
 )
 from skltl.exceptions import WeightsError
 from skltl.features._extraction import extract_features
@@ -237,11 +236,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         clone(self)._read_images(X, reset=True)  # is `X` all right, before any work
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
-        backbone = get_backbone(self.backbone)
-        weights = resolve_weights(backbone, self.weights)
-        preprocessing = (weights or backbone).preprocessing
-        if self.image_size is not None:
-            preprocessing = preprocessing.resized_to(self.image_size)
+        backbone, weights, preprocessing = resolve_network(
+            self.backbone, self.weights, self.image_size
+        )
         cut_points = _resolve_layers(backbone, self.layer)
         blocks = tuple(cut_point.block for cut_point in cut_points)
         shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
