@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
@@ -29,6 +30,11 @@ def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[
             with torch.cuda.device(device):  # not the one that happens to be current
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def fresh_seed() -> int:
+    """Return a seed that nobody can foresee."""
+    return int(np.random.default_rng().integers(2**31))
 
 
 def draw_seed(random_state: Any) -> int | None:

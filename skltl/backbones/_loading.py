@@ -9,11 +9,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from skltl._randomness import fresh_seed
 from skltl.backbones._blocks import cut, load_state, state_of
 from skltl.backbones._cut_points import build_skeleton, resolve_layer, skeleton
 from skltl.backbones._prefix import FrozenPrefix
@@ -65,8 +65,8 @@ def load_prefix(
     """
     if weights is None and seed is None:
         # A network that nobody can ask for again is not remembered.
-        seed = int(np.random.default_rng().integers(2**31))
-        return FrozenPrefix(cut(random_network(backbone, seed).blocks, wanted))
+        network = random_network(backbone, fresh_seed())
+        return FrozenPrefix(cut(network.blocks, wanted))
     key = (backbone, seed if weights is None else _file_state(weights))
     deepest = list(cut(skeleton(backbone).blocks, wanted))[-1]
     with _lock:
@@ -118,8 +118,7 @@ def _load_whole(
     backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
 ) -> tuple[FrozenPrefix, nn.Sequential]:
     if weights is None:
-        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        network = random_network(backbone, seed)
+        network = random_network(backbone, fresh_seed() if seed is None else seed)
     else:
         network = load_network(backbone, weights)
         check_finite({**network.blocks, **network.head}, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,16 @@ class Checkpoint:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        self._unfinished(self._path).replace(self._path)
+        with suppress(FileNotFoundError):  # another process is done with this very fit
+            self._unfinished(self._path).replace(self._path)
 
     def clear(self) -> None:
-        """Delete the file: the fit is done."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        """Delete the file, and what killed fits have left: the fit is done."""
+        if self._path is None:
+            return
+        self._path.unlink(missing_ok=True)
+        for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
+            left.unlink(missing_ok=True)
 
     def _unfinished(self, path: Path) -> Path:
         """Name a file of this process and thread: others may run the same fit."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from skltl._device import resolve_device, resolve_precision, resolve_threads
-from skltl._randomness import draw_seed
+from skltl._randomness import draw_seed, fresh_seed
 from skltl.backbones import FrozenPrefix, get_backbone, resolve_engine
 from skltl.classifiers._checkpoint import Checkpoint
 from skltl.classifiers._fingerprint import fingerprint
@@ -142,7 +142,7 @@ def _check_widths(classifier):
 def _find_checkpoint(classifier, source, given):
     """Return the seed of this fit, and where its state is kept."""
     seed = draw_seed(classifier.random_state)
-    drawn = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    drawn = fresh_seed() if seed is None else seed
     name = ""
     if classifier.checkpoint is not None:
         arrays = [None if one is None else np.asarray(one) for one in given]

@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
-from skltl._randomness import draw_seed
+from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import Interval, StrOptions, fit_context, take
 from skltl.backbones import Backbone, get_backbone, list_layers, resolve_weights
 from skltl.classifiers import (
@@ -20,6 +20,7 @@ from skltl.classifiers import (
     encode_labels,
     map_by_names,
 )
+from skltl.exceptions import WeightsError
 from skltl.features import CNNFeatureTransformer
 from skltl.strategy._depth_probe import probe_depths, probe_sizes
 from skltl.strategy._recommendation import recommend_strategy
@@ -197,9 +198,10 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         reader = clone(self)
         n_images = len(reader._read_images(X, reset=True))
         classes, targets = encode_labels(y, n_images)
-        n_folds = self._count_folds(classes, targets)
+        n_smallest = self._count_smallest(classes, targets)
+        n_folds = min(self.cv, n_smallest)
         seed = draw_seed(self.random_state)
-        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        seed = fresh_seed() if seed is None else seed
         looked_at = _stratified(targets, self.max_images, n_folds, seed)
         some = take(X, looked_at) if len(looked_at) < n_images else X
         targets = targets[looked_at]
@@ -216,7 +218,7 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
             similarity,
             backbone=self.backbone,
             layer=depths.best,
-            n_smallest=int(np.bincount(encode_labels(y, n_images)[1]).min()),
+            n_smallest=n_smallest,
             class_map=class_map,
             **shared,
         )
@@ -243,11 +245,8 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         check_is_fitted(self)
         return write_report(self)
 
-    def _count_folds(self, classes, targets):
-        if len(classes) < 2:
-            raise ValueError(
-                "The data have one class only; advice needs at least two classes."
-            )
+    def _count_smallest(self, classes, targets):
+        """Count the pictures of the smallest class."""
         counts = np.bincount(targets)
         if counts.min() < 2:
             rarest = classes.tolist()[counts.argmin()]
@@ -255,7 +254,7 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
                 f"The class {rarest!r} has a single picture; advice "
                 "is cross-validated, and needs at least two of each class."
             )
-        return int(min(self.cv, counts.min()))
+        return int(counts.min())
 
     def _map_by_names(self, classes):
         """Return which categories the classes are, if all of them are some."""
@@ -276,13 +275,16 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         n_most = max(len(classes), round(SHARE_AS_IS * len(targets)))
         chosen = _stratified(targets, min(n_most, len(targets) // 2), 1, seed)
         known = {name: one for name, one in shared.items() if name != "cache"}
-        as_is = PretrainedCNNClassifier(self.backbone, class_map=class_map, **known)
+        as_is = PretrainedCNNClassifier(self.backbone, **known)
         try:
-            as_is.fit(X)
-        except ValueError:  # a weights file with another head, or none
+            categories = as_is.fit(X).categories_.tolist()
+        except WeightsError:  # there is no head
+            return None
+        if map_by_names(classes, categories) is None:  # a file with another head
             return None
         some = take(X, chosen)
-        score = float((as_is.predict(some) == classes[targets[chosen]]).mean())
+        predicted = as_is.set_params(class_map=class_map).fit(X).predict(some)
+        score = float((predicted == classes[targets[chosen]]).mean())
         return score, float(np.sqrt(score * (1 - score) / len(chosen)))
 
     def _repr_html_(self):

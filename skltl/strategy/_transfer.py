@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
-from skltl._randomness import draw_seed
+from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import Interval, StrOptions, fit_context
 from skltl.backbones import Backbone, get_backbone, resolve_layer
 from skltl.strategy._advisor import SHARED_PARAMETERS, StrategyAdvisor
@@ -168,7 +168,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
             If there is nothing to tell apart, or nothing to measure by.
         """
         seed = draw_seed(self.random_state)
-        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        seed = fresh_seed() if seed is None else seed
         shared = {name: getattr(self, name) for name in SHARED_PARAMETERS}
         shared["random_state"] = seed  # the same for what measures and what is advised
         with tempfile.TemporaryDirectory(prefix="skltl-") as folder:

@@ -78,6 +78,7 @@ sys.stdout.buffer.write(pickle.dumps(classifier.decision_function(X[:200] / 16))
     assert n_killed == 10
     assert n_files > 0
     assert done.stdout == expected.stdout
+    assert list(folder.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_fit_is_not_used(digits, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import skops.io
 from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.torch import save_file
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -14,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
+from torchvision.models import get_model
 
 import skltl
 from skltl import (
@@ -123,6 +125,19 @@ def test_classes_that_the_network_knows_are_noticed(are_numbers, known_pictures)
     assert fitted.advisor_.similarity_ == "contained"
     assert fitted.strategy_.name == "as_is"
     assert fitted.score(X[1::2], y[1::2]) > 0.95  # what was measured is what it is
+
+
+def test_a_file_with_another_head_knows_no_categories(tmp_path):
+    model = get_model("squeezenet1_1", weights=None, num_classes=7)
+    path = tmp_path / "seven.safetensors"
+    save_file(model.state_dict(), path)
+    X = np.random.default_rng(0).integers(256, size=(8, 64, 64, 3), dtype=np.uint8)
+
+    advisor = StrategyAdvisor("squeezenet1_1", weights=path, image_size=64, cv=2)
+    advisor.fit(X, ["tabby", "beagle"] * 4)
+
+    assert advisor.as_is_score_ is None
+    assert advisor.similarity_ != "contained"
 
 
 def test_rare_classes_keep_enough_pictures(digits, crossed):
