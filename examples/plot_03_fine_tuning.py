@@ -4,7 +4,7 @@ Fine-tuning in two stages
 
 Frozen features are what a network learned from other pictures. With enough pictures of
 one's own it can learn from them, too: first new layers alone, on the frozen network;
-then the network's last blocks together with them, at a smaller rate.
+then the network's last blocks together with them, at a rate of their own.
 
 What frozen blocks give for a picture does not change from epoch to epoch. It is
 computed once, so an epoch of the first stage costs next to nothing.
