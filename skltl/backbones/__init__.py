@@ -6,6 +6,7 @@ from skltl.backbones._cut_points import (
     CutPoint,
     Layer,
     block_shapes,
+    largest_map,
     list_layers,
     reached_main_blocks,
     resolve_layer,
@@ -29,6 +30,7 @@ from skltl.backbones._registry import (
     register_backbone,
 )
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
+from skltl.backbones._under_way import UnderWay, n_under_way
 from skltl.backbones._weights import (
     load_network,
     random_network,
@@ -45,6 +47,7 @@ __all__ = [
     "Network",
     "PretrainedWeights",
     "Runner",
+    "UnderWay",
     "block_shapes",
     "can_run",
     "engine_version",
@@ -53,11 +56,13 @@ __all__ = [
     "head_from_state",
     "imagenet_names",
     "is_registered",
+    "largest_map",
     "list_backbones",
     "list_layers",
     "load_network",
     "load_prefix",
     "load_with_head",
+    "n_under_way",
     "nearest",
     "parts_a_fold",
     "prefix_digests",

@@ -223,6 +223,26 @@ def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
     return tuple(reached)
 
 
+def largest_map(backbone: Backbone, size: int) -> int:
+    """Count the numbers in the largest map that a network makes of a picture.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Which network.
+    size : int
+        Height and width of the picture, in pixels.
+
+    Returns
+    -------
+    int
+        The same wherever the network is cut. The picture is a map, too.
+    """
+    reached = reached_main_blocks(backbone, size)
+    shapes = block_shapes(backbone, size, reached) if reached else {}
+    return max([3 * size * size, *map(math.prod, shapes.values())])
+
+
 class WithoutNumbers(TorchFunctionMode):
     """Make new parameters shapes only: nothing is allocated, nothing drawn at random.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from skltl.backbones._digest import is_known_code
+from skltl.backbones._packed import pack_convolutions
 from skltl.exceptions import EngineError
 
 Pool = Callable[[Tensor], Tensor]
@@ -87,6 +88,7 @@ def prepare_engine(
         What runs them.
     segments : mapping of str to Module
         By the blocks behind which they end; frozen, on the device, channels last.
+        They may be changed.
     wanted : sequence of str
         The blocks behind which features are taken.
     dtype : torch.dtype
@@ -102,6 +104,8 @@ def prepare_engine(
         return OpenVINOEngine(segments, wanted, dtype)
     if engine == "compile":
         return OneByOne({name: Compiled(one) for name, one in segments.items()}, wanted)
+    for segment in filter(is_known_code, segments.values()):
+        pack_convolutions(segment)
     return OneByOne(segments, wanted)
 
 

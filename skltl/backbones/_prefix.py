@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from skltl.backbones._blocks import children_of, cut, freeze, has_hooks
 from skltl.backbones._engines import ends_of_segments, prepare_engine
+from skltl.backbones._under_way import send
 from skltl.images import normalise
 
 # What modules do that run each batch-norm right behind the convolution defined before
@@ -119,9 +120,9 @@ class Runner:
         Parameters
         ----------
         pixels : tensor of shape (n, h, w, 3)
-            uint8, or float32.
+            uint8, or float32; on the CPU.
         mean, std : tensor of shape (3, 1, 1)
-            Of the preprocessing, float32.
+            Of the preprocessing, float32; on the device.
         pool : callable
             From a feature map (n, c, h, w) or vectors (n, d)
             to features (n, d), float32.
@@ -129,20 +130,21 @@ class Runner:
         Returns
         -------
         tensor of shape (n, d)
-            The features of all wanted places, side by side, float32, on the CPU.
+            The features of all wanted places, side by side, float32, on the device. A
+            GPU may still be computing them.
         """
         # The user's autocast would overrule the precision that was asked for.
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, enabled=False),
         ):
-            return self._run(pixels, mean, std, pool).cpu()
+            return self._run(pixels, mean, std, pool)
 
     def _run(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
         # Pictures lie in memory with their channels last:
         # this permutation copies nothing.
-        batch = pixels.to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
-        batch = normalise(batch, mean.to(self.device), std.to(self.device))
+        batch = send(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
+        batch = normalise(batch, mean, std)
         batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
         pooled = dict(self._engine(batch, pool))
         return torch.cat([pooled[name] for name in self._wanted], dim=1)

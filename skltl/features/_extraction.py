@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from skltl._device import halve_until_it_fits
+from skltl.backbones import UnderWay, n_under_way
 from skltl.features._recipe import Recipe
 from skltl.features._session import CacheSession, NoCache
-from skltl.images import ImageSource, iter_batches, iter_crops
+from skltl.images import Batch, ImageSource, iter_batches, iter_crops
 
 
 def extract_features(
@@ -101,13 +103,33 @@ def _fill(
         while missing:
             with closing(
                 iter_crops(
-                    source, missing, recipe.preprocessing, size, n_threads, has_cache
+                    source,
+                    missing,
+                    recipe.preprocessing,
+                    size,
+                    n_threads,
+                    with_keys=has_cache,
+                    in_turns=recipe.device.type == "cpu",
                 )
             ) as crops:
-                for batch in iter_batches(session.sift(crops), size):
-                    rows = recipe.compute(torch.from_numpy(batch.pixels))
+                batches = iter_batches(session.sift(crops), size)
+                for batch, rows in _computed(batches, recipe):
                     rows = rows if then is None else then(rows)
                     session.keep(batch, rows.numpy()[: len(batch.positions)])
                     progress.update(session.n_done - progress.n)
             missing = session.left()
         progress.update(session.n_done - progress.n)
+
+
+def _computed(
+    batches: Iterable[Batch], recipe: Recipe
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches with their features, while the device works on the next ones."""
+    under_way: deque[tuple[Batch, UnderWay]] = deque()
+    for batch in batches:
+        under_way.append((batch, recipe.start(torch.from_numpy(batch.pixels))))
+        if len(under_way) == n_under_way(recipe.device):
+            first, rows = under_way.popleft()
+            yield first, rows.wait()
+    for first, rows in under_way:
+        yield first, rows.wait()

@@ -13,7 +13,7 @@ from skltl._caller import level_of_the_user
 from skltl._device import resolve_batch_size, resolve_device, resolve_precision
 from skltl._estimator import ImageEstimator
 from skltl._validation import check_feature_names_in
-from skltl.backbones import block_shapes, can_run, resolve_engine
+from skltl.backbones import block_shapes, can_run, largest_map, resolve_engine
 from skltl.exceptions import EngineWarning
 from skltl.features._cache import resolve_folder
 from skltl.features._pooling import n_pooled
@@ -28,15 +28,17 @@ class NetworkEstimator(ImageEstimator):
     ):
         """Say how pictures become features, on which device, in which precision."""
         device = resolve_device(self.device)
+        dtype = resolve_precision(self.precision, device)
+        map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
         return Recipe(
             backbone,
             network,
             blocks,
             preprocessing,
             pooling,
-            resolve_batch_size(batch_size, device),
+            resolve_batch_size(batch_size, device, map_bytes),
             device,
-            resolve_precision(self.precision, device),
+            dtype,
             self._find_engine(device, network),
             self.decode,
         )

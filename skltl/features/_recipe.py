@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from skltl.backbones import (
     Backbone,
     FrozenPrefix,
+    UnderWay,
     block_shapes,
     engine_version,
     parts_a_fold,
@@ -29,7 +30,7 @@ from skltl.images import ImageSource, Preprocessing
 
 # Raised when the way features are computed or stored changes: those of other formats
 # are never read.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ class Recipe:
 
     def compute(self, pixels: Tensor) -> Tensor:
         """Return the features (n, d) of a batch of pictures (n, h, w, 3)."""
+        return self.start(pixels).wait()
+
+    def start(self, pixels: Tensor) -> UnderWay:
+        """Begin to compute them; a GPU goes on by itself."""
         mains = tuple(skeleton(self.backbone).cut_points.values())
         runner = self.network.runner(
             self.device, self.dtype, self.blocks, self.engine, mains
         )
-        # Not the user's default dtype.
-        mean = torch.tensor(self.preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.preprocessing.std, dtype=torch.float32).view(3, 1, 1)
+        mean = _by_channel(self.preprocessing.mean, self.device)
+        std = _by_channel(self.preprocessing.std, self.device)
         rows = runner.features(pixels, mean, std, partial(pool, pooling=self.pooling))
         expected = (len(pixels), sum(self.widths()))
         if rows.shape != expected:
@@ -102,7 +106,7 @@ class Recipe:
                 f"The network makes features of shape {tuple(rows.shape)} of "
                 f"{len(pixels)} pictures; expected {expected}."
             )
-        return rows
+        return UnderWay(rows)
 
     def fingerprints(self) -> list[str]:
         """Name, for each of the blocks, all that its features depend on."""
@@ -189,6 +193,13 @@ def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
     if len(shape) != 3:
         return len(shape) == 1
     return isinstance(pooling, str) or pooling <= min(shape[1:])
+
+
+@lru_cache(maxsize=128)
+def _by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Bring one number for each channel to a device, once: to a GPU copies wait."""
+    # Not the user's default dtype.
+    return torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def _kind(device: torch.device) -> list[str]:

@@ -70,9 +70,10 @@ class CNNFeatureTransformer(FeatureEstimator):
         If given, ``X`` is an array (n, d), and each row is a picture of this shape, in
         the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
     batch_size : int or "auto", default="auto"
-        Pictures that cross the network together. ``"auto"`` is 8 on a CPU and 128 on a
-        GPU. Results depend on it in the last digits, so every batch has exactly this
-        size; out of memory on a GPU, it is halved.
+        Pictures that cross the network together. ``"auto"`` is 128 on a GPU and at most
+        8 on a CPU: fewer for networks with large maps (2 for VGG-16), which then stay
+        in the processor's cache. Results depend on it in the last digits, so every
+        batch has exactly this size; out of memory on a GPU, it is halved.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there
         is one.

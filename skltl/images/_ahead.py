@@ -1,10 +1,11 @@
-"""Apply a function ahead of its results' use, in threads."""
+"""Apply a function in threads, ahead of its results' use."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -37,8 +38,7 @@ def map_ahead(
         The results. An exception is raised where its result would have been yielded.
     """
     remaining = iter(items)
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
-    try:
+    with _threads(n_threads) as pool:
         ahead: deque[Future[Result]] = deque(
             pool.submit(function, item) for item in islice(remaining, n_ahead)
         )
@@ -47,6 +47,48 @@ def map_ahead(
             for item in islice(remaining, 1):
                 ahead.append(pool.submit(function, item))
             yield result
+
+
+def map_in_bursts(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    n_threads: int,
+    n_burst: int,
+) -> Generator[Result, None, None]:
+    """Yield ``function(item)`` of each item, in order, computed many at a time.
+
+    For results that are used on the same cores: between two bursts no thread works, so
+    that none holds up those that use the results.
+
+    Parameters
+    ----------
+    function : callable
+        What to apply.
+    items : iterable
+        To what.
+    n_threads : int
+        How many threads work.
+    n_burst : int
+        How many results are computed together, and exist at most.
+
+    Yields
+    ------
+    object
+        The results. An exception is raised where its result would have been yielded.
+    """
+    remaining = iter(items)
+    with _threads(n_threads) as pool:
+        while tasks := [pool.submit(function, x) for x in islice(remaining, n_burst)]:
+            wait(tasks)
+            for task in tasks:
+                yield task.result()
+
+
+@contextmanager
+def _threads(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
+    try:
+        yield pool
     finally:
         # Also reached when the caller stops early or an exception is raised.
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Walk a source in batches of one fixed size, decoding ahead in threads."""
+"""Walk a source in batches of one fixed size, decoding in threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skltl.images._ahead import map_ahead
+from skltl.images._ahead import map_ahead, map_in_bursts
 from skltl.images._content import content_key, file_state
 from skltl.images._decode import Pixels
 from skltl.images._preprocessing import Preprocessing, as_float
@@ -17,6 +17,12 @@ from skltl.images._source import ImageSource
 # How many batches are decoded ahead of the one in use: one being filled while another
 # waits. More would cost memory and gain nothing.
 BATCHES_AHEAD = 2
+
+# Where decoding and the network share the cores they take turns: threads that decode
+# would hold up those of the network, which wait for each other after every layer. A
+# turn is long enough that waiting for its last picture counts for little.
+PICTURES_A_TURN = 64
+PICTURES_A_THREAD = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def iter_crops(
     batch_size: int,
     n_threads: int,
     with_keys: bool = False,
+    in_turns: bool = False,
 ) -> Generator[Crop, None, None]:
     """Yield pictures of a source, resized and cropped.
 
@@ -79,11 +86,14 @@ def iter_crops(
     preprocessing : Preprocessing
         Its resize and crop are applied.
     batch_size : int
-        Of the batches that will be made; ``BATCHES_AHEAD`` of them are decoded ahead.
+        Of the batches that will be made.
     n_threads : int
         Threads that decode.
     with_keys : bool, default=False
         Whether the crops' `key` and `file` are wanted.
+    in_turns : bool, default=False
+        Whether decoding stands still while the crops are used, for use on the same
+        cores.
 
     Yields
     ------
@@ -106,6 +116,10 @@ def iter_crops(
         crop, key = preprocessing.crop(pixels), content_key(pixels)
         return Crop(position, crop, key, after if before == after else None)
 
+    if in_turns:
+        n_pictures = max(PICTURES_A_TURN, PICTURES_A_THREAD * n_threads)
+        n_batches = -(-n_pictures // batch_size)
+        return map_in_bursts(read, positions, n_threads, n_batches * batch_size)
     return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
 
 

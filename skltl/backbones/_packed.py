@@ -1,0 +1,64 @@
+"""Convolutions whose weights are packed once for oneDNN, torch's library on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from skltl.backbones._blocks import has_hooks
+
+# torch does not annotate what is in it.
+ONEDNN: Any = torch.backends.mkldnn
+
+
+class PackedConv2d(nn.Conv2d):
+    """A frozen convolution that keeps a second, packed copy of its weights.
+
+    torch brings the weights into oneDNN's order anew for every batch, which for small
+    batches takes up to half of the time; the products are the same. What packs them
+    once is what torch's own compiler uses when it builds weights in.
+    """
+
+    _packed: Tensor | None = None  # when the first batch tells for which size
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if not ONEDNN.enabled:  # the user may have switched it off
+            plain: Tensor = super()._conv_forward(input, weight, bias)
+            return plain
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        operators: Any = torch.ops.mkldnn
+        if self._packed is None:
+            pack = operators._reorder_convolution_weight
+            self._packed = pack(weight, *how, input.shape)
+        output: Tensor = operators._convolution_pointwise(
+            input, self._packed, bias, *how, "none", [], ""
+        )
+        return output
+
+
+def pack_convolutions(module: nn.Module) -> None:
+    """Make each frozen convolution on the CPU a packed one, in place.
+
+    Only plain ones: of subclasses, and of those with hooks, it is not known when their
+    weights change.
+    """
+    for conv in module.modules():
+        if can_pack(conv):
+            conv.__class__ = PackedConv2d
+
+
+def can_pack(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a module is a convolution that oneDNN can run."""
+    return (
+        type(module) is nn.Conv2d
+        and ONEDNN.is_available()
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and not has_hooks(module)
+    )
