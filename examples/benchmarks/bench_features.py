@@ -2,11 +2,12 @@
 From JPEG files to features: images per second
 ==============================================
 
-A hand-written ``DataLoader`` loop (float32, with 0 and 2 workers) against
-``CNNFeatureTransformer`` with each engine, and the bound of the machine: the forward
+``CNNFeatureTransformer`` with each engine against a hand-written ``DataLoader`` loop in
+float32 and against other packages; and against the bound of the machine: the forward
 pass alone on pictures in memory at its best batch size, and decoding with all cores,
 which share the cores.
 
+    pip install "skltl[bench,openvino]"
     python bench_features.py --data DIR --backbones squeezenet1_0 resnet18
 
 ``DIR`` has one folder of pictures for each class; weights are random. What is not
@@ -17,33 +18,15 @@ import argparse
 import time
 
 import torch
-import torchvision
-from bench_fine_tuning import PictureFiles
 from bench_grid_search import read_folders
+from peers import peers
 from reporting import print_table, write_json
-from torch import nn
-from torch.utils.data import DataLoader
 
 from skltl import CNNFeatureTransformer
 from skltl.backbones import can_run
 from skltl.images import iter_batches, iter_crops, read_images
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-
-
-def by_hand(backbone, paths, n_workers):
-    """Return a function that does what people write."""
-    model = torchvision.models.get_model(backbone).eval()
-    layers = model.features if hasattr(model, "features") else None
-    if layers is None:
-        layers = nn.Sequential(*list(model.children())[:-2])
-
-    @torch.no_grad()
-    def run():
-        loader = DataLoader(PictureFiles(paths, paths), 32, num_workers=n_workers)
-        return torch.cat([layers(batch).mean(dim=(2, 3)) for batch, _ in loader])
-
-    return run
 
 
 def forward_only(fitted, batch_size):
@@ -64,9 +47,9 @@ def decode_only(fitted, paths, n_threads):
     """Return a function that decodes, resizes and crops, and does nothing else."""
 
     def run():
-        source = read_images(paths)
+        preprocessing, everything = fitted.preprocessing_, range(len(paths))
         crops = iter_crops(
-            source, range(len(paths)), fitted.preprocessing_, 8, n_threads
+            read_images(paths), everything, preprocessing, 8, n_threads, in_turns=True
         )
         for _ in iter_batches(crops, 8):
             pass
@@ -89,36 +72,48 @@ def best_rates(jobs, counts, rounds):
 
 def measure(backbone, paths, engines, rounds):
     """Return the rows of the table for one network."""
-    n_threads = torch.get_num_threads()
-    jobs = {f"by hand, {n} workers": by_hand(backbone, paths, n) for n in (0, 2)}
+    jobs = peers(backbone, paths)
+    limits, first, fitted = {}, {}, None
     counts = dict.fromkeys(jobs, len(paths))
-    limits = {}
     for engine in engines:
         fitted = CNNFeatureTransformer(backbone, weights=None, engine=engine).fit(paths)
         jobs[engine] = lambda fitted=fitted: fitted.transform(paths)
         counts[engine] = len(paths)
+        start = time.perf_counter()
+        fitted.transform(paths[:1])
+        first[engine] = time.perf_counter() - start
         for batch_size in BATCH_SIZES:
             name = f"{engine} forward {batch_size}"
             other = CNNFeatureTransformer(backbone, weights=None, engine=engine)
             limits[name] = forward_only(other.fit(paths), batch_size)
             counts[name] = max(1, 64 // batch_size) * batch_size
-    limits["decode"] = decode_only(fitted, paths, n_threads)
+    limits["decode"] = decode_only(fitted, paths, torch.get_num_threads())
     counts["decode"] = len(paths)
     rates = best_rates({**jobs, **limits}, counts, rounds)
+    by_hand = max(rates[name] for name in jobs if name.startswith("by hand"))
     rows = []
-    slowest = max(rates[f"by hand, {n} workers"] for n in (0, 2))
     for name in jobs:
         row = {"network": backbone, "way": name, "images/s": rates[name]}
-        row["times by hand"] = rates[name] / slowest
+        row["times by hand"] = rates[name] / by_hand
+        row |= dict.fromkeys(("forward", "batch", "decode", "of bound", "first, s"), "")
         if name in engines:
-            forward = max(rates[f"{name} forward {size}"] for size in BATCH_SIZES)
-            bound = 1 / (1 / forward + 1 / rates["decode"])
-            row |= {"forward": forward, "decode": rates["decode"], "bound": bound}
-            row["of bound"] = rates[name] / bound
-        else:
-            row |= dict.fromkeys(("forward", "decode", "bound", "of bound"), "")
+            row |= share_of_bound(name, rates)
+            row["first, s"] = first[name]
         rows.append(row)
     return rows
+
+
+def share_of_bound(engine, rates):
+    """Compare a rate with what forward pass and decoding allow on the same cores."""
+    best = max(BATCH_SIZES, key=lambda size: rates[f"{engine} forward {size}"])
+    forward, decode = rates[f"{engine} forward {best}"], rates["decode"]
+    bound = 1 / (1 / forward + 1 / decode)
+    return {
+        "forward": forward,
+        "batch": best,
+        "decode": decode,
+        "of bound": rates[engine] / bound,
+    }
 
 
 def main():
@@ -137,8 +132,9 @@ def main():
     engines = [one for one in arguments.engines if can_run(one, device)]
     rows = []
     for backbone in arguments.backbones:
-        rows += measure(backbone, paths, engines, arguments.rounds)
-        print_table(rows[-len(engines) - 2 :])
+        new = measure(backbone, paths, engines, arguments.rounds)
+        print_table(new)
+        rows += new
     if arguments.json:
         write_json(arguments.json, {"rows": rows})
 

@@ -120,7 +120,7 @@ class Runner:
         Parameters
         ----------
         pixels : tensor of shape (n, h, w, 3)
-            uint8, or float32; on the CPU.
+            uint8, or float32; on the CPU or the device.
         mean, std : tensor of shape (3, 1, 1)
             Of the preprocessing, float32; on the device.
         pool : callable

@@ -18,7 +18,7 @@ def n_under_way(device: torch.device) -> int:
 
 def send(batch: Tensor, device: torch.device) -> Tensor:
     """Bring a batch to a device; to a GPU without waiting until it is there."""
-    if device.type != "cuda":
+    if device.type != "cuda" or batch.is_cuda:
         return batch.to(device)
     # Only from memory that the operating system does not move can a GPU copy by itself.
     return batch.pin_memory().to(device, non_blocking=True)

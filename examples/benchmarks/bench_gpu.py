@@ -1,0 +1,106 @@
+"""
+A GPU: from arrays in memory to features
+========================================
+
+Images per second of ``CNNFeatureTransformer`` from 8-bit pictures in memory, against
+the forward pass alone on a batch that lies on the GPU already, at the best of several
+batch sizes.
+
+    python bench_gpu.py --backbone resnet50
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from reporting import print_table, write_json
+
+from skltl import CNNFeatureTransformer
+
+BATCH_SIZES = (32, 64, 128, 256, 512)
+
+
+def forward_rate(fitted, batch_size, device, seconds):
+    """Return images/s of the network alone."""
+    recipe = fitted.set_params(batch_size=batch_size)._recipe()
+    size = recipe.preprocessing.crop_size
+    shape = (batch_size, size, size, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    for _ in range(3):
+        recipe.compute(pixels)
+    wait_for(device)
+    n_batches, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(10):
+            recipe.start(pixels)
+        wait_for(device)
+        n_batches += 10
+    return n_batches * batch_size / (time.perf_counter() - start)
+
+
+def end_to_end_rate(fitted, pictures, rounds):
+    """Return images/s from arrays to features, the best of several rounds."""
+    fitted.transform(pictures[: 2 * fitted.batch_size])
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        fitted.transform(pictures)
+        best = max(best, len(pictures) / (time.perf_counter() - start))
+    return best
+
+
+def measure(engine, pictures, arguments):
+    """Return the rows of the table for one engine."""
+    rows = []
+    for batch_size in arguments.batch_sizes:
+        fitted = CNNFeatureTransformer(
+            arguments.backbone,
+            weights=None,
+            device=arguments.device,
+            precision=arguments.precision,
+            engine=engine,
+            batch_size=batch_size,
+        ).fit(pictures)
+        row = {"engine": engine, "batch": batch_size}
+        row["forward"] = forward_rate(
+            fitted, batch_size, arguments.device, arguments.seconds
+        )
+        row["images/s"] = end_to_end_rate(fitted, pictures, arguments.rounds)
+        rows.append(row)
+    limit = max(row["forward"] for row in rows)
+    return [{**row, "of limit": row["images/s"] / limit} for row in rows]
+
+
+def wait_for(device):
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--engines", nargs="+", default=["torch", "compile"])
+    parser.add_argument("--pictures", type=int, default=8192)
+    parser.add_argument("--side", type=int, default=256, help="of the pictures, pixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--json", help="where to write the figures")
+    arguments = parser.parse_args()
+
+    shape = (arguments.pictures, arguments.side, arguments.side, 3)
+    pictures = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    rows = []
+    for engine in arguments.engines:
+        rows += measure(engine, pictures, arguments)
+    print_table(rows)
+    if arguments.json:
+        write_json(arguments.json, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
