@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from skltl._large_arrays import new_array
 from skltl.classifiers._head import Pool, Standardise, set_linear
 from skltl.classifiers._inputs import Inputs, Stored
-from skltl.classifiers._large_arrays import new_array
 from skltl.classifiers._training import Examples, Settings, batches
 
 # The best of decades on flowers and digits, as in `make_feature_pipeline`.

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skltl._large_arrays import new_array
 from skltl.backbones import block_shapes
-from skltl.classifiers._large_arrays import new_array
 from skltl.classifiers._views import Views
 from skltl.features import Recipe, extract_features
 from skltl.images import (

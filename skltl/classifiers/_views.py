@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skltl._large_arrays import new_array
 from skltl._randomness import own_random_state
-from skltl.classifiers._large_arrays import new_array
 from skltl.images import ImageSource, Preprocessing, as_float, iter_crops
 
 Augment = Callable[[Tensor], Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from skltl._device import halve_until_it_fits
+from skltl._large_arrays import new_array
 from skltl.backbones import UnderWay, n_under_way
 from skltl.features._recipe import Recipe
 from skltl.features._session import CacheSession, NoCache
@@ -69,7 +70,7 @@ def extract_features(
     source = recipe.scaled(source)
     n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
     shape = (len(source), n_features)
-    features = np.empty(shape, dtype=np.float32) if out is None else out
+    features = new_array(shape, np.float32) if out is None else out
 
     def run(batch_size: int) -> None:
         # Features depend on the batch size, so a smaller one begins anew.

@@ -274,12 +274,15 @@ class CNNFeatureTransformer(FeatureEstimator):
         Returns
         -------
         array of shape (n, n_features_out), float32
-            A DataFrame if `set_output` says so.
+            A DataFrame if `set_output` says so. Beyond 2 GiB it lies in a file of the
+            system's temporary folder, which ends with it.
 
         Raises
         ------
         ImageReadError
             For the first picture that cannot be read; it names its index and path.
+        OSError
+            If there is no room for that file.
         """
         check_is_fitted(self)
         self._validate_params()  # they may have been set after `fit`

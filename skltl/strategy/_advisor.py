@@ -14,7 +14,13 @@ from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import Interval, StrOptions, fit_context, take
-from skltl.backbones import Backbone, get_backbone, list_layers, resolve_weights
+from skltl.backbones import (
+    ENGINES,
+    Backbone,
+    get_backbone,
+    list_layers,
+    resolve_weights,
+)
 from skltl.classifiers import (
     PretrainedCNNClassifier,
     encode_labels,
@@ -33,6 +39,8 @@ SHARED_PARAMETERS = (
     "image_shape",
     "device",
     "precision",
+    "engine",
+    "decode",
     "cache",
     "n_jobs",
     "random_state",
@@ -72,6 +80,10 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What the network computes in.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        What runs the frozen network; see :ref:`the user guide <engines>`.
+    decode : {"exact", "fast"}, default="exact"
+        ``"fast"`` decodes large JPEG files at a smaller scale.
     cache : bool, str or path, default=None
         As for `CNNFeatureTransformer`. What is advised can then use the same features.
     n_jobs : int, default=None
@@ -139,6 +151,8 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "engine": [StrOptions({"auto", *ENGINES})],
+        "decode": [StrOptions({"exact", "fast"})],
         "cache": ["boolean", str, PathLike, None],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
@@ -156,6 +170,8 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         image_shape=None,
         device="auto",
         precision="auto",
+        engine="auto",
+        decode="exact",
         cache=None,
         n_jobs=None,
         random_state=None,
@@ -169,6 +185,8 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         self.image_shape = image_shape
         self.device = device
         self.precision = precision
+        self.engine = engine
+        self.decode = decode
         self.cache = cache
         self.n_jobs = n_jobs
         self.random_state = random_state

@@ -15,12 +15,15 @@ from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import Interval, StrOptions, fit_context
-from skltl.backbones import Backbone, get_backbone, resolve_layer
+from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
 from skltl.strategy._advisor import SHARED_PARAMETERS, StrategyAdvisor
 from skltl.strategy._recommendation import STRATEGIES, build_strategy
 
 # What `layer` has a meaning for.
 CUT_EARLY = ("auto", "extract_early", "finetune_top")
+
+# What may be set after `fit`.
+LATER_PARAMETERS = ("device", "precision", "engine", "decode", "n_jobs", "verbose")
 
 
 def _can(name):
@@ -62,6 +65,10 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         What the network computes in.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        What runs the frozen network; see :ref:`the user guide <engines>`.
+    decode : {"exact", "fast"}, default="exact"
+        ``"fast"`` decodes large JPEG files at a smaller scale.
     cache : bool, str or path, default=None
         As for `CNNFeatureTransformer`. Without one, the features that were measured are
         kept for the time of `fit`.
@@ -109,6 +116,8 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
+        "engine": [StrOptions({"auto", *ENGINES})],
+        "decode": [StrOptions({"exact", "fast"})],
         "cache": ["boolean", str, PathLike, None],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
@@ -127,6 +136,8 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         image_shape=None,
         device="auto",
         precision="auto",
+        engine="auto",
+        decode="exact",
         cache=None,
         n_jobs=None,
         random_state=None,
@@ -141,6 +152,8 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         self.image_shape = image_shape
         self.device = device
         self.precision = precision
+        self.engine = engine
+        self.decode = decode
         self.cache = cache
         self.n_jobs = n_jobs
         self.random_state = random_state
@@ -266,7 +279,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
     def _ask(self, method, X):
         check_is_fitted(self)
         self._read_images(X, reset=False)
-        for name in ("device", "precision", "n_jobs", "verbose"):
+        for name in LATER_PARAMETERS:
             _set(self.estimator_, name, getattr(self, name))  # may have changed
         return getattr(self.estimator_, method)(X)
 

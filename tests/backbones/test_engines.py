@@ -167,3 +167,25 @@ def test_code_of_ones_own_is_run_by_torch_unless_openvino_is_asked_for(pictures)
     asked = CNNFeatureTransformer(backbone, engine="openvino", **settings)
     with pytest.raises(EngineError, match="engine='torch' runs all of them"):
         asked.fit(pictures).transform(pictures)
+
+
+@openvino
+def test_workers_of_a_search_share_the_cores():
+    code = """
+import joblib, numpy as np
+def threads(picture):
+    import torch
+    from skltl import CNNFeatureTransformer
+    fitted = CNNFeatureTransformer("tiny", engine="openvino", device="cpu")
+    fitted.fit_transform(picture)
+    (runner,) = fitted.network_._runners.values()
+    ((_, request),) = runner._engine._models.values()
+    model = request.get_compiled_model()
+    return torch.get_num_threads(), model.get_property("INFERENCE_NUM_THREADS")
+picture = np.zeros((1, 48, 48, 3), dtype=np.uint8)
+jobs = (joblib.delayed(threads)(picture) for _ in range(2))
+expected = max(joblib.cpu_count() // 2, 1)
+found = joblib.Parallel(n_jobs=2)(jobs)
+assert found == [(expected, expected)] * 2, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -230,7 +230,7 @@ def test_what_does_not_fit_memory_lies_in_a_file(unfreeze, digits, monkeypatch):
     X, y = digits[0][:60], digits[1][:60]
     expected = classifier(unfreeze=unfreeze).fit(X, y)
 
-    monkeypatch.setattr("skltl.classifiers._large_arrays.MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("skltl._large_arrays.MAX_BYTES_IN_MEMORY", 0)
     found = classifier(unfreeze=unfreeze).fit(X, y)
 
     assert losses(found) == losses(expected)

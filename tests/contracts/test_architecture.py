@@ -16,6 +16,7 @@ STATIONS = [
     "_validation",
     "_device",
     "_randomness",
+    "_large_arrays",
     "images",
     "backbones",
     "_estimator",

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer
+from skltl.backbones import Runner
 from skltl.exceptions import ImageRangeWarning
 
 # Name, cut point, torchvision's module there.
@@ -406,6 +407,57 @@ def test_in_a_pipeline_of_paths(picture_files):
     assert pipeline.fit(picture_files, labels).score(picture_files, labels) == 1
 
 
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "precision", "expected"),
+    [
+        ("resnet18", None, "bfloat16", 8),
+        ("squeezenet1_0", None, "bfloat16", 4),
+        ("vgg16", None, "bfloat16", 2),
+        ("vgg16", None, "float32", 1),
+        ("vgg16", 64, "bfloat16", 8),
+        ("resnet18", 896, "bfloat16", 1),
+    ],
+)
+def test_the_automatic_batch_keeps_the_largest_map_in_the_cache(
+    backbone, image_size, precision, expected, pictures, monkeypatch
+):
+    widths = []
+    run = Runner.features
+
+    def watched(self, pixels, *others):
+        widths.append(len(pixels))
+        return run(self, pixels, *others)
+
+    monkeypatch.setattr(Runner, "features", watched)
+    settings = {"weights": None, "random_state": 0, "device": "cpu", "engine": "torch"}
+    for layer in (0, 1):  # the same wherever the network is cut
+        CNNFeatureTransformer(
+            backbone,
+            layer=layer,
+            image_size=image_size,
+            precision=precision,
+            **settings,
+        ).fit_transform(pictures[:1])
+
+    assert widths == [expected, expected]
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_batches_under_way_arrive_in_order(with_cache, pictures, tmp_path, monkeypatch):
+    items = [*pictures, *pictures[:3], *pictures[::-1]]
+    settings = {"batch_size": 2, "engine": "torch"}
+    if with_cache:
+        settings["cache"] = tmp_path
+    expected = CNNFeatureTransformer(
+        "tiny", batch_size=2, engine="torch"
+    ).fit_transform(items)
+
+    monkeypatch.setattr("skltl.features._extraction.n_under_way", lambda device: 3)
+    found = CNNFeatureTransformer("tiny", **settings).fit_transform(items)
+
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_nearly_the_same(pictures):
@@ -414,3 +466,19 @@ def test_a_gpu_gives_nearly_the_same(pictures):
         return transformer.fit_transform(pictures)
 
     np.testing.assert_allclose(features("cuda"), features("cpu"), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_batches_under_way_to_a_gpu_are_not_mixed_up(batch_size, pictures):
+    transformer = CNNFeatureTransformer("tiny", device="cuda", batch_size=batch_size)
+    transformer.fit(pictures)
+    many = np.concatenate([pictures] * 40)
+
+    features = transformer.transform(many)
+
+    one_by_one = np.concatenate(
+        [transformer.transform(pictures[i : i + 1]) for i in range(9)]
+    )
+    np.testing.assert_array_equal(features, np.concatenate([one_by_one] * 40))

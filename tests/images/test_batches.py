@@ -11,13 +11,18 @@ import pytest
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import BATCHES_AHEAD
+from skltl.images._batches import BATCHES_AHEAD, PICTURES_A_TURN
 
 
-def batches_of(source, size, batch_size, n_threads):
+def batches_of(source, size, batch_size, n_threads, in_turns=False):
     """Yield all of a source in batches; `crops` is closed with the generator."""
     crops = iter_crops(
-        source, range(len(source)), Preprocessing(size), batch_size, n_threads
+        source,
+        range(len(source)),
+        Preprocessing(size),
+        batch_size,
+        n_threads,
+        in_turns=in_turns,
     )
     with closing(crops):
         yield from iter_batches(crops, batch_size)
@@ -78,6 +83,25 @@ def test_few_pictures_are_decoded_ahead_and_none_is_kept():
     assert items.n_most_alive <= 10 * (1 + BATCHES_AHEAD)
 
 
+def test_in_turns_nothing_is_decoded_while_pictures_are_used():
+    items = CountingPictures(150)
+    crops = iter_crops(
+        ImageSource(items), range(150), Preprocessing(8), 10, 4, in_turns=True
+    )
+    turn = 70  # whole batches
+    assert 0 <= turn - PICTURES_A_TURN < 10
+
+    n_read = []
+    with closing(crops):
+        for number, crop in enumerate(crops):
+            time.sleep(0.0002)
+            assert crop.position == number
+            n_read.append(items.n_read)
+
+    assert n_read == [70] * 70 + [140] * 70 + [150] * 10
+    assert len(items.threads) == 4
+
+
 @pytest.mark.parametrize("n_threads", [1, 4])
 def test_so_many_threads_decode(n_threads):
     items = CountingPictures(60)
@@ -87,17 +111,19 @@ def test_so_many_threads_decode(n_threads):
     assert len(items.threads) == n_threads
 
 
-def test_the_first_unreadable_picture_is_named_and_threads_end(pictures):
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_the_first_unreadable_picture_is_named_and_threads_end(pictures, in_turns):
     items = [*pictures, "missing.png", *pictures, "also missing.png"]
 
     with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
-        list(batches_of(read_images(items), 8, 4, n_threads=4))
+        list(batches_of(read_images(items), 8, 4, 4, in_turns))
 
     assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
 
 
-def test_a_caller_may_stop_early(pictures):
-    batches = batches_of(read_images(pictures), 8, 2, n_threads=2)
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_caller_may_stop_early(pictures, in_turns):
+    batches = batches_of(read_images(pictures), 8, 2, 2, in_turns)
     next(batches)
     batches.close()
 

@@ -27,6 +27,7 @@ from skltl import (
     TransferClassifier,
 )
 from skltl.backbones import imagenet_names
+from skltl.exceptions import EngineError
 
 ROWS = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
 
@@ -205,6 +206,19 @@ def test_what_runs_may_change_after_the_fit(digits):
 
     with pytest.raises(ValueError, match="Unknown device 'nonsense'"):
         fitted.set_params(device="nonsense").predict(digits[0])
+
+
+@pytest.mark.parametrize("kind", [StrategyAdvisor, TransferClassifier])
+def test_engine_and_decoding_are_those_of_all_that_runs(kind, digits, monkeypatch):
+    settings = {"engine": "torch", "decode": "fast"}
+    fitted = kind("tiny", **settings, **ROWS).fit(*digits)
+
+    advised = fitted.strategy_.estimator.get_params()
+    assert {name: advised[f"feat__{name}"] for name in settings} == settings
+
+    monkeypatch.setattr("skltl.backbones._engines.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="engine='openvino' cannot run"):
+        kind("tiny", engine="openvino", **ROWS).fit(*digits)
 
 
 def test_the_report_says_what_was_measured(digits):
