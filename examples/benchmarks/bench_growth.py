@@ -4,7 +4,8 @@ How cost grows with the number of pictures, and what the first one costs
 
 Seconds for each picture and peak memory for 100, 1,000 and 10,000 of them (a folder's
 pictures, repeated): both should be flat. Then, in a new process each: the import, the
-first ``transform`` of one picture, that of a clone, and of one picture afterwards.
+first ``transform`` of one picture, that of a clone, and of one picture afterwards, with
+the automatic batch size and with batches of one.
 
     python bench_growth.py --data DIR --backbone squeezenet1_0
 """
@@ -49,17 +50,17 @@ transformer.fit(path).transform(path)
 lap("first")
 clone(transformer).fit(path).transform(path)
 lap("clone")
-single = CNNFeatureTransformer(sys.argv[1], weights=None, random_state=0,
-                               engine=sys.argv[2], batch_size=1).fit(path)
-single.transform(path)
-laps = []
-for _ in range(10):
-    lap("skip")
-    single.transform(path)
-    lap("later")
-    laps.append(seconds["later"])
-seconds["one later"] = min(laps)
-del seconds["skip"], seconds["later"]
+def one_later():
+    transformer.transform(path)
+    laps = []
+    for _ in range(20):
+        start = time.perf_counter()
+        transformer.transform(path)
+        laps.append(time.perf_counter() - start)
+    return sorted(laps)[10]
+seconds["one later"] = one_later()
+transformer.set_params(batch_size=1)
+seconds["batch of 1"] = one_later()
 print(json.dumps(seconds))
 """
 
@@ -81,7 +82,7 @@ def main():
     parser.add_argument("--data", required=True, help="a folder of class folders")
     parser.add_argument("--backbone", default="squeezenet1_0")
     parser.add_argument("--engine", default="torch")
-    parser.add_argument("--counts", nargs="+", type=int, default=[100, 1_000, 10_000])
+    parser.add_argument("--counts", nargs="*", type=int, default=[100, 1_000, 10_000])
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()
 
@@ -101,7 +102,9 @@ def main():
             }
         )
         print_table(growth[-1:])
-    first = [{"engine": arguments.engine, **run(FIRST, paths, *network)}]
+    seconds = run(FIRST, paths, *network)
+    first = [{"engine": arguments.engine}]
+    first[0] |= {f"{name}, ms": 1000 * one for name, one in seconds.items()}
     print_table(first)
     if arguments.json:
         write_json(arguments.json, {"growth": growth, "first": first})

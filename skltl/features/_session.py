@@ -24,6 +24,9 @@ from skltl.images import Batch, Crop, ImageSource
 SECONDS_UNSTORED = 2.0
 BYTES_UNSTORED = 2**26
 
+# Each look at what others have done or are doing is for so many pictures at least.
+PICTURES_A_LOOK = 16
+
 # An extraction that gives nothing new for so long is not waited for any more.
 SECONDS_WITHOUT_NEWS = 60.0
 
@@ -95,7 +98,7 @@ class CacheSession:
         max_bytes()  # is the limit a number, before any work
         names = [FEATURES + fingerprint for fingerprint in recipe.fingerprints()]
         self._folder = folder
-        self._batch_size = recipe.batch_size
+        self._pictures_a_look = max(recipe.batch_size, PICTURES_A_LOOK)
         self._features = features
         self._columns = _side_by_side(recipe.blocks, recipe.widths())
         widths = [_width(self._columns[block]) for block in asked]
@@ -122,7 +125,7 @@ class CacheSession:
 
     def sift(self, crops: Iterable[Crop]) -> Iterator[Crop]:
         """Let through what nobody has computed or is computing."""
-        for group in _grouped(crops, self._batch_size):
+        for group in _grouped(crops, self._pictures_a_look):
             for crop in group:
                 self._keys.learn(crop)
             # Before the look: what was done between them would be computed again.

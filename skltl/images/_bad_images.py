@@ -54,7 +54,7 @@ def find_bad_images(X: Any) -> list[BadImage]:
 
 def _find_fault(source: ImageSource, index: int) -> BadImage | None:
     try:
-        source[index]
+        source.decode(index)
     except ImageReadError as error:
         return BadImage(error.index, error.path, error.reason)
     except ImageTypeError as error:

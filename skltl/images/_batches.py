@@ -10,7 +10,7 @@ import numpy as np
 
 from skltl.images._ahead import map_ahead, map_in_bursts
 from skltl.images._content import content_key, file_state
-from skltl.images._decode import Pixels
+from skltl.images._decode import Pixels, to_pixels
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
 
@@ -108,12 +108,12 @@ def iter_crops(
 
     def read(position: int) -> Crop:
         if not with_keys:
-            return Crop(position, preprocessing.crop(source[position]))
+            return Crop(position, preprocessing.crop(source.decode(position)))
         path = source.path(position)
         before = file_state(path) if path is not None else None
-        pixels = source[position]
+        picture = source.decode(position)
         after = file_state(path) if path is not None else None
-        crop, key = preprocessing.crop(pixels), content_key(pixels)
+        crop, key = preprocessing.crop(picture), content_key(to_pixels(picture))
         return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from skltl.images._decode import Pixels
+from skltl.images._decode import Decoded, Pixels
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -99,25 +99,27 @@ class Preprocessing:
         resize_size = round(self.shorter_side * crop_size / self.crop_size)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
-    def crop(self, pixels: Pixels) -> Pixels:
+    def crop(self, picture: Decoded) -> Pixels:
         """Resize and crop one picture.
 
         Parameters
         ----------
-        pixels : array of shape (h, w, 3)
-            With dtype uint8 or float32.
+        picture : array of shape (h, w, 3) or PIL picture
+            With dtype uint8 or float32; or in mode RGB.
 
         Returns
         -------
         array of shape (crop_size, crop_size, 3)
-            Of the same dtype.
+            Of the same dtype; uint8 of a PIL picture.
         """
-        if pixels.dtype == np.uint8:
-            return np.asarray(self._crop_picture(Image.fromarray(pixels)))
+        if isinstance(picture, Image.Image):
+            return np.asarray(self._crop_picture(picture))
+        if picture.dtype == np.uint8:
+            return np.asarray(self._crop_picture(Image.fromarray(picture)))
         # Pillow resizes floats one channel at a time.
         channels = [
             np.asarray(self._crop_picture(Image.fromarray(channel)))
-            for channel in np.moveaxis(pixels, 2, 0)
+            for channel in np.moveaxis(picture, 2, 0)
         ]
         return np.stack(channels, axis=2)
 

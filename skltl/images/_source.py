@@ -26,12 +26,14 @@ from PIL import Image
 from skltl._caller import level_of_the_user
 from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
 from skltl.images._decode import (
+    Decoded,
     Pixels,
     is_tensor,
     read_array,
     read_file,
     read_picture,
     tensor_to_array,
+    to_pixels,
 )
 from skltl.images._rows import (
     CHANNEL_COUNTS,
@@ -105,6 +107,10 @@ class ImageSource:
 
     def __getitem__(self, index: Any) -> Any:
         """Decode picture ``index``: an array (h, w, 3), uint8 or float32."""
+        return to_pixels(self.decode(index))
+
+    def decode(self, index: int) -> Decoded:
+        """Decode picture ``index``: such an array, or a PIL picture in mode RGB."""
         item = self._items[index]
         check_item(int(index), item)
         try:
@@ -118,7 +124,7 @@ class ImageSource:
         item = self._items[index]
         return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 
-    def _read(self, item: Any) -> Pixels:
+    def _read(self, item: Any) -> Decoded:
         if isinstance(item, (str, os.PathLike)):
             return read_file(item, self.least_side)
         if isinstance(item, Image.Image):

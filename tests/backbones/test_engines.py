@@ -169,23 +169,31 @@ def test_code_of_ones_own_is_run_by_torch_unless_openvino_is_asked_for(pictures)
         asked.fit(pictures).transform(pictures)
 
 
-@openvino
-def test_workers_of_a_search_share_the_cores():
+@pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=openvino)])
+def test_workers_of_a_search_share_the_cores(engine):
     code = """
-import joblib, numpy as np
-def threads(picture):
+import sys, threading, joblib, numpy as np
+def threads(picture, engine):
     import torch
     from skltl import CNNFeatureTransformer
-    fitted = CNNFeatureTransformer("tiny", engine="openvino", device="cpu")
-    fitted.fit_transform(picture)
-    (runner,) = fitted.network_._runners.values()
-    ((_, request),) = runner._engine._models.values()
-    model = request.get_compiled_model()
-    return torch.get_num_threads(), model.get_property("INFERENCE_NUM_THREADS")
-picture = np.zeros((1, 48, 48, 3), dtype=np.uint8)
-jobs = (joblib.delayed(threads)(picture) for _ in range(2))
-expected = max(joblib.cpu_count() // 2, 1)
+    fitted = CNNFeatureTransformer("tiny", engine=engine, device="cpu")
+    seen = set()
+    class Watched(np.ndarray):
+        def __getitem__(self, index):
+            seen.add(threading.get_ident())
+            return super().__getitem__(index)
+    fitted.fit_transform(picture.view(Watched))
+    counts = [torch.get_num_threads()]
+    if engine == "openvino":
+        (runner,) = fitted.network_._runners.values()
+        ((_, request),) = runner._engine._models.values()
+        model = request.get_compiled_model()
+        counts.append(model.get_property("INFERENCE_NUM_THREADS"))
+    return {*counts, len(seen - {threading.get_ident()})}
+pictures = np.zeros((200, 48, 48, 3), dtype=np.uint8)
+jobs = (joblib.delayed(threads)(pictures, sys.argv[1]) for _ in range(2))
+share = max(joblib.cpu_count() // 2, 1)
 found = joblib.Parallel(n_jobs=2)(jobs)
-assert found == [(expected, expected)] * 2, found
+assert found == [{share}] * 2, found
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, engine], check=True, timeout=120)
