@@ -33,7 +33,7 @@ def forward_rate(fitted, batch_size, device, seconds):
     n_batches, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(10):
-            recipe.start(pixels)
+            recipe.compute(pixels)
         wait_for(device)
         n_batches += 10
     return n_batches * batch_size / (time.perf_counter() - start)

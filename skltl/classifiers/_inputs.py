@@ -153,7 +153,7 @@ def frozen_first(recipe: Recipe) -> Callable[[NDArray[Any]], Tensor]:
             recipe.compute(torch.from_numpy(pixels[start : start + recipe.batch_size]))
             for start in range(0, len(pixels), recipe.batch_size)
         ]
-        rows = torch.cat(parts).to(recipe.device)
+        rows = torch.cat(parts)
         if recipe.pooling != "flatten":
             return rows
         batch = rows.reshape(-1, *_shape(recipe))

@@ -87,12 +87,23 @@ class Recipe:
         shapes = block_shapes(self.backbone, self.preprocessing.crop_size, self.blocks)
         return [n_pooled(shapes[block], self.pooling) for block in self.blocks]
 
-    def compute(self, pixels: Tensor) -> Tensor:
-        """Return the features (n, d) of a batch of pictures (n, h, w, 3)."""
-        return self.start(pixels).wait()
-
     def start(self, pixels: Tensor) -> UnderWay:
-        """Begin to compute them; a GPU goes on by itself."""
+        """Begin to compute the features of a batch; a GPU goes on by itself."""
+        return UnderWay(self.compute(pixels))
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """Return the features of a batch of pictures.
+
+        Parameters
+        ----------
+        pixels : tensor of shape (n, h, w, 3)
+            Resized and cropped; uint8 or float32.
+
+        Returns
+        -------
+        tensor of shape (n, d)
+            float32, on the device.
+        """
         mains = tuple(skeleton(self.backbone).cut_points.values())
         runner = self.network.runner(
             self.device, self.dtype, self.blocks, self.engine, mains
@@ -106,7 +117,7 @@ class Recipe:
                 f"The network makes features of shape {tuple(rows.shape)} of "
                 f"{len(pixels)} pictures; expected {expected}."
             )
-        return UnderWay(rows)
+        return rows
 
     def fingerprints(self) -> list[str]:
         """Name, for each of the blocks, all that its features depend on."""
