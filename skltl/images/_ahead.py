@@ -78,10 +78,12 @@ def map_in_bursts(
     """
     remaining = iter(items)
     with _threads(n_threads) as pool:
-        while tasks := [pool.submit(function, x) for x in islice(remaining, n_burst)]:
-            wait(tasks)
-            for task in tasks:
-                yield task.result()
+        while burst := deque(
+            pool.submit(function, item) for item in islice(remaining, n_burst)
+        ):
+            wait(burst)
+            while burst:
+                yield burst.popleft().result()
 
 
 @contextmanager

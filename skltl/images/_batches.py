@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ BATCHES_AHEAD = 2
 # turn is long enough that waiting for its last picture counts for little.
 PICTURES_A_TURN = 64
 PICTURES_A_THREAD = 8
+BYTES_A_TURN = 2**27
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,17 @@ def iter_crops(
         return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
-        n_pictures = max(PICTURES_A_TURN, PICTURES_A_THREAD * n_threads)
-        n_batches = -(-n_pictures // batch_size)
-        return map_in_bursts(read, positions, n_threads, n_batches * batch_size)
+        n_crops = _pictures_a_turn(preprocessing.crop_size, batch_size, n_threads)
+        return map_in_bursts(read, positions, n_threads, n_crops)
     return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
+
+
+def _pictures_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
+    """Return how many pictures are decoded before the network runs; whole batches."""
+    n_pictures = max(PICTURES_A_TURN, PICTURES_A_THREAD * n_threads)
+    n_that_fit = BYTES_A_TURN // (3 * crop_size**2)
+    n_batches = math.ceil(min(n_pictures, n_that_fit) / batch_size)
+    return max(1, n_batches) * batch_size
 
 
 def iter_batches(crops: Iterable[Crop], batch_size: int) -> Iterator[Batch]:

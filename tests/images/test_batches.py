@@ -102,6 +102,18 @@ def test_in_turns_nothing_is_decoded_while_pictures_are_used():
     assert len(items.threads) == 4
 
 
+def test_turns_of_large_pictures_are_short():
+    items = CountingPictures(30)
+    crops = iter_crops(
+        ImageSource(items), range(30), Preprocessing(2500), 2, 2, in_turns=True
+    )
+
+    with closing(crops):
+        next(crops)
+
+    assert items.n_read == 8  # 19 MB each, of 128
+
+
 @pytest.mark.parametrize("n_threads", [1, 4])
 def test_so_many_threads_decode(n_threads):
     items = CountingPictures(60)
