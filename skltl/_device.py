@@ -11,9 +11,9 @@ from joblib import effective_n_jobs
 
 # On a CPU small batches stay in the processor's cache, and a single picture stays cheap
 # although every batch is filled up to this size. Of 12 networks, 4 to 16 at a time were
-# the fastest as long as their largest map took no more than about 16 MiB, and less than
-# that beyond (VGG-16: 2 run 1.3 times as fast as 16). A GPU needs more to keep all of
-# its cores at work.
+# the fastest as long as the largest map between their blocks took no more than about
+# 16 MiB, and fewer beyond (VGG-16: 2 run 1.3 times as fast as 16). A GPU needs more to
+# keep all of its cores at work.
 CPU_BATCH_SIZE = 8
 CPU_BYTES = 2**24
 GPU_BATCH_SIZE = 128
@@ -36,7 +36,7 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _with_number(torch.device("cuda"))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
@@ -50,7 +50,7 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r} is not available on this machine. device='auto' takes "
             "a GPU only where there is one."
         )
-    return resolved
+    return resolved if resolved.type != "cuda" else _with_number(resolved)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -90,7 +90,7 @@ def resolve_batch_size(
     device : torch.device
         Where the network runs.
     map_bytes : int
-        What the largest feature map of one picture takes.
+        What the largest feature map of one picture between blocks takes.
 
     Returns
     -------
@@ -142,6 +142,12 @@ def _fits(run: Callable[[int], None], batch_size: int) -> bool:
             raise
         return False
     return True
+
+
+def _with_number(device: torch.device) -> torch.device:
+    """Say which GPU it is; without a number it would be the one current at the time."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def _is_available(device: torch.device) -> bool:

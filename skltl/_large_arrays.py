@@ -6,13 +6,19 @@ import math
 import mmap
 import os
 import tempfile
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skltl._caller import level_of_the_user
+
 # What lies in memory; more than that lies in a file in the system's temporary folder.
 MAX_BYTES_IN_MEMORY = 2**31
+
+# So many are written at a time where room cannot be reserved otherwise.
+ZEROS = 2**24
 
 
 def new_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
@@ -30,36 +36,36 @@ def new_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
     array
         Its numbers are whatever was there before. A file has no name any more, and ends
         with the array. Not a `numpy.memmap`, which would be taken for a file that
-        another process can open.
-
-    Raises
-    ------
-    OSError
-        If there is no room for the file.
+        another process can open. If there is no room for a file, the array lies in
+        memory, with a warning.
     """
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     if n_bytes <= MAX_BYTES_IN_MEMORY:
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile(prefix="skltl-") as file:
-        _reserve(file.fileno(), n_bytes)
-        memory = mmap.mmap(file.fileno(), n_bytes)
+    try:
+        memory = _map_file(n_bytes)
+    except OSError as error:
+        warnings.warn(
+            f"An array of {n_bytes / 1e6:,.0f} MB lies in memory, since it cannot lie "
+            f"in a file in {tempfile.gettempdir()!r} ({error.strerror}). Set the "
+            "environment variable TMPDIR before Python starts to use another folder.",
+            RuntimeWarning,
+            stacklevel=level_of_the_user(),
+        )
+        return np.empty(shape, dtype)
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def _reserve(file: int, n_bytes: int) -> None:
-    """Give a file its size, and room on the disk.
+def _map_file(n_bytes: int) -> mmap.mmap:
+    """Map a new file whose room on the disk is reserved.
 
-    Without room, writing to the array would end the process.
+    Without room, writing to the map would end the process.
     """
-    try:
+    with tempfile.TemporaryFile(prefix="skltl-") as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, n_bytes)
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
         else:
-            os.truncate(file, n_bytes)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"no room for an array of {n_bytes / 1e9:.1f} GB in the temporary folder "
-            f"(the environment variable TMPDIR names another): {error.strerror}",
-            tempfile.gettempdir(),
-        ) from error
+            for start in range(0, n_bytes, ZEROS):
+                file.write(bytes(min(ZEROS, n_bytes - start)))
+            file.flush()
+        return mmap.mmap(file.fileno(), n_bytes)

@@ -32,6 +32,21 @@ def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[
         yield
 
 
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Make new tensors float32 and on the CPU inside of the block.
+
+    Numbers drawn in another dtype are others, not the same ones in more digits.
+    """
+    dtype = torch.get_default_dtype()
+    with _LOCK, torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def fresh_seed() -> int:
     """Return a seed that nobody can foresee."""
     return int(np.random.default_rng().integers(2**31))

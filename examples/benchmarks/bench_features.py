@@ -2,10 +2,11 @@
 From JPEG files to features: images per second
 ==============================================
 
-``CNNFeatureTransformer`` with each engine against a hand-written ``DataLoader`` loop in
-float32 and against other packages; and against the bound of the machine: the forward
-pass alone on pictures in memory at its best batch size, and decoding with all cores,
-which share the cores.
+``CNNFeatureTransformer`` with each engine, and in float32, against a hand-written
+``DataLoader`` loop and other packages, which compute in float32; and against the bound
+of the machine: the forward pass alone on pictures in memory at its best batch size, and
+decoding with all cores, which share the cores. All are estimates with noise: a share of
+the bound may come out above 1.
 
     pip install "skltl[bench,openvino]"
     python bench_features.py --data DIR --backbones squeezenet1_0 resnet18
@@ -23,7 +24,7 @@ from peers import peers
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
-from skltl.backbones import can_run
+from skltl.backbones import ENGINES, can_run
 from skltl.images import iter_batches, iter_crops, read_images
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -73,6 +74,10 @@ def best_rates(jobs, counts, rounds):
 def measure(backbone, paths, engines, rounds):
     """Return the rows of the table for one network."""
     jobs = peers(backbone, paths)
+    exact = CNNFeatureTransformer(
+        backbone, weights=None, engine="torch", precision="float32"
+    ).fit(paths)
+    jobs["torch, float32"] = lambda: exact.transform(paths)
     limits, first, fitted = {}, {}, None
     counts = dict.fromkeys(jobs, len(paths))
     for engine in engines:
@@ -120,8 +125,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help="a folder of class folders")
     parser.add_argument("--backbones", nargs="+", default=["squeezenet1_0", "resnet18"])
-    parser.add_argument("--engines", nargs="+", default=["torch", "openvino"])
-    parser.add_argument("--pictures", type=int, default=102)
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=["torch", "openvino"]
+    )
+    parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()

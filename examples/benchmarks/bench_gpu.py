@@ -17,6 +17,7 @@ import torch
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
+from skltl.backbones import ENGINES
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 
@@ -74,8 +75,8 @@ def measure(engine, pictures, arguments):
 
 def wait_for(device):
     """Wait until a GPU has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main():
@@ -83,7 +84,8 @@ def main():
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--engines", nargs="+", default=["torch", "compile"])
+    engines = {"nargs": "+", "choices": ENGINES, "default": ["torch", "compile"]}
+    parser.add_argument("--engines", **engines)
     parser.add_argument("--pictures", type=int, default=8192)
     parser.add_argument("--side", type=int, default=256, help="of the pictures, pixels")
     parser.add_argument("--rounds", type=int, default=3)
@@ -91,6 +93,8 @@ def main():
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("There is no GPU that torch can use.")
 
     shape = (arguments.pictures, arguments.side, arguments.side, 3)
     pictures = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

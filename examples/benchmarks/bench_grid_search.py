@@ -56,6 +56,8 @@ class Crossings:
 def read_folders(folder):
     """Return paths and labels of a folder of class folders."""
     paths = sorted(path for path in Path(folder).glob("*/*") if path.is_file())
+    if not paths:
+        raise SystemExit(f"{folder} has no folders of pictures")
     return [str(path) for path in paths], np.array([path.parent.name for path in paths])
 
 

@@ -106,7 +106,7 @@ def output_shapes(
     """
     parameters = chain.from_iterable(block.parameters() for block in blocks.values())
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))
-    feature_map = torch.zeros(1, 3, size, size, device=device)
+    feature_map = torch.zeros(1, 3, size, size, dtype=torch.float32, device=device)
     shapes = {}
     for name, block in blocks.items():
         feature_map = block(feature_map)  # (1, c, h, w)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from skltl._randomness import torch_defaults
 from skltl.backbones._blocks import cut, freeze, last_step, output_shapes
 from skltl.backbones._registry import get_backbone, near
 from skltl.backbones._spec import Backbone, Network
@@ -156,7 +157,7 @@ def skeleton(backbone: Backbone) -> Network:
 
 def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
     """Build a network without numbers, to put some in."""
-    with WithoutNumbers():
+    with torch_defaults(), WithoutNumbers():
         network = backbone.build(n_classes)
     freeze({**network.blocks, **network.head})
     return network
@@ -224,7 +225,7 @@ def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
 
 
 def largest_map(backbone: Backbone, size: int) -> int:
-    """Count the numbers in the largest map that a network makes of a picture.
+    """Count the numbers in the largest map between a network's blocks.
 
     Parameters
     ----------
@@ -236,7 +237,8 @@ def largest_map(backbone: Backbone, size: int) -> int:
     Returns
     -------
     int
-        The same wherever the network is cut. The picture is a map, too.
+        For one picture; the same wherever the network is cut. The picture is a map,
+        too. What lies within blocks is not counted.
     """
     reached = reached_main_blocks(backbone, size)
     shapes = block_shapes(backbone, size, reached) if reached else {}

@@ -33,6 +33,17 @@ ENGINES = ("torch", "compile", "openvino")
 # segments; past its usual 8 it would silently run them as they are.
 MAX_COMPILED = 1024
 
+# Of torch's own layers, those that torchvision's ConvNets consist of. OpenVINO converts
+# them; of others that is not known before it is tried.
+USUAL_LAYERS = frozenset(
+    (
+        *(nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm),
+        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish),
+        *(nn.Hardsigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+        *(nn.Flatten, nn.Dropout, nn.Identity),
+    )
+)
+
 # OpenVINO's threads do not exist in a forked child, which would wait for them for ever.
 _process_of_openvino: int | None = None
 
@@ -42,7 +53,8 @@ def resolve_engine(
 ) -> str:
     """Return what runs the network; ``"auto"`` is OpenVINO on a CPU that has it.
 
-    But not for code of the user's own, which may do what a conversion does not see.
+    But not for code of the user's own, which may do what a conversion does not see, nor
+    for unusual layers.
 
     Raises
     ------
@@ -50,23 +62,41 @@ def resolve_engine(
         If the engine cannot run here.
     """
     if engine == "auto":
-        is_safe = all(map(is_known_code, blocks.values()))
-        return "openvino" if is_safe and can_run("openvino", device) else "torch"
-    if not can_run(engine, device):
+        is_usual = all(map(_is_usual, blocks.values()))
+        return "openvino" if is_usual and can_run("openvino", device) else "torch"
+    obstacle = _obstacle(engine, device)
+    if obstacle:
         raise EngineError(
-            f"engine={engine!r} cannot run on this {device.type!r} device: OpenVINO "
-            "runs on CPUs (pip install 'skltl[openvino]'), not in a forked child of a "
-            "process that has used it. engine='auto' takes what there is."
+            f"engine={engine!r} cannot run: {obstacle}. engine='auto' takes what can."
         )
     return engine
 
 
 def can_run(engine: str, device: torch.device) -> bool:
     """Tell whether an engine can run on a device of this machine."""
+    return not _obstacle(engine, device)
+
+
+def _obstacle(engine: str, device: torch.device) -> str:
+    """Say what keeps an engine from running, if anything does."""
     if engine != "openvino":
-        return True
-    is_forked = _process_of_openvino not in (None, os.getpid())
-    return device.type == "cpu" and not is_forked and find_spec("openvino") is not None
+        return ""
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed (pip install 'skltl[openvino]')"
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on the device {str(device)!r}"
+    if _process_of_openvino not in (None, os.getpid()):
+        return (
+            "this process is a forked child of one that has used OpenVINO, whose "
+            "threads do not exist here"
+        )
+    return ""
+
+
+def _is_usual(block: nn.Module) -> bool:
+    """Tell whether a block is of known code, and its layers are the usual ones."""
+    layers = (part for part in block.modules() if type(part).__module__[:6] == "torch.")
+    return is_known_code(block) and all(type(one) in USUAL_LAYERS for one in layers)
 
 
 def engine_version(engine: str) -> str:
@@ -104,8 +134,10 @@ def prepare_engine(
         return OpenVINOEngine(segments, wanted, dtype)
     if engine == "compile":
         return OneByOne({name: Compiled(one) for name, one in segments.items()}, wanted)
-    for segment in filter(is_known_code, segments.values()):
-        pack_convolutions(segment)
+    for segment in segments.values():
+        # Block by block, so that it does not depend on where segments end.
+        for block in filter(is_known_code, segment.children()):
+            pack_convolutions(block)
     return OneByOne(segments, wanted)
 
 
@@ -223,13 +255,14 @@ class OpenVINOEngine:
         global _process_of_openvino
         _process_of_openvino = os.getpid()
         is_large = getattr(pool, "keywords", {}).get("pooling") == "flatten"
-        names = list(self._wanted if is_large else self._segments)
+        names = [one for one in self._segments if not is_large or one in self._wanted]
         network = _Pooled(self._segments, names, pool)
         # Not `openvino.convert_model`, which would ask whether it may send statistics.
         frontend = FrontEndManager().load_by_framework("pytorch")
-        example = torch.zeros(tuple(shape), dtype=torch.float32)
+        example = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
         try:
             with (
+                torch.device("cpu"),  # not the user's default device
                 warnings.catch_warnings(),
                 torch.inference_mode(False),
                 torch.no_grad(),
@@ -240,7 +273,7 @@ class OpenVINOEngine:
         except (RuntimeError, OpConversionFailure) as error:
             raise EngineError(
                 "engine='openvino' cannot convert this network; engine='torch' runs "
-                f"all of them. {str(error).strip().splitlines()[0]}"
+                f"all of them. {_gist(error)}"
             ) from error
         model.reshape(list(shape))
         settings = {
@@ -271,6 +304,13 @@ class _Pooled(nn.Module):
             if is_wanted:
                 features.append(self._pool(batch.clone()))
         return tuple(features)
+
+
+def _gist(error: Exception) -> str:
+    """Return the lines of OpenVINO's message that name what it cannot convert."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("-- ") and "aten::" in line]
+    return " ".join(line.partition("with a message")[0] for line in named) or lines[0]
 
 
 @cache

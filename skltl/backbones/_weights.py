@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from skltl._randomness import own_random_state
+from skltl._randomness import own_random_state, torch_defaults
 from skltl.backbones._blocks import freeze, load_state, state_of
 from skltl.backbones._cut_points import build_skeleton, skeleton
 from skltl.backbones._files import FILE_FORMATS, fetch, read_state
@@ -121,12 +121,10 @@ def random_network(backbone: Backbone, seed: int) -> Network:
     They are those that torch draws after ``torch.manual_seed(seed)``; the state of
     torch's global generator does not change.
     """
-    with own_random_state(seed):
+    with own_random_state(seed), torch_defaults():
         network = backbone.build(None)
         if backbone.weights[0].source is None:
             _forget(network)
-    for module in (*network.blocks.values(), *network.head.values()):
-        module.float()  # whatever the user's default dtype is
     freeze({**network.blocks, **network.head})
     return network
 

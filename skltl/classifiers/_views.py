@@ -53,7 +53,8 @@ class Views(ImageSource):
     def __len__(self) -> int:
         return self.n_pictures * (1 + self._n_views)
 
-    def __getitem__(self, index: Any) -> Any:
+    def decode(self, index: int) -> NDArray[Any]:
+        """Return view ``index`` of all views of all pictures, in order."""
         return self.view(*divmod(index, 1 + self._n_views))
 
     def path(self, index: int) -> str | None:

@@ -281,8 +281,6 @@ class CNNFeatureTransformer(FeatureEstimator):
         ------
         ImageReadError
             For the first picture that cannot be read; it names its index and path.
-        OSError
-            If there is no room for that file.
         """
         check_is_fitted(self)
         self._validate_params()  # they may have been set after `fit`

@@ -11,7 +11,7 @@ import numpy as np
 
 from skltl.images._ahead import map_ahead, map_in_bursts
 from skltl.images._content import content_key, file_state
-from skltl.images._decode import Pixels, to_pixels
+from skltl.images._decode import Pixels
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
 
@@ -24,7 +24,7 @@ BATCHES_AHEAD = 2
 # turn is long enough that waiting for its last picture counts for little.
 PICTURES_A_TURN = 64
 PICTURES_A_THREAD = 8
-BYTES_A_TURN = 2**27
+BYTES_A_TURN = 2**28
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,20 @@ def iter_crops(
         before = file_state(path) if path is not None else None
         picture = source.decode(position)
         after = file_state(path) if path is not None else None
-        crop, key = preprocessing.crop(picture), content_key(to_pixels(picture))
+        crop, key = preprocessing.crop(picture), content_key(np.asarray(picture))
         return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
-        n_crops = _pictures_a_turn(preprocessing.crop_size, batch_size, n_threads)
+        n_crops = pictures_a_turn(preprocessing.crop_size, batch_size, n_threads)
         return map_in_bursts(read, positions, n_threads, n_crops)
     return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
 
 
-def _pictures_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
+def pictures_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
     """Return how many pictures are decoded before the network runs; whole batches."""
     n_pictures = max(PICTURES_A_TURN, PICTURES_A_THREAD * n_threads)
-    n_that_fit = BYTES_A_TURN // (3 * crop_size**2)
-    n_batches = math.ceil(min(n_pictures, n_that_fit) / batch_size)
+    n_that_fit = BYTES_A_TURN // (3 * 4 * crop_size**2)  # they may be float32
+    n_batches = min(math.ceil(n_pictures / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size
 
 

@@ -93,7 +93,10 @@ def read_file(path: str | os.PathLike[str], least_side: int | None = None) -> De
 
 
 def read_picture(picture: Image.Image) -> Decoded:
-    """Turn a PIL picture into an upright RGB one; the picture stays as it is."""
+    """Turn a PIL picture into an upright RGB one, or return it if it is; see `Decoded`.
+
+    The picture stays as it is.
+    """
     try:
         return _read_picture(picture)
     except _DECODER_ERRORS as error:
@@ -169,7 +172,7 @@ def _read_picture(picture: Image.Image) -> Decoded:
         raise ValueError(f"its pixels are {kind}, whose range is unknown")
     if picture.has_transparency_data:
         return _on_background(np.asarray(picture.convert("RGBA")))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _read_deep_grey(picture: Image.Image) -> Pixels:

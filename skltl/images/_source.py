@@ -110,7 +110,10 @@ class ImageSource:
         return to_pixels(self.decode(index))
 
     def decode(self, index: int) -> Decoded:
-        """Decode picture ``index``: such an array, or a PIL picture in mode RGB."""
+        """Decode picture ``index``: such an array, or a PIL picture in mode RGB.
+
+        All ways to a picture lead through here, which subclasses may exchange.
+        """
         item = self._items[index]
         check_item(int(index), item)
         try:

@@ -1,9 +1,13 @@
 """Packed convolutions compute what plain ones do, whatever their kind."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from torch import nn
 from torch.testing import assert_close
 
@@ -50,7 +54,7 @@ def maps(n, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packing_changes_no_product(kind, dtype):
+def test_packed_convolutions_compute_convolutions(kind, dtype):
     plain = convolution(**KINDS[kind]).to(dtype, memory_format=torch.channels_last)
     fast = packed(plain)
 
@@ -61,6 +65,20 @@ def test_packing_changes_no_product(kind, dtype):
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         assert_close(found, exact, rtol=tolerance, atol=tolerance)
         plain.to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_for_which_weights_were_packed_does_not_matter(kind, dtype):
+    plain = convolution(**KINDS[kind]).to(dtype, memory_format=torch.channels_last)
+    batches = [maps(n, dtype)[:, :, :size, :size] for n, size in ((8, 20), (1, 9))]
+    first_large, first_small = packed(plain), packed(plain)
+
+    large, small = map(first_large, batches)
+
+    small_again, large_again = map(first_small, reversed(batches))
+    assert torch.equal(small, small_again)
+    assert torch.equal(large, large_again)
 
 
 def test_packing_stands_aside_where_onednn_is_off():
@@ -91,6 +109,47 @@ def test_what_cannot_be_packed_stays_as_it_is(conv):
 
     assert not isinstance(conv, PackedConv2d)
     assert torch.equal(conv(batch), expected)
+
+
+class Twice(nn.Module):
+    """Code of the user's own, which is not looked into."""
+
+    def forward(self, batch):
+        return 2 * batch
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_other_cuts_change_no_bit_before_own_code(with_cache, pictures, tmp_path):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1)]
+    blocks = {"a": nn.Sequential(*first), "own": Twice(), "b": nn.Conv2d(64, 32, 1)}
+    # So small that torch by itself would not use oneDNN.
+    backbone = Backbone.from_blocks("twice", blocks, preprocessing=Preprocessing(16))
+    settings = {"device": "cpu", "precision": "float32", "engine": "torch"}
+    transformer = CNNFeatureTransformer(backbone, batch_size=1, layer="b", **settings)
+    alone = transformer.fit_transform(pictures)
+
+    transformer.set_params(cache=tmp_path if with_cache else None)
+    both = transformer.set_params(layer=["a", "b"]).fit_transform(pictures)
+
+    assert_array_equal(both[:, 64:], alone)
+    assert_array_equal(transformer.set_params(layer="b").fit_transform(pictures), alone)
+
+
+def test_bfloat16_runs_where_onednn_cannot_multiply_it():
+    code = """
+import numpy as np
+from skltl import CNNFeatureTransformer
+tiny = CNNFeatureTransformer("tiny", precision="bfloat16", engine="torch", device="cpu")
+features = tiny.fit_transform(np.full((2, 48, 48, 3), 99, dtype=np.uint8))
+assert np.isfinite(features).all() and features.any()
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        check=True,
+        timeout=120,
+    )
 
 
 class Growing(nn.Module):

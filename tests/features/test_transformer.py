@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer
-from skltl.backbones import Runner
+from skltl.backbones import Runner, _loading
 from skltl.exceptions import ImageRangeWarning
 
 # Name, cut point, torchvision's module there.
@@ -412,6 +412,7 @@ def test_in_a_pipeline_of_paths(picture_files):
     [
         ("resnet18", None, "bfloat16", 8),
         ("squeezenet1_0", None, "bfloat16", 4),
+        ("efficientnet_b0", None, "bfloat16", 8),
         ("vgg16", None, "bfloat16", 2),
         ("vgg16", None, "float32", 1),
         ("vgg16", 64, "bfloat16", 8),
@@ -440,6 +441,34 @@ def test_the_automatic_batch_keeps_the_largest_map_in_the_cache(
         ).fit_transform(pictures[:1])
 
     assert widths == [expected, expected]
+
+
+@pytest.mark.parametrize("kind", [torch.float64, "meta"])
+def test_random_weights_do_not_depend_on_torchs_defaults(kind, pictures):
+    def features(seed):
+        transformer = CNNFeatureTransformer(
+            "squeezenet1_1",
+            weights=None,
+            random_state=seed,
+            image_size=32,
+            layer="fire2",
+        )
+        return transformer.fit_transform(pictures)
+
+    try:
+        if kind == "meta":
+            torch.set_default_device(kind)
+        else:
+            torch.set_default_dtype(kind)
+        found = features(seed=77)
+        assert torch.get_default_dtype() == (torch.float32 if kind == "meta" else kind)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    _loading._networks.clear()  # what is kept would hide a difference
+    _loading._prefixes.clear()
+
+    np.testing.assert_array_equal(found, features(seed=77))
 
 
 @pytest.mark.parametrize("with_cache", [False, True])

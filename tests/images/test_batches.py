@@ -11,7 +11,11 @@ import pytest
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import BATCHES_AHEAD, PICTURES_A_TURN
+from skltl.images._batches import (
+    BATCHES_AHEAD,
+    PICTURES_A_TURN,
+    pictures_a_turn,
+)
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):
@@ -102,16 +106,27 @@ def test_in_turns_nothing_is_decoded_while_pictures_are_used():
     assert len(items.threads) == 4
 
 
-def test_turns_of_large_pictures_are_short():
-    items = CountingPictures(30)
-    crops = iter_crops(
-        ImageSource(items), range(30), Preprocessing(2500), 2, 2, in_turns=True
-    )
+@pytest.mark.parametrize(
+    ("size", "batch_size", "n_threads", "n_expected"),
+    [
+        (224, 8, 2, 64),
+        (224, 7, 2, 70),
+        (224, 8, 32, 256),
+        (224, 8, 128, 440),  # of 445 that fit
+        (1024, 8, 2, 16),  # of 21
+        (2500, 2, 2, 2),
+        (2500, 8, 2, 8),  # a batch is needed in any case
+    ],
+)
+def test_a_turn_is_many_pictures_but_at_most_256_megabytes(
+    size, batch_size, n_threads, n_expected
+):
+    n_pictures = pictures_a_turn(size, batch_size, n_threads)
 
-    with closing(crops):
-        next(crops)
-
-    assert items.n_read == 8  # 19 MB each, of 128
+    assert n_pictures == n_expected
+    assert n_pictures % batch_size == 0
+    n_bytes = n_pictures * np.zeros((size, size, 3), np.float32).nbytes
+    assert n_bytes <= 2**28 or n_pictures == batch_size
 
 
 @pytest.mark.parametrize("n_threads", [1, 4])

@@ -207,6 +207,10 @@ def test_what_runs_may_change_after_the_fit(digits):
     with pytest.raises(ValueError, match="Unknown device 'nonsense'"):
         fitted.set_params(device="nonsense").predict(digits[0])
 
+    step = fitted.set_params(device="cpu", engine="torch", decode="fast")
+    step.predict(digits[0][:3])
+    assert (step.estimator_[0].engine, step.estimator_[0].decode) == ("torch", "fast")
+
 
 @pytest.mark.parametrize("kind", [StrategyAdvisor, TransferClassifier])
 def test_engine_and_decoding_are_those_of_all_that_runs(kind, digits, monkeypatch):
