@@ -83,8 +83,9 @@ class CNNFeatureTransformer(FeatureEstimator):
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
         What runs the frozen network: torch as it is, torch's compiler (needs a C++
         compiler; seconds to minutes for the first batch), or OpenVINO, the fastest on
-        CPUs (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on a CPU where
-        it is installed, else torch. See :ref:`the user guide <engines>`.
+        CPUs with AMX (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on a
+        CPU where it is installed, for networks of usual layers, else torch. See
+        :ref:`the user guide <engines>`.
     decode : {"exact", "fast"}, default="exact"
         ``"fast"`` lets JPEG files be decoded at a half, a quarter or an eighth of their
         size, never under twice the size that the network sees: several times faster

@@ -69,7 +69,7 @@ def map_in_bursts(
     n_threads : int
         How many threads work.
     n_burst : int
-        How many results are computed together, and exist at most.
+        How many results are computed together, and wait at most.
 
     Yields
     ------
