@@ -50,13 +50,13 @@ def crossed(monkeypatch):
 def decoded(monkeypatch):
     """A list of the positions that were read from a source."""
     positions = []
-    read = ImageSource.__getitem__
+    read = ImageSource.decode
 
     def counted(self, index):
         positions.append(index)
         return read(self, index)
 
-    monkeypatch.setattr(ImageSource, "__getitem__", counted)
+    monkeypatch.setattr(ImageSource, "decode", counted)
     return positions
 
 
