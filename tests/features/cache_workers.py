@@ -31,7 +31,12 @@ def pictures(n):
 
 def extract(X, folder):
     transformer = CNNFeatureTransformer(
-        "tiny", layer=["block1", "block3"], image_size=16, cache=folder, n_jobs=1
+        "tiny",
+        layer=["block1", "block3"],
+        image_size=16,
+        engine="torch",  # starts at once
+        cache=folder,
+        n_jobs=1,
     )
     return transformer.fit_transform(X)
 
