@@ -1,7 +1,9 @@
 """What runs the frozen network: torch, torch.compile or OpenVINO.
 
 An engine runs the segments between cut points, and hands out the feature map behind
-each. What a picture gives at one cut must not depend on which others are asked for.
+each. What a picture gives at one cut must not depend on which others are asked for: the
+cache keeps it for all. Where it does (whole maps by OpenVINO), the recipe's fingerprint
+says which were.
 """
 
 from __future__ import annotations

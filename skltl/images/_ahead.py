@@ -1,4 +1,4 @@
-"""Apply a function in threads, ahead of its results' use."""
+"""Apply a function in threads, ahead of its results' use or in turns with it."""
 
 from __future__ import annotations
 
