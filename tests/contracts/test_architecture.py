@@ -12,6 +12,7 @@ PACKAGE = Path(skltl.__file__).parent
 # From the spring to the mouth.
 STATIONS = [
     "exceptions",
+    "_locks",
     "_caller",
     "_validation",
     "_device",
