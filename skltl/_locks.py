@@ -17,14 +17,17 @@ class Lock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._held = threading.local()
         _all_locks.add(self)
 
     def renew(self) -> None:
-        """Forget who holds the lock."""
+        """Forget which other threads hold or wait for the lock."""
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        lock = self._lock
+        lock.acquire()
+        self._held.locks = [*getattr(self._held, "locks", ()), lock]
 
     def __exit__(
         self,
@@ -32,7 +35,8 @@ class Lock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._lock.release()
+        # The lock that this thread acquired: a fork inside of the block has renewed it.
+        self._held.locks.pop().release()
 
 
 _all_locks: WeakSet[Lock] = WeakSet()
