@@ -2,6 +2,7 @@
 
 from skltl.classifiers._class_activation import class_activation
 from skltl.classifiers._class_map import map_by_names
+from skltl.classifiers._conversion import unwrapped
 from skltl.classifiers._finetuned import FineTunedCNNClassifier
 from skltl.classifiers._labels import columns_of, encode_labels
 from skltl.classifiers._pretrained import PretrainedCNNClassifier
@@ -13,4 +14,5 @@ __all__ = [
     "columns_of",
     "encode_labels",
     "map_by_names",
+    "unwrapped",
 ]

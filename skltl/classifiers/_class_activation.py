@@ -16,7 +16,11 @@ from torch.nn.functional import interpolate
 
 from skltl._device import resolve_threads
 from skltl.backbones import block_shapes, resolve_layer
-from skltl.classifiers._conversion import head_of_pipeline, parts_of_pipeline
+from skltl.classifiers._conversion import (
+    head_of_pipeline,
+    parts_of_pipeline,
+    unwrapped,
+)
 from skltl.classifiers._labels import columns_of
 from skltl.classifiers._pretrained import PretrainedCNNClassifier
 from skltl.classifiers._tuned_network import TunedNetwork
@@ -36,25 +40,30 @@ class ClassActivation:
         From 0, not at all, to 1, the most in this picture.
     labels : array of shape (n,)
         Which class was looked for in each.
+    scores : array of shape (n,)
+        The classifier's score of this class, whose gradient weighs the map: the column
+        of its `decision_function`. With two classes, the decision for the second class,
+        and the negated decision for the first.
     """
 
     pictures: NDArray[Any]
     maps: NDArray[np.float32]
     labels: NDArray[Any]
+    scores: NDArray[np.float64]
 
 
 def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivation:
     """Compute where in pictures a classifier saw a class.
 
-    The gradient of a class's logit with respect to the feature map at the cut, averaged
-    over the map, weighs the map's channels [1]_. For a linear classifier on averaged
-    features these are its coefficients.
+    The gradient of a class's score with respect to the feature map, averaged over the
+    map, weighs the map's channels [1]_. The score is that of `decision_function`: for a
+    linear classifier on averaged features its gradient holds the coefficients.
 
     Parameters
     ----------
     estimator : classifier
         Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
-        ``StandardScaler`` or none, and a linear classifier.
+        ``StandardScaler`` or none, and a linear classifier; or a search over one.
     X : sequence of n pictures, or array of shape (n, d)
         Of any kind that it takes.
     labels : array of shape (n,), a label, or None
@@ -75,17 +84,10 @@ def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivat
     .. [1] Selvaraju et al., "Grad-CAM: visual explanations from deep networks via
        gradient-based localization", ICCV, 2017.
     """
-    estimator = getattr(estimator, "best_estimator_", estimator)  # of a search
-    if hasattr(estimator, "strategy_") and hasattr(estimator, "estimator_"):
-        estimator = estimator.estimator_
+    estimator = unwrapped(estimator)
     check_is_fitted(estimator)
     reader, block, head = _taken_apart(estimator)
-    shape = block_shapes(reader.backbone_, reader.preprocessing_.crop_size, (block,))
-    if len(shape[block]) != 3:
-        raise ValueError(
-            f"At the cut, behind {block!r}, there is no map but a vector of "
-            f"{shape[block][0]} numbers: a class has no place there."
-        )
+    shape = _map_shape(reader, block)
     source = reader._read_images(X, reset=False)
     labels = estimator.predict(X) if labels is None else np.asarray(labels)
     labels = np.broadcast_to(labels, len(source)) if labels.ndim == 0 else labels
@@ -96,32 +98,53 @@ def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivat
         reader.backbone_, reader.network_, (block,), reader.preprocessing_, "flatten"
     )
     rows = extract_features(source, recipe, [block], threads)
-    maps = _weighed(torch.from_numpy(rows).reshape(-1, *shape[block]), head, columns)
+    feature_maps = torch.from_numpy(rows).reshape(-1, *shape)
+    maps, scores = _weighed(feature_maps, _Scores(head), columns)
     size = (reader.preprocessing_.crop_size,) * 2
     shown = interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
     pictures = decode_crops(source, reader.preprocessing_, threads)
-    return ClassActivation(pictures, shown[:, 0].numpy(), labels)
+    return ClassActivation(pictures, shown[:, 0].numpy(), labels, scores)
 
 
-def _weighed(feature_maps: Any, head: nn.Module, columns: NDArray[np.int64]) -> Any:
-    """Return the maps (n, h', w'), each with a maximum of 1 if a class is there."""
-    maps = []
+def _map_shape(reader: Any, block: str) -> tuple[int, ...]:
+    """Return the shape (c, h, w) of the feature map after a block."""
+    size = reader.preprocessing_.crop_size
+    shape = block_shapes(reader.backbone_, size, (block,))[block]
+    if len(shape) == 3:
+        return shape
+    names = {point.block: point.name for point in reader.cut_points_}
+    size_or_shape = f"size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
+    kind = "a vector" if len(shape) == 1 else "an output"
+    raise ValueError(
+        "Grad-CAM needs a spatial feature map, but layer "
+        f"{names.get(block, block)!r} returns {kind} of {size_or_shape}."
+    )
+
+
+def _weighed(
+    feature_maps: torch.Tensor, score: nn.Module, columns: NDArray[np.int64]
+) -> tuple[torch.Tensor, NDArray[np.float64]]:
+    """Return maps (n, h', w') with a maximum of 1 or 0, and the scores (n,)."""
+    maps, scores = [], []
     for feature_map, column in zip(feature_maps, columns, strict=True):
-        seen = feature_map[None].double().requires_grad_(True)
-        logit = head(seen)[0, column]
-        (gradient,) = torch.autograd.grad(logit, seen)
-        weights = gradient.mean(dim=(2, 3), keepdim=True)
-        found = (weights * seen.detach()).sum(dim=1)[0].clamp(min=0)
-        maps.append(found / found.max().clamp(min=1e-12))
-    return torch.stack(maps).float()
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = feature_map[None].double().requires_grad_(True)  # (1, c, h', w')
+            of_class = score(seen)[0, column]
+            (gradient,) = torch.autograd.grad(of_class, seen)
+        weights = gradient.mean(dim=(2, 3), keepdim=True)  # (1, c, 1, 1)
+        found = (weights * seen.detach()).sum(dim=1)[0].clamp(min=0)  # (h', w')
+        maps.append(found / found.max().clamp(min=1e-300))
+        scores.append(of_class.item())
+    return torch.stack(maps).float(), np.array(scores)
 
 
 def _taken_apart(estimator: Any) -> tuple[Any, str, nn.Module]:
     """Return what reads and runs, the block behind which the map lies, and the rest."""
     if isinstance(estimator, Pipeline):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
-        head = head_of_pipeline(transformer.pooling, scaler, classifier)
-        return transformer, transformer.cut_points_[0].block, head.double()
+        pooling = getattr(transformer, "pooling_", transformer.pooling)
+        head = head_of_pipeline(pooling, scaler, classifier)
+        return transformer, transformer.cut_points_[0].block, head
     if isinstance(estimator, TunedNetwork):
         return estimator, estimator.cut_points_[0].block, estimator.head_
     if isinstance(estimator, PretrainedCNNClassifier):
@@ -129,24 +152,44 @@ def _taken_apart(estimator: Any) -> tuple[Any, str, nn.Module]:
         blocks = list(estimator.network_.blocks.items())
         first = [name for name, _ in blocks].index(block) + 1
         behind = nn.Sequential(*(one for _, one in blocks[first:]), estimator.head_)
-        return estimator, block, _Mapped(behind, estimator.class_map_)
+        return estimator, block, _OfClasses(behind, estimator)
     raise ValueError(
         f"{type(estimator).__name__} is neither a classifier of skltl nor a pipeline "
         "of a CNNFeatureTransformer and a linear classifier."
     )
 
 
-class _Mapped(nn.Module):
-    """The rest of a pretrained network, and the user's classes made of its own."""
+class _OfClasses(nn.Module):
+    """The rest of a pretrained network, from categories to the classifier's classes."""
 
-    def __init__(self, behind: nn.Module, class_map: Any) -> None:
+    def __init__(self, behind: nn.Module, classifier: Any) -> None:
         super().__init__()
         self._behind = behind
-        self._shares = None if class_map is None else torch.from_numpy(class_map)
+        # The network's categories stand in another order than the sorted classes.
+        self._order = torch.from_numpy(np.argsort(classifier.categories_))
+        self._log_shares = None
+        if classifier.class_map_ is not None:
+            self._log_shares = torch.from_numpy(classifier.class_map_).log()
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, n_classes) in float64."""
         logits: torch.Tensor = self._behind(feature_map.float()).double()
-        if self._shares is None:
+        if self._log_shares is None:
+            return logits[:, self._order]
+        return torch.logsumexp(logits[:, :, None] + self._log_shares, dim=1)
+
+
+class _Scores(nn.Module):
+    """What `decision_function` gives, with a column for each of two classes, too."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._head = head
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Return the scores (n, n_classes)."""
+        logits: torch.Tensor = self._head(feature_map)
+        if logits.shape[1] > 2:
             return logits
-        return torch.log(logits.softmax(dim=1) @ self._shares + 1e-300)
+        decision = logits[:, 1] - logits[:, 0]
+        return torch.stack([-decision, decision], dim=1)

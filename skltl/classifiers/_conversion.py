@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import is_classifier
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from skltl._randomness import torch_defaults
 from skltl.classifiers._head import Pool, Standardise, set_linear
 from skltl.features import CNNFeatureTransformer
 
@@ -38,6 +41,23 @@ def check_free(parameters: Iterable[str]) -> None:
         raise ValueError(f"The pipeline says already what {', '.join(fixed)} shall be.")
 
 
+def unwrapped(estimator: Any) -> Any:
+    """Return the fitted estimator inside of searches and other wrappers.
+
+    These are searches (`best_estimator_`), a `TransferClassifier` (`estimator_`),
+    scikit-learn's ``FrozenEstimator``, and pipelines of a single step.
+    """
+    inner = getattr(estimator, "best_estimator_", None)
+    if inner is None and hasattr(estimator, "strategy_"):
+        inner = getattr(estimator, "estimator_", None)
+    if inner is None and isinstance(estimator, FrozenEstimator):
+        inner = estimator.estimator
+    if inner is None and isinstance(estimator, Pipeline):
+        steps = _steps(estimator)
+        inner = steps[0] if len(steps) == 1 else None
+    return estimator if inner is None else unwrapped(inner)
+
+
 def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     """Return a fitted pipeline's transformer, scaler (or ``None``) and classifier.
 
@@ -52,7 +72,7 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "search pass its best_estimator_."
         )
     check_is_fitted(pipeline)
-    steps = [step for _, step in pipeline.steps if step not in (None, "passthrough")]
+    steps = _steps(pipeline)
     first, *between, last = steps if len(steps) > 1 else (*steps, None)
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
@@ -62,11 +82,19 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             f"{', '.join(type(step).__name__ for step in steps)}."
         )
     if len(first.cut_points_) > 1:
+        names = [cut_point.name for cut_point in first.cut_points_]
         raise ValueError(
-            f"The transformer has several cut points, layer={first.layer!r}: a network "
-            "to be tuned has one."
+            f"The transformer extracts features from {len(names)} layers, "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: a network "
+            "with one head needs a single layer. Fit the pipeline with one of them."
         )
-    return first, between[0] if between else None, last
+    return first, between[0] if between else None, unwrapped(last)
+
+
+def _steps(pipeline: Pipeline) -> list[Any]:
+    """Return the steps of a pipeline that do something."""
+    steps = [step for _, step in pipeline.steps]
+    return [step for step in steps if step is not None and step != "passthrough"]
 
 
 def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Sequential:
@@ -81,12 +109,15 @@ def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Seq
     coef, intercept = _coefficients(classifier)
     n_features = coef.shape[1]
     _check_decisions(classifier, coef, intercept)
-    standardise = Standardise(n_features)
+    with torch_defaults():
+        standardise = Standardise(n_features).double()
+        # Without weights at first: drawing some would advance torch's generator.
+        linear = nn.Linear(n_features, max(2, len(coef)), device="meta").double()
+    linear.to_empty(device="cpu")
     if scaler is not None and scaler.with_mean:
         standardise.mean.copy_(torch.from_numpy(scaler.mean_))
     if scaler is not None and scaler.with_std:
         standardise.scale.copy_(torch.from_numpy(scaler.scale_))
-    linear = nn.Linear(n_features, max(2, len(coef)), device="cpu")
     set_linear(linear, coef, intercept)
     return nn.Sequential(Pool(pooling), standardise, linear)
 
@@ -113,7 +144,7 @@ def _check_decisions(
     """Refuse what is linear in pieces only, such as one-vs-one classifiers."""
     points = np.random.default_rng(0).normal(size=(8, coef.shape[1]))
     expected = np.asarray(points @ coef.T + intercept)
-    decide = getattr(classifier, "decision_function", None)
+    decide = getattr(_without_names(classifier), "decision_function", None)
     found = np.zeros((8, 0)) if decide is None else np.asarray(decide(points))
     found = found.reshape(8, -1)
     if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-4):
@@ -122,3 +153,15 @@ def _check_decisions(
             "for each class, as a network's last layer does. LogisticRegression, "
             "LinearSVC and OneVsRestClassifier do."
         )
+
+
+def _without_names(classifier: Any) -> Any:
+    """Return a shallow copy that does not ask for the names of its features.
+
+    A pipeline under ``set_output(transform="pandas")`` fits it on named columns.
+    """
+    bare = copy.copy(classifier)
+    vars(bare).pop("feature_names_in_", None)
+    if hasattr(bare, "estimators_"):
+        bare.estimators_ = [_without_names(one) for one in bare.estimators_]
+    return bare
