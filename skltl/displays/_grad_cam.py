@@ -60,12 +60,12 @@ class GradCAMDisplay:
         ----------
         estimator : classifier
             Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
-            ``StandardScaler`` or none, and a linear classifier.
+            ``StandardScaler`` or none, and a linear classifier; or a search over one.
         X : sequence of n pictures, or array of shape (n, d)
             Of any kind that it takes.
-        labels : array of shape (n,), default=None
+        labels : array of shape (n,) or a label, default=None
             Which class to look for in each picture; ``None`` is the one that is
-            predicted.
+            predicted. One label stands for all pictures.
         n_columns : int, default=6
             How many side by side.
 

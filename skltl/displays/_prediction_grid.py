@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.utils.validation import check_consistent_length, column_or_1d
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+)
 
 from skltl._validation import take
 from skltl.classifiers import columns_of
@@ -23,8 +27,8 @@ class PredictionGridDisplay:
     y_true, y_pred : array of shape (n,)
         Labels.
     margins : array of shape (n,)
-        How much surer the classifier was of the true class than of the next best one;
-        negative if it was wrong.
+        How far the true class is ahead of the best other one, in probability, or in
+        decision values where there are no probabilities; negative if it is behind.
 
     Attributes
     ----------
@@ -74,10 +78,17 @@ class PredictionGridDisplay:
         -------
         PredictionGridDisplay
             The display, drawn.
+
+        Raises
+        ------
+        ValueError
+            If the estimator is no classifier of this kind, or a label of `y` is none of
+            its classes.
         """
         axes_library()
         if n_pictures < 1:
             raise ValueError(f"n_pictures={n_pictures} must be at least 1.")
+        _check_classifier(estimator)
         y, predicted = column_or_1d(y), np.asarray(estimator.predict(X))
         check_consistent_length(predicted, y)
         scores = _scores(estimator, X)
@@ -120,12 +131,28 @@ class PredictionGridDisplay:
         return self
 
 
+def _check_classifier(estimator):
+    """Refuse what is not fitted, or does not give scores by class."""
+    check_is_fitted(estimator)
+    has_scores = any(
+        hasattr(estimator, name) for name in ("predict_proba", "decision_function")
+    )
+    if not (has_scores and hasattr(estimator, "classes_")):
+        last = getattr(estimator, "steps", [(None, estimator)])[-1][1]
+        raise ValueError(
+            "PredictionGridDisplay needs a classifier with predict_proba or "
+            f"decision_function; got {type(last).__name__}."
+        )
+
+
 def _scores(estimator, X):
-    """Return a number for each picture and class; the larger, the surer."""
+    """Return a score (n, n_classes) of each image and class."""
     if hasattr(estimator, "predict_proba"):
         return np.asarray(estimator.predict_proba(X))
     decision = np.asarray(estimator.decision_function(X))
-    return np.column_stack([-decision, decision]) if decision.ndim == 1 else decision
+    if decision.ndim == 1:  # of the second class against the first
+        return np.column_stack([np.zeros_like(decision), decision])
+    return decision
 
 
 def _margins(scores, columns):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skltl.classifiers import FineTunedCNNClassifier, unwrapped
 from skltl.displays._axes import axes_library
 
 # What is drawn in each part: keys of the records, names, and styles of lines.
@@ -58,7 +60,7 @@ class TrainingHistoryDisplay:
         Parameters
         ----------
         estimator : FineTunedCNNClassifier
-            Fitted.
+            Fitted; or a pipeline, search or `TransferClassifier` that holds one.
         rates : bool, default=False
             Whether the learning rates are drawn, too.
         axes : sequence of matplotlib Axes, default=None
@@ -68,10 +70,14 @@ class TrainingHistoryDisplay:
         -------
         TrainingHistoryDisplay
             The display, drawn.
+
+        Raises
+        ------
+        ValueError
+            If the estimator has no history: it does not train a network.
         """
         axes_library()
-        check_is_fitted(estimator, "history_")
-        return cls(estimator.history_).plot(rates=rates, axes=axes)
+        return cls(history_of(estimator)).plot(rates=rates, axes=axes)
 
     @property
     def stages(self):
@@ -143,3 +149,18 @@ class TrainingHistoryDisplay:
             first = last
         ax.set_xlim(0.5, first)
         ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def history_of(estimator):
+    """Return the history of the fine-tuned network in a fitted estimator."""
+    check_is_fitted(estimator)
+    trained = unwrapped(estimator)
+    if isinstance(trained, Pipeline):
+        trained = unwrapped(trained[-1])
+    if not isinstance(trained, FineTunedCNNClassifier):
+        raise ValueError(
+            "Only FineTunedCNNClassifier records a training history; got "
+            f"{type(trained).__name__}."
+        )
+    check_is_fitted(trained, "history_")
+    return trained.history_

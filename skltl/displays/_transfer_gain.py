@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from sklearn.model_selection import learning_curve
-from sklearn.utils.validation import check_is_fitted
 
 from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.displays._training_history import history_of
 
 # A curve's slope is taken to where it has risen to this share of its last score.
 RISEN = 0.9
@@ -73,7 +73,8 @@ class TransferGainDisplay:
         ----------
         with_transfer, from_scratch : FineTunedCNNClassifier
             Fitted, for scores by epoch: those on pictures held out where both have
-            them, else those of training. With `X`, any classifiers, which are fitted
+            them, else those of training. Pipelines, searches and a `TransferClassifier`
+            that hold one will do. With `X`, any classifiers, which are fitted
             for scores by number of pictures.
         X : sequence of n pictures, or array of shape (n, d), default=None
             What to learn from.
@@ -94,19 +95,9 @@ class TransferGainDisplay:
             The display, drawn.
         """
         axes_library()
-        both = [
-            getattr(one, "estimator_", one) if X is None else one
-            for one in (with_transfer, from_scratch)
-        ]
+        both = (with_transfer, from_scratch)
         if X is None:
-            for estimator in both:
-                check_is_fitted(estimator, "history_")
-            histories = [estimator.history_ for estimator in both]
-            has_both = all("validation_score" in one[-1] for one in histories)
-            key = "validation_score" if has_both else "score"
-            scores = [[record[key] for record in one] for one in histories]
-            steps = [np.arange(1, len(one) + 1) for one in scores]
-            return cls(steps, scores).plot(ax=ax)
+            return cls(*_by_epoch(both)).plot(ax=ax)
         sizes = np.linspace(0.2, 1, 5) if sizes is None else sizes
         curves = [
             learning_curve(
@@ -168,6 +159,17 @@ class TransferGainDisplay:
         ax.grid(axis="y", alpha=0.3)
         self.ax_, self.figure_ = ax, ax.figure
         return self
+
+
+def _by_epoch(estimators):
+    """Return epochs and scores of fitted estimators."""
+    histories = [history_of(estimator) for estimator in estimators]
+    if not all(histories):
+        raise ValueError("A history is empty: there was no epoch.")
+    has_both = all("validation_score" in records[-1] for records in histories)
+    key = "validation_score" if has_both else "score"
+    scores = [[record[key] for record in records] for records in histories]
+    return [np.arange(1, len(one) + 1) for one in scores], scores
 
 
 def _start_slope_asymptote(steps, scores):

@@ -4,7 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -91,3 +94,59 @@ def test_wrong_labels_and_numbers_are_refused():
         PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=0)
     with pytest.raises(ValueError, match="0 columns"):
         GradCAMDisplay.from_estimator(pipeline, X[:2], n_columns=0)
+
+
+@pytest.mark.parametrize("kind", ["svm", "softmax", "ovr"])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_margins_are_differences_between_two_classes(n_classes, kind):
+    """Of two classes, the decision is that difference already."""
+    rows, labels = load_digits(return_X_y=True)
+    some = labels < n_classes
+    X, y = rows[some][:80] / 16, np.array(["rose", "iris", "lily"])[labels[some][:80]]
+    pipeline = make_feature_pipeline("tiny", kind, image_shape=(8, 8), random_state=0)
+    pipeline.fit(X[:20], y[:20])
+    if kind == "svm":
+        scores = pipeline.decision_function(X)
+        if n_classes == 2:
+            scores = np.stack([0 * scores, scores], axis=1)
+    else:
+        scores = pipeline.predict_proba(X)
+    expected = []
+    for row, label in zip(scores, y, strict=True):
+        of_class = dict(zip(pipeline.classes_, row, strict=True))
+        of_true = of_class.pop(label)
+        expected.append(of_true - max(of_class.values()))
+
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=10)
+
+    assert_allclose(display.margins, np.sort(expected)[:10], rtol=1e-6, atol=1e-9)
+    if kind == "svm":
+        is_wrong = display.y_true != display.y_pred
+        assert_array_equal(is_wrong, display.margins < 0)
+
+
+def test_what_is_no_classifier_is_refused():
+    rows, labels = load_digits(return_X_y=True)
+    X, y = rows[:20] / 16, labels[:20]
+    regressor = make_feature_pipeline("tiny", Ridge(), image_shape=(8, 8)).fit(X, y)
+    clusters = make_feature_pipeline("tiny", KMeans(2), image_shape=(8, 8)).fit(X)
+
+    for estimator, name in ((regressor, "Ridge"), (clusters, "KMeans")):
+        with pytest.raises(ValueError, match=f"needs a classifier .*; got {name}"):
+            PredictionGridDisplay.from_estimator(estimator, X, y)
+    with pytest.raises(NotFittedError):
+        PredictionGridDisplay.from_estimator(make_feature_pipeline("tiny"), X, y)
+
+
+def test_unknown_labels_are_printed_plainly_and_in_short():
+    rows, labels = load_digits(return_X_y=True)
+    X, y = rows[:30] / 16, np.array(["iris", "lily"])[labels[:30] % 2]
+    pipeline = make_feature_pipeline("tiny", "softmax", image_shape=(8, 8)).fit(X, y)
+
+    with pytest.raises(ValueError, match="^'rose' is none of the classes") as error:
+        PredictionGridDisplay.from_estimator(
+            pipeline, X, np.where(y == "iris", "rose", y)
+        )
+    with pytest.raises(ValueError, match="is none of the classes") as long_error:
+        GradCAMDisplay.from_estimator(pipeline, X[:2], ["x" * 10_000] * 2)
+    assert max(len(str(one.value)) for one in (error, long_error)) < 300

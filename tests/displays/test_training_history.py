@@ -5,8 +5,16 @@ import pytest
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
-from skltl import FineTunedCNNClassifier, TrainingHistoryDisplay
+from skltl import (
+    FineTunedCNNClassifier,
+    TrainingHistoryDisplay,
+    TransferGainDisplay,
+    make_feature_pipeline,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +75,36 @@ def test_what_has_no_history_is_refused():
         TrainingHistoryDisplay([])
     with pytest.raises(NotFittedError):
         TrainingHistoryDisplay.from_estimator(FineTunedCNNClassifier("tiny"))
+
+
+def test_the_history_is_found_inside_of_wrappers():
+    rows, labels = load_digits(return_X_y=True)
+    X, y = rows[:40] / 16, labels[:40]
+    network = FineTunedCNNClassifier(
+        "tiny", layer="block2", image_shape=(8, 8), image_size=16, unfreeze=1,
+        head_epochs=1, finetune_epochs=1, random_state=0,
+    )  # fmt: skip
+    pipeline = make_pipeline(FunctionTransformer(), network).fit(X, y)
+    search = GridSearchCV(network, {"unfreeze": [1]}, cv=2).fit(X, y)
+
+    for wrapped, inner in (
+        (pipeline, pipeline[-1]),
+        (search, search.best_estimator_),
+    ):
+        display = TrainingHistoryDisplay.from_estimator(wrapped)
+
+        assert display.history == inner.history_
+
+
+def test_what_records_no_history_is_named():
+    rows, labels = load_digits(return_X_y=True)
+    pipeline = make_feature_pipeline("tiny", "softmax", image_shape=(8, 8))
+    pipeline.fit(rows[:20] / 16, labels[:20])
+
+    with pytest.raises(ValueError, match="training history; got LogisticRegression"):
+        TrainingHistoryDisplay.from_estimator(pipeline)
+    tuned = FineTunedCNNClassifier.from_pipeline(pipeline)
+    with pytest.raises(ValueError, match="no epoch"):
+        TrainingHistoryDisplay.from_estimator(tuned)
+    with pytest.raises(ValueError, match="no epoch"):
+        TransferGainDisplay.from_estimators(tuned, tuned)
