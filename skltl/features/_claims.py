@@ -24,7 +24,8 @@ class Claims:
     shelf_name = "skltl-claims"
 
     def __init__(self, folder: Path, work: str) -> None:
-        self._shelf = Shelf(folder, self.shelf_name, is_durable=False)
+        # Where nothing can be announced, all is computed here.
+        self._shelf = Shelf(folder, self.shelf_name, is_durable=False, is_missed=False)
         self._work = work.encode()
         self._owner = uuid.uuid4().bytes
         self._held: set[bytes] = set()
@@ -33,6 +34,8 @@ class Claims:
         """Return those of the pictures that no other extraction is computing."""
         names = {self._name(key): key for key in keys}
         granted = self._shelf.claim(list(names), self._owner)
+        if granted is None:
+            return set(names.values())
         self._held |= granted
         return {names[name] for name in granted}
 

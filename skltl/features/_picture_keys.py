@@ -43,7 +43,7 @@ class PictureKeys:
 
     def __init__(self, folder: Path) -> None:
         self.shelf_name = _shelf_name()
-        self._shelf = Shelf(folder, self.shelf_name)
+        self._shelf = Shelf(folder, self.shelf_name, KEY_BYTES + FILE_STATE_BYTES)
         self._keys: dict[int, bytes] = {}
         self._least_side: int | None = None
         self._paths: dict[int, str] = {}
@@ -89,8 +89,7 @@ class PictureKeys:
             position: _name_of(path, self._least_side)
             for position, path in self._paths.items()
         }
-        n_bytes = KEY_BYTES + FILE_STATE_BYTES
-        known = dict(self._shelf.read(list(set(names.values())), n_bytes))
+        known = dict(self._shelf.read(list(set(names.values()))))
         for position, name in names.items():
             if name in known:
                 key, state = known[name][:KEY_BYTES], known[name][KEY_BYTES:]

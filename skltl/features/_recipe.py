@@ -128,6 +128,7 @@ class Recipe:
         """Say what the features at a block are, for people (JSON)."""
         mains = skeleton(self.backbone).cut_points
         names = {main_block: name for name, main_block in mains.items()}
+        digests = prefix_digests(self.backbone, self.network.blocks)
         facts = {
             "backbone": self.backbone.name,
             "layer": names.get(block, block),
@@ -137,6 +138,9 @@ class Recipe:
             "batch_size": self.batch_size,
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
+            "engine": self.engine,
+            "preprocessing": _in_words(self.preprocessing),
+            "network": digests[block].hex()[:8],
         }
         return json.dumps(facts, default=int)
 
@@ -208,6 +212,17 @@ def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
     if len(shape) != 3:
         return len(shape) == 1
     return isinstance(pooling, str) or pooling <= min(shape[1:])
+
+
+def _in_words(preprocessing: Preprocessing) -> str:
+    mean, std = (
+        " ".join(f"{number:.4g}" for number in numbers)
+        for numbers in (preprocessing.mean, preprocessing.std)
+    )
+    return (
+        f"resize {preprocessing.shorter_side} {preprocessing.interpolation}, "
+        f"crop {preprocessing.crop_size}, mean {mean}, std {std}"
+    )
 
 
 @lru_cache(maxsize=128)

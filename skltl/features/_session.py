@@ -104,7 +104,7 @@ class CacheSession:
         widths = [_width(self._columns[block]) for block in asked]
         self._asked = _side_by_side(asked, widths)
         self._shelves = {
-            block: Shelf(folder, name, recipe.about(block))
+            block: Shelf(folder, name, self._n_bytes(block), recipe.about(block))
             for block, name in zip(recipe.blocks, names, strict=True)
         }
         self._keys = PictureKeys(folder)
@@ -200,9 +200,8 @@ class CacheSession:
                 missing.append(position)
         found = set(where)
         for block, columns in self._asked.items():
-            n_bytes = 4 * _width(columns)
             there = set()
-            for key, value in self._shelves[block].read(list(found), n_bytes):
+            for key, value in self._shelves[block].read(list(found)):
                 self._features[where[key], columns] = np.frombuffer(value, "<f4")
                 there.add(key)
             found &= there
@@ -211,6 +210,10 @@ class CacheSession:
             one for key, same in where.items() if key not in found for one in same
         ]
         return sorted(missing)
+
+    def _n_bytes(self, block: str) -> int:
+        """Return the length of a picture's features at a block, stored as float32."""
+        return 4 * _width(self._columns[block])
 
     def _store_now_and_then(self) -> None:
         n_bytes = sum(rows.nbytes for _, rows in self._unstored)

@@ -459,13 +459,13 @@ def test_random_weights_that_nobody_can_draw_again_are_not_kept(
     assert cache_info(tmp_path).entries == []
 
 
-def test_a_saved_transformer_uses_the_cache_and_holds_only_its_cut(
+def test_a_saved_transformer_holds_only_its_cut_and_can_use_the_cache(
     pictures, tmp_path, crossed
 ):
     fitted = transformer(tmp_path / "cache", layer="block2").fit(pictures)
     joblib.dump(fitted, tmp_path / "file")
     joblib.dump(transformer(None, layer="block2").fit(pictures), tmp_path / "plain")
-    loaded = joblib.load(tmp_path / "file")
+    loaded = joblib.load(tmp_path / "file").set_params(cache=tmp_path / "cache")
 
     first = loaded.transform(pictures)
     again = fitted.transform(pictures)
