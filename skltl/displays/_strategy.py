@@ -7,7 +7,7 @@ import math
 from sklearn.utils.validation import check_is_fitted
 
 from skltl.displays._axes import axes_library, axes_to_draw_on
-from skltl.strategy import LARGE_N_IMAGES, LARGE_N_PER_CLASS, LEAD_THAT_COUNTS
+from skltl.strategy import LEAD_THAT_COUNTS, relative_size, similarity_of
 
 # Left and lower corner of each box, its ways of transfer, and what they are in words.
 BOXES = {
@@ -38,6 +38,8 @@ class StrategyDisplay:
         Accuracy by which the best earlier cut is ahead of the last one.
     strategy : str
         Name of the way of transfer.
+    n_smallest : int, default=None
+        Images of the smallest class; ``None`` takes all classes for equal.
 
     Attributes
     ----------
@@ -54,11 +56,12 @@ class StrategyDisplay:
     [1.1, 0.74]
     """
 
-    def __init__(self, n_images, n_classes, lead, strategy):
+    def __init__(self, n_images, n_classes, lead, strategy, n_smallest=None):
         self.n_images = n_images
         self.n_classes = n_classes
         self.lead = lead
         self.strategy = strategy
+        self.n_smallest = n_smallest
 
     @classmethod
     def from_advisor(cls, advisor, *, ax=None):
@@ -86,18 +89,20 @@ class StrategyDisplay:
             advisor.n_classes_,
             advisor.lead_[0],
             advisor.strategy_.name,
+            advisor.n_smallest_,
         ).plot(ax=ax)
 
     @property
     def place(self):
         """Where the data lie: (0, 0) is small and different, (2, 2) the opposite."""
-        n_per_class = self.n_images / self.n_classes
-        size = min(self.n_images / LARGE_N_IMAGES, n_per_class / LARGE_N_PER_CLASS)
-        up = 1 + math.log10(size) / DECADES
+        n_smallest = self.n_smallest
+        if n_smallest is None:
+            n_smallest = self.n_images // self.n_classes
+        size = relative_size(self.n_images, n_smallest)
+        is_similar = similarity_of(self.lead) == "similar"
         right = 1 - (self.lead - LEAD_THAT_COUNTS) / LEAD_SHOWN
-        if self.lead >= LEAD_THAT_COUNTS:
-            right = min(right, 0.99)  # on the border is beyond it
-        return tuple(min(max(value, 0.1), 1.9) for value in (right, up))
+        up = 1 + math.log10(max(size, 1e-9)) / DECADES
+        return _within(right, is_similar), _within(up, size >= 1)
 
     def plot(self, *, ax=None):
         """Draw the boxes and the data set.
@@ -164,3 +169,9 @@ class StrategyDisplay:
             ax.set_title(
                 "The network knows these classes: use it as it is.", fontsize="medium"
             )
+
+
+def _within(value, is_beyond):
+    """Keep a coordinate off the borders of the box that the rule has chosen."""
+    low, high = (1.03, 1.9) if is_beyond else (0.1, 0.97)
+    return min(max(value, low), high)

@@ -22,8 +22,13 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
     classifier : {"svm", "softmax", "ovr"} or estimator, default="svm"
         A linear support vector machine, multinomial logistic regression, one binary
         logistic regression per class, or any classifier or regressor of your own.
+        ``"softmax"`` and ``"ovr"`` have `predict_proba`, ``"svm"`` has not. ``"ovr"``
+        takes several labels per image, too, as an indicator matrix; the others take
+        one.
     **parameters
-        Further parameters of `CNNFeatureTransformer`.
+        Further parameters of `CNNFeatureTransformer`. `random_state` is that of the
+        classifier, too: of one of your own, where it has left its `random_state` at
+        ``None``.
 
     Returns
     -------
@@ -52,19 +57,31 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
     ['feat', 'scale', 'softmax']
     """
     transformer = CNNFeatureTransformer(backbone, **parameters)
-    steps = [("feat", transformer), ("scale", StandardScaler())]
-    if not isinstance(classifier, str):
-        return Pipeline([*steps, ("classifier", clone(classifier))])
-    if classifier not in CLASSIFIERS:
-        raise ValueError(
-            f"Unknown classifier {classifier!r}. Use one of {', '.join(CLASSIFIERS)}, "
-            "or an estimator."
-        )
-    return Pipeline([*steps, (classifier, clone(CLASSIFIERS[classifier]))])
+    name, last = "classifier", classifier
+    if isinstance(classifier, str):
+        if classifier not in CLASSIFIERS:
+            raise ValueError(
+                f"Unknown classifier {classifier[:40]!r}. Use one of "
+                f"{', '.join(CLASSIFIERS)}, or an estimator."
+            )
+        name, last = classifier, CLASSIFIERS[classifier]
+    last = _seeded(clone(last), parameters.get("random_state"))
+    return Pipeline([("feat", transformer), ("scale", StandardScaler()), (name, last)])
+
+
+def _seeded(estimator, random_state):
+    """Set `random_state` of an estimator, and of those in it, where it is None."""
+    unset = {
+        name: random_state
+        for name, value in estimator.get_params().items()
+        if name.rpartition("__")[2] == "random_state" and value is None
+    }
+    return estimator.set_params(**unset)
 
 
 CLASSIFIERS = {
-    "svm": LinearSVC(C=0.01),
+    # Regularized less, it needs more than scikit-learn's 1000 iterations to converge.
+    "svm": LinearSVC(C=0.01, max_iter=10_000),
     "softmax": LogisticRegression(C=0.1, max_iter=1000),
     "ovr": OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)),
 }

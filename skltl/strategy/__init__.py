@@ -1,12 +1,15 @@
 """Which way of transfer to take: what to train, and where to cut."""
 
-from skltl.strategy._advisor import LEAD_THAT_COUNTS, StrategyAdvisor
+from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._recommendation import (
     LARGE_N_IMAGES,
     LARGE_N_PER_CLASS,
+    LEAD_THAT_COUNTS,
     Strategy,
     build_strategy,
     recommend_strategy,
+    relative_size,
+    similarity_of,
 )
 from skltl.strategy._transfer import TransferClassifier
 
@@ -19,4 +22,6 @@ __all__ = [
     "TransferClassifier",
     "build_strategy",
     "recommend_strategy",
+    "relative_size",
+    "similarity_of",
 ]

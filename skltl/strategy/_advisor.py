@@ -6,52 +6,17 @@ import html
 from numbers import Integral
 from os import PathLike
 
-import numpy as np
-from sklearn.base import BaseEstimator, clone
+from sklearn import get_config
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
-from skltl._randomness import draw_seed, fresh_seed
-from skltl._validation import Interval, StrOptions, fit_context, take
-from skltl.backbones import (
-    ENGINES,
-    Backbone,
-    get_backbone,
-    list_layers,
-    resolve_weights,
-)
-from skltl.classifiers import (
-    PretrainedCNNClassifier,
-    encode_labels,
-    map_by_names,
-)
-from skltl.exceptions import WeightsError
-from skltl.features import CNNFeatureTransformer
-from skltl.strategy._depth_probe import probe_depths, probe_sizes
-from skltl.strategy._recommendation import recommend_strategy
+from skltl._validation import Interval, StrOptions, fit_context
+from skltl.backbones import ENGINES, Backbone
+from skltl.strategy._measurement import measure
+from skltl.strategy._recommendation import portable
 from skltl.strategy._report import write_report
-
-# What the estimators that are advised have in common with the advisor.
-SHARED_PARAMETERS = (
-    "weights",
-    "image_size",
-    "image_shape",
-    "device",
-    "precision",
-    "engine",
-    "decode",
-    "cache",
-    "n_jobs",
-    "random_state",
-    "verbose",
-)
-
-# By how much accuracy an earlier cut must be ahead.
-LEAD_THAT_COUNTS = 0.01
-
-# How many of the pictures are looked at to see how the network does as it is.
-SHARE_AS_IS = 0.2
 
 
 class StrategyAdvisor(ImageEstimator, BaseEstimator):
@@ -89,7 +54,8 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
     n_jobs : int, default=None
         Threads that decode pictures.
     random_state : int, RandomState instance or None, default=None
-        Of the folds, and of which pictures are looked at.
+        Of the folds, of which pictures are looked at, and of the linear classifiers; of
+        the weights, too, if they are random.
     verbose : int, default=0
         Whether a progress bar is shown.
 
@@ -101,21 +67,34 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         How near the pictures are to what the network knows.
     layer_scores_ : dict of str to float
         Cross-validated accuracy of a linear classifier at each main cut point.
+    layer_errors_ : dict of str to float
+        Their standard errors.
     best_layer_ : str
         The cut point with the best of them.
     lead_ : tuple of float
         By how much the best of the earlier cuts is ahead of the last one, negative if
         it is behind, and the standard error of this.
+    layer_ : str
+        The cut point that suits the images: `best_layer_` if they are different, else
+        the last one.
     size_scores_ : dict of int to float
-        Accuracy there, by number of training pictures.
+        Accuracy at `layer_`, by number of training images, in the same folds; the last
+        of them is that of `layer_scores_`.
+    size_errors_ : dict of int to float
+        Their standard errors.
+    gain_ : tuple of float
+        By how much accuracy rose when the number of training images was last doubled,
+        and the standard error of this.
     as_is_score_ : float or None
         Accuracy of the network as it is, if its categories contain the classes.
+    as_is_error_ : float or None
+        Its standard error.
     class_map_ : dict or None
         Which categories the classes are, if all of them are some.
-    n_images_, n_classes_ : int
-        The size of the data.
-    n_looked_at_, n_folds_ : int
-        How many pictures were looked at, in how many folds.
+    n_images_, n_classes_, n_smallest_ : int
+        The size of the data: images, classes, and images of the smallest class.
+    n_looked_at_, n_folds_, n_repeats_ : int
+        How many pictures were looked at, in how many folds, drawn how many times.
 
     See Also
     --------
@@ -193,7 +172,7 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         self.verbose = verbose
 
     @fit_context
-    def fit(self, X, y):
+    def fit(self, X, y, sample_weight=None, groups=None):
         """Measure, and advise.
 
         Parameters
@@ -202,6 +181,12 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,)
             Their labels.
+        sample_weight : array of shape (n,), default=None
+            Weights of the images, in the linear classifiers and in their accuracies.
+            Images of weight 0 are left out.
+        groups : array of shape (n,), default=None
+            Which images belong together (of one plant, one patient): all of them are in
+            the same fold.
 
         Returns
         -------
@@ -211,45 +196,10 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         Raises
         ------
         ValueError
-            If there are less than two classes, or one has a single picture.
+            If there are less than two classes, one has a single image or group, or
+            lengths differ.
         """
-        reader = clone(self)
-        n_images = len(reader._read_images(X, reset=True))
-        classes, targets = encode_labels(y, n_images)
-        n_smallest = self._count_smallest(classes, targets)
-        n_folds = min(self.cv, n_smallest)
-        seed = draw_seed(self.random_state)
-        seed = fresh_seed() if seed is None else seed
-        looked_at = _stratified(targets, self.max_images, n_folds, seed)
-        some = take(X, looked_at) if len(looked_at) < n_images else X
-        targets = targets[looked_at]
-        shared = {name: getattr(self, name) for name in SHARED_PARAMETERS}
-        features = _features_by_layer(self.backbone, shared, some)
-        depths = probe_depths(features, targets, n_folds, seed)
-        sizes = probe_sizes(features[depths.best], targets, n_folds, seed)
-        class_map = self._map_by_names(classes)
-        as_is = self._score_as_is(some, targets, classes, class_map, shared, seed)
-        similarity = _judge(depths, as_is)
-        strategy = recommend_strategy(
-            n_images,
-            len(classes),
-            similarity,
-            backbone=self.backbone,
-            layer=depths.best,
-            n_smallest=n_smallest,
-            class_map=class_map,
-            **shared,
-        )
-        # Only now does anything change: a fit that fails leaves the one before.
-        self._read_images(X, reset=True)
-        self.n_images_, self.n_classes_ = n_images, len(classes)
-        self.n_looked_at_, self.n_folds_ = len(looked_at), n_folds
-        self.layer_scores_, self.best_layer_ = depths.means, depths.best
-        self.lead_ = depths.lead()
-        self.size_scores_ = sizes
-        self.as_is_score_ = None if as_is is None else as_is[0]
-        self.class_map_ = class_map
-        self.similarity_, self.strategy_ = similarity, strategy
+        self._take(measure(self, X, y, sample_weight, groups), X)
         return self
 
     def report(self):
@@ -263,91 +213,35 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
         check_is_fitted(self)
         return write_report(self)
 
-    def _count_smallest(self, classes, targets):
-        """Count the pictures of the smallest class."""
-        counts = np.bincount(targets)
-        if counts.min() < 2:
-            rarest = classes.tolist()[counts.argmin()]
-            raise ValueError(
-                f"The class {rarest!r} has a single picture; advice "
-                "is cross-validated, and needs at least two of each class."
-            )
-        return int(counts.min())
+    def _take(self, measured, X):
+        """Set what `fit` sets: only now, so a fit that fails leaves the one before."""
+        self._read_images(X, reset=True)
+        self.__dict__.update(measured.attributes())
 
-    def _map_by_names(self, classes):
-        """Return which categories the classes are, if all of them are some."""
-        backbone = get_backbone(self.backbone)
-        weights = resolve_weights(backbone, self.weights)
-        if weights is None:
-            return None
-        categories = weights.categories or backbone.weights[0].categories
-        return map_by_names(classes, categories)
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "strategy_" in state:  # where a file is loaded is not for the file to say
+            state |= {"cache": None, "verbose": 0}
+            state["strategy_"] = portable(state["strategy_"])
+        return state
 
-    def _score_as_is(self, X, targets, classes, class_map, shared, seed):
-        """Return how well the network does as it is, and the standard error of this.
-
-        On a part of the pictures, and only if it knows the classes.
-        """
-        if class_map is None:
-            return None
-        n_most = max(len(classes), round(SHARE_AS_IS * len(targets)))
-        chosen = _stratified(targets, min(n_most, len(targets) // 2), 1, seed)
-        known = {name: one for name, one in shared.items() if name != "cache"}
-        as_is = PretrainedCNNClassifier(self.backbone, **known)
-        try:
-            categories = as_is.fit(X).categories_.tolist()
-        except WeightsError:  # there is no head
-            return None
-        if map_by_names(classes, categories) is None:  # a file with another head
-            return None
-        some = take(X, chosen)
-        predicted = as_is.set_params(class_map=class_map).fit(X).predict(some)
-        score = float((predicted == classes[targets[chosen]]).mean())
-        return score, float(np.sqrt(score * (1 - score) / len(chosen)))
-
+    @property
     def _repr_html_(self):
+        """Return the report as HTML, under scikit-learn's switch of such displays."""
         if not hasattr(self, "strategy_"):
-            return super()._repr_html_()
+            return super()._repr_html_
+        if get_config()["display"] != "diagram":
+            raise AttributeError(
+                "_repr_html_ needs sklearn.set_config(display='diagram')."
+            )
+        return self._report_as_html
+
+    def _report_as_html(self):
         return f"<pre>{html.escape(self.report())}</pre>"
 
     def _repr_mimebundle_(self, **kwargs):
         if not hasattr(self, "strategy_"):
             return super()._repr_mimebundle_(**kwargs)
-        return {"text/plain": self.report(), "text/html": self._repr_html_()}
-
-
-def _features_by_layer(backbone, shared, X):
-    """Send the pictures through the network, once; return what each main cut gives."""
-    names = [layer.name for layer in list_layers(backbone) if layer.stride is not None]
-    if not names:
-        raise ValueError(
-            f"{get_backbone(backbone).name!r} has no cut point with a feature map: "
-            "there are no depths to compare."
-        )
-    transformer = CNNFeatureTransformer(backbone, layer=names, **shared)
-    rows = np.asarray(transformer.fit(X).transform(X))
-    ends = np.cumsum(transformer._n_features())[:-1]
-    return dict(zip(names, np.split(rows, ends, axis=1), strict=True))
-
-
-def _judge(depths, as_is):
-    """Return the word for what was measured."""
-    if as_is is not None and as_is[0] + as_is[1] >= max(depths.means.values()):
-        return "contained"
-    return "different" if depths.lead()[0] >= LEAD_THAT_COUNTS else "similar"
-
-
-def _stratified(targets, n_most, n_least, seed):
-    """Return the positions of about so many pictures, of each class its share.
-
-    But of each class at least `n_least`, or all that there are.
-    """
-    if n_most is None or len(targets) <= n_most:
-        return np.arange(len(targets))
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for number, count in enumerate(np.bincount(targets)):
-        n_wanted = max(n_least, round(n_most * count / len(targets)))
-        members = np.flatnonzero(targets == number)
-        chosen.append(rng.permutation(members)[:n_wanted])
-    return np.sort(np.concatenate(chosen))
+        if get_config()["display"] != "diagram":
+            return {"text/plain": repr(self)}
+        return {"text/plain": self.report(), "text/html": self._report_as_html()}

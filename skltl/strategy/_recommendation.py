@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from skltl.backbones import Backbone, get_backbone, list_layers, resolve_layer
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+
+from skltl.backbones import (
+    Backbone,
+    block_shapes,
+    get_backbone,
+    resolve_layer,
+    skeleton,
+)
 from skltl.classifiers import FineTunedCNNClassifier, PretrainedCNNClassifier
-from skltl.features import make_feature_pipeline
+from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+from skltl.strategy._code import code_of
 
 # Below either of them a data set counts as small: there is too little to change a
 # network by. With 16 pictures of each of 17 flowers fine-tuning gained nothing over a
@@ -20,6 +30,9 @@ LARGE_N_PER_CLASS = 50
 # From here on, pictures that are unlike those of the pretraining may be learned from
 # scratch: that is as good from COCO's 118,000 pictures on [He2019]_.
 VERY_LARGE_N_IMAGES = 100_000
+
+# By how much accuracy an earlier layer must be ahead of the last one to be chosen.
+LEAD_THAT_COUNTS = 0.01
 
 SIMILARITIES = ("contained", "similar", "different")
 
@@ -51,12 +64,52 @@ class Strategy:
     >>> strategy = recommend_strategy(5000, 10, "similar", backbone="tiny")
     >>> strategy
     Strategy(name='finetune', reasons=(...), n_passes=31.0)
+    >>> print(strategy.code)
+    FineTunedCNNClassifier('tiny')
     """
 
     name: str
     reasons: tuple[str, ...]
     estimator: Any = field(repr=False)
     n_passes: float
+
+    @property
+    def code(self) -> str:
+        """The estimator as code to run, with the parameters that are no defaults."""
+        return code_of(self.estimator)
+
+
+def portable(strategy: Strategy) -> Strategy:
+    """Return a strategy for a file: one that is loaded writes no features anywhere."""
+    estimator = clone(strategy.estimator)
+    reader = estimator[0] if isinstance(estimator, Pipeline) else estimator
+    known = reader.get_params()
+    unset = {"cache": None, "verbose": 0}
+    reader.set_params(**{name: unset[name] for name in unset if name in known})
+    return replace(strategy, estimator=estimator)
+
+
+def relative_size(n_images: int, n_smallest: int) -> float:
+    """Return the size of a data set in units of where large ones begin.
+
+    Parameters
+    ----------
+    n_images : int
+        Labelled images.
+    n_smallest : int
+        Images of the smallest class.
+
+    Returns
+    -------
+    float
+        At least 1 for a large data set, below 1 for a small one.
+    """
+    return min(n_images / LARGE_N_IMAGES, n_smallest / LARGE_N_PER_CLASS)
+
+
+def similarity_of(lead: float) -> str:
+    """Return ``"different"`` if the best earlier layer is ahead by enough accuracy."""
+    return "different" if lead >= LEAD_THAT_COUNTS else "similar"
 
 
 def recommend_strategy(
@@ -92,7 +145,8 @@ def recommend_strategy(
         For ``"contained"``: which categories the classes are; ``None`` is to be learned
         from pictures.
     **parameters
-        Further parameters of the estimator, such as `weights` and `image_shape`.
+        Further parameters of the estimator, such as `weights` and `image_shape`. The
+        pretrained classifier leaves out those of training.
 
     Returns
     -------
@@ -181,8 +235,9 @@ def build_strategy(
     if layer is not None:
         resolve_layer(get_backbone(backbone), layer)  # is there such a layer
     if name == "as_is":
-        known = PretrainedCNNClassifier._parameter_constraints
-        parameters = {key: one for key, one in parameters.items() if key in known}
+        parameters = {
+            key: one for key, one in parameters.items() if key not in TRAINING_ONLY
+        }
         parameters["class_map"] = class_map or "learn"
     early = layer or _early_layer(backbone)
     estimator = STRATEGIES[name](backbone, early, parameters)
@@ -193,7 +248,7 @@ def _choose(
     n_images: int, n_smallest: int, similarity: str
 ) -> tuple[str, tuple[str, ...]]:
     """Return the name of a box, and why it is that one."""
-    is_large = n_images >= LARGE_N_IMAGES and n_smallest >= LARGE_N_PER_CLASS
+    is_large = relative_size(n_images, n_smallest) >= 1
     have = f"{n_images:,} pictures, {n_smallest:,} of the smallest class,"
     if similarity == "contained":
         return "as_is", (
@@ -232,16 +287,43 @@ def _choose(
     )
 
 
+def map_layers(backbone: str | Backbone, image_size: int | None = None) -> list[str]:
+    """Return the main cut points that give a feature map, from the image on.
+
+    Parameters
+    ----------
+    backbone : str or Backbone
+        The network.
+    image_size : int, default=None
+        Height and width of what it sees; ``None`` is the usual size.
+
+    Returns
+    -------
+    list of str
+        Their names. Where the map ends, as in fully connected layers, is decided by the
+        shape: a map of one pixel, behind adaptive pooling, is one, too.
+
+    Raises
+    ------
+    ValueError
+        If images of this size cannot cross the network.
+    """
+    record = get_backbone(backbone)
+    shapes = block_shapes(record, image_size or record.preprocessing.crop_size)
+    cut_points = skeleton(record).cut_points
+    return [name for name, block in cut_points.items() if len(shapes[block]) == 3]
+
+
 def _early_layer(backbone: str | Backbone) -> str:
     """Return the main cut point with a feature map at about two thirds of the depth."""
-    layers = list_layers(backbone)
-    maps = [layer.name for layer in layers if layer.stride is not None]
-    names = maps or [layer.name for layer in layers]
+    names = map_layers(backbone) or list(skeleton(get_backbone(backbone)).cut_points)
     return names[round((len(names) - 1) * 2 / 3)]
 
 
 def _count_passes(estimator: Any) -> float:
     """Return what a fit costs, in forward passes of the whole network."""
+    if isinstance(estimator, PretrainedCNNClassifier):
+        return 1.0 if estimator.class_map == "learn" else 0.0
     if not isinstance(estimator, FineTunedCNNClassifier):
         return 1.0
     n_head = 1 if estimator.head_epochs else 0
@@ -279,6 +361,13 @@ def _scratch(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
         backbone, **{**settings, **parameters, "weights": None}
     )
 
+
+# What `recommend_strategy` may be given for other ways than the pretrained classifier,
+# which trains nothing and keeps nothing.
+TRAINING_ONLY = (
+    FineTunedCNNClassifier().get_params().keys()
+    | CNNFeatureTransformer().get_params().keys()
+) - PretrainedCNNClassifier().get_params().keys()
 
 Build = Callable[[Any, str, dict[str, Any]], Any]
 

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import tempfile
 from numbers import Integral
 from os import PathLike
 
 import numpy as np
+from sklearn import config_context, get_config
 from sklearn.base import ClassifierMixin, clone
+from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 
 from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
-from skltl._validation import Interval, StrOptions, fit_context
+from skltl._validation import Interval, StrOptions, fit_context, take
 from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
-from skltl.strategy._advisor import SHARED_PARAMETERS, StrategyAdvisor
-from skltl.strategy._recommendation import STRATEGIES, build_strategy
+from skltl.strategy._advisor import StrategyAdvisor
+from skltl.strategy._measurement import (
+    SHARED_PARAMETERS,
+    label,
+    map_of_classes,
+    measure,
+)
+from skltl.strategy._recommendation import STRATEGIES, build_strategy, portable
 
 # What `layer` has a meaning for.
 CUT_EARLY = ("auto", "extract_early", "finetune_top")
 
 # What may be set after `fit`.
-LATER_PARAMETERS = ("device", "precision", "engine", "decode", "n_jobs", "verbose")
+LATER_PARAMETERS = (
+    "device",
+    "precision",
+    "engine",
+    "decode",
+    "cache",
+    "n_jobs",
+    "verbose",
+)
 
 
 def _can(name):
@@ -70,12 +85,12 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
     decode : {"exact", "fast"}, default="exact"
         ``"fast"`` decodes large JPEG files at a smaller scale.
     cache : bool, str or path, default=None
-        As for `CNNFeatureTransformer`. Without one, the features that were measured are
-        kept for the time of `fit`.
+        As for `CNNFeatureTransformer`. Without one, too, a linear classifier is fitted
+        on the features that were measured, not on new ones.
     n_jobs : int, default=None
         Threads that decode pictures.
     random_state : int, RandomState instance or None, default=None
-        Of everything random.
+        Of everything random, in what measures and in what is fitted.
     verbose : int, default=0
         Whether progress is shown.
 
@@ -160,7 +175,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         self.verbose = verbose
 
     @fit_context
-    def fit(self, X, y):
+    def fit(self, X, y, sample_weight=None, groups=None):
         """Measure if that was asked for, and fit what was advised.
 
         Parameters
@@ -169,6 +184,12 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,)
             Their labels.
+        sample_weight : array of shape (n,), default=None
+            Weights of the images, in the measurement and in what is fitted.
+        groups : array of shape (n,), default=None
+            Which images belong together (of one plant, one patient): the folds of the
+            measurement and the images that a fine-tuned network holds out keep them
+            together. Other strategies hold nothing out, and have no use for them.
 
         Returns
         -------
@@ -178,24 +199,31 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         Raises
         ------
         ValueError
-            If there is nothing to tell apart, or nothing to measure by.
+            If there is nothing to tell apart, or nothing to measure by, or lengths
+            differ.
         """
+        n_images = len(clone(self)._read_images(X, reset=True))
+        classes = label(X, y, n_images, sample_weight, groups).classes
         seed = draw_seed(self.random_state)
-        seed = fresh_seed() if seed is None else seed
         shared = {name: getattr(self, name) for name in SHARED_PARAMETERS}
-        shared["random_state"] = seed  # the same for what measures and what is advised
-        with tempfile.TemporaryDirectory(prefix="skltl-") as folder:
-            cache = self.cache or (folder if self.strategy == "auto" else None)
-            advisor, strategy = self._advise(X, y, {**shared, "cache": cache})
-            estimator = clone(strategy.estimator).fit(X, y)
-        for one in (advisor, estimator, strategy.estimator):
-            _set(one, "cache", self.cache)  # the folder is gone
-        if advisor is not None:
-            _set(advisor.strategy_.estimator, "cache", self.cache)
+        # The same for what measures and what is advised.
+        shared["random_state"] = fresh_seed() if seed is None else seed
+        self._check_layer()
+        advisor, measured = None, None
+        if self.strategy == "auto":
+            advisor = StrategyAdvisor(self.backbone, cv=self.cv, **shared)
+            measured = measure(advisor, X, y, sample_weight, groups)
+            advisor._take(measured, X)
+        strategy = self._build_strategy(classes, measured, shared)
+        estimator = clone(strategy.estimator)
+        known = () if measured is None else measured.features_of(strategy.estimator)
+        _fit(estimator, X, y, sample_weight, groups, known)
+        # Only now does anything change: a fit that fails leaves the one before.
         self._read_images(X, reset=True)
         self.advisor_ = advisor
         self.strategy_ = strategy
         self.estimator_ = estimator
+        self._set_at_fit = {name: getattr(self, name) for name in LATER_PARAMETERS}
         return self
 
     @property
@@ -249,25 +277,27 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         """
         return self._ask("decision_function", X)
 
-    def _advise(self, X, y, shared):
-        """Return the advisor, if there is one, and the strategy."""
-        if self.layer is not None:
-            resolve_layer(get_backbone(self.backbone), self.layer)
-            if self.strategy not in CUT_EARLY:
-                raise ValueError(
-                    f"layer={self.layer!r} is of no use to strategy={self.strategy!r}: "
-                    f"{', '.join(CUT_EARLY[1:])} can be cut anywhere."
-                )
-        advisor = StrategyAdvisor(self.backbone, cv=self.cv, **shared)
-        if self.strategy == "auto":
-            advice = advisor.fit(X, y).strategy_
-            name, reasons = advice.name, advice.reasons
-            layer, class_map = self.layer or advisor.best_layer_, advisor.class_map_
+    def _check_layer(self):
+        """Refuse a `layer` that does not exist, or that the strategy does not use."""
+        if self.layer is None:
+            return
+        resolve_layer(get_backbone(self.backbone), self.layer)
+        if self.strategy not in CUT_EARLY:
+            raise ValueError(
+                f"layer={self.layer!r} is of no use to strategy={self.strategy!r}: "
+                f"{', '.join(CUT_EARLY[1:])} can be cut anywhere."
+            )
+
+    def _build_strategy(self, classes, measured, shared):
+        """Return the strategy that was asked for or, if measured, is advised."""
+        if measured is None:
+            name, reasons, layer = self.strategy, ("It was asked for.",), self.layer
+            class_map = map_of_classes(self.backbone, self.weights, classes)
         else:
-            name, reasons = self.strategy, ("It was asked for.",)
-            layer, class_map = self.layer, advisor._map_by_names(np.unique(y))
-        measured = advisor if self.strategy == "auto" else None
-        return measured, build_strategy(
+            name, reasons = measured.strategy.name, measured.strategy.reasons
+            layer = self.layer or measured.depths.best
+            class_map = measured.class_map
+        return build_strategy(
             name,
             reasons,
             backbone=self.backbone,
@@ -278,10 +308,23 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
 
     def _ask(self, method, X):
         check_is_fitted(self)
+        self._validate_params()  # they may have been set after `fit`
         self._read_images(X, reset=False)
-        for name in LATER_PARAMETERS:
-            _set(self.estimator_, name, getattr(self, name))  # may have changed
-        return getattr(self.estimator_, method)(X)
+        changed = {
+            name: getattr(self, name)
+            for name, value in self._set_at_fit.items()
+            if getattr(self, name) != value
+        }
+        return getattr(_with_parameters(self.estimator_, changed), method)(X)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "strategy_" in state:  # where a file is loaded is not for the file to say
+            unset = {"cache": None, "verbose": 0}
+            state |= unset
+            state["strategy_"] = portable(state["strategy_"])
+            state["_set_at_fit"] = {**state["_set_at_fit"], **unset}
+        return state
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -289,9 +332,55 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         return tags
 
 
-def _set(estimator, name, value):
-    """Set a parameter of an estimator, or of a pipeline's first step, if it has it."""
-    known = () if estimator is None else estimator.get_params()
-    for full_name in (name, f"feat__{name}"):
-        if full_name in known:
-            estimator.set_params(**{full_name: value})
+def _fit(estimator, X, y, sample_weight, groups, known):
+    """Fit what was advised; `known` are the features of some images, and which."""
+    given = {"sample_weight": sample_weight, "groups": groups}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(estimator, Pipeline):
+        takes = {name: has_fit_parameter(estimator, name) for name in given}
+        estimator.fit(X, y, **{name: given[name] for name in given if takes[name]})
+        return
+    by_step = {
+        f"{name}__sample_weight": sample_weight
+        for name, step in estimator.steps
+        if "sample_weight" in given and has_fit_parameter(step, "sample_weight")
+    }
+    # These are names of steps, whether the user has metadata routed or not.
+    with config_context(enable_metadata_routing=False):
+        # Tables get their columns' names from the transformer.
+        if known and get_config()["transform_output"] == "default":
+            transformer = estimator[0].fit(X, y)
+            features = _completed(transformer, X, len(y), *known)
+            estimator[1:].fit(features, y, **by_step)
+        else:
+            estimator.fit(X, y, **by_step)
+
+
+def _completed(transformer, X, n, features, positions):
+    """Return features of all n images, of which some are known."""
+    if len(positions) == n:
+        return features
+    others = np.setdiff1d(np.arange(n), positions)
+    rows = np.empty((n, features.shape[1]), features.dtype)
+    rows[positions] = features
+    rows[others] = transformer.transform(take(X, others))
+    return rows
+
+
+def _with_parameters(estimator, parameters):
+    """Return the estimator with other parameters, as a copy that shares what is fitted.
+
+    So threads may ask at the same time, and what a user has set on it stays.
+    """
+    if not parameters:
+        return estimator
+    changed = type(estimator).__new__(type(estimator))
+    vars(changed).update(vars(estimator))
+    if isinstance(estimator, Pipeline):
+        (name, first), *others = estimator.steps
+        changed.steps = [(name, _with_parameters(first, parameters)), *others]
+        return changed
+    known = changed.get_params(deep=False)
+    return changed.set_params(
+        **{name: value for name, value in parameters.items() if name in known}
+    )

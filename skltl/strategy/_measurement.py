@@ -1,0 +1,350 @@
+"""What ``StrategyAdvisor`` measures on labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_consistent_length
+from sklearn.utils.validation import column_or_1d
+
+from skltl._randomness import draw_seed, fresh_seed
+from skltl._validation import check_sample_weight, take
+from skltl.backbones import block_shapes, get_backbone, resolve_layer, resolve_weights
+from skltl.classifiers import PretrainedCNNClassifier, encode_labels, map_by_names
+from skltl.exceptions import WeightsError
+from skltl.features import CNNFeatureTransformer
+from skltl.strategy._depth_probe import (
+    Data,
+    FoldScores,
+    probe_depths,
+    probe_sizes,
+    split_folds,
+)
+from skltl.strategy._recommendation import (
+    Strategy,
+    map_layers,
+    recommend_strategy,
+    similarity_of,
+)
+
+# What the estimators that are advised have in common with the advisor.
+SHARED_PARAMETERS = (
+    "weights",
+    "image_size",
+    "image_shape",
+    "device",
+    "precision",
+    "engine",
+    "decode",
+    "cache",
+    "n_jobs",
+    "random_state",
+    "verbose",
+)
+
+# On how many of the images the pretrained classifier is evaluated.
+SHARE_AS_IS = 0.2
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images, those of weight 0 left out.
+
+    Parameters
+    ----------
+    X : sequence of n images, or array of shape (n, d)
+        The images.
+    positions : array of shape (n,)
+        Where they stand in what was given.
+    classes : array of shape (n_classes,)
+        The labels that there are, sorted.
+    targets : array of shape (n,)
+        Number of the class of each.
+    weights, groups : array of shape (n,), or None
+        Of the images.
+    """
+
+    X: Any
+    positions: NDArray[np.int64]
+    classes: NDArray[Any]
+    targets: NDArray[np.int64]
+    weights: NDArray[np.float64] | None
+    groups: NDArray[Any] | None
+
+    def part(self, rows: NDArray[np.int64]) -> Labelled:
+        """Return some of them."""
+        if len(rows) == len(self.positions):
+            return self
+        return Labelled(
+            take(self.X, rows),
+            self.positions[rows],
+            self.classes,
+            self.targets[rows],
+            None if self.weights is None else self.weights[rows],
+            None if self.groups is None else self.groups[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, and what follows from it.
+
+    Parameters
+    ----------
+    labelled, evaluated : Labelled
+        All images, and those that were evaluated on.
+    data : Data
+        Labels and folds of these.
+    features : dict of str to array of shape (n, d)
+        Theirs, by layer.
+    depths, sizes : FoldScores
+        Accuracies by layer, and at one of them by number of images.
+    as_is : tuple of two floats, or None
+        Accuracy of the pretrained classifier, and its standard error.
+    class_map : dict or None
+        Which of the network's categories the classes are.
+    similarity : str
+        The word for it.
+    strategy : Strategy
+        The advice.
+    """
+
+    labelled: Labelled
+    evaluated: Labelled
+    data: Data
+    features: dict[str, NDArray[np.float32]]
+    depths: FoldScores
+    sizes: FoldScores
+    as_is: tuple[float, float] | None
+    class_map: dict[Any, Any] | None
+    similarity: str
+    strategy: Strategy
+
+    @property
+    def layer(self) -> str:
+        """The layer whose accuracies by number of images were measured."""
+        return _chosen(self.depths, self.similarity)
+
+    def features_of(self, estimator: Any) -> tuple[Any, ...]:
+        """Return features for a pipeline, and of which images; or nothing."""
+        if not isinstance(estimator, Pipeline):
+            return ()
+        layer = resolve_layer(get_backbone(estimator[0].backbone), estimator[0].layer)
+        if layer.name not in self.features:
+            return ()
+        return self.features[layer.name], self.evaluated.positions
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what `fit` of a `StrategyAdvisor` sets."""
+        score, error = self.as_is or (None, None)
+        counts = np.bincount(self.labelled.targets)
+        return {
+            "n_images_": len(self.labelled.positions),
+            "n_classes_": len(self.labelled.classes),
+            "n_smallest_": int(counts.min()),
+            "n_looked_at_": len(self.evaluated.positions),
+            "n_folds_": self.data.n_folds,
+            "n_repeats_": self.data.n_repeats,
+            "layer_scores_": self.depths.means,
+            "layer_errors_": self.depths.errors,
+            "best_layer_": self.depths.best,
+            "lead_": self.depths.lead(),
+            "layer_": self.layer,
+            "size_scores_": self.sizes.means,
+            "size_errors_": self.sizes.errors,
+            "gain_": self.sizes.gain_per_doubling(),
+            "as_is_score_": score,
+            "as_is_error_": error,
+            "class_map_": self.class_map,
+            "similarity_": self.similarity,
+            "strategy_": self.strategy,
+        }
+
+
+def measure(
+    advisor: Any, X: Any, y: Any, sample_weight: Any = None, groups: Any = None
+) -> Measurement:
+    """Do what `fit` of a `StrategyAdvisor` does, but change nothing of it."""
+    n_given = len(clone(advisor)._read_images(X, reset=True))
+    labelled = label(X, y, n_given, sample_weight, groups)
+    seed = draw_seed(advisor.random_state)
+    shared = {name: getattr(advisor, name) for name in SHARED_PARAMETERS}
+    if seed is not None:
+        shared["random_state"] = seed  # of a generator, what it gave
+    seed = fresh_seed() if seed is None else seed
+    evaluated, data = _divide(labelled, advisor.cv, advisor.max_images, seed)
+    features = _features_by_layer(advisor.backbone, shared, evaluated.X)
+    depths = probe_depths(features, data)
+    class_map = map_of_classes(advisor.backbone, advisor.weights, labelled.classes)
+    as_is = _score_as_is(advisor.backbone, shared, evaluated, class_map, seed)
+    similarity = _judge(depths, as_is)
+    layer = _chosen(depths, similarity)
+    full = depths.scores[depths.names.index(layer)]
+    sizes = probe_sizes(features[layer], data, full)
+    counts = np.bincount(labelled.targets)
+    strategy = recommend_strategy(
+        len(labelled.positions),
+        len(counts),
+        similarity,
+        backbone=advisor.backbone,
+        layer=depths.best,
+        n_smallest=int(counts.min()),
+        class_map=class_map,
+        **shared,
+    )
+    measured = (features, depths, sizes, as_is, class_map, similarity, strategy)
+    return Measurement(labelled, evaluated, data, *measured)
+
+
+def _divide(
+    labelled: Labelled, cv: int, max_images: int | None, seed: int
+) -> tuple[Labelled, Data]:
+    """Choose the images to evaluate on, and divide them into folds."""
+    n_folds = min(cv, _count_smallest(labelled))
+    rows = _stratified(labelled.targets, max_images, n_folds, seed)
+    evaluated = labelled.part(rows)
+    splits = split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
+    return evaluated, Data(evaluated.targets, evaluated.weights, splits, n_folds, seed)
+
+
+def label(X: Any, y: Any, n: int, sample_weight: Any, groups: Any) -> Labelled:
+    """Check labels, weights and groups of n images; nothing is decoded.
+
+    Raises
+    ------
+    ValueError
+        If they are of different lengths, or there are less than two classes.
+    """
+    classes, targets = encode_labels(y, n)
+    positions = np.arange(n)
+    weights = None
+    if groups is not None:
+        groups = column_or_1d(groups)
+        check_consistent_length(positions, groups)
+    if sample_weight is not None:
+        weights = check_sample_weight(
+            sample_weight, targets, dtype=np.float64, ensure_non_negative=True
+        )
+    everything = Labelled(X, positions, classes, targets, weights, groups)
+    if weights is None or (weights > 0).all():
+        return everything
+    some = np.flatnonzero(weights > 0)
+    remaining, _ = encode_labels(classes[targets[some]], len(some))
+    part = everything.part(some)
+    targets = np.searchsorted(remaining, classes[part.targets])
+    return Labelled(
+        part.X, part.positions, remaining, targets, part.weights, part.groups
+    )
+
+
+def map_of_classes(backbone: Any, weights: Any, classes: NDArray[Any]) -> Any:
+    """Return which categories the classes are, if all of them are some."""
+    record = get_backbone(backbone)
+    known = resolve_weights(record, weights)
+    if known is None:
+        return None
+    return map_by_names(classes, known.categories or record.weights[0].categories)
+
+
+def _count_smallest(labelled: Labelled) -> int:
+    """Count the images, or groups, of the class that has the fewest."""
+    counts = np.bincount(labelled.targets)
+    what = "image"
+    if counts.min() > 1 and labelled.groups is not None:
+        what = "group of images"
+        counts = np.array(
+            [
+                len(np.unique(labelled.groups[labelled.targets == number]))
+                for number in range(len(labelled.classes))
+            ]
+        )
+    if counts.min() < 2:
+        rarest = repr(labelled.classes.tolist()[counts.argmin()])[:80]
+        raise ValueError(
+            f"The class {rarest} has a single {what}; advice is cross-validated, and "
+            "needs at least two of each class."
+        )
+    return int(counts.min())
+
+
+def _features_by_layer(
+    backbone: Any, shared: dict[str, Any], X: Any
+) -> dict[str, NDArray[np.float32]]:
+    """Send images through the network, once; return the features of each layer."""
+    names = map_layers(backbone, shared["image_size"])
+    if not names:
+        raise ValueError(
+            f"{get_backbone(backbone).name!r} has no layer with a feature map: there "
+            "are no depths to compare."
+        )
+    transformer = CNNFeatureTransformer(backbone, layer=names, **shared)
+    rows = np.asarray(transformer.fit(X).transform(X))
+    shapes = block_shapes(transformer.backbone_, transformer.preprocessing_.crop_size)
+    widths = [shapes[cut_point.block][0] for cut_point in transformer.cut_points_]
+    ends = np.cumsum(widths)[:-1]
+    return dict(zip(names, np.split(rows, ends, axis=1), strict=True))
+
+
+def _score_as_is(
+    backbone: Any,
+    shared: dict[str, Any],
+    labelled: Labelled,
+    class_map: Any,
+    seed: int,
+) -> tuple[float, float] | None:
+    """Return the accuracy of the pretrained classifier, and its standard error.
+
+    On a part of the images, and only if it knows the classes.
+    """
+    if class_map is None:
+        return None
+    targets, classes = labelled.targets, labelled.classes
+    n_most = max(len(classes), round(SHARE_AS_IS * len(targets)))
+    some = labelled.part(_stratified(targets, min(n_most, len(targets) // 2), 1, seed))
+    known = {name: one for name, one in shared.items() if name != "cache"}
+    as_is = PretrainedCNNClassifier(backbone, **known)
+    try:
+        categories = as_is.fit(some.X).categories_.tolist()
+    except WeightsError:  # there is no head
+        return None
+    if map_by_names(classes, categories) is None:  # a file with another head
+        return None
+    predicted = as_is.set_params(class_map=class_map).fit(some.X).predict(some.X)
+    is_right = predicted == classes[some.targets]
+    score = float(np.average(is_right, weights=some.weights))
+    return score, float(np.sqrt(score * (1 - score) / len(is_right)))
+
+
+def _judge(depths: FoldScores, as_is: tuple[float, float] | None) -> str:
+    """Return the word for what was measured."""
+    if as_is is not None and sum(as_is) >= max(depths.means.values()):
+        return "contained"
+    return similarity_of(depths.lead()[0])
+
+
+def _chosen(depths: FoldScores, similarity: str) -> str:
+    """Return the layer that a strategy for such images takes features from."""
+    return str(depths.best if similarity == "different" else depths.names[-1])
+
+
+def _stratified(
+    targets: NDArray[np.int64], n_most: int | None, n_least: int, seed: int
+) -> NDArray[np.int64]:
+    """Return the positions of about so many images, of each class its share.
+
+    But of each class at least `n_least`, or all that there are.
+    """
+    if n_most is None or len(targets) <= n_most:
+        return np.arange(len(targets))
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for number, count in enumerate(np.bincount(targets)):
+        n_wanted = max(n_least, round(n_most * count / len(targets)))
+        members = np.flatnonzero(targets == number)
+        chosen.append(rng.permutation(members)[:n_wanted])
+    return np.sort(np.concatenate(chosen))
