@@ -15,8 +15,10 @@
         └── ImageTypeError        an item of X is not a picture at all
     UserWarning
     ├── CacheWarning              features cannot be stored, or not be read again
+    ├── CheckpointWarning         the state of a fit cannot be saved
     ├── EngineWarning             another engine runs than the one that was fitted
-    └── ImageRangeWarning         floats lie outside [0, 1]
+    ├── ImageRangeWarning         floats lie outside [0, 1]
+    └── PrecisionWarning          float32 stands in for bfloat16
 
 They inherit from the built-in class that scikit-learn would raise, so that
 ``GridSearchCV(error_score=...)`` and existing ``except`` clauses treat them as usual.
@@ -26,17 +28,36 @@ from __future__ import annotations
 
 __all__ = [
     "CacheWarning",
+    "CheckpointWarning",
     "EngineError",
     "EngineWarning",
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
+    "PrecisionWarning",
     "TrainingError",
     "UnknownBackboneError",
     "UnknownLayerError",
     "WeightsError",
     "WeightsNotFoundError",
 ]
+
+
+class CheckpointWarning(UserWarning):
+    """The state of a fit cannot be saved; the fit goes on without."""
+
+
+def shorten(text: str, n_characters: int = 80) -> str:
+    """Leave out the middle of a long text, so that a message can be read."""
+    if len(text) <= n_characters:
+        return text
+    n_first = (n_characters - 3) // 3
+    return f"{text[:n_first]}...{text[n_first + 3 - n_characters :]}"
+
+
+def quote(text: str, n_characters: int = 80) -> str:
+    """Return a text as Python writes it, shortened before and after."""
+    return shorten(repr(shorten(text, n_characters)), n_characters)
 
 
 class EngineError(ValueError):
@@ -77,8 +98,10 @@ class ImageReadError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        name = "" if self.path is None else f" ({self.path!r})"
-        return f"Image {self.index}{name} could not be read: {self.reason}."
+        # A hostile path or file shall not fill the screen; the attributes keep all.
+        name = "" if self.path is None else f" ({quote(self.path, 120)})"
+        reason = shorten(self.reason, 300)
+        return f"Image {self.index}{name} could not be read: {reason}."
 
 
 class ImageTypeError(TypeError):
@@ -98,7 +121,11 @@ class ImageTypeError(TypeError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"Image {self.index} is {self.reason}."
+        return f"Image {self.index} is {shorten(self.reason, 400)}."
+
+
+class PrecisionWarning(UserWarning):
+    """An estimator that was fitted in bfloat16 computes in float32 on this device."""
 
 
 class TrainingError(ValueError):
@@ -126,4 +153,8 @@ class CacheWarning(UserWarning):
 
 
 class ImageRangeWarning(UserWarning):
-    """Pictures hold floats outside [0, 1], the range of normalised pixels."""
+    """Images have another range than expected, so that features mean little.
+
+    Floats outside [0, 1], or 16-bit values that do not reach an eighth of 65535. The
+    message gives the range and what to do.
+    """

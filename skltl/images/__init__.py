@@ -3,7 +3,13 @@
 from skltl.images._ahead import map_ahead
 from skltl.images._bad_images import BadImage, find_bad_images
 from skltl.images._batches import Batch, Crop, iter_batches, iter_crops
-from skltl.images._content import FILE_STATE_BYTES, content_key, file_state
+from skltl.images._content import (
+    FILE_STATE_BYTES,
+    content_key,
+    file_digest,
+    file_identity,
+    file_state,
+)
 from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._preprocessing import Preprocessing, as_float, normalise
 from skltl.images._source import ImageSource, read_images
@@ -17,6 +23,8 @@ __all__ = [
     "Preprocessing",
     "as_float",
     "content_key",
+    "file_digest",
+    "file_identity",
     "file_state",
     "find_bad_images",
     "is_tensor",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from joblib import cpu_count
+from joblib import effective_n_jobs
+from PIL import Image
+from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
 from skltl.images._source import ImageSource, read_images
@@ -19,13 +23,19 @@ class BadImage(NamedTuple):
     reason: str
 
 
-def find_bad_images(X: Any) -> list[BadImage]:
+def find_bad_images(
+    X: Any, *, n_jobs: int | None = None, verbose: bool | int = False
+) -> list[BadImage]:
     """Decode every picture once and list those that cannot be read.
 
     Parameters
     ----------
     X : sequence of paths, PIL pictures, arrays or tensors, or one array of pictures
         What `CNNFeatureTransformer` takes. Rows of numbers are not pictures here.
+    n_jobs : int, default=None
+        Number of threads that decode; ``None`` and -1 use one for each core.
+    verbose : bool or int, default=False
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -47,12 +57,30 @@ def find_bad_images(X: Any) -> list[BadImage]:
     [BadImage(index=1, path=None, reason='it holds NaN or infinity')]
     """
     source = read_images(X, check_items=False)
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        found = pool.map(lambda index: _find_fault(source, index), range(len(source)))
-        return [bad for bad in found if bad is not None]
+    n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
+    with (
+        warnings.catch_warnings(),
+        tqdm(
+            total=len(source), desc="images", unit="img", disable=not verbose
+        ) as progress,
+    ):
+        # Files of too many pixels are in the list; Pillow needs not warn of them.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = []
+        for bad in _faults(source, n_threads):
+            progress.update()
+            if bad is not None:
+                found.append(bad)
+        return found
 
 
-def _find_fault(source: ImageSource, index: int) -> BadImage | None:
+def _faults(source: ImageSource, n_threads: int) -> Iterator[BadImage | None]:
+    """Yield what is wrong with each picture, in order."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield from pool.map(lambda index: _fault(source, index), range(len(source)))
+
+
+def _fault(source: ImageSource, index: int) -> BadImage | None:
     try:
         source.decode(index)
     except ImageReadError as error:

@@ -13,6 +13,7 @@ from skltl.images._ahead import map_ahead, map_in_bursts
 from skltl.images._content import content_key, file_state
 from skltl.images._decode import Pixels
 from skltl.images._preprocessing import Preprocessing, as_float
+from skltl.images._sharing import one_image
 from skltl.images._source import ImageSource
 
 # How many batches are decoded ahead of the one in use: one being filled while another
@@ -109,14 +110,15 @@ def iter_crops(
     """
 
     def read(position: int) -> Crop:
-        if not with_keys:
-            return Crop(position, preprocessing.crop(source.decode(position)))
-        path = source.path(position)
-        before = file_state(path) if path is not None else None
-        picture = source.decode(position)
-        after = file_state(path) if path is not None else None
-        crop, key = preprocessing.crop(picture), content_key(np.asarray(picture))
-        return Crop(position, crop, key, after if before == after else None)
+        with one_image():
+            if not with_keys:
+                return Crop(position, preprocessing.crop(source.decode(position)))
+            path = source.path(position)
+            before = file_state(path) if path is not None else None
+            decoded = source.decode(position)
+            after = file_state(path) if path is not None else None
+            crop, key = preprocessing.crop(decoded), content_key(decoded)
+            return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
         n_crops = pictures_a_turn(preprocessing.crop_size, batch_size, n_threads)

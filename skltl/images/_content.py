@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from hashlib import blake2b
 from struct import Struct
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from skltl.images._decode import Pixels
+from skltl.images._decode import Decoded, iter_pixels
 
 # A file that is written twice within one tick of the file system's clock keeps size and
 # time. The coarsest clocks in use tick every 2 seconds (FAT), so a file younger than
@@ -20,20 +23,68 @@ _STATE = Struct("<qqqQQ")
 FILE_STATE_BYTES = _STATE.size
 
 
-def content_key(pixels: Pixels) -> bytes:
+def content_key(decoded: Decoded) -> bytes:
     """Name a decoded picture by its dtype, shape and every pixel (16 bytes)."""
-    header = f"{pixels.dtype.str}{pixels.shape}".encode()
-    name = blake2b(header, digest_size=16)
-    name.update(np.ascontiguousarray(pixels).data)
+    if isinstance(decoded, Image.Image):
+        (width, height), is_float = decoded.size, decoded.mode == "F"
+        dtype, shape = (
+            np.dtype(np.float32 if is_float else np.uint8),
+            (height, width, 3),
+        )
+    else:
+        dtype, shape = decoded.dtype, decoded.shape
+    name = blake2b(f"{dtype.str}{shape}".encode(), digest_size=16)
+    for pixels in iter_pixels(decoded):
+        name.update(np.ascontiguousarray(pixels).data)
     return name.digest()
 
 
+def file_identity(path: str) -> bytes | None:
+    """Name a file's content for this process, or ``None`` if it cannot be read.
+
+    By its state, without reading it; or, if it was seen when that did not tell yet, by
+    `file_digest`.
+    """
+    state = _any_state(path)
+    if state is None or (not _is_young(state) and state not in _seen_young):
+        return state
+    digest = _seen_young.get(state) or file_digest(path)
+    _seen_young[state] = None if _is_young(state) else digest
+    return digest
+
+
+# Files by their state when they were younger than a tick of the clock, and what they
+# were found to hold later.
+_seen_young: dict[bytes, bytes | None] = {}
+
+
+def file_digest(path: str) -> bytes | None:
+    """Name a file by all of its bytes (16 bytes), or ``None`` if it cannot be read.
+
+    The same for a copy of the file, on any machine.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return hashlib.file_digest(file, _blake2b_of_16).digest()
+    except (OSError, ValueError):  # the error comes when the file is read
+        return None
+
+
+def _blake2b_of_16() -> Any:
+    return blake2b(digest_size=16)
+
+
 def file_state(path: str) -> bytes | None:
-    """Return a file's state (40 bytes), or ``None`` if it cannot be asked for.
+    """Return a file's state (40 bytes), or ``None`` if it does not tell what it holds.
 
     Programs that copy files often keep the time of their last change (mtime); that of
     the directory entry (ctime) they cannot set.
     """
+    state = _any_state(path)
+    return None if state is None or _is_young(state) else state
+
+
+def _any_state(path: str) -> bytes | None:
     try:
         # Not `Path.stat`: a search looks at each file in each fold, and making a path
         # of a text takes longer than looking.
@@ -41,6 +92,9 @@ def file_state(path: str) -> bytes | None:
     except (OSError, ValueError):  # the error comes when the file is read
         return None
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    if time.time() - max(times) / 1e9 < CLOCK_TICK:
-        return None
     return _STATE.pack(stat.st_size, *times, stat.st_ino, stat.st_dev)
+
+
+def _is_young(state: bytes) -> bool:
+    _, *times, _, _ = _STATE.unpack(state)
+    return time.time() - max(times) / 1e9 < CLOCK_TICK

@@ -1,10 +1,11 @@
-"""One path, PIL picture, array or tensor -> one RGB picture.
+"""One path, PIL image or array -> one RGB image.
 
 Every reader here returns `Decoded`. That is `Pixels`, an array (h, w, 3), uint8 when
-the picture has 8 bits per channel, else float32 (16-bit pictures scaled to [0, 1],
-float arrays as they are); or still Pillow's own picture, in mode RGB, since an array
-and the way back for the resize take a sixth of the time. What cannot be read raises
-``ValueError`` with the reason; the source adds which item.
+the image has 8 bits per channel, else float32 (16-bit images scaled to [0, 1], float
+arrays as they are); or still Pillow's own image, which saves time and memory. Its mode
+is "RGB", "RGBA" with an alpha channel that is opaque everywhere, "L" (grey), or "F"
+(grey, float32). What cannot be read raises ``ValueError`` with the reason; the source
+adds which item.
 """
 
 from __future__ import annotations
@@ -14,22 +15,37 @@ import stat
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import IO, Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
+
+from skltl.exceptions import shorten
+from skltl.images._formats import (
+    FILE_FORMATS,
+    check_size,
+    decoder_bytes,
+    is_readable,
+    open_image,
+)
+from skltl.images._refusals import what_the_text_is
+from skltl.images._sharing import lock_of, wait_for_memory
 
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 Decoded: TypeAlias = Image.Image | Pixels
 
-# Raster formats that Pillow decodes by itself. Without this list Pillow tries every
-# plug-in it has, and an EPS file named .png would start Ghostscript.
-FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-
 # Transparent pixels are laid on white, as on a page.
 BACKGROUND = 255
+
+# Large images are converted by strips: a whole copy in each mode on the way would take
+# many times the memory of the image.
+PIXELS_A_STRIP = 2**20
+
+# The most that converting takes, where decoding does not take more.
+_CONVERSION_BYTES = 8
 
 # TIFF's tags, and a value (TIFF 6.0, sections 3 and 8).
 BITS_PER_SAMPLE = 258
@@ -61,7 +77,7 @@ _DECODER_ERRORS = (
     TypeError,
     OverflowError,
     AttributeError,
-    AssertionError,  # also of a picture whose file was closed
+    AssertionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -76,51 +92,68 @@ def is_tensor(item: object) -> TypeGuard[Any]:
 
 
 def read_file(path: str | os.PathLike[str], least_side: int | None = None) -> Decoded:
-    """Decode the first frame of a picture file, upright, as RGB.
+    """Decode the first frame of an image file, upright, as RGB.
 
     With `least_side`, a JPEG file may be decoded at a half, a quarter or an eighth of
     its size, as long as no side gets shorter than that.
     """
     _check_regular_file(path)
     try:
-        with Image.open(path, formats=FILE_FORMATS) as picture:
-            _check_pixel_count(picture)
-            if least_side is not None:
-                picture.draft(None, (least_side, least_side))
-            return _read_picture(picture)
+        with Path(path).open("rb") as stream:
+            return _upright_rgb(_loaded(stream, least_side), is_own=True)
     except _DECODER_ERRORS as error:
         raise ValueError(_reason(error)) from error
 
 
-def read_picture(picture: Image.Image) -> Decoded:
-    """Turn a PIL picture into an upright RGB one, or return it if it is; see `Decoded`.
+def read_image(image: Image.Image, least_side: int | None = None) -> Decoded:
+    """Turn a PIL image into an upright RGB one, or return it if it is; see `Decoded`.
 
-    The picture stays as it is.
+    The image stays as it is: what Pillow has not loaded yet is decoded from its file as
+    in `read_file`, and the image can still be loaded afterwards.
     """
     try:
-        return _read_picture(picture)
+        if _is_pending(image):
+            return _read_pending(image, least_side)
+        with lock_of(image):  # Pillow reads metadata and palettes when they are needed
+            return _upright_rgb(image, is_own=False)
     except _DECODER_ERRORS as error:
         raise ValueError(_reason(error)) from error
 
 
-def read_array(array: NDArray[Any]) -> Pixels:
+def read_array(array: NDArray[Any]) -> Decoded:
     """Turn an array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) into RGB."""
     pixels: NDArray[Any] = _with_known_range(array)
-    if pixels.ndim == 2:
-        pixels = pixels[:, :, np.newaxis]
-    n_channels = pixels.shape[2]
+    n_channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if n_channels == 1:
-        pixels = np.repeat(pixels, 3, axis=2)
-    elif n_channels == 4:
-        pixels = _on_background(pixels)
-    elif n_channels != 3:
+        return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2])))
+    if n_channels == 4:
+        return _array_on_white(pixels)
+    if n_channels != 3:
         raise ValueError(f"it has {n_channels} channels; 1, 3 or 4 are understood")
     return np.ascontiguousarray(pixels)
 
 
 def to_pixels(decoded: Decoded) -> Pixels:
-    """Bring Pillow's own picture to an array; arrays stay as they are."""
-    return np.array(decoded) if isinstance(decoded, Image.Image) else decoded
+    """Bring Pillow's own image to an array (h, w, 3); arrays stay as they are."""
+    if not isinstance(decoded, Image.Image):
+        return decoded
+    strips = list(_boxes(decoded))
+    if len(strips) == 1:
+        return _rgb_array(decoded)
+    dtype: Any = np.float32 if decoded.mode == "F" else np.uint8
+    pixels: Pixels = np.empty((decoded.height, decoded.width, 3), dtype)
+    for box in strips:
+        pixels[box[1] : box[3]] = _rgb_array(decoded.crop(box))
+    return pixels
+
+
+def iter_pixels(decoded: Decoded) -> Iterator[Pixels]:
+    """Yield the rows of what `to_pixels` would return, some at a time."""
+    if not isinstance(decoded, Image.Image):
+        yield decoded
+        return
+    for box in _boxes(decoded):
+        yield _rgb_array(decoded.crop(box))
 
 
 def tensor_to_array(tensor: Any) -> NDArray[Any]:
@@ -142,66 +175,117 @@ def _check_regular_file(path: str | os.PathLike[str]) -> None:
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise ValueError(_reason(error)) from error
+        reason = what_the_text_is(os.fspath(path)) or _reason(error)
+        raise ValueError(reason) from error
     if stat.S_ISDIR(mode):
-        raise ValueError("it is a directory, not a file")
+        raise ValueError("it is a directory, not a file; pass the files in it")
     if not stat.S_ISREG(mode):
         raise ValueError("it is not a regular file")
 
 
-def _check_pixel_count(picture: Image.Image) -> None:
-    # Pillow only warns up to twice its limit. A warning is no protection.
-    limit = Image.MAX_IMAGE_PIXELS
-    n_pixels = picture.width * picture.height
-    if limit is not None and n_pixels > limit:
+def _loaded(
+    stream: IO[bytes],
+    least_side: int | None,
+    opened: ImageFile.ImageFile | None = None,
+) -> Image.Image:
+    """Decode an image file, or the frame of it that the user has opened."""
+    image = open_image(stream)
+    check_size(image)
+    if opened is not None and (frame := opened.tell()):
+        image.seek(frame)
+        check_size(image)
+    if opened is not None and (image.mode, image.size) != (opened.mode, opened.size):
+        image.draft(opened.mode, opened.size)  # as the user did
+    wait_for_memory(
+        image.width * image.height, max(decoder_bytes(image), _CONVERSION_BYTES)
+    )
+    if least_side is not None:
+        image.draft(None, (least_side, least_side))
+    image.load()  # before metadata is read: some lie behind the pixels
+    return image
+
+
+def _is_pending(image: Image.Image) -> TypeGuard[ImageFile.ImageFile]:
+    """Tell whether Pillow has yet to decode an image, by ``Image.open``."""
+    # WebP has no tiles before it is decoded.
+    return isinstance(image, ImageFile.ImageFile) and (
+        bool(image.tile) or getattr(image, "_im", True) is None
+    )
+
+
+def _read_pending(image: ImageFile.ImageFile, least_side: int | None) -> Decoded:
+    if not is_readable(image.format):
         raise ValueError(
-            f"it has {n_pixels:,} pixels, more than the limit of {limit:,} "
-            "(PIL.Image.MAX_IMAGE_PIXELS)"
+            f"it is a {shorten(str(image.format), 20)} image that is not loaded yet, "
+            f"and only {', '.join(FILE_FORMATS)} are decoded here; call its load() "
+            "before if you trust where it is from"
         )
+    stream = getattr(image, "fp", None)
+    if stream is None or getattr(stream, "closed", False):
+        raise ValueError(
+            "its file was closed before it was loaded; keep the file open, or call "
+            "load() before closing it"
+        )
+    with lock_of(stream):
+        position = stream.tell()
+        try:
+            loaded = _loaded(stream, least_side, image)
+        finally:
+            stream.seek(position)
+    return _upright_rgb(loaded, is_own=True)
 
 
-def _read_picture(picture: Image.Image) -> Decoded:
-    if not picture.width or not picture.height:
+def _upright_rgb(image: Image.Image, is_own: bool) -> Decoded:
+    """Convert a loaded image; one's own may be changed in place."""
+    if not image.width or not image.height:
         raise ValueError("it has no pixels")
-    picture.load()  # before metadata is read: some lie behind the pixels
-    if picture.mode in SIXTEEN_BIT_MODES:
-        return _read_deep_grey(picture)
-    picture = _upright(picture)
-    if picture.mode in ("I", "F"):
-        kind = "32-bit integers" if picture.mode == "I" else "floats"
+    image.load()
+    if image.mode in SIXTEEN_BIT_MODES:
+        return _deep_grey(image)
+    image = _upright(image)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind}, whose range is unknown")
-    if picture.has_transparency_data:
-        return _on_background(np.asarray(picture.convert("RGBA")))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if image.has_transparency_data:
+        return _on_white(image, is_own)
+    if image.mode in ("RGB", "L"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _read_deep_grey(picture: Image.Image) -> Pixels:
-    """Scale a grey picture of 16 bits; ``convert("RGB")`` would clip it to white."""
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF file
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Scale a grey image of 16 bits; ``convert("RGB")`` would clip it to white."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
     n_bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     if n_bits != 16:
         raise ValueError(f"its pixels have {n_bits} bits; 8 and 16 are understood")
-    grey = np.asarray(_upright(picture)).astype(np.uint16)
-    if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
-        grey = np.uint16(65535) - grey
-    if "transparency" in picture.info:  # the one value that is transparent
-        grey = np.where(grey == picture.info["transparency"], np.uint16(65535), grey)
-    return read_array(grey)
+    is_inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    transparent = image.info.get("transparency")  # the one value that is
+    image = _upright(image)
+    page = Image.new("F", image.size)
+    for box in _boxes(image):
+        grey = np.asarray(image.crop(box)).astype(np.uint16)
+        if is_inverted:
+            grey = np.uint16(65535) - grey
+        if transparent is not None:
+            grey = np.where(grey == transparent, np.uint16(65535), grey)
+        page.paste(Image.fromarray(_with_known_range(grey)), box)
+    return page
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turn a picture as its camera's orientation says.
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its camera's orientation says.
 
     Not ``ImageOps.exif_transpose``, which also writes the metadata anew, and fails when
     any of it is odd.
     """
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DECODER_ERRORS:
-        return picture  # a picture that can be seen, with metadata that cannot be read
+        return image  # an image that can be seen, with metadata that cannot be read
     if orientation in UPRIGHT:
-        return picture.transpose(UPRIGHT[orientation])
-    return picture
+        return image.transpose(UPRIGHT[orientation])
+    return image
 
 
 def _with_known_range(array: NDArray[Any]) -> Pixels:
@@ -213,32 +297,69 @@ def _with_known_range(array: NDArray[Any]) -> Pixels:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return array.astype(np.float32) / np.float32(65535)
     if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
-        pixels = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinity
+            pixels = array.astype(np.float32)
         if not np.isfinite(pixels).all():
             raise ValueError("it holds NaN or infinity")
         return pixels
     raise ValueError(
-        f"its dtype is {array.dtype}, which does not say what black and white are; "
-        "pass uint8 (0 to 255), uint16 (0 to 65535), bool, or floats in [0, 1]"
+        f"its dtype is {shorten(str(array.dtype), 60)}, which does not say what black "
+        "and white are; pass uint8 (0 to 255), uint16 (0 to 65535), bool, or floats in "
+        "[0, 1]"
     )
 
 
-def _on_background(rgba: Pixels) -> Pixels:
-    """Lay a picture with an alpha channel on the background."""
+def _on_white(image: Image.Image, is_own: bool) -> Image.Image:
+    """Lay an image with transparent pixels on the background."""
+    is_grey = image.mode in ("L", "LA", "1")
+    boxes = list(_boxes(image))
+    if len(boxes) == 1:
+        return _strip_on_white(image, "L" if is_grey else "RGB")
+    if is_own and image.mode in ("RGB", "RGBA"):
+        page = image
+    else:
+        page = Image.new("L" if is_grey else "RGB", image.size)
+    for box in boxes:
+        page.paste(_strip_on_white(image.crop(box), page.mode), box)
+    return page
+
+
+def _strip_on_white(strip: Image.Image, mode: str) -> Image.Image:
+    white = Image.new("RGBA", strip.size, (BACKGROUND,) * 3 + (255,))
+    laid = Image.alpha_composite(white, strip.convert("RGBA"))
+    return laid if mode == "RGBA" else laid.convert(mode)
+
+
+def _array_on_white(rgba: Pixels) -> Decoded:
     if rgba.dtype == np.uint8:
-        picture = Image.fromarray(np.ascontiguousarray(rgba))
-        page = Image.new("RGBA", picture.size, (BACKGROUND,) * 3 + (255,))
-        return np.array(Image.alpha_composite(page, picture).convert("RGB"))
-    alpha = rgba[:, :, 3:]
+        return _on_white(Image.fromarray(np.ascontiguousarray(rgba)), is_own=False)
     white = np.float32(BACKGROUND / 255)
-    composite: NDArray[np.float32] = rgba[:, :, :3] * alpha + white * (1 - alpha)
-    return composite.astype(np.float32)
+    composite: NDArray[np.float32] = np.empty((*rgba.shape[:2], 3), np.float32)
+    n_rows = max(1, PIXELS_A_STRIP // rgba.shape[1])
+    for top in range(0, len(rgba), n_rows):
+        strip = rgba[top : top + n_rows]
+        alpha = strip[:, :, 3:]
+        composite[top : top + n_rows] = strip[:, :, :3] * alpha + white * (1 - alpha)
+    return composite
+
+
+def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the strips of an image, from the top, as Pillow's boxes."""
+    width, height = image.size
+    n_rows = max(1, PIXELS_A_STRIP // width)
+    for top in range(0, height, n_rows):
+        yield 0, top, width, min(top + n_rows, height)
+
+
+def _rgb_array(image: Image.Image) -> Pixels:
+    values: Any = np.array(image.convert("RGB") if image.mode == "RGBA" else image)
+    is_grey = values.ndim == 2
+    pixels: Pixels = np.repeat(values[..., np.newaxis], 3, 2) if is_grey else values
+    return pixels
 
 
 def _reason(error: BaseException) -> str:
     """Say what went wrong without the path, which the caller adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is not a {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file"
-    return str(error).rstrip(".") or type(error).__name__
+    return shorten(str(error).rstrip("."), 300) or type(error).__name__

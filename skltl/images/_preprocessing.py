@@ -9,6 +9,7 @@ the last two run on whole batches, on the network's device.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,48 +106,67 @@ class Preprocessing:
         Parameters
         ----------
         picture : array of shape (h, w, 3) or PIL picture
-            With dtype uint8 or float32; or in mode RGB.
+            With dtype uint8 or float32; or in mode RGB, RGBA (of which the alpha
+            channel is left out), L or F.
 
         Returns
         -------
         array of shape (crop_size, crop_size, 3)
-            Of the same dtype; uint8 of a PIL picture.
+            Of the same dtype; of a PIL picture uint8, or float32 if its mode is F.
         """
-        if isinstance(picture, Image.Image):
+        if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+            picture = Image.fromarray(picture)
+        if isinstance(picture, Image.Image) and picture.mode == "RGB":
             return np.asarray(self._crop_picture(picture))
-        if picture.dtype == np.uint8:
-            return np.asarray(self._crop_picture(Image.fromarray(picture)))
-        # Pillow resizes floats one channel at a time.
-        channels = [
-            np.asarray(self._crop_picture(Image.fromarray(channel)))
-            for channel in np.moveaxis(picture, 2, 0)
-        ]
-        return np.stack(channels, axis=2)
+        # Pillow resizes floats one channel at a time, and RGBA by way of a copy.
+        planes = [np.asarray(self._crop_picture(plane)) for plane in _planes(picture)]
+        if len(planes) == 1:
+            return np.repeat(planes[0][:, :, np.newaxis], 3, axis=2)
+        return np.stack(planes, axis=2)
 
     def _crop_picture(self, picture: Image.Image) -> Image.Image:
         width, height = self._resized_size(*picture.size)
-        # torchvision's rounding, so that the crop falls on the same pixels.
-        left = round((width - self.crop_size) / 2)
-        top = round((height - self.crop_size) / 2)
+        left, top = self._first_pixel(width), self._first_pixel(height)
         resample = INTERPOLATIONS[self.interpolation]
-        if width * height > _MAX_RESIZED_PIXELS and left >= 0 and top >= 0:
+        if width * height > _MAX_RESIZED_PIXELS:
+            # Only what is under the crop. Outside of the picture the crop is black.
+            x, y = max(left, 0), max(top, 0)
+            right = min(left + self.crop_size, width)
+            bottom = min(top + self.crop_size, height)
             across, down = picture.width / width, picture.height / height
             box = (
-                left * across,
-                top * down,
-                (left + self.crop_size) * across,
-                (top + self.crop_size) * down,
+                x * across,
+                y * down,
+                min(right * across, picture.width),
+                min(bottom * down, picture.height),
             )
-            return picture.resize((self.crop_size,) * 2, resample, box=box)
-        resized = picture.resize((width, height), resample)
-        # Outside of a picture smaller than the crop, Pillow's crop is black.
+            resized = picture.resize((right - x, bottom - y), resample, box=box)
+            left, top = min(left, 0), min(top, 0)
+        else:
+            resized = picture.resize((width, height), resample)
         return resized.crop((left, top, left + self.crop_size, top + self.crop_size))
+
+    def _first_pixel(self, length: int) -> int:
+        """Return where the crop begins; torchvision's rounding, to the same pixel."""
+        if length < self.crop_size:
+            return -((self.crop_size - length) // 2)
+        return round((length - self.crop_size) / 2)
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
         short = self.shorter_side
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
+
+
+def _planes(picture: Decoded) -> Iterator[Image.Image]:
+    """Yield the colours of a picture, or the one channel of a grey one."""
+    if isinstance(picture, np.ndarray):
+        yield from map(Image.fromarray, np.moveaxis(picture, 2, 0))
+    elif picture.mode == "RGBA":
+        yield from map(picture.getchannel, range(3))
+    else:
+        yield picture
 
 
 def normalise(batch: Any, mean: Any, std: Any) -> Any:

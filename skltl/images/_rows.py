@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skltl.exceptions import shorten
+
 CHANNEL_COUNTS = (1, 3, 4)
 
 
@@ -38,7 +40,8 @@ def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[
     fits = n_columns % known == 0 if -1 in image_shape else n_columns == known
     if not fits:
         raise ValueError(
-            f"image_shape={image_shape} does not fit rows of {n_columns} numbers."
+            f"image_shape={shorten(str(image_shape))} does not fit rows of {n_columns} "
+            "numbers."
         )
     return rows.reshape(len(rows), *image_shape)
 
@@ -72,6 +75,6 @@ def _check_image_shape(image_shape: tuple[Any, ...]) -> None:
     )
     if not is_shape or image_shape.count(-1) > 1:
         raise ValueError(
-            f"image_shape={image_shape} is not the shape of a picture: expected (h, w) "
-            "or (h, w, channels), in pixels; one of them may be -1."
+            f"image_shape={shorten(str(image_shape))} is not the shape of a picture: "
+            "expected (h, w) or (h, w, channels), in pixels; one of them may be -1."
         )

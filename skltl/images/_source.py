@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -23,37 +21,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from skltl._caller import level_of_the_user
-from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError
+from skltl.exceptions import ImageReadError, ImageTypeError, shorten
+from skltl.images._containers import (
+    EXPECTED,
+    check_not_masked,
+    label_of,
+    labels_of,
+    stacked,
+    unwrap,
+)
 from skltl.images._decode import (
     Decoded,
     Pixels,
     is_tensor,
     read_array,
     read_file,
-    read_picture,
+    read_image,
     tensor_to_array,
     to_pixels,
 )
+from skltl.images._ranges import PixelRanges
+from skltl.images._refusals import is_missing, refuse_item
 from skltl.images._rows import (
     CHANNEL_COUNTS,
     as_pixels,
     rows_as_images,
     suggest_image_shape,
 )
+from skltl.images._sharing import one_image
 
 # Arrays are no `Sequence` to Python, but serve as one here.
 Items: TypeAlias = Sequence[Any] | NDArray[Any]
-
-_EXPECTED = (
-    "a list or 1-D array of paths or pictures, or an array of shape (n, h, w), "
-    "(n, h, w, channels) or (n, channels, h, w)"
-)
-
-
-# Pillow loads a picture from its file when it is first used. The same one may stand at
-# several places and in several sources, and must not be loaded by two threads at once.
-_PICTURE_LOCK = threading.Lock()
 
 
 class ImageSource:
@@ -65,22 +63,18 @@ class ImageSource:
         Paths, PIL pictures, arrays or tensors, one for each picture.
     channels_first : bool, default=False
         Whether three-dimensional items are (channels, h, w).
-    checks_range : bool, default=True
-        Whether floats outside [0, 1] are worth a warning.
+    labels : sequence or None, default=None
+        By which labels the user knows the items, if they have any.
     """
 
     def __init__(
-        self,
-        items: Items,
-        channels_first: bool = False,
-        checks_range: bool = True,
+        self, items: Items, channels_first: bool = False, labels: Any = None
     ) -> None:
         self._items = items
         self._channels_first = channels_first
-        self._checks_range = checks_range
+        self._labels = labels
+        self._ranges = PixelRanges()
         self.least_side: int | None = None
-        self._seen_range: tuple[float, float] | None = None
-        self._lock = threading.Lock()  # for what decoding threads share
 
     def reduced_to(self, least_side: int) -> ImageSource:
         """Return the same pictures, decoded at a smaller scale where that is possible.
@@ -110,14 +104,15 @@ class ImageSource:
         return to_pixels(self.decode(index))
 
     def decode(self, index: int) -> Decoded:
-        """Decode picture ``index``: such an array, or a PIL picture in mode RGB.
+        """Decode picture ``index``: such an array, or a PIL image; see `Decoded`.
 
         All ways to a picture lead through here, which subclasses may exchange.
         """
         item = self._items[index]
-        check_item(int(index), item)
+        self._check(int(index), item)
         try:
-            return self._read(item)
+            with one_image():
+                return self._read(item)
         except ValueError as error:
             cause = error.__cause__ or error
             raise ImageReadError(int(index), self.path(index), str(error)) from cause
@@ -128,39 +123,39 @@ class ImageSource:
         return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 
     def _read(self, item: Any) -> Decoded:
+        is_float = False
         if isinstance(item, (str, os.PathLike)):
-            return read_file(item, self.least_side)
-        if isinstance(item, Image.Image):
-            with _PICTURE_LOCK:
-                return read_picture(item)
-        array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
-        if array.ndim == 3 and self._channels_first:
-            array = np.moveaxis(array, 0, 2)
-        pixels = read_array(array)
-        if self._checks_range and pixels.dtype != np.uint8:
-            self._widen_seen_range(float(pixels.min()), float(pixels.max()))
-        return pixels
+            decoded = read_file(item, self.least_side)
+        elif isinstance(item, Image.Image):
+            decoded = read_image(item, self.least_side)
+        else:
+            array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
+            if array.ndim == 3 and self._channels_first:
+                array = np.moveaxis(array, 0, 2)
+            is_float = array.dtype.kind == "f"
+            decoded = read_array(array)
+        self._ranges.see(decoded, is_float)
+        return decoded
+
+    def check_items(self) -> None:
+        """Refuse items that cannot be images, whatever their pixels."""
+        for index, item in enumerate(self._items):
+            self._check(index, item)
+
+    def _check(self, index: int, item: Any) -> None:
+        if isinstance(item, (str, Image.Image)):
+            return
+        if is_missing(item):
+            reason = refuse_item(item) + label_of(self._labels, index)
+            raise ImageTypeError(index, reason)
+        check_item(index, item)
 
     def _widen_seen_range(self, low: float, high: float) -> None:
-        with self._lock:
-            if self._seen_range is not None:
-                low = min(low, self._seen_range[0])
-                high = max(high, self._seen_range[1])
-            self._seen_range = (low, high)
+        self._ranges.see_floats(low, high)
 
     def warn_of_odd_range(self) -> None:
-        """Warn once if floats outside [0, 1] have been read so far."""
-        if self._seen_range is None:
-            return
-        low, high = self._seen_range
-        if low < 0 or high > 1:
-            warnings.warn(
-                f"Pictures of floats should lie in [0, 1], these go from {low:.4g} to "
-                f"{high:.4g}. Divide them by their maximum (255 for 8-bit pictures), "
-                "or pass them as uint8.",
-                ImageRangeWarning,
-                stacklevel=level_of_the_user(),
-            )
+        """Warn once if the values read so far are not what pixels look like."""
+        self._ranges.warn_if_odd()
 
 
 def read_images(
@@ -191,43 +186,24 @@ def read_images(
         If ``X`` is empty, a single picture, or an array that cannot be pictures.
     """
     if image_shape is not None:
+        check_not_masked(X)
         images = rows_as_images(as_pixels(X), image_shape)
         channels_first = _has_channels_first([images.shape[1:]], prefers_first=False)
-        # Integers of a type that does not say what white is often go from 0 to 255.
-        return ImageSource(images, channels_first, checks_range=X.dtype.kind in "iu")
-    X = _unwrap(X)
+        return ImageSource(images, channels_first)
+    labels = labels_of(X)
+    X = unwrap(X)
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUT":
+        _check_not_missing(X, labels)
         return _source_of_array(X, prefers_first=False)
     if is_tensor(X):
         return _source_of_array(X, prefers_first=True)
-    return _source_of_items(X, check_items)
+    return _source_of_items(X, labels, check_items)
 
 
-def _unwrap(X: Any) -> Any:
-    """Take the data out of its container; refuse what is no batch of pictures."""
-    if isinstance(X, (str, os.PathLike)):
-        raise TypeError(f"X is a single path; put it in a list: X=[{X!r}].")
-    if isinstance(X, Image.Image):
-        raise ValueError("X is a single picture. Reshape your data: X=[picture].")
-    if hasattr(X, "toarray") and hasattr(X, "nnz"):
-        raise TypeError("Sparse data cannot be pictures; pass a dense array.")
-    if isinstance(X, np.ma.MaskedArray):
-        raise TypeError(
-            "Masked arrays are not supported: fill the masked pixels first."
-        )
-    if hasattr(X, "to_numpy"):  # pandas, polars
-        shape: tuple[int, ...] = getattr(X, "shape", ())
-        if len(shape) == 2 and shape[1] == 1:
-            X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
-        X = X.to_numpy()
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
-        # One column of paths, as `ColumnTransformer` hands it over.
-        return X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
-    if isinstance(X, (np.ndarray, list, tuple)) or is_tensor(X):
-        return X
-    if hasattr(X, "__array__"):
-        return np.asarray(X)
-    raise TypeError(f"X must be {_EXPECTED}; got {type(X).__name__}.")
+def _check_not_missing(X: NDArray[Any], labels: Any) -> None:
+    """Refuse a column without any value, which pandas makes numbers or dates."""
+    if X.ndim == 1 and len(X) and is_missing(X[0]):
+        raise ImageTypeError(0, refuse_item(X[0]) + label_of(labels, 0))
 
 
 def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
@@ -235,7 +211,7 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
     shape = tuple(X.shape)
     if len(shape) < 2:
         raise ValueError(
-            f"Expected {_EXPECTED}, got an array of shape {shape}. Reshape your data."
+            f"Expected {EXPECTED}, got an array of shape {shape}. Reshape your data."
         )
     if len(shape) == 2:
         example = suggest_image_shape(shape[1])
@@ -245,7 +221,9 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
             "Reshape your data to (n, h, w) if it is a single picture."
         )
     if len(shape) > 4:
-        raise ValueError(f"Expected {_EXPECTED}, got an array of shape {shape}.")
+        raise ValueError(
+            f"Expected {EXPECTED}, got an array of shape {shorten(str(shape))}."
+        )
     _check_not_empty(shape)
     if len(shape) == 3:
         _check_not_single_picture(shape, prefers_first)
@@ -253,63 +231,58 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
     return ImageSource(X, _has_channels_first([shape[1:]], prefers_first))
 
 
-def _source_of_items(X: Items, check_items: bool) -> ImageSource:
+def _source_of_items(X: Items, labels: Any, check_items: bool) -> ImageSource:
     """Serve a list of paths, pictures or arrays."""
     if isinstance(X, np.ndarray) and X.ndim != 1:
         raise ValueError(
-            f"Expected {_EXPECTED}, got an array of {X.dtype} of shape {X.shape}."
+            f"Expected {EXPECTED}, got an array of {shorten(str(X.dtype), 60)} of "
+            f"shape {shorten(str(X.shape))}."
         )
     _check_not_empty((len(X),))
-    if check_items and isinstance(X[0], (int, float, np.number)):
-        raise ImageTypeError(0, f"a number ({X[0]!r}), not a path or a picture")
-    if isinstance(X[0], (list, tuple)) or getattr(X[0], "ndim", 0) == 1:
-        return _source_of_array(_stacked(X), prefers_first=False)
-    if check_items:
-        for index, item in enumerate(X):
-            check_item(index, item)
+    if _is_row(X[0]):
+        return _source_of_array(stacked(X), prefers_first=False)
     arrays = [item for item in X if is_tensor(item) or isinstance(item, np.ndarray)]
     shapes = [tuple(array.shape) for array in arrays if _may_have_channels(array.shape)]
     prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
-    return ImageSource(X, _has_channels_first(shapes, prefers_first))
+    if check_items:  # before a word about all of them
+        ImageSource(X, labels=labels).check_items()
+    return ImageSource(X, _has_channels_first(shapes, prefers_first), labels)
 
 
-def _stacked(X: Items) -> NDArray[Any]:
-    """Turn nested lists of numbers into one array."""
-    try:
-        stacked = np.asarray(X)
-    except ValueError as error:
-        raise ValueError(
-            "X is a list of lists of different lengths. Pass each picture as an array."
-        ) from error
-    if stacked.dtype.kind not in "buifc":
-        raise ValueError(f"Expected {_EXPECTED}, got nested lists of {stacked.dtype}.")
-    return stacked
+def _is_row(item: Any) -> bool:
+    """Tell whether an item is a row of numbers, or nested rows."""
+    if isinstance(item, (list, tuple)):
+        return not any(
+            isinstance(part, (str, os.PathLike, Image.Image))
+            or getattr(part, "ndim", 0) > 1
+            for part in item
+        )
+    return getattr(item, "ndim", 0) == 1
 
 
 def check_item(index: int, item: Any) -> None:
     """Refuse an item that cannot be a picture, whatever its pixels."""
     if isinstance(item, os.PathLike) and isinstance(os.fspath(item), bytes):
         raise ImageTypeError(index, "a path of bytes; paths of text are understood")
-    if isinstance(item, (str, os.PathLike, Image.Image)):
+    if isinstance(item, os.PathLike):
         return
     if isinstance(item, np.ma.MaskedArray):
         raise ImageTypeError(index, "a masked array; fill its masked pixels first")
     if not (isinstance(item, np.ndarray) or is_tensor(item)):
-        raise ImageTypeError(
-            index, f"of type {type(item).__name__}, not a path, a picture or an array"
-        )
+        raise ImageTypeError(index, refuse_item(item))
     shape = tuple(item.shape)
+    found = shorten(str(shape))
     if len(shape) not in (2, 3):
         raise ImageReadError(
-            index, None, f"its shape is {shape}; expected (h, w) or (h, w, channels)"
+            index, None, f"its shape is {found}; expected (h, w) or (h, w, channels)"
         )
     if 0 in shape:
-        raise ImageReadError(index, None, f"it is empty: its shape is {shape}")
+        raise ImageReadError(index, None, f"it is empty: its shape is {found}")
     if len(shape) == 3 and not _may_have_channels(shape):
         raise ImageReadError(
             index,
             None,
-            f"no axis of its shape {shape} can be the channels; expected 1 (grey), "
+            f"no axis of its shape {found} can be the channels; expected 1 (grey), "
             "3 (RGB) or 4 (RGBA) of them, last or first",
         )
 

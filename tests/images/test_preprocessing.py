@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision.models as models
 from PIL import Image
+from torchvision.transforms import functional
 
 from skltl import Preprocessing
 from skltl.backbones import get_backbone
@@ -92,3 +93,80 @@ def test_image_size_keeps_the_share_that_is_cropped():
 def test_impossible_preprocessing_is_refused(arguments):
     with pytest.raises(ValueError, match="at least 1 pixel|Unknown interpolation"):
         Preprocessing(**arguments)
+
+
+def by_hand(image, preprocessing):
+    """Torchvision's own resize and crop, with black where the crop is larger."""
+    resized = functional.resize(image, preprocessing.shorter_side)
+    return np.asarray(functional.center_crop(resized, preprocessing.crop_size))
+
+
+@pytest.mark.parametrize("size", [(5, 5), (40, 61), (61, 40), (37, 300), (300, 37)])
+@pytest.mark.parametrize(
+    ("crop_size", "resize_size"), [(43, 40), (40, 37), (41, 40), (64, 9), (9, 64)]
+)
+def test_crops_larger_than_the_image_have_torchvisions_borders(
+    size, crop_size, resize_size
+):
+    noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
+    image = Image.fromarray(noise.astype(np.uint8))
+    preprocessing = Preprocessing(crop_size, resize_size=resize_size)
+
+    crop = preprocessing.crop(image)
+
+    np.testing.assert_array_equal(crop, by_hand(image, preprocessing))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "F"])
+@pytest.mark.parametrize("size", [(61, 40), (37, 300)])
+def test_every_mode_of_decoded_images_is_cropped_as_rgb(mode, size):
+    noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
+    image = Image.fromarray(noise.astype(np.uint8)).convert(mode)
+    preprocessing = Preprocessing(32, resize_size=40)
+
+    crop = preprocessing.crop(image)
+
+    if mode == "F":
+        resized = functional.resize(image, preprocessing.shorter_side)
+        box = functional.center_crop(resized, preprocessing.crop_size)
+        expected = np.stack([np.asarray(box)] * 3, axis=2)
+    else:
+        expected = by_hand(image.convert("RGB"), preprocessing)
+    np.testing.assert_array_equal(crop, expected)
+
+
+@pytest.mark.parametrize("shape", [(100_000, 1), (1, 100_000), (80_000, 2)])
+def test_a_crop_larger_than_a_very_long_image_takes_little_memory(shape, monkeypatch):
+    """A whole resize would be one of 256 x 25,600,000 pixels: 19.7 GB."""
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    grey = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] < 3 else ramp, shape)
+    image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+
+    crop = Preprocessing(300, resize_size=256).crop(image)
+
+    assert max(width * height for width, height in sizes) <= 300 * 300
+    is_long = (slice(None), slice(22, 278)) if shape[0] > 2 else slice(22, 278)
+    np.testing.assert_allclose(crop[is_long], 127, atol=2)
+    assert crop.sum() == crop[is_long].sum()  # and black beside it
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_only_what_is_under_the_crop_gives_the_same_pixels(mode, monkeypatch):
+    """Both ways agree up to rounding where both can be afforded."""
+    noise = np.random.default_rng(0).integers(256, size=(30, 700, 3))
+    image = Image.fromarray(noise.astype(np.uint8)).convert(mode)
+    preprocessing = Preprocessing(50, resize_size=44)
+    whole = preprocessing.crop(image).astype(int)
+
+    monkeypatch.setattr("skltl.images._preprocessing._MAX_RESIZED_PIXELS", 0)
+    part = preprocessing.crop(image)
+
+    np.testing.assert_allclose(part, whole, atol=1)

@@ -1,0 +1,194 @@
+"""PIL images that are not loaded yet are decoded as safely as files, and left alone."""
+
+import io
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skltl.exceptions import ImageReadError
+from skltl.images import Preprocessing, iter_crops, read_images
+
+
+def encoded(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer
+
+
+def opened(image, file_format, **options):
+    return Image.open(encoded(image, file_format, **options))
+
+
+@pytest.fixture
+def image(pictures):
+    return Image.fromarray(pictures[0])
+
+
+def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    with pytest.raises(ImageReadError, match=r"Image 0 .*EPS image.*load\(\)"):
+        read_images([Image.open(io.BytesIO(eps))])[0]
+
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("file_format", ["PPM", "TGA"])
+def test_formats_that_files_may_not_have_are_refused(image, file_format):
+    lazy = opened(image, file_format)
+
+    with pytest.raises(ImageReadError, match="not loaded yet.*JPEG, PNG"):
+        read_images([lazy])[0]
+
+
+def test_an_image_that_the_user_has_loaded_may_have_any_format(image):
+    loaded = opened(image, "PPM")
+    loaded.load()
+
+    np.testing.assert_array_equal(read_images([loaded])[0], np.asarray(image))
+
+
+def test_the_limit_for_pixels_holds_as_for_files(image, tmp_path, monkeypatch):
+    image.save(tmp_path / "image.png")
+    lazy = opened(image, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1919)
+    messages = []
+
+    for item in (lazy, tmp_path / "image.png"):
+        with pytest.raises(ImageReadError) as info:
+            read_images([item])[0]
+        messages.append(info.value.reason)
+
+    assert messages[0] == messages[1]
+    assert "1,920 pixels, more than the limit of 1,919" in messages[0]
+
+
+def test_a_loaded_image_is_in_memory_already_and_has_no_limit(image, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+
+    np.testing.assert_array_equal(read_images([image])[0], np.asarray(image))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("least_side", [None, 8])
+def test_the_users_image_stays_as_it_was(image, file_format, least_side):
+    lazy = opened(image, file_format)
+    before = lazy.mode, lazy.size, dict(lazy.info), lazy.fp.tell()
+    source = read_images([lazy])
+    source.least_side = least_side
+
+    source[0]
+
+    assert (lazy.mode, lazy.size, dict(lazy.info), lazy.fp.tell()) == before
+    by_hand = opened(image, file_format).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(lazy.convert("RGB")), np.asarray(by_hand))
+
+
+def test_fast_decoding_gives_what_a_file_gives(tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((800, 600))
+    large.save(tmp_path / "large.jpg")
+    lazy = opened(large, "JPEG")
+
+    from_memory = read_images([lazy]).reduced_to(70)[0]
+    from_file = read_images([tmp_path / "large.jpg"]).reduced_to(70)[0]
+
+    assert from_memory.shape == (75, 100, 3)
+    np.testing.assert_array_equal(from_memory, from_file)
+
+
+def test_an_image_may_be_read_again_and_again(image):
+    lazy = opened(image, "PNG")
+    source = read_images([lazy, lazy])
+
+    for _ in range(2):
+        for pixels in source:
+            np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_a_damaged_image_stays_an_error(image):
+    """Pillow takes an image for loaded once decoding it has failed."""
+    content = bytearray(encoded(image, "PNG").getvalue())
+    content[len(content) // 2] ^= 0xFF
+    source = read_images([Image.open(io.BytesIO(content))])
+
+    for _ in range(3):
+        with pytest.raises(ImageReadError, match="Image 0 could not be read"):
+            source[0]
+
+
+def test_the_frame_at_which_the_image_stands_is_read():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    lazy = opened(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    lazy.seek(1)
+
+    assert (read_images([lazy])[0] == (0, 0, 255)).all()
+    assert lazy.tell() == 1
+
+
+def test_what_the_user_asked_of_the_decoder_is_done(image):
+    large = image.resize((480, 400))
+    lazy = opened(large, "JPEG")
+    lazy.draft("L", (120, 100))
+
+    pixels = read_images([lazy])[0]
+
+    by_hand = opened(large, "JPEG")
+    by_hand.draft("L", (120, 100))
+    np.testing.assert_array_equal(pixels[:, :, 1], np.asarray(by_hand))
+
+
+@pytest.mark.parametrize(
+    "close", [lambda lazy: lazy.close(), lambda lazy: lazy.fp.close()]
+)
+def test_a_file_that_was_closed_is_told(image, close):
+    lazy = opened(image, "PNG")
+    close(lazy)
+
+    with pytest.raises(ImageReadError, match=r"closed before.*load\(\)"):
+        read_images([image, lazy])[1]
+
+
+class MeetingPlace(io.BytesIO):
+    """A file whose readers wait, once asked to, until as many others read theirs."""
+
+    barrier = None
+
+    def read(self, *size):
+        if self.barrier is not None:
+            barrier, self.barrier = self.barrier, None
+            barrier.wait(timeout=20)
+        return super().read(*size)
+
+
+def test_images_are_decoded_at_the_same_time(pictures):
+    files = []
+    for picture in pictures[:3]:
+        content = encoded(Image.fromarray(picture), "PNG").getvalue()
+        files.append(MeetingPlace(content))
+    lazy = [Image.open(file) for file in files]
+    barrier = threading.Barrier(3)
+    for file in files:
+        file.barrier = barrier
+
+    crops = list(iter_crops(read_images(lazy), range(3), Preprocessing(40), 3, 3))
+
+    for crop, picture in zip(crops, pictures, strict=False):
+        np.testing.assert_array_equal(crop.pixels, picture[:, 4:44])
+
+
+def test_two_images_may_share_one_file(image):
+    """Their threads must not move each other's place in it."""
+    buffer = encoded(image, "PNG")
+    lazy = [Image.open(buffer) for _ in range(40)]
+
+    crops = list(iter_crops(read_images(lazy), range(40), Preprocessing(40), 40, 8))
+
+    for crop in crops:
+        np.testing.assert_array_equal(crop.pixels, np.asarray(image)[:, 4:44])
