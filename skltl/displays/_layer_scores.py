@@ -13,6 +13,7 @@ from skltl.backbones import block_shapes, reached_main_blocks, skeleton
 from skltl.displays._axes import axes_library, axes_to_draw_on
 from skltl.displays._search_results import (
     arrange,
+    chosen_row,
     last_round,
     metric_of,
     place_of,
@@ -44,13 +45,17 @@ class LayerScoresDisplay:
         Their standard deviations over the folds.
     score_name : str, default="score"
         What the scores are.
+    best : tuple of (str, str, float), default=None
+        Layer, other settings and score of what a search has chosen; ``None`` is the
+        best score that there is.
 
     Attributes
     ----------
     ax_, figure_
         matplotlib's axes and figure, after a plot.
     best_ : tuple of (str, str, float)
-        Cut point, line and score of the best.
+        Layer, other settings and score of the best, which is marked by a star: with
+        equal scores, the one that the search has chosen.
 
     See Also
     --------
@@ -68,13 +73,14 @@ class LayerScoresDisplay:
     ('block2', 'C=0.1', 0.75)
     """
 
-    def __init__(self, *, layers, scores, deviations, score_name="score"):
+    def __init__(self, *, layers, scores, deviations, score_name="score", best=None):
         self.layers = list(layers)
         self.scores = {name: np.asarray(line, float) for name, line in scores.items()}
         self.deviations = {
             name: np.asarray(line, float) for name, line in deviations.items()
         }
         self.score_name = score_name
+        self.best = best
         lines = [*self.scores.values(), *self.deviations.values()]
         if not lines or any(line.shape != (len(self.layers),) for line in lines):
             raise ValueError(
@@ -87,12 +93,15 @@ class LayerScoresDisplay:
     def from_search(cls, search, *, metric=None, ax=None):
         """Draw the scores of a search that has been fitted.
 
+        If no two candidates differ in `layer` alone, as in a randomized search over a
+        continuous parameter, the best candidate of each layer is drawn.
+
         Parameters
         ----------
         search : GridSearchCV or another search with ``cv_results_``
             Over the `layer` of a transformer, and any other parameters.
         metric : str, default=None
-            Which of the scores, if the search has several.
+            Which of the scores, if the search has several; ``None`` is that of `refit`.
         ax : matplotlib Axes, default=None
             Where to draw; ``None`` makes a figure.
 
@@ -112,22 +121,28 @@ class LayerScoresDisplay:
                 "from_search draws a fitted search, which has cv_results_; got "
                 f"{type(search).__name__}."
             )
-        results = last_round(search.cv_results_)
-        metric = metric_of(results, metric)
+        results, rows = last_round(search.cv_results_)
+        metric = metric_of(search, results, metric)
         scores = results[f"mean_test_{metric}"]
         deviations = results[f"std_test_{metric}"]
         places, lines = arrange(results["params"], scores, search.estimator)
         layers = list(dict.fromkeys(name for _, name in sorted(set(places.values()))))
-        names = dict.fromkeys(lines[index] for index in places)
+        best = None
+        chosen = chosen_row(search, metric, rows)
+        if chosen in places:
+            best = places[chosen][1], lines[chosen], float(scores[chosen])
+        drawn = _best_by_layer(places, lines, scores, chosen)
+        names = dict.fromkeys(drawn.values())
         table = {name: np.full((2, len(layers)), np.nan) for name in names}
-        for index, (_, layer) in places.items():
-            column = layers.index(layer)
-            table[lines[index]][:, column] = scores[index], deviations[index]
+        for index, name in drawn.items():
+            column = layers.index(places[index][1])
+            table[name][:, column] = scores[index], deviations[index]
         display = cls(
             layers=layers,
             scores={name: line[0] for name, line in table.items()},
             deviations={name: line[1] for name, line in table.items()},
             score_name=score_name_of(search, metric),
+            best=best,
         )
         return display.plot(ax=ax)
 
@@ -205,7 +220,9 @@ class LayerScoresDisplay:
 
     @property
     def best_(self):
-        """Cut point, line and score of the best."""
+        """Layer, other settings and score of the best."""
+        if self.best is not None:
+            return self.best
         names = list(self.scores)
         table = np.nan_to_num(np.array(list(self.scores.values())), nan=-np.inf)
         line, column = np.unravel_index(table.argmax(), table.shape)
@@ -284,6 +301,23 @@ class LayerScoresDisplay:
         ax.set_xlabel("cut after")
         ax.set_ylabel(self.score_name.replace("_", " "))
         ax.grid(axis="y", alpha=0.3)
+
+
+def _best_by_layer(places, lines, scores, chosen):
+    """Return the line of each candidate, or of the best at each layer only.
+
+    The latter if each line would be a single point.
+    """
+    of_lines = [lines[index] for index in places]
+    if len(of_lines) < 2 or len(set(of_lines)) < len(of_lines):
+        return {index: lines[index] for index in places}
+    best = {}
+    for index, (_, layer) in places.items():
+        is_better = layer not in best or scores[index] > scores[best[layer]]
+        is_chosen = index == chosen and scores[index] == scores[best.get(layer, index)]
+        if is_better or is_chosen:
+            best[layer] = index
+    return dict.fromkeys(best.values(), f"best of {len(places)} candidates")
 
 
 def _main_layers(transformer, X):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import numpy as np
 from sklearn.base import is_classifier, is_regressor
 
@@ -9,25 +11,42 @@ from skltl.backbones import get_backbone, resolve_layer, skeleton
 
 
 def last_round(results):
-    """Of a search in rounds with ever more pictures, return the results of the last."""
+    """Of a search in rounds with ever more images, return the results of the last.
+
+    Returns
+    -------
+    results : dict of str to list
+        The columns.
+    rows : list of int
+        Where they stand in what was given.
+    """
+    n = len(results["params"])
     if "iter" not in results:
-        return results
-    is_last = results["iter"] == max(results["iter"])
-    return {
-        name: [one for one, keep in zip(column, is_last, strict=True) if keep]
-        for name, column in results.items()
-    }
+        return results, list(range(n))
+    last = max(results["iter"])
+    rows = [row for row in range(n) if results["iter"][row] == last]
+    kept = {name: [column[row] for row in rows] for name, column in results.items()}
+    return kept, rows
 
 
-def metric_of(results, metric):
+def metric_of(search, results, metric):
     """Return which scores of a search are meant: the end of their columns' names."""
     prefix = "mean_test_"
     known = [name.removeprefix(prefix) for name in results if name.startswith(prefix)]
     if metric is None and len(known) == 1:
         return known[0]
+    if metric is None and isinstance(search.refit, str):
+        return search.refit
     if metric not in known:
         raise ValueError(f"metric={metric!r}, but the search has {', '.join(known)}.")
     return metric
+
+
+def chosen_row(search, metric, rows):
+    """Return the row of the candidate that a search has chosen by a metric, or None."""
+    is_by_metric = metric == "score" or search.refit == metric
+    index = getattr(search, "best_index_", None)
+    return rows.index(index) if is_by_metric and index in rows else None
 
 
 def score_name_of(search, metric):
@@ -97,18 +116,35 @@ def place_of(backbone, layer):
 
 
 def _line_names(rests):
-    """Name lines by the parameters that tell them apart, in short if that suffices."""
-    short = [_joined(rest, lambda name: name.rpartition("__")[2]) for rest in rests]
-    full = [_joined(rest, lambda name: name) for rest in rests]
-    return short if len(set(short)) == len(set(full)) else full
+    """Name lines by the parameters that tell them apart, as shortly as suffices."""
+    exact = [_joined(rest, _full, str) for rest in rests]
+    for name_of, text_of in ((_last, _rounded), (_full, _rounded), (_last, str)):
+        names = [_joined(rest, name_of, text_of) for rest in rests]
+        if len(set(names)) == len(set(exact)):
+            return names
+    return exact
 
 
-def _joined(params, name_of):
+def _joined(params, name_of, text_of):
     return ", ".join(
-        f"{name_of(name)}={_text(value)}" for name, value in params.items()
+        f"{name_of(name)}={_text(value, text_of)}" for name, value in params.items()
     )
 
 
-def _text(value):
+def _full(name):
+    return name
+
+
+def _last(name):
+    return name.rpartition("__")[2]
+
+
+def _rounded(value):
+    """Write a number with three significant digits."""
+    is_float = isinstance(value, Real) and not isinstance(value, Integral)
+    return f"{value:.3g}" if is_float else str(value)
+
+
+def _text(value, text_of):
     is_estimator = hasattr(value, "get_params")
-    return type(value).__name__ if is_estimator else " ".join(str(value).split())
+    return type(value).__name__ if is_estimator else " ".join(text_of(value).split())

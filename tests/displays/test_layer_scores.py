@@ -5,8 +5,9 @@ import warnings
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from scipy.stats import loguniform
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 
@@ -247,3 +248,87 @@ def test_what_cannot_be_drawn_is_refused():
         LayerScoresDisplay(layers=["a"], scores={"": [1, 2]}, deviations={"": [1, 2]})
     with pytest.raises(ValueError, match="cv_results_; got Pipeline"):
         LayerScoresDisplay.from_search(make_feature_pipeline("tiny"))
+
+
+@pytest.mark.parametrize("order", [["block1", "block3"], ["block3", "block1"]])
+def test_the_star_is_what_the_search_has_chosen(order, pipeline, pictures):
+    """Of two layers with equal scores, the search takes the first that was tried."""
+    search = GridSearchCV(
+        pipeline, {"feat__layer": order}, cv=3, scoring=lambda *_: 0.5
+    ).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert search.best_params_ == {"feat__layer": order[0]}
+    assert display.best_ == (order[0], "", 0.5)
+    assert f"best: {order[0]}" in display.ax_.get_title()
+    assert display.layers == ["block1", "block3"]
+    *_, star = display.ax_.get_lines()
+    assert star.get_xdata()[0] == display.layers.index(order[0])
+
+
+def test_the_metric_is_that_of_the_refit(pipeline, pictures):
+    search = GridSearchCV(
+        pipeline,
+        {"feat__layer": ["block3", "block1"]},
+        scoring={
+            "constant": lambda *_: 0.5,
+            "depth": lambda fitted, *_: float(fitted[0].layer == "block1"),
+        },
+        refit="constant",
+        cv=3,
+    ).fit(pictures, LABELS)
+
+    of_refit = LayerScoresDisplay.from_search(search)
+    other = LayerScoresDisplay.from_search(search, metric="depth")
+
+    assert of_refit.score_name == "constant"
+    assert of_refit.best_[0] == search.best_params_["feat__layer"] == "block3"
+    assert other.best_ == ("block1", "", 1.0)
+
+
+def test_single_points_become_a_line_of_the_best(pipeline, pictures):
+    search = RandomizedSearchCV(
+        pipeline,
+        {"feat__layer": ["stem", "block2"], "softmax__C": loguniform(1e-4, 10)},
+        n_iter=8,
+        cv=3,
+        random_state=0,
+    ).fit(pictures, LABELS)
+    layers = search.cv_results_["param_feat__layer"]
+    means = search.cv_results_["mean_test_score"]
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == ["stem", "block2"]
+    assert list(display.scores) == ["best of 8 candidates"]
+    expected = [means[layers == name].max() for name in display.layers]
+    np.testing.assert_array_equal(display.scores["best of 8 candidates"], expected)
+    best = search.best_params_
+    settings = f"C={best['softmax__C']:.3g}"
+    assert display.best_ == (best["feat__layer"], settings, search.best_score_)
+    assert settings in display.ax_.get_title()
+
+
+def test_numbers_in_names_have_three_digits(pipeline, pictures):
+    grid = {"feat__layer": ["stem", "block1"], "softmax__C": [1 / 3, 2e-7 / 3, 12]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert set(display.scores) == {"C=0.333", "C=6.67e-08", "C=12"}
+
+
+def test_of_rounds_the_star_is_in_the_last(pipeline, pictures):
+    from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+    from sklearn.model_selection import HalvingGridSearchCV
+
+    X, y = np.concatenate([pictures] * 6), np.concatenate([LABELS] * 6)
+    search = HalvingGridSearchCV(
+        pipeline, {"feat__layer": ALL[::-1]}, cv=3, random_state=0, min_resources=18,
+        scoring=lambda *_: 0.5,
+    ).fit(X, y)  # fmt: skip
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.best_ == (search.best_params_["feat__layer"], "", 0.5)
