@@ -15,7 +15,13 @@ from skltl.backbones import (
     prefix_from_state,
     prefix_state,
 )
-from skltl.images import Preprocessing, is_tensor, read_images, tensor_to_array
+from skltl.images import (
+    Preprocessing,
+    check_not_masked,
+    is_tensor,
+    read_images,
+    tensor_to_array,
+)
 
 
 class ImageEstimator(BaseEstimator):
@@ -36,6 +42,7 @@ class ImageEstimator(BaseEstimator):
                 self.__dict__.pop("n_features_in_", None)
                 self.__dict__.pop("feature_names_in_", None)
             return read_images(X)
+        check_not_masked(X)
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
         rows = validate_data(self, X, reset=reset, dtype="numeric")
         return read_images(rows, image_shape=tuple(self.image_shape))

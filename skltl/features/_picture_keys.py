@@ -103,7 +103,7 @@ class PictureKeys:
             keys = {}
             for position in some:
                 try:
-                    keys[position] = content_key(source[position])
+                    keys[position] = content_key(source.decode(position))
                 except (ImageReadError, ImageTypeError):
                     break  # raised when it is read in the order of the source
             return keys

@@ -3,6 +3,7 @@
 from skltl.images._ahead import map_ahead
 from skltl.images._bad_images import BadImage, find_bad_images
 from skltl.images._batches import Batch, Crop, iter_batches, iter_crops
+from skltl.images._containers import check_not_masked
 from skltl.images._content import (
     FILE_STATE_BYTES,
     content_key,
@@ -22,6 +23,7 @@ __all__ = [
     "ImageSource",
     "Preprocessing",
     "as_float",
+    "check_not_masked",
     "content_key",
     "file_digest",
     "file_identity",

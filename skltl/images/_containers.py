@@ -58,7 +58,12 @@ def labels_of(X: Any) -> Any:
 
 def label_of(labels: Any, index: int) -> str:
     """Say, for a message, by which label the user knows a row."""
-    return "" if labels is None else f" (index label {shorten(repr(labels[index]))})"
+    if labels is None:
+        return ""
+    label = labels[index]
+    if isinstance(label, np.generic):
+        label = label.item()
+    return f" (index label {shorten(repr(label))})"
 
 
 def _values_of(X: Any) -> Any:

@@ -119,7 +119,7 @@ class Preprocessing:
         if isinstance(picture, Image.Image) and picture.mode == "RGB":
             return np.asarray(self._crop_picture(picture))
         # Pillow resizes floats one channel at a time, and RGBA by way of a copy.
-        planes = [np.asarray(self._crop_picture(plane)) for plane in _planes(picture)]
+        planes = [*map(np.asarray, map(self._crop_picture, _planes(picture)))]
         if len(planes) == 1:
             return np.repeat(planes[0][:, :, np.newaxis], 3, axis=2)
         return np.stack(planes, axis=2)

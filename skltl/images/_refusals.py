@@ -77,7 +77,7 @@ def is_missing(item: object) -> bool:
 def refuse_item(item: object) -> str:
     """Say what an item is that is no image, in the words after "Image 3 is"."""
     if is_missing(item):
-        return "a missing value; leave its row out"
+        return "a missing value"
     if isinstance(item, (int, float, np.number)):
         return f"a number ({shorten(repr(item), 40)}), not a path or an image"
     if isinstance(item, (bytes, bytearray, memoryview)):

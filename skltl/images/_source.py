@@ -146,8 +146,7 @@ class ImageSource:
         if isinstance(item, (str, Image.Image)):
             return
         if is_missing(item):
-            reason = refuse_item(item) + label_of(self._labels, index)
-            raise ImageTypeError(index, reason)
+            raise _missing(index, self._labels)
         check_item(index, item)
 
     def _widen_seen_range(self, low: float, high: float) -> None:
@@ -203,7 +202,12 @@ def read_images(
 def _check_not_missing(X: NDArray[Any], labels: Any) -> None:
     """Refuse a column without any value, which pandas makes numbers or dates."""
     if X.ndim == 1 and len(X) and is_missing(X[0]):
-        raise ImageTypeError(0, refuse_item(X[0]) + label_of(labels, 0))
+        raise _missing(0, labels)
+
+
+def _missing(index: int, labels: Any) -> ImageTypeError:
+    label = label_of(labels, index)
+    return ImageTypeError(index, f"a missing value{label}; leave its row out")
 
 
 def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:

@@ -49,6 +49,8 @@ FURTHER_CHECKS = [
 ]
 
 
+# Their tables hold random numbers.
+@pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_the_whole_suite_of_scikit_learn_passes(kind):
     results = check_estimator(TRANSFORMERS[kind], on_skip=None, on_fail=None)
@@ -93,7 +95,6 @@ def odd_results(results):
     }
 
 
-# Some of their tables hold integers of 64 bits, which do not say what white is.
 @pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
 def test_the_whole_suite_passes_for_the_fine_tuned_classifier():
     """But for one check, which scikit-learn excuses for its own SGD estimators, too."""
@@ -124,6 +125,7 @@ def test_the_whole_suite_passes_for_the_other_classifiers(kind):
     assert len(results) > 50
 
 
+@pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
 # Some of them fit on a table with names and transform an array, on purpose.
 @pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names")
 @pytest.mark.parametrize("check", FURTHER_CHECKS, ids=lambda check: check.__name__)

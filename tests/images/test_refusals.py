@@ -1,0 +1,311 @@
+"""What is no image is named, with what to do, in a few words."""
+
+import base64
+import collections
+import io
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from skltl import CNNFeatureTransformer, find_bad_images
+from skltl.exceptions import ImageReadError, ImageTypeError
+from skltl.images import read_images
+
+SQUARE = np.zeros((4, 4, 3), np.uint8)
+
+
+def jpeg():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+BASE64 = base64.b64encode(jpeg()).decode()
+
+
+class Column(collections.abc.Sequence):
+    """A sequence of another library, as of Hugging Face."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return SQUARE
+
+
+CONTAINERS = {
+    "pattern": ("flowers/*.jpg", TypeError, r"pattern.*glob\.glob"),
+    "pattern of one": ("flowers/a[0-9].jpg", TypeError, r"pattern.*glob\.glob"),
+    "base64": (BASE64, TypeError, "base64 text.*b64decode"),
+    "data URL": (f"data:image/jpeg;base64,{BASE64}", TypeError, "data URL.*b64decode"),
+    "URL": ("https://example.org/a.jpg?size=3", TypeError, "URL.*download"),
+    "path": ("flower.jpg", TypeError, r"single path; .*X=\['flower.jpg'\]"),
+    "generator": ((item for item in [SQUARE]), TypeError, r"generator.*list\(X\)"),
+    "map": (map(str, "ab"), TypeError, r"got map.*list\(X\)"),
+    "dictionary": ({"a": SQUARE}, TypeError, r"got dict.*list\(X\.values\(\)\)"),
+    "values": ({"a": SQUARE}.values(), TypeError, r"got dict_values.*list\(X\)"),
+    "set": ({"a.jpg"}, TypeError, r"got set.*no order"),
+    "bytes": (jpeg(), TypeError, r"got bytes.*BytesIO"),
+    "deque": (collections.deque([SQUARE]), TypeError, r"got deque.*list\(X\)"),
+    "user list": (collections.UserList([SQUARE]), TypeError, r"UserList.*list\(X\)"),
+    "column": (Column(), TypeError, r"got Column.*list\(X\)"),
+    "frame": (
+        pd.DataFrame({"path": ["a.jpg"], "label": ["x"]}),
+        ValueError,
+        r"DataFrame with the columns 'path', 'label'. .*X\['path'\].*ColumnTransformer",
+    ),
+    "polars frame": (
+        pl.DataFrame({"path": ["a.jpg"], "label": [3]}),
+        ValueError,
+        r"columns 'path', 'label'. .*X\['path'\]",
+    ),
+    "arrow table": (
+        pa.table({"path": ["a.jpg"], "label": ["x"]}),
+        ValueError,
+        r"pyarrow Table with the columns 'path', 'label'",
+    ),
+    "arrow bytes": (pa.array([b"abc"]), TypeError, r"of binary.*to_pylist\(\)"),
+    "arrow lists": (
+        pa.chunked_array([[[1, 2], [3, 4]]]),
+        TypeError,
+        r"ChunkedArray of list.*to_pylist\(\)",
+    ),
+    "frame of numbers": (
+        pd.DataFrame(np.zeros((2, 64))),
+        ValueError,
+        r"image_shape=\(8, 8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_are_named_with_what_to_pass(kind):
+    X, error, words = CONTAINERS[kind]
+
+    with pytest.raises(error, match=words) as info:
+        read_images(X)
+
+    assert len(str(info.value)) < 500
+
+
+def test_a_directory_is_no_list(tmp_path):
+    with pytest.raises(TypeError, match=r"X is a directory.*rglob"):
+        read_images(str(tmp_path))
+
+
+MISSING = {
+    "None": None,
+    "NaN": float("nan"),
+    "numpy's NaN": np.float32("nan"),
+    "NA": pd.NA,
+    "NaT": pd.NaT,
+    "numpy's NaT": np.datetime64("NaT"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+@pytest.mark.parametrize("place", [0, 1])
+def test_missing_values_have_one_wording(kind, place):
+    items = ["a.jpg", "b.jpg"]
+    items[place] = MISSING[kind]
+
+    with pytest.raises(ImageTypeError, match=f"Image {place} is a missing value"):
+        read_images(items)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", MISSING)
+@pytest.mark.parametrize("as_frame", [False, True])
+def test_missing_cells_of_tables_have_their_label(kind, place, as_frame):
+    cells = ["a.jpg", "b.jpg"]
+    cells[place] = MISSING[kind]
+    series = pd.Series(cells, index=["first", "second"], dtype=object)
+    label = ["first", "second"][place]
+
+    with pytest.raises(
+        ImageTypeError, match=f"Image {place} is a missing.*index label '{label}'"
+    ):
+        read_images(series.to_frame("path") if as_frame else series)
+
+
+@pytest.mark.parametrize("cell", [np.nan, pd.NaT])
+def test_a_column_without_any_value_is_missing(cell):
+    with pytest.raises(ImageTypeError, match="Image 0 is a missing.*label 7"):
+        read_images(pd.Series([cell, cell], index=[7, 8]))
+
+
+def test_find_bad_images_lists_missing_cells():
+    series = pd.Series([None, "missing.jpg"], index=["a", "b"])
+
+    bad = find_bad_images(series)
+
+    assert [one.index for one in bad] == [0, 1]
+    assert "missing value" in bad[0].reason
+    assert "index label 'a'" in bad[0].reason
+
+
+ITEMS = {
+    "bytes": (jpeg(), r"bytes.*Image\.open\(io\.BytesIO"),
+    "file": (io.BytesIO(jpeg()), r"a file object \(BytesIO\).*Image\.open\(file\)"),
+    "dictionary": ({"bytes": jpeg(), "path": None}, r"'bytes' and 'path'.*BytesIO"),
+    "pair": ((SQUARE, "rose"), r"tuple of 2 objects.*pairs \(image, label\)"),
+    "number": (7, r"a number \(7\)"),
+    "long number": (10**300, "a number"),
+    "object": (object(), "of type object"),
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_items_are_named_with_what_to_pass(kind):
+    item, words = ITEMS[kind]
+
+    with pytest.raises(ImageTypeError, match=f"Image 1 is .*{words}") as info:
+        read_images([SQUARE, item])
+
+    assert len(str(info.value)) < 500
+
+
+def test_pairs_of_images_and_labels_are_no_nested_lists():
+    with pytest.raises(ImageTypeError, match="Image 0 .*pairs"):
+        read_images([("a.jpg", 3), ("b.jpg", 4)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BASE64, "base64 text"),
+        (f"data:image/png;base64,{BASE64}", "data URL"),
+        ("flowers/*.jpg", "pattern"),
+        ("http://example.org/a.jpg", "URL"),
+    ],
+)
+def test_texts_that_are_no_paths_are_named(text, words):
+    source = read_images([SQUARE, text])
+
+    with pytest.raises(ImageReadError, match=words) as info:
+        source[1]
+
+    assert len(str(info.value)) < 500
+    assert info.value.path == text
+
+
+def test_a_file_with_a_pattern_in_its_name_is_read(pictures, picture_files):
+    path = picture_files[0].rename(picture_files[0].with_name("a[1]*.png"))
+
+    np.testing.assert_array_equal(read_images([path])[0], pictures[0])
+    with pytest.raises(TypeError, match="single path"):
+        read_images(str(path))
+
+
+def container(brand, *others):
+    brands = b"".join([brand, bytes(4), *others])
+    return (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands + bytes(50)
+
+
+FILES = {
+    "empty": (b"", "the file is empty"),
+    "html": (b"\n<!DOCTYPE html><html></html>", "an HTML page"),
+    "html without type": (b"<HTML><body>404</body></HTML>", "an HTML page"),
+    "pdf": (b"%PDF-1.4\n", "a PDF document; save its pages"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing; convert"),
+    "svg in xml": (b"<?xml version='1.0'?>\n<!-- a -->\n<svg/>", "an SVG drawing"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "EPS.*convert"),
+    "eps with preview": (b"\xc5\xd0\xd3\xc6" + bytes(40), "EPS"),
+    "psd": (b"8BPS\0\1" + bytes(40), "Photoshop"),
+    "ico": (b"\0\0\1\0\1\0" + bytes(40), "ICO"),
+    "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "JPEG 2000"),
+    "jpeg 2000 stream": (b"\xff\x4f\xff\x51" + bytes(40), "JPEG 2000"),
+    "jpeg xl": (b"\xff\x0a" + bytes(40), "JPEG XL"),
+    "heic": (container(b"heic", b"mif1"), "HEIC.*pillow-heif"),
+    "heic of mif1": (container(b"mif1", b"heic"), "HEIC"),
+    "avif": (container(b"avif", b"mif1"), "AVIF.*convert"),
+    "avif of mif1": (container(b"mif1", b"avif", b"miaf"), "AVIF"),
+    "video": (container(b"isom", b"mp41"), "video"),
+    "zip": (b"PK\3\4" + bytes(40), "ZIP"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS.*pull"),
+    "text": (b"once upon a time", "not a JPEG, PNG, WEBP, BMP, GIF or TIFF file"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_other_files_are_named(kind, tmp_path):
+    content, words = FILES[kind]
+    (tmp_path / "image.jpg").write_bytes(content)
+
+    with pytest.raises(ImageReadError, match=f"image.jpg'.*{words}") as info:
+        read_images([tmp_path / "image.jpg"])[0]
+
+    assert len(str(info.value)) < 500
+
+
+@pytest.mark.parametrize("length", [5000, 5_000_000])
+@pytest.mark.parametrize("character", ["a", "\U0010ffff", "\0", "*", "/"])
+def test_long_texts_are_shortened(length, character):
+    text = character * length
+
+    (bad,) = find_bad_images([text])
+    with pytest.raises(TypeError) as whole:
+        read_images(text)
+    with pytest.raises(ImageReadError) as item:
+        read_images([text])[0]
+
+    assert max(len(str(whole.value)), len(str(item.value)), len(bad.reason)) < 500
+    assert bad.path == item.value.path == text
+
+
+LongName = type("Long" * 1000, (), {})
+HOSTILE = {
+    "long class": lambda: [SQUARE, LongName()],
+    "long container": lambda: LongName(),
+    "long columns": lambda: pd.DataFrame([["a"] * 50], columns=["x" * 999] * 50),
+    "long label": lambda: pd.Series([None], index=["y" * 9999]),
+    "many axes": lambda: np.zeros((1,) * 60),
+    "many axes of an item": lambda: [SQUARE, np.zeros((1,) * 60)],
+    "long dtype": lambda: [np.zeros((2, 2), [("z" * 2000, "f4")])],
+    "array of a long dtype": lambda: np.zeros((2, 2, 2), [("z" * 2000, "f4")]),
+    "long table": lambda: pa.table({"w" * 5000: ["a"], "v": ["b"]}),
+    "nested lists": lambda: [["u" * 5000], ["t"]],
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_message_is_long(kind):
+    with pytest.raises((TypeError, ValueError)) as info:
+        list(read_images(HOSTILE[kind]()))
+
+    assert len(str(info.value)) < 500
+
+
+def test_a_long_image_shape_is_shortened():
+    with pytest.raises(ValueError, match="not the shape") as info:
+        read_images(np.zeros((2, 64)), image_shape=(10**400,) * 9)
+
+    assert len(str(info.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pa.array,
+        lambda paths: pa.chunked_array([paths[:4], paths[4:]]),
+        lambda paths: pa.table({"path": paths}),
+        lambda paths: pa.array(paths, pa.large_string()),
+    ],
+)
+def test_arrow_texts_are_paths(make, pictures, picture_files):
+    source = read_images(make([str(path) for path in picture_files]))
+
+    np.testing.assert_array_equal(source[5], pictures[5])
+
+
+def test_masked_rows_are_refused_as_masked_images_are():
+    rows = np.ma.masked_array(np.zeros((3, 64)), mask=np.eye(3, 64))
+
+    with pytest.raises(TypeError, match="fill the masked pixels"):
+        CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit(rows)
+    with pytest.raises(TypeError, match="fill the masked pixels"):
+        read_images(rows, image_shape=(8, 8))
