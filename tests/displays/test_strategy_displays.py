@@ -12,6 +12,7 @@ from skltl import (
     StrategyAdvisor,
     StrategyDisplay,
     TransferGainDisplay,
+    recommend_strategy,
 )
 
 ROWS = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
@@ -35,6 +36,44 @@ def test_a_data_set_lies_in_the_box_that_is_advised():
         bold = [text for text in display.ax_.texts if text.get_weight() == "bold"]
         assert len(bold) == 1
         assert np.floor(bold[0].get_position()).tolist() == list(corners[strategy])
+
+
+CORNERS = {"extract_early": (0, 0), "extract": (1, 0), "finetune": (1, 1)}
+CORNERS |= {"finetune_top": (0, 1), "scratch": (0, 1)}
+
+
+@pytest.mark.parametrize("lead", [-1.0, -0.05, 0.0, 0.00999, 0.01, 0.011, 0.5])
+@pytest.mark.parametrize("n_smallest", [None, 1, 10, 49, 50, 51, 600])
+@pytest.mark.parametrize("n_images", [2, 600, 999, 1000, 1001, 2000, 99_999, 10**6])
+def test_the_point_is_in_the_box_of_the_rule(n_images, n_smallest, lead):
+    similarity = "different" if lead >= 0.01 else "similar"
+    strategy = recommend_strategy(
+        n_images, 2, similarity, backbone="tiny", n_smallest=n_smallest
+    )
+
+    display = StrategyDisplay(n_images, 2, lead, strategy.name, n_smallest)
+
+    right, up = display.place
+    assert (int(right), int(up)) == CORNERS[strategy.name]
+    assert 0 < right < 2
+    assert 0 < up < 2
+
+
+def test_the_smallest_class_places_an_advisors_data():
+    """2,000 images of which one class has 10 are few."""
+    rows, _ = load_digits(return_X_y=True)
+    X = np.concatenate([rows, rows[:203]]) / 16
+    y = np.arange(2000) % 200 == 0
+    advisor = StrategyAdvisor("tiny", max_images=60, cv=2, **ROWS).fit(X, y)
+
+    display = StrategyDisplay.from_advisor(advisor)
+
+    assert advisor.n_smallest_ == display.n_smallest == 10
+    right, up = display.place
+    assert (int(right), int(up)) == CORNERS[advisor.strategy_.name]
+    assert int(up) == 0
+    point = display.ax_.get_lines()[0]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == display.place
 
 
 def test_an_advisors_data_are_drawn():
