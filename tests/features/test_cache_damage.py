@@ -263,6 +263,22 @@ def test_a_full_disk_gives_one_warning(tmp_path):
     assert run_script(tmp_path) == ""  # where there is space again, it is used
 
 
+def test_a_process_that_met_a_full_disk_leaves_no_claims(tmp_path):
+    """The next one would wait for them, until they are too old."""
+    resource = pytest.importorskip("resource")
+    quota = (40_000, resource.RLIM_INFINITY)
+
+    run_script(
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
+    )
+
+    claims = tmp_path / "skltl-claims.sqlite"
+    if claims.exists():
+        with closing(sqlite3.connect(claims)) as connection:
+            assert connection.execute("SELECT * FROM claims").fetchall() == []
+
+
 def can_mount():
     program = shutil.which("unshare")
     command = ["unshare", "--map-root-user", "--mount", "true"]
