@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         list_backbones,
         list_layers,
         register_backbone,
+        release_memory,
     )
     from skltl.classifiers import FineTunedCNNClassifier, PretrainedCNNClassifier
     from skltl.displays import (
@@ -72,6 +73,7 @@ _STATIONS = {
     "make_feature_pipeline": "features",
     "recommend_strategy": "strategy",
     "register_backbone": "backbones",
+    "release_memory": "backbones",
 }
 
 __all__ = [
@@ -100,6 +102,7 @@ __all__ = [
     "make_feature_pipeline",
     "recommend_strategy",
     "register_backbone",
+    "release_memory",
 ]
 
 

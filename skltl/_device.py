@@ -18,22 +18,36 @@ CPU_BATCH_SIZE = 8
 CPU_BYTES = 2**24
 GPU_BATCH_SIZE = 128
 
-# The threads of torch's pool do not exist in a forked child, which would wait for them
-# for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+# Whether this process is a forked child in which skltl has not yet computed.
+_is_new_child = False
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def settle_in_forked_child() -> None:
+    """Let torch compute in a forked child, with one thread.
+
+    The threads of torch's pool do not exist there, and it would wait for them for ever.
+    Called before skltl computes, and not at the fork: the children of programs that
+    only import skltl are none of its business.
+    """
+    global _is_new_child
+    if _is_new_child:
+        torch.set_num_threads(1)
+        _is_new_child = False
+
+
 def resolve_device(device: str) -> torch.device:
     """Return the device to run on; ``"auto"`` is the first GPU there is, else the CPU.
+
+    Every estimator asks for its device before it computes.
 
     Raises
     ------
     ValueError
         If torch does not know the device, or this machine does not have it.
     """
+    settle_in_forked_child()
     if device == "auto":
         if torch.cuda.is_available():
             return _with_number(torch.device("cuda"))
@@ -62,6 +76,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
     return DTYPES[precision]
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return a dtype's name, such as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -142,6 +161,15 @@ def _fits(run: Callable[[int], None], batch_size: int) -> bool:
             raise
         return False
     return True
+
+
+def _note_fork() -> None:
+    global _is_new_child
+    _is_new_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _with_number(device: torch.device) -> torch.device:

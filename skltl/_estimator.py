@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike, fspath
 
 from sklearn.base import BaseEstimator
+from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
+from skltl._validation import InvalidParameterError
 from skltl.backbones import (
     CutPoint,
-    get_backbone,
+    is_module,
     is_registered,
     prefix_from_state,
     prefix_state,
@@ -23,6 +27,15 @@ from skltl.images import (
     tensor_to_array,
 )
 
+# Raised when what a saved estimator holds changes.
+STATE_FORMAT = 1
+
+# What a fitted estimator needs no more. A file that somebody else has made must not
+# decide where features are written, nor a training script how talkative a service is.
+LEFT_OUT_OF_FILES = {"cache": None, "checkpoint": None, "verbose": 0}
+
+MOST_CHARACTERS = 400
+
 
 class ImageEstimator(BaseEstimator):
     """Base of the estimators whose ``X`` is images.
@@ -32,20 +45,41 @@ class ImageEstimator(BaseEstimator):
     a sequence of pictures.
 
     A pickled estimator is self-contained and plain: the weights up to the cut as numpy
-    arrays, records as dictionaries. It loads on a machine without a GPU.
+    arrays, records as dictionaries. It loads on a machine without a GPU. Once fitted,
+    it is saved without `cache`, `checkpoint` and `verbose`.
     """
 
-    def _read_images(self, X, *, reset):
-        """Recognise ``X``; nothing is decoded yet."""
-        if self.image_shape is None:
+    def _read_images(self, X, y=None, *, reset):
+        """Recognise ``X``, as long as `y`; nothing is decoded yet."""
+        if reset:
+            self._fitted_image_shape = self.image_shape
+        image_shape = self._fitted_image_shape
+        if image_shape is None:
             if reset:  # what a fit on rows has left
                 self.__dict__.pop("n_features_in_", None)
                 self.__dict__.pop("feature_names_in_", None)
-            return read_images(X)
-        check_not_masked(X)
-        X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
-        rows = validate_data(self, X, reset=reset, dtype="numeric")
-        return read_images(rows, image_shape=tuple(self.image_shape))
+            source = read_images(X)
+        else:
+            check_not_masked(X)
+            X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
+            rows = validate_data(self, X, reset=reset, dtype="numeric")
+            source = read_images(rows, image_shape=tuple(image_shape))
+        if y is not None:
+            check_consistent_length(source, y)
+        return source
+
+    def _validate_params(self):
+        """Check the parameters as scikit-learn does; say no more than people read."""
+        _refuse_live_objects(self.get_params(deep=False), type(self).__name__)
+        try:
+            super()._validate_params()
+        except InvalidParameterError as error:
+            text = str(error)
+            if len(text) <= MOST_CHARACTERS:
+                raise
+            half = MOST_CHARACTERS // 2
+            shortened = f"{text[:half]} ... {text[-half:]}"
+            raise InvalidParameterError(shortened) from None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -55,15 +89,30 @@ class ImageEstimator(BaseEstimator):
         tags.input_tags.string = not has_rows
         return tags
 
+    # In memory a copy has everything, unlike a file.
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo):
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def __getstate__(self):
         state = dict(super().__getstate__())
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
-            state["backbone_"] = self.backbone_.name if by_name else self.backbone_
+            state["_format"] = STATE_FORMAT
+            state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
             state["cut_points_"] = [list(point) for point in self.cut_points_]
-            state["network_"] = prefix_state(self.network_)
             state["preprocessing_"] = asdict(self.preprocessing_)
+            del state["backbone_"]  # a part of the network's state
             state.pop("_recorder", None)  # more of the network than the cut needs
+            state = without_settings_of_fit(state)
         for name in ("weights", "cache"):
             if isinstance(state.get(name), PathLike):  # paths differ between systems
                 state[name] = fspath(state[name])
@@ -72,14 +121,41 @@ class ImageEstimator(BaseEstimator):
     def __setstate__(self, state):
         state = dict(state)
         if "network_" in state:
-            backbone = get_backbone(state["backbone_"])
-            cut_points = [CutPoint(*point) for point in state["cut_points_"]]
-            blocks = [point.block for point in cut_points]
-            state["backbone_"] = backbone
-            state["cut_points_"] = cut_points
-            state["network_"] = prefix_from_state(backbone, state["network_"], blocks)
+            if state.pop("_format", None) != STATE_FORMAT:
+                raise ValueError(
+                    f"This {type(self).__name__} was saved by another version of "
+                    "skltl, whose files this one does not read. Fit it again."
+                )
+            backbone, network = prefix_from_state(state["network_"])
+            state["backbone_"], state["network_"] = backbone, network
+            state["cut_points_"] = [CutPoint(*point) for point in state["cut_points_"]]
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
         super().__setstate__(state)
+
+
+def without_settings_of_fit(state):
+    """Return a fitted estimator's state without what only `fit` and its user need."""
+    left_out = {
+        name: value for name, value in LEFT_OUT_OF_FILES.items() if name in state
+    }
+    return {**state, **left_out}
+
+
+def _refuse_live_objects(params, estimator_name):
+    """Refuse networks and weights in memory, with words on what to pass instead."""
+    if is_module(params.get("backbone")):
+        raise InvalidParameterError(
+            f"The 'backbone' parameter of {estimator_name} must be a name or a "
+            f"Backbone, not a module ({type(params['backbone']).__name__}). Make one "
+            "of your network's blocks: skltl.Backbone.from_blocks(name, blocks, "
+            "preprocessing=...)."
+        )
+    if isinstance(params.get("weights"), Mapping):
+        raise InvalidParameterError(
+            f"The 'weights' parameter of {estimator_name} must be a name, a file or "
+            "None, not a state dict. Save it first: torch.save(state_dict, "
+            "'weights.pt'), and pass weights='weights.pt'."
+        )
 
 
 def _with_numpy_types(X):

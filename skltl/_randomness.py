@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
+from torch.overrides import TorchFunctionMode
+
+from skltl._device import settle_in_forked_child
+from skltl._locks import Lock
 
 # The global generator is exchanged for a moment: two threads must not do that at once.
-_LOCK = threading.RLock()
+_LOCK = Lock()
+
+# What makes floats of torch's default dtype, whatever its arguments are.
+_MAKERS_OF_FLOATS = {
+    *(torch.empty, torch.zeros, torch.ones, torch.eye, torch.rand, torch.randn),
+    *(torch.linspace, torch.logspace, torch.empty_strided, torch.normal),
+}
 
 
 @contextmanager
@@ -23,6 +33,7 @@ def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[
     For what draws from them and takes no generator: dropout, stochastic depth, the
     constructors of layers, torchvision's transforms.
     """
+    settle_in_forked_child()
     has_cuda = device is not None and device.type == "cuda"
     with _LOCK, torch.random.fork_rng([device] if has_cuda else []):
         torch.default_generator.manual_seed(seed)
@@ -34,21 +45,32 @@ def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Make new tensors float32 and on the CPU inside of the block.
+    """Make new tensors float32 and on the CPU inside of the block, in this thread.
 
-    Numbers drawn in another dtype are others, not the same ones in more digits.
+    Sampling in float64 gives a different sequence, not a more precise one.
     """
-    dtype = torch.get_default_dtype()
-    with _LOCK, torch.device("cpu"):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+    settle_in_forked_child()
+    with ExitStack() as stack:
+        if torch.get_default_dtype() != torch.float32:
+            stack.enter_context(_Float32())
+        stack.enter_context(torch.device("cpu"))
+        yield
+
+
+class _Float32(TorchFunctionMode):
+    """Make new tensors float32; `torch.set_default_dtype` would reach all threads."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS_OF_FLOATS and kwargs.get("dtype") is None:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
 
 
 def fresh_seed() -> int:
-    """Return a seed that nobody can foresee."""
+    """Return an unpredictable seed."""
     return int(np.random.default_rng().integers(2**31))
 
 
@@ -59,3 +81,18 @@ def draw_seed(random_state: Any) -> int | None:
     if isinstance(random_state, Integral):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def derived_seed(seed: int, purpose: str, *numbers: int) -> np.random.SeedSequence:
+    """Return a seed for one purpose; those of other purposes and numbers are unrelated.
+
+    Sums such as ``seed + stage`` are not: the second stage of one seed would have the
+    numbers of the first stage of the next.
+    """
+    name = int.from_bytes(blake2b(purpose.encode(), digest_size=4).digest())
+    return np.random.SeedSequence([seed, name, *numbers])
+
+
+def as_int(seed: np.random.SeedSequence) -> int:
+    """Return a seed as the integer that torch and scikit-learn take."""
+    return int(seed.generate_state(1)[0])

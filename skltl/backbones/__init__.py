@@ -1,6 +1,6 @@
 """Pretrained networks as ordered lists of named blocks, and their weights."""
 
-from skltl.backbones._blocks import freeze
+from skltl.backbones._blocks import freeze, is_module
 from skltl.backbones._categories import imagenet_names, unique
 from skltl.backbones._cut_points import (
     CutPoint,
@@ -12,14 +12,13 @@ from skltl.backbones._cut_points import (
     resolve_layer,
     skeleton,
 )
-from skltl.backbones._digest import prefix_digests
+from skltl.backbones._digest import prefix_digests, versions
 from skltl.backbones._engines import ENGINES, can_run, engine_version, resolve_engine
+from skltl.backbones._files import TORCH_FILE_ERRORS
 from skltl.backbones._loading import (
-    head_from_state,
     load_prefix,
     load_with_head,
-    prefix_from_state,
-    prefix_state,
+    release_memory,
 )
 from skltl.backbones._prefix import FrozenPrefix, Runner, parts_a_fold
 from skltl.backbones._registry import (
@@ -30,6 +29,12 @@ from skltl.backbones._registry import (
     register_backbone,
 )
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
+from skltl.backbones._state import (
+    as_tensor,
+    head_from_state,
+    prefix_from_state,
+    prefix_state,
+)
 from skltl.backbones._under_way import UnderWay, n_under_way
 from skltl.backbones._weights import (
     load_network,
@@ -40,6 +45,7 @@ from skltl.backbones._weights import (
 
 __all__ = [
     "ENGINES",
+    "TORCH_FILE_ERRORS",
     "Backbone",
     "CutPoint",
     "FrozenPrefix",
@@ -48,6 +54,7 @@ __all__ = [
     "PretrainedWeights",
     "Runner",
     "UnderWay",
+    "as_tensor",
     "block_shapes",
     "can_run",
     "engine_version",
@@ -55,6 +62,7 @@ __all__ = [
     "get_backbone",
     "head_from_state",
     "imagenet_names",
+    "is_module",
     "is_registered",
     "largest_map",
     "list_backbones",
@@ -71,10 +79,12 @@ __all__ = [
     "random_network",
     "reached_main_blocks",
     "register_backbone",
+    "release_memory",
     "resolve_engine",
     "resolve_layer",
     "resolve_network",
     "resolve_weights",
     "skeleton",
     "unique",
+    "versions",
 ]

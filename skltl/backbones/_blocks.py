@@ -34,6 +34,11 @@ def cut(blocks: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.
     return {name: blocks[name] for name in names[: deepest + 1]}
 
 
+def is_module(value: object) -> bool:
+    """Tell whether something is a torch module, compiled ones included."""
+    return isinstance(value, nn.Module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether more than ``forward`` happens when a module is called."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

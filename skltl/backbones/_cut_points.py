@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -14,6 +16,36 @@ from skltl.backbones._blocks import cut, freeze, last_step, output_shapes
 from skltl.backbones._registry import get_backbone, near
 from skltl.backbones._spec import Backbone, Network
 from skltl.exceptions import UnknownLayerError
+
+Arguments = ParamSpec("Arguments")
+Found = TypeVar("Found")
+
+# What has been found out about each backbone, for as long as the backbone lives.
+_found: WeakKeyDictionary[Backbone, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def found_once(
+    function: Callable[Concatenate[Backbone, Arguments], Found],
+) -> Callable[Concatenate[Backbone, Arguments], Found]:
+    """Remember what a function returns for a backbone, without keeping it alive."""
+
+    @wraps(function)
+    def remembered(
+        backbone: Backbone, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Found:
+        memory = _found.setdefault(backbone, {})
+        key = (function.__name__, args, tuple(sorted(kwargs.items())))
+        if key not in memory:
+            memory[key] = function(backbone, *args, **kwargs)
+        found: Found = memory[key]
+        return found
+
+    return remembered
+
+
+def forget_networks() -> None:
+    """Forget what has been found out about backbones."""
+    _found.clear()
 
 
 class Layer(NamedTuple):
@@ -149,21 +181,24 @@ def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
     return CutPoint(mains[layer], network.cut_points[mains[layer]])
 
 
-@lru_cache(maxsize=128)
+@found_once
 def skeleton(backbone: Backbone) -> Network:
-    """Return the backbone's network without numbers: names and shapes, no memory."""
-    return build_skeleton(backbone)
+    """Return the backbone's network, to look at: names and shapes, no memory.
+
+    A backbone that keeps its network shows it; of others it is one without numbers.
+    """
+    return backbone.own_network or build_skeleton(backbone)
 
 
 def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
-    """Build a network without numbers, to put some in."""
+    """Build a network to put weights in, without numbers if it can be had so."""
     with torch_defaults(), WithoutNumbers():
         network = backbone.build(n_classes)
     freeze({**network.blocks, **network.head})
     return network
 
 
-@lru_cache(maxsize=128)
+@found_once
 def block_shapes(
     backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -198,7 +233,7 @@ def block_shapes(
         ) from error
 
 
-@lru_cache(maxsize=128)
+@found_once
 def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
     """Return the blocks of the main cut points that pictures of a size get to.
 

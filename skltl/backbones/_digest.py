@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from skltl import __version__
+from skltl._locks import Lock
 from skltl.backbones._blocks import has_hooks
 from skltl.backbones._spec import Backbone
 
@@ -25,7 +26,7 @@ NO_ATTRIBUTES = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 _digests: WeakKeyDictionary[nn.Module, tuple[bytes, bool]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def is_known_code(module: nn.Module) -> bool:
@@ -35,6 +36,15 @@ def is_known_code(module: nn.Module) -> bool:
         and not has_hooks(part)
         for part in module.modules()
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages whose code networks consist of."""
+    return {
+        "skltl": __version__,
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
 
 
 def prefix_digests(
@@ -54,10 +64,9 @@ def prefix_digests(
     -------
     dict of str to bytes
         Equal names at equal places mean equal functions, in all processes with the same
-        versions of torch and torchvision.
+        versions of skltl, torch and torchvision.
     """
-    versions = f"torch {torch.__version__} torchvision {torchvision.__version__}"
-    chain = versions.encode()
+    chain = repr(sorted(versions().items())).encode()
     names = {}
     for name, block in blocks.items():
         digest, is_known = _block_digest(block)
@@ -66,6 +75,35 @@ def prefix_digests(
         chain = blake2b(chain + link, digest_size=16).digest()
         names[name] = chain
     return names
+
+
+def structure(blocks: Mapping[str, nn.Module]) -> list[list[Any]]:
+    """Describe the layers of blocks as plain data: all but their weights.
+
+    Returns
+    -------
+    list of [str, str, dict]
+        Path, class and settings of each. Classes go without their module, which is for
+        their package to choose.
+    """
+    return [
+        [f"{name}.{path}", type(module).__qualname__, _settings(module)]
+        for name, block in blocks.items()
+        for path, module in block.named_modules(remove_duplicate=False)
+    ]
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    """Return what the constructor of a module's class left, as text."""
+    return {
+        name: repr(value) if _is_plain(value) else _name_of(value)
+        for name, value in sorted(_attributes(module).items())
+    }
+
+
+def _name_of(value: Any) -> str:
+    """Name a function, or the class of anything else: texts without an address."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _block_digest(block: nn.Module) -> tuple[bytes, bool]:

@@ -90,7 +90,7 @@ def embedded_backbone() -> Backbone:
     weights = PretrainedWeights(
         "TINY_IMAGENET200", WEIGHTS_FILE, preprocessing, tiny_imagenet_categories()
     )
-    return Backbone("tiny", _build, preprocessing, (weights,), token="skltl tiny")
+    return Backbone("tiny", _build, preprocessing, (weights,), known_as="skltl tiny")
 
 
 def _build(n_classes: int | None) -> Network:

@@ -9,7 +9,6 @@ says which were.
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skltl._locks import Lock
 from skltl.backbones._digest import is_known_code
 from skltl.backbones._packed import pack_convolutions
 from skltl.exceptions import EngineError
@@ -235,7 +235,7 @@ class OpenVINOEngine:
         self._wanted = wanted
         self._precision = "bf16" if dtype == torch.bfloat16 else "f32"
         self._models: dict[Any, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __call__(self, batch: Tensor, pool: Pool) -> Iterator[tuple[str, Tensor]]:
         """Yield the features, float32."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -24,13 +26,19 @@ FILE_FORMATS = (".safetensors", ".pt", ".pth")
 # What the readers were seen to raise on damaged files, which have no common class.
 _READ_ERRORS = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError),
-    *(AttributeError, AssertionError, struct.error),
+    *(AttributeError, AssertionError, struct.error, MemoryError),
 )
+TORCH_FILE_ERRORS = (pickle.UnpicklingError, *_READ_ERRORS)
 
 # Under these names training scripts keep the state dict beside an optimizer's.
 WRAPPERS = ("state_dict", "model")
-# What `DataParallel` puts before every name.
-PARALLEL_PREFIX = "module."
+# What `DataParallel`, `torch.compile` and Lightning modules put before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+# A file may hold float64, or an optimizer's two moments beside the weights, but not a
+# thousand times of what a network needs: that is damage, or meant to fill the memory.
+MOST_TIMES_NEEDED = 8
+BYTES_OF_A_HEAD = 2**30
 
 
 def fetch(url: str) -> Path:
@@ -66,13 +74,15 @@ def fetch(url: str) -> Path:
     return path
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, n_needed: int) -> dict[str, Tensor]:
     """Read a state dict, as float32, from a ``.safetensors``, ``.pt`` or ``.pth`` file.
 
     Parameters
     ----------
     path : Path
         The file.
+    n_needed : int
+        How many bytes the network's weights take, but for a head of another width.
 
     Returns
     -------
@@ -84,8 +94,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     WeightsNotFoundError
         If there is no such file.
     WeightsError
-        If it is of another format or damaged, or holds anything but a state dict:
-        objects that need code to load are never loaded.
+        If it is of another format or damaged, far too large, or holds anything but a
+        state dict: objects that need code to load are never loaded.
     """
     if path.suffix not in FILE_FORMATS:
         raise WeightsError(
@@ -93,6 +103,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise WeightsNotFoundError(f"There is no weights file {path}.")
+    n_most = MOST_TIMES_NEEDED * n_needed + BYTES_OF_A_HEAD
+    if path.stat().st_size > n_most:
+        raise WeightsError(
+            f"{path} has {path.stat().st_size:,} bytes; the network takes {n_needed:,}."
+        )
     content = (
         _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
     )
@@ -127,15 +142,41 @@ def _download(url: str, path: Path, digits: str) -> None:
 def _read_safetensors(path: Path) -> Any:
     try:
         # Not `load_file`, whose tensors are the file: they would change when it does.
-        return load(path.read_bytes())
+        content = path.read_bytes()
+        _check_names_are_single(content)
+        return load(content)
     except (SafetensorError, *_READ_ERRORS) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {error}"
         ) from error
 
 
+def _check_names_are_single(content: bytes) -> None:
+    """Refuse a header in which a name stands twice: readers differ on which counts."""
+    (length,) = struct.unpack_from("<Q", content)
+
+    def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("a name stands twice in its header")
+        return dict(pairs)
+
+    json.loads(content[8 : 8 + length], object_pairs_hook=single)
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Refuse what `torch.save` never writes: a file that unpacks to a larger one."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its part {part.filename!r} is compressed")
+
+
 def _read_pt(path: Path) -> Any:
     try:
+        _check_not_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -143,7 +184,7 @@ def _read_pt(path: Path) -> Any:
             "run code from the file. Save a state dict instead: "
             f"torch.save(network.state_dict(), ...).{_refused_names(error)}"
         ) from error
-    except _READ_ERRORS as error:
+    except (*_READ_ERRORS, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} is not a readable torch file: {error}") from error
 
 
@@ -170,8 +211,9 @@ def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
                 f"{path} is no state dict: its entry {key!r} is a "
                 f"{type(value).__name__}."
             )
-    if all(key.startswith(PARALLEL_PREFIX) for key in content):
-        content = {key.removeprefix(PARALLEL_PREFIX): v for key, v in content.items()}
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): v for key, v in content.items()}
     return {key: _checked_tensor(key, value, path) for key, value in content.items()}
 
 

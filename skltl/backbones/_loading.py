@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
+from weakref import WeakSet, finalize
 
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from skltl._locks import Lock
 from skltl._randomness import fresh_seed
-from skltl.backbones._blocks import cut, load_state, state_of
-from skltl.backbones._cut_points import build_skeleton, resolve_layer, skeleton
-from skltl.backbones._prefix import FrozenPrefix
+from skltl.backbones._blocks import cut
+from skltl.backbones._cut_points import forget_networks, resolve_layer, skeleton
+from skltl.backbones._prefix import FrozenPrefix, forget_runners
 from skltl.backbones._spec import Backbone, PretrainedWeights
 from skltl.backbones._weights import check_finite, load_network, random_network
 from skltl.exceptions import WeightsError
+from skltl.images import file_identity
 
 # Enough for a search over a few backbones and their cut points; the least recently used
 # ones go first. Fitted estimators keep what they use in any case.
@@ -28,10 +28,16 @@ MAX_PREFIXES = 8
 
 Value = TypeVar("Value")
 
-_networks: OrderedDict[Hashable, Mapping[str, nn.Module]] = OrderedDict()
-_prefixes: OrderedDict[Hashable, FrozenPrefix] = OrderedDict()
-_wholes: OrderedDict[Hashable, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
-_lock = threading.RLock()
+# A backbone's token, its weights, and up to where it was asked for.
+Key = tuple[str, Hashable, str]
+
+_networks: OrderedDict[Key, Mapping[str, nn.Module]] = OrderedDict()
+_prefixes: OrderedDict[Key, FrozenPrefix] = OrderedDict()
+_wholes: OrderedDict[Key, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
+_lock = Lock()
+
+# Backbones whose networks are forgotten when they are dropped.
+_watched: WeakSet[Backbone] = WeakSet()
 
 
 def load_prefix(
@@ -39,6 +45,7 @@ def load_prefix(
     weights: PretrainedWeights | None,
     seed: int | None,
     wanted: Sequence[str],
+    is_shared: bool = True,
 ) -> FrozenPrefix:
     """Return a network's blocks up to the last wanted one, loaded once per process.
 
@@ -52,6 +59,8 @@ def load_prefix(
         Of the random ones; ``None`` draws others each time.
     wanted : sequence of str
         Blocks after which features will be taken.
+    is_shared : bool, default=True
+        Whether random weights may be asked for again, and are worth keeping.
 
     Returns
     -------
@@ -63,18 +72,19 @@ def load_prefix(
     WeightsError
         If the weights cannot be loaded, or those of the blocks are not finite.
     """
-    if weights is None and seed is None:
+    if weights is None and (seed is None or not is_shared):
         # A network that nobody can ask for again is not remembered.
-        network = random_network(backbone, fresh_seed())
+        network = random_network(backbone, fresh_seed() if seed is None else seed)
         return FrozenPrefix(cut(network.blocks, wanted))
-    key = (backbone, seed if weights is None else _file_state(weights))
+    name = seed if weights is None else _identity(weights)
     deepest = list(cut(skeleton(backbone).blocks, wanted))[-1]
+    key = (backbone.token, name, deepest)
     with _lock:
-        prefix = _recall(_prefixes, (key, deepest))
+        prefix = _recall(_prefixes, key)
         if prefix is None:
-            kept = _load_blocks(key, backbone, weights, seed, wanted)
+            kept = _load_blocks(name, backbone, weights, seed, wanted)
             prefix = FrozenPrefix(cut(kept, wanted))
-            _remember(_prefixes, (key, deepest), prefix, MAX_PREFIXES)
+            _remember(_prefixes, key, prefix, MAX_PREFIXES, backbone)
         return prefix
 
 
@@ -104,14 +114,40 @@ def load_with_head(
     WeightsError
         If the weights cannot be loaded or are not finite, or there is no head.
     """
-    key = (backbone, seed if weights is None else _file_state(weights))
+    name = seed if weights is None else _identity(weights)
+    key = (backbone.token, name, "")
     with _lock:
         whole = _recall(_wholes, key)
         if whole is None:
             whole = _load_whole(backbone, weights, seed)
-            if key[1] is not None:  # a network that can be asked for again
-                _remember(_wholes, key, whole, MAX_NETWORKS)
+            if name is not None:  # a network that can be asked for again
+                _remember(_wholes, key, whole, MAX_NETWORKS, backbone)
     return whole
+
+
+def release_memory() -> None:
+    """Forget all networks that skltl keeps in memory for the next time.
+
+    Those that fitted estimators hold stay, and are prepared again when they are used.
+    Networks of a `Backbone` that is dropped are forgotten anyway. Memory of a GPU that
+    torch has kept for further use goes back to the system.
+
+    See Also
+    --------
+    clear_cache : Delete features that are kept on disk.
+
+    Examples
+    --------
+    >>> from skltl import release_memory
+    >>> release_memory()
+    """
+    with _lock:
+        for memory in (_networks, _prefixes, _wholes):
+            memory.clear()
+    forget_runners()
+    forget_networks()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _load_whole(
@@ -130,49 +166,8 @@ def _load_whole(
     return FrozenPrefix(network.blocks), nn.Sequential(*network.head.values())
 
 
-def head_from_state(
-    backbone: Backbone, state: Mapping[str, NDArray[Any]], n_classes: int
-) -> nn.Sequential:
-    """Build a network's own head again, from the arrays of its state dict."""
-    numbers = {key: torch.tensor(value) for key, value in state.items()}
-    shapes = {key: value.shape for key, value in numbers.items()}
-    head = nn.Sequential(*build_skeleton(backbone).head.values())
-    if shapes != {key: value.shape for key, value in head.state_dict().items()}:
-        head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
-    head.load_state_dict(numbers, assign=True)
-    return head
-
-
-def prefix_state(prefix: FrozenPrefix) -> dict[str, NDArray[Any]]:
-    """Return a prefix's numbers as numpy arrays, by block and torch's name."""
-    return {key: value.numpy() for key, value in state_of(prefix.blocks).items()}
-
-
-def prefix_from_state(
-    backbone: Backbone, state: Mapping[str, NDArray[Any]], wanted: Sequence[str]
-) -> FrozenPrefix:
-    """Build a prefix again from what `prefix_state` gave.
-
-    Raises
-    ------
-    WeightsError
-        If the backbone of this name is another network here than where it was saved.
-    """
-    blocks = build_skeleton(backbone).blocks
-    is_known = set(wanted) <= blocks.keys()
-    blocks = cut(blocks, wanted) if is_known else blocks
-    shapes = {key: tuple(value.shape) for key, value in state_of(blocks).items()}
-    if not is_known or shapes != {key: array.shape for key, array in state.items()}:
-        raise WeightsError(
-            f"The backbone {backbone.name!r} is another network here than it was where "
-            "the estimator was saved. Register the same one before loading."
-        )
-    load_state(blocks, {key: torch.tensor(value) for key, value in state.items()})
-    return FrozenPrefix(blocks)
-
-
 def _load_blocks(
-    key: Hashable,
+    name: Hashable,
     backbone: Backbone,
     weights: PretrainedWeights | None,
     seed: int | None,
@@ -183,6 +178,7 @@ def _load_blocks(
     So a search over cut points loads a network once, and the fully connected layers of
     VGG-16 do not hold 500 MB for nothing.
     """
+    key = (backbone.token, name, "")
     kept = _recall(_networks, key)
     if kept is None or not set(wanted) <= kept.keys():
         if weights is None:
@@ -194,33 +190,41 @@ def _load_blocks(
         if weights is not None:
             # Not the head: that of some published files holds NaN on purpose.
             check_finite(kept, weights)
-        _remember(_networks, key, kept, MAX_NETWORKS)
+        _remember(_networks, key, kept, MAX_NETWORKS, backbone)
     return kept
 
 
-def _file_state(weights: PretrainedWeights) -> Hashable:
-    """Name weights; those of a file change when the file does."""
+def _identity(weights: PretrainedWeights) -> Hashable:
+    """Name weights; those of a file have another name when the file changes."""
     if not isinstance(weights.source, os.PathLike):
         return weights
-    path = Path(weights.source)
-    if not path.exists():  # the error comes when it is read
-        return weights
-    stat = path.stat()
-    # Programs that copy files often keep the time of their last change; the time of the
-    # last change of the directory entry (ctime) they cannot set.
-    times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    return (weights, path.resolve(), stat.st_ino, stat.st_size, *times)
+    return weights, file_identity(os.fspath(weights.source))
 
 
-def _recall(memory: OrderedDict[Hashable, Value], key: Hashable) -> Value | None:
+def _recall(memory: OrderedDict[Key, Value], key: Key) -> Value | None:
     if key in memory:
         memory.move_to_end(key)
     return memory.get(key)
 
 
 def _remember(
-    memory: OrderedDict[Hashable, Value], key: Hashable, value: Value, n_most: int
+    memory: OrderedDict[Key, Value],
+    key: Key,
+    value: Value,
+    n_most: int,
+    backbone: Backbone,
 ) -> None:
     memory[key] = value
     while len(memory) > n_most:
         memory.popitem(last=False)
+    if backbone not in _watched:
+        _watched.add(backbone)
+        finalize(backbone, _forget, backbone.token)
+
+
+def _forget(token: str) -> None:
+    """Forget the networks of a backbone that no longer exists."""
+    for memory in (_networks, _prefixes, _wholes):
+        for key in list(memory):
+            if key[0] == token:
+                memory.pop(key, None)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
 from torchvision.models.inception import BasicConv2d as InceptionUnit
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from skltl._locks import Lock
 from skltl.backbones._blocks import children_of, cut, freeze, has_hooks
 from skltl.backbones._engines import ends_of_segments, prepare_engine
 from skltl.backbones._under_way import send
@@ -28,10 +29,21 @@ RUN_IN_ORDER = {
     for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
 }
 
-# Each is a copy of the network.
-MAX_RUNNERS = 2
+# Each is a copy of a network. The least recently used ones go first, whatever network
+# they are of: the memory of a GPU is shared by all.
+MAX_RUNNERS = 4
 
 Pool = Callable[[Tensor], Tensor]
+
+_runners: OrderedDict[Hashable, Runner] = OrderedDict()
+_lock = Lock()
+
+
+def forget_runners(prefix: object = None) -> None:
+    """Forget the runners of all prefixes, or of the one with this name."""
+    for key in list(_runners):
+        if prefix is None or key[0] is prefix:  # type: ignore[index]
+            _runners.pop(key, None)
 
 
 class FrozenPrefix:
@@ -47,8 +59,11 @@ class FrozenPrefix:
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         freeze(blocks)
         self.blocks = blocks
-        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
-        self._lock = threading.Lock()
+        self._name = object()
+        finalize(self, forget_runners, self._name)
+
+    def __deepcopy__(self, memo: object) -> FrozenPrefix:
+        return self  # never changed: a copy of an estimator may share it
 
     def runner(
         self,
@@ -63,15 +78,15 @@ class FrozenPrefix:
         It is prepared once for the same arguments, as long as it was used lately. See
         `Runner` for these.
         """
-        key = (device, dtype, tuple(wanted), engine)
-        with self._lock:
-            runner = self._runners.pop(key, None)
+        key = (self._name, device, dtype, tuple(wanted), engine)
+        with _lock:
+            runner = _runners.pop(key, None)
             if runner is None:
                 blocks = cut(self.blocks, wanted)
                 runner = Runner(blocks, wanted, device, dtype, engine, mains)
-            self._runners[key] = runner
-            if len(self._runners) > MAX_RUNNERS:
-                self._runners.popitem(last=False)
+            _runners[key] = runner
+            while len(_runners) > MAX_RUNNERS:
+                _runners.popitem(last=False)
             return runner
 
 

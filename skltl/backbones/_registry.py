@@ -83,6 +83,10 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
     """
     if isinstance(backbone, Backbone):
         return backbone
+    if not isinstance(backbone, str):
+        raise TypeError(
+            f"A backbone must be a name or a Backbone, got a {type(backbone).__name__}."
+        )
     if backbone in _REGISTERED:
         return _REGISTERED[backbone]
     if backbone in list_backbones():

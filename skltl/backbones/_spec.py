@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import InitVar, dataclass, field
 from itertools import chain
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skltl.backbones._blocks import (
     children_of,
     expand,
+    freeze,
     last_step,
     state_of,
 )
@@ -105,9 +105,15 @@ class Backbone:
         Turns a state dict's key, as old files have it, into that of today.
     needless_keys : tuple of str, default=()
         Beginnings of keys that a state dict may have although nothing needs them.
-    token : str, default=""
-        Backbones with the same token are equal. Drawn at random if it is empty, it goes
-        where the record goes: a copy in another process is equal, and only a copy.
+    known_as : str, default=""
+        What is the same wherever this very network is described; see `token`.
+
+    Attributes
+    ----------
+    token : str
+        Backbones with the same token are equal. It is `known_as`, or else drawn at
+        random: then a copy, also in another process, is equal, and nothing else is. A
+        backbone that ``dataclasses.replace`` makes is another one.
 
     See Also
     --------
@@ -132,13 +138,13 @@ class Backbone:
     weights: tuple[PretrainedWeights, ...]
     rename_keys: Callable[[str], str] | None = None
     needless_keys: tuple[str, ...] = ()
-    token: str = ""
+    known_as: InitVar[str] = ""
+    token: str = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_as: str) -> None:
         if not self.weights:
             raise ValueError("A backbone needs at least one record of weights.")
-        if not self.token:
-            object.__setattr__(self, "token", uuid4().hex)
+        object.__setattr__(self, "token", known_as or uuid4().hex)
 
     @classmethod
     def from_blocks(
@@ -181,23 +187,48 @@ class Backbone:
             raise TypeError(
                 f"preprocessing must be a Preprocessing, got {preprocessing!r}."
             )
-        if not isinstance(blocks, Mapping) or not blocks:
-            raise TypeError("blocks must be a dictionary of names and modules.")
-        for block_name in blocks:
-            if not block_name.isidentifier() or block_name in ("head", "last"):
-                raise ValueError(
-                    f"{block_name!r} cannot name a block: use letters, digits and '_', "
-                    "and neither 'head' nor 'last'."
-                )
-            _check_own_block(block_name, blocks[block_name])
-        own = {key: _copy_for_cpu(block) for key, block in blocks.items()}
-        own_head = None if head is None else _copy_for_cpu(head)
-        return cls(
-            name,
-            build=partial(_network_of_blocks, own, own_head),
-            preprocessing=preprocessing,
-            weights=(PretrainedWeights("own", None, preprocessing),),
-        )
+        _check_own_blocks(blocks)
+        if not (head is None or isinstance(head, nn.Module)):
+            raise TypeError(
+                f"head must be a torch module or None, got {type(head).__name__}."
+            )
+        own, own_head = copy.deepcopy((dict(blocks), head))
+        steps = expand(own)
+        ends = {block: last_step(steps, block) for block in own}
+        head_steps = {} if own_head is None else expand({"head": own_head})
+        return cls.from_network(name, Network(steps, head_steps, ends), preprocessing)
+
+    @classmethod
+    def from_network(
+        cls, name: str, network: Network, preprocessing: Preprocessing
+    ) -> Backbone:
+        """Make a backbone that keeps a network, with the weights it has.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        network : Network
+            It becomes the backbone's own: on the CPU, in float32, frozen.
+        preprocessing : Preprocessing
+            What a picture goes through before the first block.
+
+        Returns
+        -------
+        Backbone
+            With these weights and no others.
+        """
+        modules = {**network.blocks, **network.head}
+        for module in modules.values():
+            module.cpu().float()
+        freeze(modules)
+        own = PretrainedWeights("own", None, preprocessing)
+        return cls(name, OwnNetwork(network), preprocessing, weights=(own,))
+
+    @property
+    def own_network(self) -> Network | None:
+        """The network with its weights, if the backbone keeps one. Never changed."""
+        return self.build.network if isinstance(self.build, OwnNetwork) else None
 
     def __deepcopy__(self, memo: object) -> Backbone:
         return self  # immutable: a clone of an estimator may share it
@@ -214,13 +245,51 @@ class Backbone:
         return f"Backbone({self.name!r})"
 
 
-def _copy_for_cpu(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).cpu().float()
+@dataclass(frozen=True)
+class OwnNetwork:
+    """Builds copies of a network that it keeps; see `Backbone.from_network`.
+
+    Parameters
+    ----------
+    network : Network
+        Frozen, and never changed.
+    """
+
+    network: Network
+
+    def __call__(self, n_classes: int | None) -> Network:
+        """Return a copy; it is for the number of classes that it is for."""
+        return copy.deepcopy(self.network)
+
+
+def _check_own_blocks(blocks: Mapping[str, nn.Module]) -> None:
+    if isinstance(blocks, nn.Module):
+        raise TypeError(
+            f"blocks must be a dictionary of names and modules, got a "
+            f"{type(blocks).__name__}. Of an nn.Sequential: "
+            "{'block' + name: child for name, child in module.named_children()}."
+        )
+    if not isinstance(blocks, Mapping) or not blocks:
+        raise TypeError(
+            "blocks must be a dictionary of names and modules, got "
+            f"{type(blocks).__name__}."
+        )
+    for name, block in blocks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"The names of blocks must be texts, got {name!r}.")
+        if not name.isidentifier() or name in ("head", "last"):
+            raise ValueError(
+                f"{name!r} cannot name a block: use letters, digits and '_', and "
+                "neither 'head' nor 'last'."
+            )
+        _check_own_block(name, block)
 
 
 def _check_own_block(name: str, block: nn.Module) -> None:
     if not isinstance(block, nn.Module):
-        raise TypeError(f"The block {name!r} must be a torch module, got {block!r}.")
+        raise TypeError(
+            f"The block {name!r} must be a torch module, got {type(block).__name__}."
+        )
     if isinstance(block, nn.Sequential) and not children_of(block):
         raise ValueError(f"The block {name!r} is empty.")
     for part in block.modules():
@@ -229,13 +298,3 @@ def _check_own_block(name: str, block: nn.Module) -> None:
                 f"The block {name!r} has a batch-norm without running statistics: the "
                 "features of a picture would depend on the others in its batch."
             )
-
-
-def _network_of_blocks(
-    blocks: Mapping[str, nn.Module], head: nn.Module | None, n_classes: int | None
-) -> Network:
-    blocks, head = copy.deepcopy((blocks, head))
-    steps = expand(blocks)
-    ends = {name: last_step(steps, name) for name in blocks}
-    head_steps = {} if head is None else expand({"head": head})
-    return Network(steps, head_steps, cut_points=ends)

@@ -268,7 +268,7 @@ def torchvision_backbone(name: str) -> Backbone:
         build=partial(_build, name),
         preprocessing=_preprocessing(known[0]),
         weights=tuple(_pretrained(name, weights) for weights in known),
-        token=f"torchvision {name}",
+        known_as=f"torchvision {name}",
         rename_keys=_rename_densenet_key if name.startswith("densenet") else None,
         needless_keys=AUXILIARY_KEYS if name in GOOGLE else (),
     )

@@ -60,7 +60,8 @@ def resolve_weights(
     raise WeightsError(
         f"Unknown weights {str(weights)!r} for {backbone.name!r}. "
         f"{nearest(str(weights), names)} A file's name must end in "
-        f"{', '.join(FILE_FORMATS)}; None gives random weights."
+        f"{', '.join(FILE_FORMATS)} (of a .ckpt file, save the state dict alone); None "
+        "gives random weights."
     )
 
 
@@ -104,11 +105,12 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
         check who know which of them they use: `check_finite`.
     """
     if weights.source is None:
-        network = backbone.build(None)
+        network = backbone.own_network or backbone.build(None)
     else:
         is_url = isinstance(weights.source, str)
         path = fetch(str(weights.source)) if is_url else Path(weights.source)
-        state = _renamed(backbone, read_state(path))
+        n_needed = sum(one.nbytes for one in skeleton(backbone).state().values())
+        state = _renamed(backbone, read_state(path, n_needed))
         network = _skeleton_that_fits(backbone, state, path)
         load_state({**network.blocks, **network.head}, state)
     freeze({**network.blocks, **network.head})
@@ -189,7 +191,7 @@ def _has_another_head(network: Network, state: Mapping[str, Tensor]) -> bool:
 
 
 def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) -> None:
-    """Refuse blocks with numbers that are not finite.
+    """Refuse blocks with weights that are not finite, or variances below 0.
 
     Raises
     ------
@@ -199,6 +201,8 @@ def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) ->
     for key, value in state_of(blocks).items():
         if not torch.isfinite(value).all():
             raise WeightsError(f"{weights.source}: {key!r} holds NaN or infinity.")
+        if key.endswith("running_var") and (value < 0).any():
+            raise WeightsError(f"{weights.source}: {key!r} holds a negative variance.")
 
 
 def _check_fit(

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import threading
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+
+from skltl._caller import level_of_the_user
+from skltl.backbones import TORCH_FILE_ERRORS
+from skltl.exceptions import CheckpointWarning
+
+# Before the state come these bytes and a digest of it: torch does not notice a bit that
+# has changed, and would go on with another model.
+MAGIC = b"skltl checkpoint 1\n"
+DIGEST_BYTES = 32
 
 # Of the state that a fit saves.
 KEYS = {"seed", "stage", "is_stopped", "layers", "training", "best", "history"}
@@ -18,13 +32,22 @@ KEYS = {"seed", "stage", "is_stopped", "layers", "training", "best", "history"}
 class Checkpoint:
     """A file that is whole at any time, or a place without one.
 
+    Used as a context manager: until its end the file is this fit's alone. Another one
+    of the same data and parameters that runs meanwhile has a file of its own, so that
+    fits without a `random_state` do not become one and the same model.
+
     Parameters
     ----------
     folder : str, path or None
         Where the file lies; the folder is made. ``None`` keeps nothing.
     fingerprint : str
-        Of all that the fit depends on: the file's name, so that the fits of a search do
-        not get in each other's way.
+        Of all that the fit depends on: the beginning of the file's name, so that the
+        fits of a search do not get in each other's way.
+
+    Attributes
+    ----------
+    saved : dict or None
+        The state from which to go on.
 
     Raises
     ------
@@ -34,33 +57,67 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str) -> None:
         self._path: Path | None = None
+        self._lock: FileLock | None = None
+        self._has_warned = False
         self.saved: dict[str, Any] | None = None
         if folder is None:
             return
-        name = f"skltl-fit-{fingerprint}.checkpoint"
-        self._path = Path(folder).expanduser() / name
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._unfinished(self._path).touch()
-            self._unfinished(self._path).unlink()
+            self._take_place(Path(folder).expanduser(), f"skltl-fit-{fingerprint}")
         except OSError as error:
             raise ValueError(
                 f"checkpoint={str(folder)!r} is no folder that files can be written to "
                 f"({error.strerror})."
             ) from error
-        if self._path.exists():
-            self.saved = _read(self._path)
+        if self._path is not None and self._path.exists():
+            self.saved = self._read()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the file go, whatever has happened."""
+        if self._lock is not None:
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+            self._lock.release()
+
+    def saved_for(self, n_stages: int) -> dict[str, Any] | None:
+        """Return the state from which to go on with a plan of so many stages."""
+        if self.saved is not None and not 0 <= self.saved["stage"] < n_stages:
+            raise self._unreadable()
+        return self.saved
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save the state in place of the one before, all or nothing."""
+        """Save the state in place of the one before, all or nothing.
+
+        What cannot be saved is no reason to lose the fit: a warning tells of it, once.
+        """
         if self._path is None:
             return
-        with self._unfinished(self._path).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileNotFoundError):  # another process is done with this very fit
-            self._unfinished(self._path).replace(self._path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        unfinished = self._unfinished(self._path)
+        try:
+            with unfinished.open("wb") as file:
+                file.write(MAGIC + _digest(content.getbuffer()))
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._path)
+            _sync_folder(self._path.parent)
+        except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink()
+            self._warn(error)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Say which file it is if its state does not fit where it is put back."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
+            raise self._unreadable() from e
 
     def clear(self) -> None:
         """Delete the file, and what killed fits have left: the fit is done."""
@@ -70,25 +127,83 @@ class Checkpoint:
         for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
             left.unlink(missing_ok=True)
 
+    def _take_place(self, folder: Path, name: str) -> None:
+        """Lock a file that no other fit is using, with a saved state if there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        interrupted = sorted(folder.glob(f"{name}-*.checkpoint"))
+        new = (folder / f"{name}-{number}.checkpoint" for number in count())
+        next(path for path in chain(interrupted, new) if self._lock_file(path))
+        assert self._path is not None
+        self._unfinished(self._path).touch()
+        self._unfinished(self._path).unlink()
+
+    def _lock_file(self, path: Path) -> bool:
+        lock = FileLock(path.with_suffix(".lock"), blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        self._path, self._lock = path, lock
+        return True
+
     def _unfinished(self, path: Path) -> Path:
-        """Name a file of this process and thread: others may run the same fit."""
+        """Name a file of this process and thread."""
         return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
 
+    def _read(self) -> dict[str, Any]:
+        """Return what was saved last. Nothing in the file is ever executed."""
+        assert self._path is not None
+        try:
+            found = self._path.read_bytes()
+        except OSError as error:
+            raise self._unreadable() from error
+        start = len(MAGIC) + DIGEST_BYTES
+        content = memoryview(found)[start:]
+        if found[:start] != MAGIC + _digest(content):
+            raise self._unreadable()
+        try:
+            state: Any = torch.load(
+                io.BytesIO(content), map_location="cpu", weights_only=True
+            )
+        except TORCH_FILE_ERRORS as error:
+            # torch's own words advise to load such files all the same.
+            raise self._unreadable() from error
+        if not isinstance(state, dict) or state.keys() != KEYS:
+            raise self._unreadable()
+        if {type(state[key]) for key in ("seed", "stage")} != {int}:
+            raise self._unreadable()
+        return state
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return what was saved last. Nothing in the file is ever executed."""
+    def _unreadable(self) -> ValueError:
+        return ValueError(
+            f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, of "
+            "another version, or would need code to be run. Delete it to begin anew."
+        )
+
+    def _warn(self, error: OSError) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"The state of this fit could not be saved to {str(self._path)!r} "
+            f"({error.strerror}). The fit goes on; if it is interrupted, it can go on "
+            "from the last state that was saved, if any. Make room, or choose another "
+            "folder.",
+            CheckpointWarning,
+            stacklevel=level_of_the_user(),
+        )
+
+
+def _digest(content: Any) -> bytes:
+    return blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power failure, where folders can be synchronised."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with path.open("rb") as file:
-            state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch's own words advise to load such files all the same.
-        raise ValueError(_CANNOT_BE_READ.format(str(path))) from error
-    if not isinstance(state, dict) or state.keys() != KEYS:
-        raise ValueError(_CANNOT_BE_READ.format(str(path)))
-    return state
-
-
-_CANNOT_BE_READ = (
-    "The checkpoint {!r} cannot be read: it is damaged, or would need code to be run. "
-    "Delete it to begin anew."
-)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

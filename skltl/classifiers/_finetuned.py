@@ -5,8 +5,11 @@ from __future__ import annotations
 from numbers import Integral, Real
 from os import PathLike
 
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import Pipeline
+
 from skltl._device import DTYPES
-from skltl._validation import Interval, StrOptions, fit_context
+from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.backbones import ENGINES, Backbone
 from skltl.classifiers._conversion import (
     check_free,
@@ -56,9 +59,11 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         Passes over the pictures in the first stage.
     finetune_epochs : int, default=10
         Passes over the pictures in the second stage.
-    head_init : {"probe", "random"}, default="probe"
+    head_init : {"probe", "random"} or FrozenEstimator, default="probe"
         A head that is one linear layer may begin as scikit-learn's logistic regression
-        on the frozen features [1]_, or as random.
+        on the frozen features [1]_, as random, or as a linear classifier that is fitted
+        already: ``FrozenEstimator(classifier)``, also of a pipeline of a
+        ``StandardScaler`` and a classifier.
     head_lr : float or "auto", default="auto"
         Highest rate of the new layers: 0.01 with SGD, 0.001 with AdamW.
     backbone_lr : float or "auto", default="auto"
@@ -68,8 +73,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         By which factor the rate falls from each part between main cut points to the one
         before it, towards the picture; in (0, 1].
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
-        SGD has Nesterov momentum of 0.9. ``"auto"`` is AdamW for ConvNeXt and
-        EfficientNet v2, else SGD.
+        SGD has Nesterov momentum: of 0.9, but with ``schedule="one_cycle"`` it falls
+        from 0.95 to 0.85 and rises again, against the rate. ``"auto"`` is AdamW for
+        ConvNeXt and EfficientNet v2, else SGD.
     weight_decay : float, default=0.0001
         Of weights, not of biases and batch-norms.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
@@ -115,8 +121,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         Where to keep what frozen blocks give, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
         A folder in which the state is kept after each epoch. After an interruption, the
-        same call goes on where it was, and ends with the same bits. The file is deleted
-        at the end.
+        same call goes on where it was, and ends with the same bits. Another call does
+        not: other images, labels, parameters or versions. The file is deleted at the
+        end. If it cannot be written, a warning tells so and the fit goes on.
     warm_start : bool, default=False
         Whether `fit` begins with what the fit before has learned, of the same classes.
     n_jobs : int, default=None
@@ -141,6 +148,11 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         The only one: where the new layers begin.
     preprocessing_ : Preprocessing
         What pictures go through before the network.
+    pooling_ : {"avg", "max", "avgmax", "flatten"} or int
+        How the feature map at the cut becomes features.
+    precision_ : {"float32", "bfloat16"}
+        What products are computed in. An estimator that was fitted in bfloat16 computes
+        in float32, with a warning, where bfloat16 is not native.
     engine_ : {"torch", "compile", "openvino"}
         What ran the frozen blocks where this was fitted, and runs them where it can.
     stages_ : list of Stage
@@ -185,7 +197,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         "unfreeze": [str, Interval(Integral, 1, None, closed="left"), None],
         "head_epochs": [Interval(Integral, 0, None, closed="left")],
         "finetune_epochs": [Interval(Integral, 0, None, closed="left")],
-        "head_init": [StrOptions({"probe", "random"})],
+        "head_init": [StrOptions({"probe", "random"}), FrozenEstimator],
         "head_lr": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "backbone_lr": [
             Interval(Real, 0, None, closed="neither"),
@@ -202,7 +214,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
         "early_stopping": ["boolean"],
         "patience": [Interval(Integral, 1, None, closed="left")],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_size": [IMAGE_SIZES, None],
         "image_shape": [tuple, list, None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str],
@@ -338,7 +350,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         """Make a classifier from frozen features and a linear classifier.
 
         It predicts what the pipeline does; probabilities are the softmax of the same
-        decisions. Its `fit` begins there (`warm_start`), with
+        decisions. Its `fit`, and that of its clones, begins there (`head_init`), with
         the second stage: ``head_epochs=0``.
 
         Parameters
@@ -366,11 +378,16 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
             for name, value in transformer.get_params(deep=False).items()
             if name in SHARED_PARAMETERS
         }
-        made = cls(**{**shared, "warm_start": True, "head_epochs": 0, **parameters})
+        linear = classifier
+        if scaler is not None:
+            linear = Pipeline([("scale", scaler), ("linear", classifier)])
+        begin = {"head_init": FrozenEstimator(linear), "head_epochs": 0}
+        made = cls(**{**shared, **begin, **parameters})
         head = head_of_pipeline(transformer.pooling, scaler, classifier)
         for name in FITTED_BY_BOTH:
             if hasattr(transformer, name):
                 setattr(made, name, getattr(transformer, name))
+        made._fitted_image_shape = transformer._fitted_image_shape
         made.classes_ = classifier.classes_
         made.head_ = head.double().eval().requires_grad_(False)
         made.stages_, made.history_, made.n_epochs_ = [], [], 0

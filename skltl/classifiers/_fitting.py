@@ -11,15 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.pipeline import Pipeline
 
-from skltl._device import resolve_device, resolve_precision, resolve_threads
+from skltl._device import (
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from skltl._randomness import draw_seed, fresh_seed
 from skltl.backbones import FrozenPrefix, get_backbone, resolve_engine
 from skltl.classifiers._checkpoint import Checkpoint
+from skltl.classifiers._conversion import head_of_pipeline
 from skltl.classifiers._fingerprint import fingerprint
 from skltl.classifiers._foundation import (
     Foundation,
     count_frozen,
+    has_batch_norms,
     lay_foundation,
     split_blocks,
 )
@@ -32,7 +40,12 @@ from skltl.classifiers._inputs import (
     run_frozen,
     without_resize,
 )
-from skltl.classifiers._labels import balanced, encode_labels, example_weights
+from skltl.classifiers._labels import (
+    balanced,
+    encode_labels,
+    example_weights,
+    shown,
+)
 from skltl.classifiers._progress import Progress
 from skltl.classifiers._stages import plan_stages
 from skltl.classifiers._training import Examples, Settings
@@ -61,6 +74,10 @@ class Fit:
         The network, as it was.
     engine : str
         What runs its frozen blocks.
+    precision : str
+        What products are computed in.
+    pooling : str or int
+        How the feature map at the cut becomes features.
     parts : Parts
         Its layers, as they are.
     stages : list of Stage
@@ -75,6 +92,8 @@ class Fit:
     classes: NDArray
     foundation: Foundation
     engine: str
+    precision: str
+    pooling: str | int
     parts: Parts
     stages: list
     history: list
@@ -89,6 +108,8 @@ class Fit:
             "backbone_": self.foundation.backbone,
             "preprocessing_": self.foundation.preprocessing,
             "engine_": self.engine,
+            "precision_": self.precision,
+            "pooling_": self.pooling,
             "cut_points_": [self.foundation.cut_point],
             "network_": network,
             "head_": head,
@@ -100,33 +121,39 @@ class Fit:
 
 def run_fit(classifier, X, y, sample_weight, groups):
     """Do what `fit` of a `FineTunedCNNClassifier` does, but change nothing of it."""
-    reader = clone(classifier)
-    source = reader._read_images(X, reset=True)
+    reader = clone(classifier)  # not fitted: nothing of an earlier fit counts for it
+    source = reader._read_images(X, y, reset=True)
     classes, targets = encode_labels(y, len(source))
     weights = example_weights(sample_weight, classifier.class_weight, classes, targets)
     _check_widths(classifier)
     given = (classes[targets], sample_weight, groups)
-    seed, checkpoint = _find_checkpoint(classifier, source, given)
-    share, is_needed = classifier.validation_fraction, classifier.early_stopping
-    held = hold_out(targets, groups, share, is_needed, seed)
-    examples = Examples(targets, balanced(weights, *held), *held)
-    settings = _settings(classifier, seed)
-    # Whatever the user's own modes are: this is where gradients are needed.
-    with _training_mode(settings.device):
-        fit = _begin(classifier, reader, classes, seed)
-        metadata = {"sample_weight": sample_weight, "groups": groups}
-        progress = Progress(classifier, (X, y, metadata), fit.stages, fit.attributes)
-        fine_tune(
-            _inputs(classifier, source, fit, seed),
-            examples,
-            fit.parts,
-            fit.stages,
-            settings,
-            None if _goes_on(classifier) else classifier.head_init,
-            checkpoint,
-            progress,
-            fit.history,
-        )
+    seed = draw_seed(classifier.random_state)
+    with _find_checkpoint(classifier, source, given, seed) as checkpoint:
+        is_shared = seed is not None
+        if checkpoint.saved is not None:
+            seed = checkpoint.saved["seed"]
+        seed = fresh_seed() if seed is None else seed
+        share, is_needed = classifier.validation_fraction, classifier.early_stopping
+        held = hold_out(targets, groups, share, is_needed, seed)
+        examples = Examples(targets, balanced(weights, *held), *held)
+        settings = _settings(classifier, seed)
+        # Whatever the user's own modes are: this is where gradients are needed.
+        with _training_mode(settings.device):
+            fit = _begin(classifier, reader, classes, seed, is_shared)
+            metadata = {"sample_weight": sample_weight, "groups": groups}
+            data = (X, y, metadata)
+            progress = Progress(classifier, data, fit.stages, fit.attributes)
+            fine_tune(
+                _inputs(reader, source, fit, seed),
+                examples,
+                fit.parts,
+                fit.stages,
+                settings,
+                _new_head(classifier),
+                checkpoint,
+                progress,
+                fit.history,
+            )
     return replace(fit, progress=progress)
 
 
@@ -139,18 +166,15 @@ def _check_widths(classifier):
                 raise ValueError(f"{name} must be positive integers, got {width!r}.")
 
 
-def _find_checkpoint(classifier, source, given):
-    """Return the seed of this fit, and where its state is kept."""
-    seed = draw_seed(classifier.random_state)
-    drawn = fresh_seed() if seed is None else seed
-    name = ""
-    if classifier.checkpoint is not None:
-        arrays = [None if one is None else np.asarray(one) for one in given]
-        foundation = _foundation(classifier, drawn)
-        name = fingerprint(classifier, source, arrays, foundation, seed)
-    checkpoint = Checkpoint(classifier.checkpoint, name)
-    saved = checkpoint.saved
-    return (drawn if saved is None else saved["seed"]), checkpoint
+def _find_checkpoint(classifier, source, given, seed):
+    """Return where the state of this fit is kept."""
+    if classifier.checkpoint is None:
+        return Checkpoint(None, "")
+    arrays = [None if one is None else np.asarray(one) for one in given]
+    known = fresh_seed() if seed is None else seed
+    foundation = _foundation(classifier, known, is_shared=seed is not None)
+    name = fingerprint(classifier, source, arrays, foundation, seed)
+    return Checkpoint(classifier.checkpoint, name)
 
 
 def _goes_on(classifier):
@@ -158,7 +182,13 @@ def _goes_on(classifier):
     return classifier.warm_start and hasattr(classifier, "head_")
 
 
-def _foundation(classifier, seed):
+def _new_head(classifier):
+    """Return how a new head begins, ``None`` for one that is trained already."""
+    is_new = isinstance(classifier.head_init, str) and not _goes_on(classifier)
+    return classifier.head_init if is_new else None
+
+
+def _foundation(classifier, seed, is_shared):
     """Load the network that new layers are put on."""
     return lay_foundation(
         classifier.backbone,
@@ -167,12 +197,43 @@ def _foundation(classifier, seed):
         classifier.image_size,
         classifier.pooling,
         seed,
+        is_shared,
     )
 
 
-def _begin(classifier, reader, classes, seed):
+def _begin(classifier, reader, classes, seed, is_shared):
     """Lay out network, new layers and plan; `reader` is a copy that has read ``X``."""
-    foundation = _foundation(classifier, seed)
+    foundation = _foundation(classifier, seed, is_shared)
+    head = _head(classifier, foundation, classes, seed)
+    if _goes_on(classifier):
+        _check_same(classifier, foundation, head, classes)
+        foundation = replace(foundation, blocks=classifier.network_.blocks)
+        head = copy.deepcopy(classifier.head_).float().requires_grad_(True)
+    stages = _plan(classifier, foundation)
+    n_blocks = len(foundation.blocks)
+    n_frozen = min((stage.n_frozen for stage in stages), default=n_blocks)
+    parts = Parts(*split_blocks(foundation, n_frozen), head)
+    _check_batch_size(classifier, parts)
+    of_reading = {
+        name: value
+        for name, value in vars(reader).items()
+        if name.endswith("_in_") or name == "_fitted_image_shape"
+    }
+    device = resolve_device(classifier.device)
+    engine = resolve_engine(classifier.engine, device, foundation.blocks)
+    precision = name_of_dtype(resolve_precision(classifier.precision, device))
+    kinds = (engine, precision, classifier.pooling)
+    return Fit(of_reading, classes, foundation, *kinds, parts, stages, [])
+
+
+def _head(classifier, foundation, classes, seed):
+    """Build the new layers, or those that a fitted linear classifier amounts to."""
+    if classifier.conv_channels and len(foundation.shape) != 3:
+        raise ValueError(
+            f"conv_channels={classifier.conv_channels!r} need a feature map, but layer "
+            f"{foundation.cut_point.name!r} gives a vector of {foundation.shape[0]} "
+            "numbers."
+        )
     head = build_head(
         foundation.shape,
         classifier.pooling,
@@ -182,20 +243,43 @@ def _begin(classifier, reader, classes, seed):
         len(classes),
         seed,
     )
-    if _goes_on(classifier):
-        _check_same(classifier, foundation, head, classes)
-        foundation = replace(foundation, blocks=classifier.network_.blocks)
-        head = copy.deepcopy(classifier.head_).float().requires_grad_(True)
-    stages = _plan(classifier, foundation)
-    n_blocks = len(foundation.blocks)
-    n_frozen = min((stage.n_frozen for stage in stages), default=n_blocks)
-    parts = Parts(*split_blocks(foundation, n_frozen), head)
-    of_reading = {
-        name: value for name, value in vars(reader).items() if name.endswith("_in_")
-    }
-    device = resolve_device(classifier.device)
-    engine = resolve_engine(classifier.engine, device, foundation.blocks)
-    return Fit(of_reading, classes, foundation, engine, parts, stages, [])
+    if isinstance(classifier.head_init, str):
+        return head
+    fitted = classifier.head_init.estimator
+    scaler, linear = fitted if isinstance(fitted, Pipeline) else (None, fitted)
+    found = head_of_pipeline(classifier.pooling, scaler, linear)
+    _check_linear_head(fitted, head, found, classes)
+    return found.float().requires_grad_(True)
+
+
+def _check_linear_head(fitted, head, found, classes):
+    """Refuse to begin with a linear classifier that does not suit."""
+    if not np.array_equal(classes, fitted.classes_):
+        raise ValueError(
+            f"head_init: the classes are {shown(classes)}, those of the fitted "
+            f"classifier are {shown(fitted.classes_)}."
+        )
+    layers, expected = (head_state(one)["layers"] for one in (found, head))
+    if layers != expected:
+        raise ValueError(
+            "head_init: the fitted classifier is another head than pooling, "
+            f"conv_channels, hidden_units and dropout describe: {layers} instead of "
+            f"{expected}."
+        )
+
+
+def _check_batch_size(classifier, parts):
+    """Refuse steps of one image where batch-norms learn their statistics."""
+    blocks = [block for part in parts.tuned for block in part.values()]
+    if (
+        classifier.weights is None
+        and classifier.batch_size == 1
+        and has_batch_norms(blocks)
+    ):
+        raise ValueError(
+            "batch_size=1: batch-norms that are trained from scratch need at least 2 "
+            "images in a step."
+        )
 
 
 @contextmanager
@@ -294,8 +378,8 @@ def _check_same(classifier, foundation, head, classes):
     before = (classifier.backbone_, classifier.cut_points_)
     if not np.array_equal(classes, classifier.classes_):
         raise ValueError(
-            f"warm_start=True: the classes are {classes}, those of the fit before are "
-            f"{classifier.classes_}."
+            f"warm_start=True: the classes are {shown(classes)}, those of the fit "
+            f"before are {shown(classifier.classes_)}."
         )
     if before != (foundation.backbone, [foundation.cut_point]):
         raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from skltl.backbones import (
     Backbone,
@@ -71,8 +72,11 @@ def lay_foundation(
     image_size: int | None,
     pooling: str | int,
     seed: int,
+    is_shared: bool,
 ) -> Foundation:
     """Load the network that the parameters of an estimator name.
+
+    Random weights are kept for the next time if `is_shared`.
 
     Raises
     ------
@@ -83,7 +87,7 @@ def lay_foundation(
     """
     record, pretrained, preprocessing = resolve_network(backbone, weights, image_size)
     cut_point = resolve_layer(record, layer)
-    prefix = load_prefix(record, pretrained, seed, [cut_point.block])
+    prefix = load_prefix(record, pretrained, seed, [cut_point.block], is_shared)
     foundation = Foundation(record, preprocessing, cut_point, prefix.blocks)
     if not can_pool(foundation.shape, pooling):
         raise ValueError(
@@ -100,16 +104,26 @@ def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
     ------
     UnknownLayerError
         If `unfreeze` names no layer up to the cut.
+    ValueError
+        If there are not so many parts, or no batch-norms.
     """
     names = list(foundation.blocks)
     parts = foundation.parts()
     if unfreeze is None:
         return len(names)
-    if unfreeze in ("all", "batch_norm"):
+    if unfreeze == "batch_norm":
+        _check_batch_norms(foundation)
+        return 0
+    if unfreeze == "all":
         return 0
     if not isinstance(unfreeze, str):  # numpy's integers are no `int`
-        learning = parts[-int(unfreeze) :]
-        return names.index(learning[0][0])
+        if unfreeze > len(parts):
+            raise ValueError(
+                f"unfreeze={unfreeze}, but up to the layer "
+                f"{foundation.cut_point.name!r} {foundation.backbone.name!r} has "
+                f"{len(parts)} parts between main layers. unfreeze='all' is all."
+            )
+        return names.index(parts[-int(unfreeze)][0])
     block = resolve_layer(foundation.backbone, unfreeze).block
     for part in parts:
         if block == part[-1]:
@@ -119,6 +133,22 @@ def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
     raise UnknownLayerError(
         f"unfreeze={unfreeze!r} lies behind the cut at {foundation.cut_point.name!r}."
     )
+
+
+def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
+    """Tell whether there is a batch-norm in any of the blocks."""
+    return any(
+        isinstance(part, _BatchNorm) for block in blocks for part in block.modules()
+    )
+
+
+def _check_batch_norms(foundation: Foundation) -> None:
+    if not has_batch_norms(foundation.blocks.values()):
+        raise ValueError(
+            f"unfreeze='batch_norm': {foundation.backbone.name!r} has no batch-norm "
+            f"up to the layer {foundation.cut_point.name!r}. Unfreeze its last parts "
+            "(unfreeze=1) or 'all' of it."
+        )
 
 
 def split_blocks(

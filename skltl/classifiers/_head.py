@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from skltl._randomness import own_random_state
+from skltl._randomness import as_int, derived_seed, own_random_state, torch_defaults
+from skltl.backbones import as_tensor
 from skltl.features import n_pooled, pool
 
 
@@ -96,7 +97,7 @@ def build_head(
     n_classes : int
         Width of the last layer.
     seed : int
-        Of the first numbers, drawn as torch does.
+        Of the initial weights, drawn as torch does.
 
     Returns
     -------
@@ -116,8 +117,8 @@ def build_head(
         n_features = n_out
     plan += [("dropout", dropout)] if dropout and not hidden_units else []
     plan += [("linear", n_features, n_classes)]
-    with own_random_state(seed):
-        return _layers(plan).float()  # whatever the user's default dtype is
+    with own_random_state(as_int(derived_seed(seed, "head"))), torch_defaults():
+        return _layers(plan)
 
 
 def head_state(head: nn.Sequential) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def head_from_state(state: dict[str, Any]) -> nn.Sequential:
     """Build again what `head_state` described."""
     with torch.device("meta"):
         head = _layers(state["layers"])
-    numbers = {key: torch.tensor(value) for key, value in state["numbers"].items()}
+    numbers = {key: as_tensor(value) for key, value in state["numbers"].items()}
     head.load_state_dict(numbers, assign=True)
     return head.eval().requires_grad_(False)
 
@@ -174,5 +175,7 @@ def _description(layer: nn.Module) -> tuple[Any, ...]:
             return "pool", layer.pooling
         case nn.Dropout():
             return "dropout", layer.p
-        case _:
+        case nn.ReLU():
             return ("relu",)
+        case _:
+            raise TypeError(f"A head with a {type(layer).__name__} cannot be saved.")

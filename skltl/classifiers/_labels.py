@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,8 @@ def example_weights(
     weights = check_sample_weight(
         sample_weight, targets, dtype=np.float64, ensure_non_negative=True
     )
+    # Only their ratios count, and their sum must be a number.
+    weights = weights / max(weights.max(), np.finfo(np.float64).tiny)
     weights = weights * compute_sample_weight(class_weight, classes[targets])
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("class_weight must be finite numbers, none of them negative.")
@@ -106,13 +109,19 @@ def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
     columns = np.minimum(columns, len(classes) - 1)
     wrong = np.flatnonzero(classes[columns] != labels)
     if len(wrong):
-        label = labels[wrong[0]]
-        known = [str(one) for one in classes]
+        (label,) = labels[wrong[:1]].tolist()  # as plain Python prints it
+        known = [str(one)[:30] for one in classes]
         raise ValueError(
-            f"{label!r} is none of the classes of this classifier. "
-            f"{nearest(str(label), known)}"
+            f"{reprlib.repr(label)} is none of the classes of this classifier. "
+            f"{nearest(str(label)[:30], known)}"
         )
     return np.asarray(columns)
+
+
+def shown(labels: NDArray[Any]) -> str:
+    """Return labels as text, only the first ones if they are many."""
+    some = ", ".join(repr(one)[:40] for one in labels.tolist()[:6])
+    return f"[{some}{', ...' if len(labels) > 6 else ''}]"
 
 
 def _is_missing(label: Any) -> bool:

@@ -19,6 +19,9 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
     `classes_`; `_pooling` and `_run_head` say what lies between network and logits.
     """
 
+    # Images that cross the network together to be classified.
+    _network_batch_size = "auto"
+
     def decision_function(self, X):
         """Return the logits.
 
@@ -77,7 +80,12 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
         source = self._read_images(X, reset=False)
         block = self.cut_points_[0].block
         recipe = self._make_recipe(
-            self.backbone_, self.network_, (block,), self.preprocessing_, self._pooling
+            self.backbone_,
+            self.network_,
+            (block,),
+            self.preprocessing_,
+            self._pooling,
+            self._network_batch_size,
         )
         return extract_features(
             source,

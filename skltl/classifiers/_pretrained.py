@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES, resolve_device, resolve_threads
 from skltl._randomness import draw_seed
-from skltl._validation import Interval, StrOptions, fit_context
+from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.backbones import (
     ENGINES,
     Backbone,
@@ -89,6 +89,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         The only one: where the head begins.
     preprocessing_ : Preprocessing
         What pictures go through before the network.
+    precision_ : {"float32", "bfloat16"}
+        What the network computes in.
     engine_ : {"torch", "compile", "openvino"}
         What ran the network where this was fitted, and runs it where it can.
 
@@ -116,7 +118,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],
         "class_map": [dict, StrOptions({"learn"}), None],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_size": [IMAGE_SIZES, None],
         "image_shape": [tuple, list, None],
         "batch_size": [
             Interval(Integral, 1, None, closed="left"),
@@ -133,6 +135,10 @@ class PretrainedCNNClassifier(NetworkClassifier):
 
     # What lies between network and head is not pooled.
     _pooling = "flatten"
+
+    @property
+    def _network_batch_size(self):
+        return self.batch_size
 
     def __init__(
         self,
@@ -174,7 +180,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         X : sequence of n pictures, or array of shape (n, d) with `image_shape`
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,), default=None
-            Labels; used with ``class_map="learn"`` only.
+            Labels; used with ``class_map="learn"`` only, and else ignored but for their
+            number.
         sample_weight : array of shape (n,), default=None
             Weights of the pictures, likewise.
 
@@ -193,7 +200,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         """
         seed = draw_seed(self.random_state)
         reader = clone(self)
-        source = reader._read_images(X, reset=True)
+        source = reader._read_images(X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         learns = self.class_map == "learn"
@@ -202,6 +209,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
             weights = example_weights(sample_weight, None, classes, targets)
         reader._load(seed)
         blocks = reader.network_.blocks
+        reader.precision_ = reader._fitted_precision(device)
         reader.engine_ = resolve_engine(self.engine, device, blocks)
         if learns:
             probabilities = softmax(reader._category_logits(X), axis=1)
@@ -257,7 +265,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.cut_points_ = [CutPoint(block, block)]
         shape = block_shapes(backbone, preprocessing.crop_size, (block,))[block]
         with torch.inference_mode():
-            n_categories = self.head_(torch.zeros(1, *shape)).shape[1]
+            example = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
+            n_categories = self.head_(example).shape[1]
         self.categories_ = categories_of(backbone, weights, n_categories)
         self.classes_, self.class_map_ = np.sort(self.categories_), None
         if isinstance(self.class_map, dict):

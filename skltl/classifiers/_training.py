@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from skltl._randomness import own_random_state
+from skltl._randomness import derived_seed, own_random_state
 from skltl.classifiers._inputs import Inputs
 from skltl.classifiers._stages import Stage
 from skltl.classifiers._views import draw_views
@@ -168,8 +168,8 @@ class StageTraining:
         At which rates, for how long.
     settings : Settings
         How.
-    seed : int
-        Of the order of the pictures, and of dropout.
+    number : int
+        Of the stage. Each has its own order of the pictures and its own dropout.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class StageTraining:
         inputs: Inputs,
         stage: Stage,
         settings: Settings,
-        seed: int,
+        number: int,
     ) -> None:
         self.learner = learner
         self.n_epochs_done = 0
@@ -187,7 +187,7 @@ class StageTraining:
         self._inputs = inputs
         self._stage = stage
         self._settings = settings
-        self.seed = seed
+        self._number = number
         self.optimizer = build_optimizer(learner, stage, settings)
         n_batches = len(batches(len(examples.training), settings.batch_size))
         n_steps = stage.n_epochs * n_batches
@@ -202,7 +202,10 @@ class StageTraining:
             If the loss is not finite.
         """
         start = time.perf_counter()
-        rng = np.random.default_rng([self.seed, self.n_epochs_done])
+        numbers = (self._number, self.n_epochs_done)
+        rng = np.random.default_rng(
+            derived_seed(self._settings.seed, "epoch", *numbers)
+        )
         order = rng.permutation(self._examples.training)
         seed = int(rng.integers(2**31))
         views = draw_views(rng, len(order), self._inputs.n_views)

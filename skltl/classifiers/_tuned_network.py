@@ -9,6 +9,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import resolve_threads
+from skltl.backbones import Backbone, Network, skeleton
 from skltl.classifiers._head import Pool, head_from_state, head_state
 from skltl.classifiers._network_classifier import NetworkClassifier
 from skltl.classifiers._stages import Stage
@@ -33,6 +34,8 @@ FITTED_BY_BOTH = (
     "cut_points_",
     "network_",
     "preprocessing_",
+    "pooling_",
+    "precision_",
     "engine_",
     "n_features_in_",
     "feature_names_in_",
@@ -84,7 +87,7 @@ class TunedNetwork(FeatureEstimator, NetworkClassifier):
         source = self._read_images(X, reset=False)
         block = self.cut_points_[0].block
         recipe = self._make_recipe(
-            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling
+            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling_
         )
         threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
         return extract_features(source, recipe, [block], threads, verbose)
@@ -95,17 +98,34 @@ class TunedNetwork(FeatureEstimator, NetworkClassifier):
         Returns
         -------
         CNNFeatureTransformer
-            Fitted; it gives what `transform` gives. Fitted again, or cloned, it is the
-            pretrained network as its parameters say.
+            Fitted; it gives what `transform` gives. Its `backbone` is a `Backbone` that
+            holds the tuned weights, so clones of it, and what it gives after another
+            `fit`, are the same.
         """
         check_is_fitted(self)
-        transformer = CNNFeatureTransformer(
-            **{name: getattr(self, name) for name in SHARED_PARAMETERS}
-        )
-        for name in FITTED_BY_BOTH:
+        cut_point, own = self.cut_points_[0], self._tuned_backbone()
+        parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
+        parameters |= {"backbone": own, "weights": "imagenet", "layer": cut_point.name}
+        parameters["pooling"] = self.pooling_
+        parameters["image_size"] = None  # the backbone's own
+        parameters["image_shape"] = self._fitted_image_shape
+        transformer = CNNFeatureTransformer(**parameters)
+        for name in (*FITTED_BY_BOTH, "_fitted_image_shape"):
             if hasattr(self, name):
                 setattr(transformer, name, getattr(self, name))
+        transformer.backbone_, transformer._recorder = own, None
         return transformer
+
+    def _tuned_backbone(self):
+        """Return a backbone that is the tuned network up to the cut."""
+        blocks, whole = self.network_.blocks, skeleton(self.backbone_)
+        mains = {name: one for name, one in whole.cut_points.items() if one in blocks}
+        aliases = {name: one for name, one in whole.aliases.items() if one in mains}
+        return Backbone.from_network(
+            self.backbone_.name,
+            Network(blocks, {}, mains, aliases),
+            self.preprocessing_,
+        )
 
     @property
     def _pooling(self):

@@ -94,7 +94,7 @@ def fine_tune(
     if head_begins_as is not None:
         prepare_head(head, features, examples, head_begins_as, settings)
     layers = nn.ModuleDict({"tuned": nn.Sequential(*tuned), "head": head})
-    saved = checkpoint.saved
+    saved = checkpoint.saved_for(len(stages))
     for number, stage in enumerate(stages):
         if saved is not None and number < saved["stage"]:
             progress.skip_stage(stage)
@@ -105,14 +105,15 @@ def fine_tune(
             features if stage.name == "head" else inputs,
             stage,
             settings,
-            settings.seed + number,
+            number,
         )
         best = BestEpoch(settings.patience)
         is_stopped = False
         if saved is None:
             best.begin(training, layers)
         else:
-            is_stopped = _go_on(saved, layers, training, best, history)
+            with checkpoint.restoring():
+                is_stopped = _go_on(saved, layers, training, best, history)
             saved = None
         with progress.begin_stage(stage, training.n_epochs_done) as told:
             while not (training.is_done() or best.is_long_ago() or is_stopped):
@@ -120,7 +121,8 @@ def fine_tune(
                 best.offer(history[-1], layers)
                 is_stopped = told.end_epoch(history[-1])
                 state = _state(number, layers, training, best, history)
-                checkpoint.save({**state, "is_stopped": is_stopped})
+                state |= {"seed": settings.seed, "is_stopped": is_stopped}
+                checkpoint.save(state)
             best.restore(layers)
     checkpoint.clear()
 
@@ -197,7 +199,6 @@ def _state(
 ) -> dict[str, Any]:
     """Return all that has changed since the fit began."""
     return {
-        "seed": training.seed - number,
         "stage": number,
         "layers": layers.state_dict(),
         "training": training.state(),

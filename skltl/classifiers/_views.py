@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skltl._large_arrays import new_array
-from skltl._randomness import own_random_state
+from skltl._randomness import as_int, derived_seed, own_random_state
 from skltl.images import ImageSource, Preprocessing, as_float, iter_crops
 
 Augment = Callable[[Tensor], Tensor]
@@ -67,9 +67,8 @@ class Views(ImageSource):
         if number == 0 or self._augment is None:
             return crop
         picture = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
-        names = [self._seed, int(position), int(number)]
-        seed = int(np.random.SeedSequence(names).generate_state(1)[0])
-        with own_random_state(seed):
+        seed = derived_seed(self._seed, "view", int(position), int(number))
+        with own_random_state(as_int(seed)):
             variant = self._augment(picture)
         _check(variant, picture, position)
         variant = variant.detach().cpu().permute(1, 2, 0).contiguous()

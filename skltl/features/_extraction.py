@@ -66,6 +66,8 @@ def extract_features(
     ------
     ImageReadError
         For the first picture that cannot be read.
+    ValueError
+        For the first one whose features are not finite.
     """
     source = recipe.scaled(source)
     n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
@@ -115,11 +117,26 @@ def _fill(
             ) as crops:
                 batches = iter_batches(session.sift(crops), size)
                 for batch, rows in _computed(batches, recipe):
+                    _check_finite(batch, rows, source)
                     rows = rows if then is None else then(rows)
                     session.keep(batch, rows.numpy()[: len(batch.positions)])
                     progress.update(session.n_done - progress.n)
             missing = session.left()
         progress.update(session.n_done - progress.n)
+
+
+def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
+    """Refuse features that are no numbers, before anybody learns from them."""
+    if torch.isfinite(rows).all():
+        return
+    is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
+    for position in np.array(batch.positions)[is_bad.numpy()][:1].tolist():
+        path = source.path(position)
+        raise ValueError(
+            f"The features of image {position}{f' ({path[:200]!r})' if path else ''} "
+            "are NaN or infinite: the weights of the network, or the values of the "
+            "image, are too large."
+        )
 
 
 def _computed(

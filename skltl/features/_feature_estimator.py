@@ -10,11 +10,17 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._caller import level_of_the_user
-from skltl._device import resolve_batch_size, resolve_device, resolve_precision
+from skltl._device import (
+    has_native_bfloat16,
+    name_of_dtype,
+    resolve_batch_size,
+    resolve_device,
+    resolve_precision,
+)
 from skltl._estimator import ImageEstimator
 from skltl._validation import check_feature_names_in
 from skltl.backbones import block_shapes, can_run, largest_map, resolve_engine
-from skltl.exceptions import EngineWarning
+from skltl.exceptions import EngineWarning, PrecisionWarning
 from skltl.features._cache import resolve_folder
 from skltl.features._pooling import n_pooled
 from skltl.features._recipe import Recipe
@@ -27,8 +33,9 @@ class NetworkEstimator(ImageEstimator):
         self, backbone, network, blocks, preprocessing, pooling, batch_size="auto"
     ):
         """Say how pictures become features, on which device, in which precision."""
+        self._validate_params()  # they may have been set after `fit`
         device = resolve_device(self.device)
-        dtype = resolve_precision(self.precision, device)
+        dtype = self._find_dtype(device)
         map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
         return Recipe(
             backbone,
@@ -57,6 +64,28 @@ class NetworkEstimator(ImageEstimator):
             stacklevel=level_of_the_user(),
         )
         return "torch"
+
+    def _find_dtype(self, device):
+        """Return what to compute in: if that is left open, the same as in `fit`.
+
+        But never bfloat16 where it is emulated, at a fraction of the speed.
+        """
+        fitted = getattr(self, "precision_", None)
+        if self.precision != "auto" or fitted is None:
+            return resolve_precision(self.precision, device)
+        if fitted == "bfloat16" and not has_native_bfloat16(device):
+            warnings.warn(
+                "The estimator was fitted in bfloat16, which is not native here; it "
+                "computes in float32, and features differ by about 1 %.",
+                PrecisionWarning,
+                stacklevel=level_of_the_user(),
+            )
+            return resolve_precision("float32", device)
+        return resolve_precision(fitted, device)
+
+    def _fitted_precision(self, device):
+        """Return the name of what `fit` computes in."""
+        return name_of_dtype(resolve_precision(self.precision, device))
 
     def _cache_folder(self):
         """Return where features are kept, or ``None``.
@@ -97,7 +126,7 @@ class FeatureEstimator(TransformerMixin, NetworkEstimator):
         """Count the features at each cut point."""
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
-        return [n_pooled(shapes[block], self.pooling) for block in blocks]
+        return [n_pooled(shapes[block], self.pooling_) for block in blocks]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -15,6 +15,7 @@ from skltl._device import (
 )
 from skltl._randomness import draw_seed
 from skltl._validation import (
+    IMAGE_SIZES,
     Interval,
     InvalidParameterError,
     StrOptions,
@@ -64,8 +65,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         How a feature map becomes a row: the average or maximum of each channel, both,
         all of its numbers, or averages over a grid with so many rows and columns.
     image_size : int, default=None
-        Height and width in pixels of what the network sees, at least 1; ``None`` is the
-        size it was trained on.
+        Height and width in pixels of what the network sees, from 1 to 10,000; ``None``
+        is the size it was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array (n, d), and each row is a picture of this shape, in
         the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
@@ -115,6 +116,11 @@ class CNNFeatureTransformer(FeatureEstimator):
         For each of `layer`, its name and the block it lies behind.
     preprocessing_ : Preprocessing
         What pictures go through before the network.
+    pooling_ : {"avg", "max", "avgmax", "flatten"} or int
+        How feature maps become features.
+    precision_ : {"float32", "bfloat16"}
+        What the network computes in. An estimator that was fitted in bfloat16 computes
+        in float32, with a warning, where bfloat16 is not native.
     engine_ : {"torch", "compile", "openvino"}
         What ran the network where this was fitted, and runs it where it can.
     n_features_in_ : int
@@ -130,6 +136,10 @@ class CNNFeatureTransformer(FeatureEstimator):
 
     Notes
     -----
+    What a network gives is settled in `fit`: `backbone`, `weights`, `layer`, `pooling`,
+    `image_size` and `image_shape` that are set later count from the next `fit` on. All
+    other parameters count at once.
+
     A picture gets the same bits alone, in any batch and in any order, on one machine
     with the same versions, device, number of threads and batch size: every forward pass
     has the same shape. The first use of a network in a process loads and prepares it
@@ -160,7 +170,7 @@ class CNNFeatureTransformer(FeatureEstimator):
             StrOptions(set(POOLINGS)),
             Interval(Integral, 1, None, closed="left"),
         ],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_size": [IMAGE_SIZES, None],
         "image_shape": [tuple, list, None],
         "batch_size": [
             Interval(Integral, 1, None, closed="left"),
@@ -220,8 +230,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         X : sequence of n pictures, or array of shape (n, d) with `image_shape`
             Paths, PIL pictures, arrays or tensors, or one array of pictures. Only its
             kind is looked at; no picture is decoded.
-        y : None
-            Ignored.
+        y : array of shape (n,), default=None
+            Ignored, but for its length.
 
         Returns
         -------
@@ -233,9 +243,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         UnknownBackboneError, UnknownLayerError, WeightsError
             If `backbone`, `layer` or `weights` name something that is not there.
         TypeError, ValueError
-            If ``X`` is not a sequence of pictures.
+            If ``X`` is not a sequence of pictures, or `y` has another length.
         """
-        clone(self)._read_images(X, reset=True)  # is `X` all right, before any work
+        clone(self)._read_images(X, y, reset=True)  # is `X` all right, before any work
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         backbone, weights, preprocessing = resolve_network(
@@ -261,6 +271,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.network_ = network
         self._recorder = recorder
         self.preprocessing_ = preprocessing
+        self.pooling_ = self.pooling
+        self.precision_ = self._fitted_precision(device)
         self.engine_ = engine
         return self
 
@@ -284,7 +296,6 @@ class CNNFeatureTransformer(FeatureEstimator):
             For the first picture that cannot be read; it names its index and path.
         """
         check_is_fitted(self)
-        self._validate_params()  # they may have been set after `fit`
         source = self._read_images(X, reset=False)
         return extract_features(
             source,
@@ -302,14 +313,14 @@ class CNNFeatureTransformer(FeatureEstimator):
         if self._cache_folder() is not None:
             network = self.__dict__.get("_recorder") or self.network_
             size = self.preprocessing_.crop_size
-            recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling)
+            recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling_)
             blocks = tuple(block for block in recorded if block in network.blocks)
         return self._make_recipe(
             self.backbone_,
             network,
             blocks,
             self.preprocessing_,
-            self.pooling,
+            self.pooling_,
             self.batch_size,
         )
 

@@ -1,0 +1,164 @@
+"""Fitted networks as plain data, and back: what a pickle of an estimator holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from skltl.backbones._blocks import cut, load_state, state_of
+from skltl.backbones._cut_points import build_skeleton
+from skltl.backbones._digest import structure, versions
+from skltl.backbones._prefix import FrozenPrefix
+from skltl.backbones._registry import get_backbone
+from skltl.backbones._spec import Backbone
+from skltl.exceptions import WeightsError
+
+State = dict[str, Any]
+
+
+def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> State:
+    """Return a prefix as plain data.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        What it is a prefix of.
+    prefix : FrozenPrefix
+        The blocks.
+    by_name : bool
+        Whether only the backbone's name is kept. Then its structure is, too, so that
+        another network of this name is noticed. Else the backbone goes with it, and
+        weights that it has anyway are left out.
+
+    Returns
+    -------
+    dict
+        Arrays by block and torch's name, and what is needed to check them.
+    """
+    weights = state_of(prefix.blocks)
+    if not by_name:
+        kept = _own_state(backbone)
+        weights = {
+            key: value
+            for key, value in weights.items()
+            if key not in kept or not _is_same(value, kept[key])
+        }
+    return {
+        "backbone": backbone.name if by_name else backbone,
+        "blocks": list(prefix.blocks),
+        "weights": {key: value.numpy() for key, value in weights.items()},
+        "structure": structure(prefix.blocks) if by_name else None,
+        "versions": versions(),
+    }
+
+
+def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
+    """Build a prefix again from what `prefix_state` gave.
+
+    Raises
+    ------
+    UnknownBackboneError
+        If the backbone's name is not known here.
+    WeightsError
+        If the backbone of this name is another network here than where it was saved.
+    """
+    backbone = get_backbone(state["backbone"])
+    own = backbone.own_network
+    if own is not None and not state["weights"] and state["structure"] is None:
+        return backbone, FrozenPrefix(cut(own.blocks, state["blocks"]))
+    blocks = build_skeleton(backbone).blocks
+    is_known = set(state["blocks"]) <= blocks.keys()
+    if is_known:
+        blocks = cut(blocks, state["blocks"])
+    difference = _difference(state, blocks) if is_known else "it has other blocks"
+    if difference:
+        raise WeightsError(
+            f"The backbone {backbone.name!r} is another network here than it was where "
+            f"the estimator was saved: {difference}. Register the same one before "
+            f"loading. It was saved with {_in_words(state['versions'])}; here are "
+            f"{_in_words(versions())}."
+        )
+    weights = {key: as_tensor(value) for key, value in state["weights"].items()}
+    load_state(blocks, {**_own_state(backbone), **weights})
+    return backbone, FrozenPrefix(blocks)
+
+
+def head_from_state(
+    backbone: Backbone, state: Mapping[str, NDArray[Any]], n_classes: int
+) -> nn.Sequential:
+    """Build a network's own head again, from the arrays of its state dict."""
+    weights = {key: as_tensor(value) for key, value in state.items()}
+    shapes = {key: value.shape for key, value in weights.items()}
+    head = nn.Sequential(*build_skeleton(backbone).head.values())
+    if shapes != {key: value.shape for key, value in head.state_dict().items()}:
+        head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
+    head.load_state_dict(weights, assign=True)
+    return head.requires_grad_(False)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """Copy an array to a tensor on the CPU, whatever the user's default device is."""
+    return torch.tensor(array, device="cpu")
+
+
+def _own_state(backbone: Backbone) -> dict[str, Tensor]:
+    """Return the weights that a backbone keeps itself, if it does."""
+    own = backbone.own_network
+    return {} if own is None else state_of(own.blocks)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    # Bit for bit, so that NaN is NaN, and 0 is not -0.
+    return one.shape == other.shape and (
+        one is other or one.numpy().tobytes() == other.numpy().tobytes()
+    )
+
+
+def _difference(state: State, blocks: Mapping[str, nn.Module]) -> str:
+    """Say in what way blocks differ from those that were saved; nothing if in none.
+
+    A newer version of torch may have given a layer a further setting: with other
+    versions, only what both know is compared.
+    """
+    there, here = state["structure"], structure(blocks)
+    if there is not None:
+        layers, layers_here = (_layers(one) for one in (there, here))
+        for saved, now in zip(layers, layers_here, strict=False):
+            if saved != now:
+                return f"{saved[0]!r} was a {saved[1]}, and {now[0]!r} is a {now[1]}"
+        if len(layers) != len(layers_here):
+            return f"it had {len(layers)} layers, and has {len(layers_here)}"
+        is_all = state["versions"] == versions()
+        for (path, _, saved_settings), (_, _, settings) in zip(
+            there, here, strict=True
+        ):
+            names = saved_settings.keys() & settings.keys()
+            names |= saved_settings.keys() ^ settings.keys() if is_all else set()
+            for name in sorted(names):
+                before, now = saved_settings.get(name), settings.get(name)
+                if before != now:
+                    return f"{name} of {path!r} was {before}, and is {now}"
+    return _difference_in_shape(state, blocks)
+
+
+def _difference_in_shape(state: State, blocks: Mapping[str, nn.Module]) -> str:
+    shapes = {key: tuple(one.shape) for key, one in state_of(blocks).items()}
+    saved = {key: array.shape for key, array in state["weights"].items()}
+    if state["structure"] is None:  # what the backbone has itself was left out
+        shapes = {key: shape for key, shape in shapes.items() if key in saved}
+    if shapes != saved:
+        names = [key for key in shapes | saved if shapes.get(key) != saved.get(key)]
+        return f"{names[0]!r} has another shape"
+    return ""
+
+
+def _layers(found: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
+    return [(path, kind) for path, kind, _ in found]
+
+
+def _in_words(packages: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -1,0 +1,122 @@
+"""A forked child computes, whatever its parent was doing at the moment of the fork."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+PREPARED = """
+import os, signal, sys, threading, time
+import numpy as np
+from skltl import CNNFeatureTransformer, FineTunedCNNClassifier
+X, y = np.random.default_rng(0).random((40, 64)), np.arange(40) % 2
+
+def fit(n_epochs):
+    return FineTunedCNNClassifier(
+        "tiny", layer="block1", image_shape=(8, 8), image_size=16, dropout=0.1,
+        head_epochs=n_epochs, finetune_epochs=0, random_state=0,
+    ).fit(X, y)
+
+def in_child(work, seconds):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)  # ends a child that hangs
+        os._exit(0 if work() else 1)
+    return os.waitpid(child, 0)[1]
+"""
+
+
+def run(code, *args):
+    """Run code that begins as above; return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-c", PREPARED + code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+
+
+FORKS_DURING_A_FIT = """
+expected = fit(2).decision_function(X)
+threading.Thread(target=fit, args=(10**6,), daemon=True).start()
+time.sleep(1)
+same = lambda: np.array_equal(fit(2).decision_function(X), expected)
+n_forks = int(sys.argv[1])
+for number in range(n_forks):
+    time.sleep(0.05 * (number % 7))
+    print(in_child(same, 240), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_child_forked_during_a_fit_fits_with_the_same_bits():
+    assert run(FORKS_DURING_A_FIT, 2).split() == ["0"] * 2
+
+
+@pytest.mark.slow
+def test_thirty_children_forked_during_a_fit_fit_with_the_same_bits():
+    assert run(FORKS_DURING_A_FIT, 30).split() == ["0"] * 30
+
+
+def test_a_child_forked_while_others_extract_features_extracts_the_same():
+    code = """
+expected = CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit_transform(X)
+def extract():
+    return CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit_transform(X)
+def forever():
+    while True:
+        extract()
+for _ in range(2):
+    threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.5)
+for _ in range(3):
+    print(in_child(lambda: np.allclose(extract(), expected, rtol=1e-5), 120))
+os._exit(0)
+"""
+    assert run(code).split() == ["0"] * 3
+
+
+def test_programs_that_only_import_skltl_keep_the_threads_of_their_children():
+    code = """
+import skltl.backbones, torch
+torch.set_num_threads(2)
+print(in_child(lambda: torch.get_num_threads() == 2, 60))
+"""
+    assert run(code).split() == ["0"]
+
+
+def test_a_child_that_loads_a_saved_estimator_does_not_wait_for_lost_threads():
+    code = """
+import pickle
+fitted = CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit(X)
+expected, saved = fitted.transform(X), pickle.dumps(fitted)
+print(in_child(
+    lambda: np.allclose(pickle.loads(saved).transform(X), expected, rtol=1e-5), 120
+))
+"""
+    assert run(code).split() == ["0"]
+
+
+def test_a_fork_inside_of_a_locked_block_leaves_the_lock_usable():
+    from skltl._locks import Lock
+
+    lock = Lock()
+    with lock:
+        child = os.fork()
+        if child == 0:
+            ending = 1
+            try:
+                with lock:
+                    ending = 0
+            finally:
+                os._exit(ending)
+    deadline = time.monotonic() + 60
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "the child hangs"
+        time.sleep(0.01)
+
+    assert found[1] == 0
