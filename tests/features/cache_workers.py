@@ -223,10 +223,10 @@ PLANTED = {
     "deleting trigger": "CREATE TRIGGER t AFTER INSERT ON rows BEGIN "
     "DELETE FROM rows; END",
     "endless index": "CREATE INDEX i ON rows (abs(length(value)))",
-    "giant values": "UPDATE rows SET value = zeroblob(20000000)",
+    "giant values": "UPDATE rows SET value = zeroblob(5000000)",
     "giant keys": f"INSERT INTO rows {ENDLESS}"
-    "SELECT zeroblob(20000000) || x, x, x FROM c LIMIT 5",
-    "giant about": "UPDATE about SET text = zeroblob(20000000)",
+    "SELECT zeroblob(5000000) || x, x, x FROM c LIMIT 5",
+    "giant about": "UPDATE about SET text = zeroblob(5000000)",
     "null about": "DROP TABLE about; CREATE TABLE about (text TEXT); "
     "INSERT INTO about VALUES (NULL)",
     "no about": "DELETE FROM about",

@@ -569,3 +569,65 @@ def test_registered_names_are_no_part_of_the_recipe(pictures, tmp_path, crossed)
     CNNFeatureTransformer("own", cache=tmp_path).fit_transform(pictures)
 
     assert sum(crossed) == 2 * len(pictures)
+
+
+def test_other_weights_of_one_backbone_are_other_rows(pictures, tmp_path):
+    others = [{}, *({"weights": None, "random_state": seed} for seed in (0, 1, 1))]
+    for parameters in others:
+        transformer(tmp_path, **parameters).fit_transform(pictures)
+
+    entries = cache_info(tmp_path).entries
+
+    assert len(entries) == 3 * len(LAYERS)
+    for layer in LAYERS:
+        networks = [entry.network for entry in entries if entry.layer == layer]
+        assert len(set(networks)) == 3
+
+
+def test_an_entry_says_how_pictures_are_prepared_and_what_computes(pictures, tmp_path):
+    torch.manual_seed(0)
+    blocks = OrderedDict(stem=nn.Conv2d(3, 4, 3))
+    changed = Preprocessing(16, 20, "bicubic", mean=(0.5, 0.25, 0), std=(1, 2, 0.125))
+    for preprocessing in (Preprocessing(16), changed):
+        backbone = Backbone.from_blocks("own", blocks, preprocessing=preprocessing)
+        CNNFeatureTransformer(backbone, cache=tmp_path, engine="torch").fit_transform(
+            pictures
+        )
+
+    entries = cache_info(tmp_path).entries
+
+    assert {entry.preprocessing for entry in entries} == {
+        "resize 16 bilinear, crop 16, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        "resize 20 bicubic, crop 16, mean 0.5 0.25 0, std 1 2 0.125",
+    }
+    assert {entry.engine for entry in entries} == {"torch"}
+    # The blocks are the same.
+    assert len({entry.network for entry in entries}) == len(entries) / 2
+
+
+def test_what_the_cache_holds_prints_as_a_table(pictures, tmp_path):
+    for seed in range(5):
+        random = transformer(tmp_path, weights=None, random_state=seed)
+        random.fit_transform(pictures)
+
+    head, names, *rows, end = repr(cache_info(tmp_path)).splitlines()
+
+    assert str(tmp_path) in head
+    assert "MB of 20000.0 MB" in head
+    assert names.split()[:3] == ["backbone", "layer", "pooling"]
+    assert [row.split()[:2] for row in rows] == [
+        ["tiny", layer] for layer in LAYERS[:4] for _ in range(5)
+    ]
+    assert end == "... and 5 more"
+    assert max(map(len, [head, names, *rows])) <= 200
+
+
+def test_a_table_has_no_odd_characters_of_names(pictures, tmp_path):
+    network = own_backbone("evil\x1b[31m\nname" + "x" * 1000)
+    CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
+
+    text = repr(cache_info(tmp_path))
+
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 4
+    assert max(map(len, text.splitlines())) <= 200

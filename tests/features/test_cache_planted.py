@@ -182,7 +182,7 @@ def planted(tmp_path_factory):
             [sys.executable, str(SCRIPT), "planted", str(folder)],
             capture_output=True,
             check=False,
-            timeout=300,
+            timeout=120,
         )
         output = done.stdout
     except subprocess.TimeoutExpired as error:
@@ -409,6 +409,17 @@ def test_warnings_are_short_whatever_a_damaged_file_says(tmp_path, X):
             )
 
     with pytest.warns(CacheWarning, match="damaged file") as caught:
+        extract(X, folder)
+
+    assert all(len(str(one.message)) <= 500 for one in caught)
+
+
+@pytest.mark.filterwarnings("default::skltl.exceptions.CacheWarning")
+def test_warnings_are_short_however_long_the_folders_name(tmp_path, X):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "/".join(["long" * 50] * 10)
+
+    with pytest.warns(CacheWarning, match="cannot be written") as caught:
         extract(X, folder)
 
     assert all(len(str(one.message)) <= 500 for one in caught)
