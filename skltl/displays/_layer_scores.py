@@ -311,7 +311,7 @@ def _best_by_layer(places, lines, scores, chosen):
     of_lines = [lines[index] for index in places]
     if len(of_lines) < 2 or len(set(of_lines)) < len(of_lines):
         return {index: lines[index] for index in places}
-    best = {}
+    best: dict[str, int] = {}
     for index, (_, layer) in places.items():
         is_better = layer not in best or scores[index] > scores[best[layer]]
         is_chosen = index == chosen and scores[index] == scores[best.get(layer, index)]

@@ -96,6 +96,8 @@ class Measurement:
 
     Parameters
     ----------
+    n_given : int
+        How many images there are, with those of weight 0.
     labelled, evaluated : Labelled
         All images, and those that were evaluated on.
     data : Data
@@ -114,6 +116,7 @@ class Measurement:
         The advice.
     """
 
+    n_given: int
     labelled: Labelled
     evaluated: Labelled
     data: Data
@@ -131,13 +134,13 @@ class Measurement:
         return _chosen(self.depths, self.similarity)
 
     def features_of(self, estimator: Any) -> tuple[Any, ...]:
-        """Return features for a pipeline, and of which images; or nothing."""
+        """Return features for a pipeline, of which images, and how many there are."""
         if not isinstance(estimator, Pipeline):
             return ()
         layer = resolve_layer(get_backbone(estimator[0].backbone), estimator[0].layer)
         if layer.name not in self.features:
             return ()
-        return self.features[layer.name], self.evaluated.positions
+        return self.features[layer.name], self.evaluated.positions, self.n_given
 
     def attributes(self) -> dict[str, Any]:
         """Return what `fit` of a `StrategyAdvisor` sets."""
@@ -198,7 +201,7 @@ def measure(
         **shared,
     )
     measured = (features, depths, sizes, as_is, class_map, similarity, strategy)
-    return Measurement(labelled, evaluated, data, *measured)
+    return Measurement(n_given, labelled, evaluated, data, *measured)
 
 
 def _divide(
@@ -282,7 +285,8 @@ def _features_by_layer(
             f"{get_backbone(backbone).name!r} has no layer with a feature map: there "
             "are no depths to compare."
         )
-    transformer = CNNFeatureTransformer(backbone, layer=names, **shared)
+    make: Any = CNNFeatureTransformer
+    transformer = make(backbone, layer=names, **shared)
     rows = np.asarray(transformer.fit(X).transform(X))
     shapes = block_shapes(transformer.backbone_, transformer.preprocessing_.crop_size)
     widths = [shapes[cut_point.block][0] for cut_point in transformer.cut_points_]
@@ -307,7 +311,8 @@ def _score_as_is(
     n_most = max(len(classes), round(SHARE_AS_IS * len(targets)))
     some = labelled.part(_stratified(targets, min(n_most, len(targets) // 2), 1, seed))
     known = {name: one for name, one in shared.items() if name != "cache"}
-    as_is = PretrainedCNNClassifier(backbone, **known)
+    make: Any = PretrainedCNNClassifier
+    as_is = make(backbone, **known)
     try:
         categories = as_is.fit(some.X).categories_.tolist()
     except WeightsError:  # there is no head

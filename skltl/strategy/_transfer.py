@@ -350,14 +350,14 @@ def _fit(estimator, X, y, sample_weight, groups, known):
         # Tables get their columns' names from the transformer.
         if known and get_config()["transform_output"] == "default":
             transformer = estimator[0].fit(X, y)
-            features = _completed(transformer, X, len(y), *known)
+            features = _completed(transformer, X, *known)
             estimator[1:].fit(features, y, **by_step)
         else:
             estimator.fit(X, y, **by_step)
 
 
-def _completed(transformer, X, n, features, positions):
-    """Return features of all n images, of which some are known."""
+def _completed(transformer, X, features, positions, n):
+    """Return features of all n images, of which those at some positions are known."""
     if len(positions) == n:
         return features
     others = np.setdiff1d(np.arange(n), positions)
@@ -374,7 +374,7 @@ def _with_parameters(estimator, parameters):
     """
     if not parameters:
         return estimator
-    changed = type(estimator).__new__(type(estimator))
+    changed = object.__new__(type(estimator))
     vars(changed).update(vars(estimator))
     if isinstance(estimator, Pipeline):
         (name, first), *others = estimator.steps

@@ -71,13 +71,20 @@ CLASSIFIER = FineTunedCNNClassifier(
 )
 
 
-WITHOUT_EXCUSE = {
+OTHERS = {
     "as it is": PretrainedCNNClassifier(
         "tiny", class_map="learn", image_shape=(1, -1), image_size=8
     ),
     "advised": TransferClassifier(
         "tiny", image_shape=(1, -1), image_size=8, random_state=0
     ),
+}
+
+EXCUSES = {
+    "advised": {
+        "check_sample_weight_equivalence_on_dense_data": "folds are drawn of the rows "
+        "that there are, and `cv` is their number"
+    }
 }
 
 
@@ -116,12 +123,16 @@ def test_the_whole_suite_passes_for_the_fine_tuned_classifier():
 # Folds of a few rows, of classes with one or two.
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
 @pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
-@pytest.mark.parametrize("kind", WITHOUT_EXCUSE)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_the_whole_suite_passes_for_the_other_classifiers(kind):
-    results = check_estimator(WITHOUT_EXCUSE[kind], on_skip=None, on_fail=None)
+    """But for one check, which scikit-learn excuses for its own searches, too."""
+    excuses = EXCUSES.get(kind, {})
+    results = check_estimator(
+        OTHERS[kind], expected_failed_checks=excuses, on_skip=None, on_fail=None
+    )
 
     assert odd_results(results) == {}
-    assert not any(result["expected_to_fail"] for result in results)
+    assert sum(result["expected_to_fail"] for result in results) == len(excuses)
     assert len(results) > 50
 
 
