@@ -3,10 +3,9 @@
 Whatever happens to the file, a value that comes out is one that went in under its key:
 each row has a checksum, and one that does not fit counts as not there.
 
-Who can write to the folder can plant files in it. So nothing that a file says is done:
-its tables must be exactly ours (no view, no trigger), no value in it may be longer than
-ours are, no statement may take longer than ours do, and neither links nor journals lead
-out of the folder.
+Who can write to the folder can plant files in it. So nothing that one says is done: its
+tables must be exactly ours (no view, no trigger), its values no longer than ours, and
+neither links nor journals lead out of the folder.
 
 The journal is SQLite's rollback journal, not its write-ahead log (WAL): that one has a
 bug before version 3.51.3 that can damage the file, and cannot be read from a folder
@@ -18,6 +17,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -46,8 +46,7 @@ KEYS_PER_QUERY = 500
 # Writers hold the file for milliseconds; on a slow network drive, for seconds.
 PATIENCE = 10.0
 
-# What one call may take of a processor; waiting for a drive does not count. Only in a
-# file that was made for it does any of ours take so long.
+# What one call may take of a processor: ours need less, in any file of ours.
 CPU_SECONDS = 10.0
 STEPS_BETWEEN_LOOKS = 1000
 
@@ -75,6 +74,51 @@ _DAMAGED = {
 }
 
 _making = Lock()
+
+
+class _Gate:
+    """Where threads go into SQLite: a fork waits until they are out again.
+
+    SQLite has locks of its own: in the child, those of other threads would stay locked.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget, in a child, the threads of the parent."""
+        self._changed = threading.Condition()
+        self._n_inside = 0
+        self._n_forks = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_forks == 0)
+            self._n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._n_inside -= 1
+            self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Wait, before a fork, for those inside: not longer than they for a file."""
+        with self._changed:
+            self._n_forks += 1
+            self._changed.wait_for(lambda: self._n_inside <= 0, PATIENCE)
+
+    def open(self) -> None:
+        """Let those in that have waited for the fork."""
+        with self._changed:
+            self._n_forks -= 1
+            self._changed.notify_all()
+
+
+_gate = _Gate()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_gate.shut, after_in_parent=_gate.open, after_in_child=_gate.renew
+    )
 
 
 class DamagedDatabaseError(Exception):
@@ -125,7 +169,7 @@ class Database:
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        _close(self._connection)
 
     def read(self, keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
         """Return key and value of those rows that are there and intact.
@@ -239,23 +283,23 @@ def look_into(path: Path) -> tuple[str, int]:
     # No file has more rows than this, but pages that refer to one another may seem to.
     most = path.stat().st_size // LEAST_ROW
     connection = _connect(path, "ro", patience=1)
-    with closing(connection), _guarded(connection, path):
-        if not _is_ours(connection):
-            raise DamagedDatabaseError("it is the database of another program")
-        texts = connection.execute("SELECT text FROM about LIMIT 2").fetchall()
-        (n_rows,) = connection.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM rows LIMIT ?)", (most,)
-        ).fetchone()
+    try:
+        with _guarded(connection, path):
+            if not _is_ours(connection):
+                raise DamagedDatabaseError("it is the database of another program")
+            texts = connection.execute("SELECT text FROM about LIMIT 2").fetchall()
+            (n_rows,) = connection.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM rows LIMIT ?)", (most,)
+            ).fetchone()
+    finally:
+        _close(connection)
     if len(texts) != 1 or not isinstance(texts[0][0], bytes):
         raise DamagedDatabaseError("it does not say what it holds")
     return texts[0][0].decode(errors="replace"), int(n_rows)
 
 
 def _make_file(path: Path) -> None:
-    """Make the file, if it is not there, with the rights that the user's umask leaves.
-
-    SQLite would take away those of the group. Its journals have the rights of the file.
-    """
+    """Make a missing file as the umask says; SQLite would leave the group no rights."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK
     # Closing a file ends the process's locks on it: no other thread may have one yet.
     with _making, suppress(FileExistsError):
@@ -268,15 +312,16 @@ def _connect(
     """Open a file that is there."""
     _refuse_what_leads_out(path, ("", *COMPANIONS))
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, patience, isolation_level=None, uri=True)
-    try:
+    with _gate:
+        connection = sqlite3.connect(uri, patience, isolation_level=None, uri=True)
         connection.text_factory = bytes  # damaged text need not be text
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, n_bytes + BYTES_BESIDE)
-        connection.execute("PRAGMA trusted_schema = OFF")
-    except BaseException:
-        connection.close()
-        raise
     return connection
+
+
+def _close(connection: sqlite3.Connection) -> None:
+    with _gate:
+        connection.close()
 
 
 @contextmanager
@@ -288,7 +333,8 @@ def _guarded(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     )
     _refuse_what_leads_out(path, ("", "-journal"))
     try:
-        yield
+        with _gate:
+            yield
     except UnicodeDecodeError as error:
         # SQLite's message has a damaged name in it, which Python cannot read.
         raise DamagedDatabaseError("its tables are damaged") from error
@@ -329,6 +375,7 @@ def _names_another(journal: str) -> bool:
 
 def _is_ours(connection: sqlite3.Connection) -> bool:
     """Tell whether a file has our tables and nothing else."""
+    connection.execute("PRAGMA trusted_schema = OFF")
     (marker,) = connection.execute("PRAGMA application_id").fetchone()
     return bool(marker == APPLICATION_ID and _schema_of(connection) == _our_schema())
 

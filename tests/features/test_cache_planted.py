@@ -430,29 +430,3 @@ def test_a_name_that_is_no_folder_is_quoted_shortly():
         cache_info("\0" * 100_000)
 
     assert len(str(caught.value)) <= 500
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="about forks")
-def test_a_forked_child_leaves_open_databases_alone(tmp_path):
-    from skltl.features._shelf import Shelf
-
-    shelf = Shelf(tmp_path, "skltl-claims", n_bytes=5)
-    shelf.write([(b"of the parent", b"value")])
-
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            found = list(shelf.read([b"of the parent"]))
-            shelf.write([(b"of the child", b"value")])
-            announced = shelf.claim([b"of the child"], b"child")
-            shelf.close()
-            code = 0 if found == [] and announced is None else 2
-        finally:
-            os._exit(code)
-    code = os.waitpid(pid, 0)[1]
-
-    assert code == 0
-    keys = [b"of the parent", b"of the child"]
-    assert list(shelf.read(keys)) == [(b"of the parent", b"value")]
-    shelf.close()
