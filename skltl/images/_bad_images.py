@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
+from skltl.images._sharing import one_image
 from skltl.images._source import ImageSource, read_images
 
 
@@ -82,7 +83,8 @@ def _faults(source: ImageSource, n_threads: int) -> Iterator[BadImage | None]:
 
 def _fault(source: ImageSource, index: int) -> BadImage | None:
     try:
-        source.decode(index)
+        with one_image():  # which is gone at its end
+            source.decode(index)
     except ImageReadError as error:
         return BadImage(error.index, error.path, error.reason)
     except ImageTypeError as error:

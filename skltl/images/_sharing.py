@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +50,7 @@ class _Block(threading.local):
 
 _ledger = _Ledger()
 _block = _Block()
+_c_library = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextmanager
@@ -75,6 +78,18 @@ def wait_for_memory(n_pixels: int, bytes_per_pixel: int) -> None:
         ledger, n_bytes = _ledger, n_pixels * bytes_per_pixel
         ledger.take(n_bytes)
         _block.taken = (ledger, n_bytes)
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Let the system have what large images took that are gone.
+
+    The allocator of glibc keeps freed memory for each thread apart, so that eight
+    threads in turn would hold eight images.
+    """
+    trim = getattr(_c_library, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _renew_ledger() -> None:

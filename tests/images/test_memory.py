@@ -101,8 +101,9 @@ print(peak() - before)
 
 
 def test_four_threads_decode_large_images_in_turn(tmp_path):
+    """Nor does the allocator keep for one thread what another one needs."""
     size = (9459, 9459)
-    BOMBS["png palette"](tmp_path / "bomb", size)
+    BOMBS["png rgba"](tmp_path / "bomb", size)
     code = """
 from skltl import find_bad_images
 before = peak()
