@@ -48,7 +48,7 @@ PATIENCE = 10.0
 
 # What one call may take of a processor: ours need less, in any file of ours.
 CPU_SECONDS = 10.0
-STEPS_BETWEEN_LOOKS = 1000
+STEPS_BETWEEN_LOOKS = 10_000
 
 # Key, checksum and SQLite's own bytes beside a value, and whatever is no value.
 BYTES_BESIDE = 10_000
