@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,9 +29,8 @@ def found_once(
 ) -> Callable[Concatenate[Backbone, Arguments], Found]:
     """Remember what a function returns for a backbone, without keeping it alive."""
 
-    @wraps(function)
     def remembered(
-        backbone: Backbone, *args: Arguments.args, **kwargs: Arguments.kwargs
+        backbone: Backbone, /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Found:
         memory = _found.setdefault(backbone, {})
         key = (function.__name__, args, tuple(sorted(kwargs.items())))
@@ -40,7 +39,7 @@ def found_once(
         found: Found = memory[key]
         return found
 
-    return remembered
+    return update_wrapper(remembered, function)
 
 
 def forget_networks() -> None:

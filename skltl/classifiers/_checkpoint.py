@@ -63,20 +63,31 @@ class Checkpoint:
         if folder is None:
             return
         try:
-            self._take_place(Path(folder).expanduser(), f"skltl-fit-{fingerprint}")
+            name = f"skltl-fit-{fingerprint}"
+            self._path, self._lock = _free_place(Path(folder).expanduser(), name)
+            self._unfinished(self._path).touch()
+            self._unfinished(self._path).unlink()
         except OSError as error:
+            self.close()
             raise ValueError(
                 f"checkpoint={str(folder)!r} is no folder that files can be written to "
                 f"({error.strerror})."
             ) from error
-        if self._path is not None and self._path.exists():
-            self.saved = self._read()
+        if self._path.exists():
+            try:
+                self.saved = self._read(self._path)
+            except ValueError:
+                self.close()
+                raise
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the file go, whatever has happened."""
+        self.close()
+
+    def close(self) -> None:
+        """Let other fits have the file."""
         if self._lock is not None:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink()
@@ -127,34 +138,14 @@ class Checkpoint:
         for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
             left.unlink(missing_ok=True)
 
-    def _take_place(self, folder: Path, name: str) -> None:
-        """Lock a file that no other fit is using, with a saved state if there is one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        interrupted = sorted(folder.glob(f"{name}-*.checkpoint"))
-        new = (folder / f"{name}-{number}.checkpoint" for number in count())
-        next(path for path in chain(interrupted, new) if self._lock_file(path))
-        assert self._path is not None
-        self._unfinished(self._path).touch()
-        self._unfinished(self._path).unlink()
-
-    def _lock_file(self, path: Path) -> bool:
-        lock = FileLock(path.with_suffix(".lock"), blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            return False
-        self._path, self._lock = path, lock
-        return True
-
     def _unfinished(self, path: Path) -> Path:
         """Name a file of this process and thread."""
         return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, Any]:
         """Return what was saved last. Nothing in the file is ever executed."""
-        assert self._path is not None
         try:
-            found = self._path.read_bytes()
+            found = path.read_bytes()
         except OSError as error:
             raise self._unreadable() from error
         start = len(MAGIC) + DIGEST_BYTES
@@ -192,6 +183,19 @@ class Checkpoint:
             CheckpointWarning,
             stacklevel=level_of_the_user(),
         )
+
+
+def _free_place(folder: Path, name: str) -> tuple[Path, FileLock]:
+    """Lock a file that no other fit uses, one with a saved state if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    interrupted = sorted(folder.glob(f"{name}-*.checkpoint"))
+    new = (folder / f"{name}-{number}.checkpoint" for number in count())
+    for path in chain(interrupted, new):
+        lock = FileLock(path.with_suffix(".lock"), blocking=False)
+        with suppress(Timeout):
+            lock.acquire()
+            return path, lock
+    raise AssertionError("there is no end of numbers")
 
 
 def _digest(content: Any) -> bytes:

@@ -19,9 +19,6 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
     `classes_`; `_pooling` and `_run_head` say what lies between network and logits.
     """
 
-    # Images that cross the network together to be classified.
-    _network_batch_size = "auto"
-
     def decision_function(self, X):
         """Return the logits.
 
@@ -85,7 +82,7 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
             (block,),
             self.preprocessing_,
             self._pooling,
-            self._network_batch_size,
+            self._network_batch_size(),
         )
         return extract_features(
             source,
@@ -96,6 +93,10 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
             out=np.empty((len(source), n_outputs)),
             then=self._run_head,
         )
+
+    def _network_batch_size(self):
+        """Return how many images cross the network together to be classified."""
+        return "auto"
 
     def _map_shape(self):
         """Return the shape of what the network gives for a picture."""

@@ -136,7 +136,6 @@ class PretrainedCNNClassifier(NetworkClassifier):
     # What lies between network and head is not pooled.
     _pooling = "flatten"
 
-    @property
     def _network_batch_size(self):
         return self.batch_size
 

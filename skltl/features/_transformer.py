@@ -72,9 +72,10 @@ class CNNFeatureTransformer(FeatureEstimator):
         the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
     batch_size : int or "auto", default="auto"
         Pictures that cross the network together. ``"auto"`` is 128 on a GPU and at most
-        8 on a CPU: fewer for networks with large maps (2 for VGG-16), which then stay
-        in the processor's cache. Results depend on it in the last digits, so every
-        batch has exactly this size; out of memory on a GPU, it is halved.
+        8 on a CPU: fewer for networks with large maps (for VGG-16, 2 in bfloat16 and 1
+        in float32), which then stay in the processor's cache. Results depend on it in
+        the last digits, so every batch has exactly this size; out of memory on a GPU,
+        it is halved.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there
         is one.

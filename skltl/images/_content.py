@@ -96,5 +96,5 @@ def _any_state(path: str) -> bytes | None:
 
 
 def _is_young(state: bytes) -> bool:
-    _, *times, _, _ = _STATE.unpack(state)
-    return time.time() - max(times) / 1e9 < CLOCK_TICK
+    last_change: int = max(_STATE.unpack(state)[1:3])
+    return time.time() - last_change / 1e9 < CLOCK_TICK

@@ -202,7 +202,7 @@ def test_a_fit_with_another_augmentation_begins_anew(data, tmp_path, pair):
 def test_an_augmentation_that_cannot_be_described_is_refused(data, tmp_path):
     class Reader:
         def __init__(self):
-            self.file = open(os.devnull)  # noqa: SIM115, PTH123
+            self.lock = threading.Lock()
 
         def __call__(self, image):
             return image
@@ -213,7 +213,6 @@ def test_an_augmentation_that_cannot_be_described_is_refused(data, tmp_path):
     reader = Reader()
     with pytest.raises(ValueError, match="it cannot be told what augment=Reader does"):
         classifier(augment=reader, checkpoint=tmp_path).fit(*data)
-    reader.file.close()
 
 
 def test_a_fit_of_an_exchanged_image_begins_anew(image_files, tmp_path):

@@ -1,0 +1,135 @@
+"""
+The accuracies that README and user guide quote
+===============================================
+
+Flowers, digits and ImageNet images with the ImageNet weights of SqueezeNet 1.0, in
+float32, by the layer at which the network is truncated::
+
+    python examples/benchmarks/figures.py --data DIR
+    python examples/benchmarks/figures.py --data DIR --fine-tuning
+
+``DIR`` is the folder that ``SKLTL_TEST_DATA`` names for the tests. With
+``--fine-tuning``, which takes minutes, the table of the page on fine-tuning follows.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+from reporting import print_table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import (
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+    cross_val_score,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    PretrainedCNNClassifier,
+    list_layers,
+    make_feature_pipeline,
+)
+
+BACKBONE = "squeezenet1_0"
+FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
+DIGIT_SPLITS = StratifiedShuffleSplit(
+    10, train_size=100, test_size=1000, random_state=0
+)
+FLOWER_SPLITS = StratifiedShuffleSplit(3, test_size=1 / 3, random_state=0)
+LAYERS = [layer.name for layer in list_layers(BACKBONE)]
+
+
+def linear_svm():
+    """Return the classifier of `make_feature_pipeline`, for features."""
+    return make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
+
+
+def accuracies_by_layer(settings, X, y, splits, **more):
+    """Return the mean accuracy of a linear SVM at each layer, from one pass."""
+    transformer = CNNFeatureTransformer(BACKBONE, layer=LAYERS, **settings, **more)
+    features = transformer.fit_transform(X)
+    widths = [layer.channels for layer in list_layers(BACKBONE)]
+    parts = np.split(features, np.cumsum(widths)[:-1], axis=1)
+    return [cross_val_score(linear_svm(), part, y, cv=splits).mean() for part in parts]
+
+
+def print_by_layer(settings, flowers, digits):
+    """Print the table of README and of the page on features."""
+    on_flowers = accuracies_by_layer(settings, *flowers, FOLDS)
+    on_digits = accuracies_by_layer(settings, *digits, DIGIT_SPLITS, image_shape=(8, 8))
+    rows = [
+        {"layer": name, "flowers": f"{one:.3f}", "digits": f"{other:.3f}"}
+        for name, one, other in zip(LAYERS, on_flowers, on_digits, strict=True)
+    ]
+    pixels = cross_val_score(linear_svm(), *digits, cv=DIGIT_SPLITS).mean()
+    print_table([*rows, {"layer": "pixels", "flowers": "", "digits": f"{pixels:.3f}"}])
+
+
+def print_classifiers(settings, flowers):
+    """Print the accuracies of the three classifiers on the last layer."""
+    for name in ("svm", "softmax", "ovr"):
+        pipeline = make_feature_pipeline(
+            BACKBONE, name, cache=True, random_state=0, **settings
+        )
+        score = cross_val_score(pipeline, *flowers, cv=FOLDS).mean()
+        print(f"flowers, {name}: {score:.3f}")
+
+
+def print_imagenet(settings, folder):
+    """Print how many of the ImageNet images are recognised."""
+    with (folder / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    classifier = PretrainedCNNClassifier(BACKBONE, **settings)
+    paths = [folder / row["file"] for row in rows]
+    best = classifier.fit(paths).predict_top_k(paths, k=5)
+    names = classifier.categories_[[int(row["class_index"]) for row in rows]]
+    n_first = int((best[:, 0] == names).sum())
+    n_of_five = int((best == names[:, None]).any(axis=1).sum())
+    print(f"ImageNet: {n_first} and {n_of_five} of {len(paths)}")
+
+
+def print_fine_tuning(settings, flowers):
+    """Print accuracies of frozen features and of fine-tuned networks on flowers."""
+    tuned = (
+        {"unfreeze": 1, "backbone_lr": 0.003},
+        *({"unfreeze": "all", "backbone_lr": rate} for rate in (0.001, 0.003, 0.01)),
+    )
+    frozen = make_feature_pipeline(BACKBONE, "svm", random_state=0, **settings)
+    classifiers = {"frozen, svm": frozen}
+    for one in tuned:
+        classifiers[str(one)] = FineTunedCNNClassifier(
+            BACKBONE, random_state=0, **one, **settings
+        )
+    for name, classifier in classifiers.items():
+        scores = cross_val_score(classifier, *flowers, cv=FLOWER_SPLITS)
+        print(f"{name}: {scores.mean():.3f} (by split: {scores.round(3)})", flush=True)
+
+
+def main():
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--fine-tuning", action="store_true")
+    options = parser.parse_args()
+    weights = options.data / "weights" / "squeezenet1_0_imagenet.safetensors"
+    settings = {"weights": weights, "precision": "float32"}
+    paths = sorted((options.data / "flowers17").glob("*/*.jpg"))
+    flowers = np.array(paths, dtype=object), [path.parent.name for path in paths]
+    rows, labels = load_digits(return_X_y=True)
+    print_by_layer(settings, flowers, (rows / 16, labels))
+    print_classifiers(settings, flowers)
+    print_imagenet(settings, options.data / "imagenet_samples")
+    if options.fine_tuning:
+        print_fine_tuning(settings, flowers)
+
+
+if __name__ == "__main__":
+    main()
