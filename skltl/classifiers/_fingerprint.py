@@ -112,7 +112,10 @@ def description(value: Any, name: str) -> bytes:
     describer.fast = True
     try:
         describer.dump(value)
-    except (pickle.PicklingError, TypeError, ValueError, RecursionError) as error:
+    except (
+        *(pickle.PicklingError, TypeError, ValueError, AttributeError),
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"checkpoint: it cannot be told what {name}={type(value).__name__} does, "
             "so an interrupted fit with another one might be taken for this one. Use "

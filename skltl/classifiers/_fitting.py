@@ -127,19 +127,18 @@ def run_fit(classifier, X, y, sample_weight, groups):
     weights = example_weights(sample_weight, classifier.class_weight, classes, targets)
     _check_widths(classifier)
     given = (classes[targets], sample_weight, groups)
-    seed = draw_seed(classifier.random_state)
-    with _find_checkpoint(classifier, source, given, seed) as checkpoint:
-        is_shared = seed is not None
+    asked = draw_seed(classifier.random_state)
+    seed = fresh_seed() if asked is None else asked
+    with _find_checkpoint(classifier, source, given, asked, seed) as checkpoint:
         if checkpoint.saved is not None:
             seed = checkpoint.saved["seed"]
-        seed = fresh_seed() if seed is None else seed
         share, is_needed = classifier.validation_fraction, classifier.early_stopping
         held = hold_out(targets, groups, share, is_needed, seed)
         examples = Examples(targets, balanced(weights, *held), *held)
         settings = _settings(classifier, seed)
         # Whatever the user's own modes are: this is where gradients are needed.
         with _training_mode(settings.device):
-            fit = _begin(classifier, reader, classes, seed, is_shared)
+            fit = _begin(classifier, reader, classes, seed, asked is not None)
             metadata = {"sample_weight": sample_weight, "groups": groups}
             data = (X, y, metadata)
             progress = Progress(classifier, data, fit.stages, fit.attributes)
@@ -166,14 +165,13 @@ def _check_widths(classifier):
                 raise ValueError(f"{name} must be positive integers, got {width!r}.")
 
 
-def _find_checkpoint(classifier, source, given, seed):
-    """Return where the state of this fit is kept."""
+def _find_checkpoint(classifier, source, given, asked, seed):
+    """Return where the state of this fit is kept; `asked` is ``None`` or the seed."""
     if classifier.checkpoint is None:
         return Checkpoint(None, "")
     arrays = [None if one is None else np.asarray(one) for one in given]
-    known = fresh_seed() if seed is None else seed
-    foundation = _foundation(classifier, known, is_shared=seed is not None)
-    name = fingerprint(classifier, source, arrays, foundation, seed)
+    foundation = _foundation(classifier, seed, is_shared=asked is not None)
+    name = fingerprint(classifier, source, arrays, foundation, asked)
     return Checkpoint(classifier.checkpoint, name)
 
 

@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -294,32 +292,11 @@ def test_a_fit_without_a_seed_goes_on_from_the_one_that_was_interrupted(data, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_versions_are_part_of_a_fits_name():
-    code = """
-import sys, numpy as np, skltl.backbones._digest as digest
-from skltl import FineTunedCNNClassifier
-from skltl.classifiers._checkpoint import Checkpoint
-digest.__version__ = sys.argv[1]
-make = Checkpoint.__init__
-def note(self, folder, fingerprint):
-    print(fingerprint)
-    make(self, folder, fingerprint)
-Checkpoint.__init__ = note
-FineTunedCNNClassifier(
-    "tiny", layer="stem", image_shape=(4, 4), image_size=8, head_epochs=1,
-    finetune_epochs=0, random_state=0, checkpoint=sys.argv[2],
-).fit(np.random.default_rng(0).random((8, 16)), np.arange(8) % 2)
-"""
-    import tempfile
+def test_a_fit_of_another_version_begins_anew(data, tmp_path, monkeypatch):
+    interrupt(classifier(checkpoint=tmp_path), *data)
+    monkeypatch.setattr("skltl.backbones._digest.__version__", "99.0")
 
-    with tempfile.TemporaryDirectory() as folder:
-        names = [
-            subprocess.run(
-                [sys.executable, "-c", code, version, folder],
-                stdout=subprocess.PIPE,
-                check=True,
-            ).stdout
-            for version in ("1.0", "1.0", "2.0")
-        ]
+    fitted = classifier(checkpoint=tmp_path).fit(*data)
 
-    assert names[0] == names[1] != names[2]
+    assert losses(fitted) == losses(classifier().fit(*data))
+    assert the_file(tmp_path)  # of the other version, which goes on from it
