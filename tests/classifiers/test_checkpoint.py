@@ -1,5 +1,6 @@
 """A checkpoint is whole or refused, and only the fit that wrote it goes on from it."""
 
+import io
 import os
 import resource
 import signal
@@ -10,10 +11,10 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
-from tiny_classifier import classifier, losses
+from tiny_classifier import classifier, losses, saved_state
 from torchvision.transforms import v2
 
-from skltl.classifiers._checkpoint import DIGEST_BYTES, MAGIC, Checkpoint, _digest
+from skltl.classifiers._checkpoint import MAGIC, Checkpoint, _digest
 from skltl.exceptions import CheckpointWarning
 
 
@@ -98,10 +99,7 @@ def test_a_truncated_file_is_refused(data, tmp_path, share):
 
 def edit(path, change):
     """Change the state in a checkpoint, and its digest with it."""
-    import io
-
-    content = path.read_bytes()[len(MAGIC) + DIGEST_BYTES :]
-    state = torch.load(io.BytesIO(content), weights_only=True)
+    state = saved_state(path)
     change(state)
     edited = io.BytesIO()
     torch.save(state, edited)

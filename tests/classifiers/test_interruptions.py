@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from tiny_classifier import classifier, losses
+from tiny_classifier import classifier, losses, saved_state
 
 from skltl.classifiers._checkpoint import Checkpoint
 
@@ -182,7 +182,7 @@ def test_a_fit_without_a_seed_goes_on_with_the_one_it_drew(
     parted = classifier(checkpoint=tmp_path, **settings)
 
     interrupted_after(2, lambda: parted.fit(X, y), monkeypatch)
-    begun = torch.load(next(tmp_path.glob("*.checkpoint")), weights_only=True)
+    begun = saved_state(next(tmp_path.glob("*.checkpoint")))
     parted.fit(X, y)
 
     assert parted.history_[:2] == begun["history"]

@@ -1,6 +1,11 @@
 """The fine-tuning that the tests of this folder look at: small and in float32."""
 
+import io
+
+import torch
+
 from skltl import FineTunedCNNClassifier
+from skltl.classifiers._checkpoint import DIGEST_BYTES, MAGIC
 
 
 def classifier(**parameters):
@@ -19,3 +24,9 @@ def classifier(**parameters):
 
 def losses(fitted):
     return [record["loss"] for record in fitted.history_]
+
+
+def saved_state(path):
+    """Return what a checkpoint holds."""
+    content = path.read_bytes()[len(MAGIC) + DIGEST_BYTES :]
+    return torch.load(io.BytesIO(content), weights_only=True)
