@@ -104,15 +104,17 @@ class ImageEstimator(BaseEstimator):
 
     def __getstate__(self):
         state = dict(super().__getstate__())
+        if _is_fitted(state):
+            state["_format"] = STATE_FORMAT
+            left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
+            state |= {name: LEFT_OUT_OF_FILES[name] for name in left_out}
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
-            state["_format"] = STATE_FORMAT
             state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["preprocessing_"] = asdict(self.preprocessing_)
             del state["backbone_"]  # a part of the network's state
             state.pop("_recorder", None)  # more of the network than the cut needs
-            state = without_settings_of_fit(state)
         for name in ("weights", "cache"):
             if isinstance(state.get(name), PathLike):  # paths differ between systems
                 state[name] = fspath(state[name])
@@ -120,12 +122,12 @@ class ImageEstimator(BaseEstimator):
 
     def __setstate__(self, state):
         state = dict(state)
+        if state.pop("_format", None) != STATE_FORMAT and _is_fitted(state):
+            raise ValueError(
+                f"This {type(self).__name__} was saved by another version of skltl, "
+                "whose files this one does not read. Fit it again."
+            )
         if "network_" in state:
-            if state.pop("_format", None) != STATE_FORMAT:
-                raise ValueError(
-                    f"This {type(self).__name__} was saved by another version of "
-                    "skltl, whose files this one does not read. Fit it again."
-                )
             backbone, network = prefix_from_state(state["network_"])
             state["backbone_"], state["network_"] = backbone, network
             state["cut_points_"] = [CutPoint(*point) for point in state["cut_points_"]]
@@ -133,12 +135,9 @@ class ImageEstimator(BaseEstimator):
         super().__setstate__(state)
 
 
-def without_settings_of_fit(state):
-    """Return a fitted estimator's state without what only `fit` and its user need."""
-    left_out = {
-        name: value for name, value in LEFT_OUT_OF_FILES.items() if name in state
-    }
-    return {**state, **left_out}
+def _is_fitted(state):
+    """Tell from an estimator's state, as scikit-learn does, whether it is fitted."""
+    return any(name.endswith("_") and not name.startswith("_") for name in state)
 
 
 def _refuse_live_objects(params, estimator_name):

@@ -22,7 +22,7 @@ _LOCK = Lock()
 # What makes floats of torch's default dtype, whatever its arguments are.
 _MAKERS_OF_FLOATS = {
     *(torch.empty, torch.zeros, torch.ones, torch.eye, torch.rand, torch.randn),
-    *(torch.linspace, torch.logspace, torch.empty_strided, torch.normal),
+    *(torch.linspace, torch.logspace, torch.empty_strided),
 }
 
 

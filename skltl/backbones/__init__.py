@@ -12,7 +12,7 @@ from skltl.backbones._cut_points import (
     resolve_layer,
     skeleton,
 )
-from skltl.backbones._digest import prefix_digests, versions
+from skltl.backbones._digest import prefix_digests, structure, versions
 from skltl.backbones._engines import ENGINES, can_run, engine_version, resolve_engine
 from skltl.backbones._files import TORCH_FILE_ERRORS
 from skltl.backbones._loading import (
@@ -32,6 +32,7 @@ from skltl.backbones._spec import Backbone, Network, PretrainedWeights
 from skltl.backbones._state import (
     as_tensor,
     head_from_state,
+    head_state,
     prefix_from_state,
     prefix_state,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "freeze",
     "get_backbone",
     "head_from_state",
+    "head_state",
     "imagenet_names",
     "is_module",
     "is_registered",
@@ -85,6 +87,7 @@ __all__ = [
     "resolve_network",
     "resolve_weights",
     "skeleton",
+    "structure",
     "unique",
     "versions",
 ]

@@ -8,6 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from skltl._device import settle_in_forked_child
+
 
 def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Take sequences of modules apart, down to the finest steps.
@@ -109,6 +111,7 @@ def output_shapes(
     dict of str to tuple of int
         (c, h, w), or (d,) after a fully connected layer.
     """
+    settle_in_forked_child()  # the weights may be real ones
     parameters = chain.from_iterable(block.parameters() for block in blocks.values())
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     feature_map = torch.zeros(1, 3, size, size, dtype=torch.float32, device=device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import update_wrapper
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from skltl._randomness import torch_defaults
@@ -129,7 +131,7 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     network = skeleton(record)
     size = record.preprocessing.crop_size
     shapes = block_shapes(record, size)
-    strides = _strides(network, shapes, size)
+    strides = _strides(_to_run(record, network.blocks), shapes, size)
     return [
         Layer(
             name,
@@ -223,8 +225,9 @@ def block_shapes(
         If pictures of this size shrink to nothing on the way.
     """
     blocks = skeleton(backbone).blocks
+    some = cut(blocks, wanted or list(blocks))
     try:
-        return output_shapes(cut(blocks, wanted or list(blocks)), size)
+        return output_shapes(_to_run(backbone, some), size)
     except RuntimeError as error:
         raise ValueError(
             f"Pictures of {size} x {size} pixels cannot cross {backbone.name!r}: "
@@ -279,6 +282,16 @@ def largest_map(backbone: Backbone, size: int) -> int:
     return max([3 * size * size, *map(math.prod, shapes.values())])
 
 
+def _to_run(
+    backbone: Backbone, blocks: Mapping[str, nn.Module]
+) -> Mapping[str, nn.Module]:
+    """Return blocks that may be run: a backbone's own are never, but copies of them.
+
+    A layer's ``forward`` may note something, and the layer would be another one then.
+    """
+    return blocks if backbone.own_network is None else copy.deepcopy(dict(blocks))
+
+
 class WithoutNumbers(TorchFunctionMode):
     """Make new parameters shapes only: nothing is allocated, nothing drawn at random.
 
@@ -312,7 +325,7 @@ def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoi
 
 
 def _strides(
-    network: Network, shapes: dict[str, tuple[int, ...]], size: int
+    blocks: Mapping[str, nn.Module], shapes: dict[str, tuple[int, ...]], size: int
 ) -> dict[str, int]:
     """Return the stride at each block with a feature map.
 
@@ -320,7 +333,7 @@ def _strides(
     one size alone, padding and rounding blur the ratio.
     """
     added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
-    maps = {name: network.blocks[name] for name in shapes if len(shapes[name]) == 3}
+    maps = {name: blocks[name] for name in shapes if len(shapes[name]) == 3}
     try:
         larger = output_shapes(maps, size + added)
     except RuntimeError:  # a network for pictures of one size only

@@ -32,8 +32,6 @@ TORCH_FILE_ERRORS = (pickle.UnpicklingError, *_READ_ERRORS)
 
 # Under these names training scripts keep the state dict beside an optimizer's.
 WRAPPERS = ("state_dict", "model")
-# What `DataParallel`, `torch.compile` and Lightning modules put before every name.
-PREFIXES = ("module.", "_orig_mod.", "model.")
 
 # A file may hold float64, or an optimizer's two moments beside the weights, but not a
 # thousand times of what a network needs: that is damage, or meant to fill the memory.
@@ -211,9 +209,6 @@ def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
                 f"{path} is no state dict: its entry {key!r} is a "
                 f"{type(value).__name__}."
             )
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in content):
-            content = {key.removeprefix(prefix): v for key, v in content.items()}
     return {key: _checked_tensor(key, value, path) for key, value in content.items()}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar, cast
-from weakref import WeakSet, finalize
+from weakref import WeakSet, WeakValueDictionary, finalize
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from skltl.backbones._weights import check_finite, load_network, random_network
 from skltl.exceptions import WeightsError
 from skltl.images import file_identity
 
-# Enough for a search over a few backbones and their cut points; the least recently used
-# ones go first. Fitted estimators keep what they use in any case.
+# Enough for clones that come one after the other; the least recently used ones go.
+# Prefixes share the weights of their network, but each is prepared to run, on a GPU
+# maybe: further ones are shared only as long as an estimator holds them.
 MAX_NETWORKS = 2
-MAX_PREFIXES = 8
+MAX_PREFIXES = 2
 
 Value = TypeVar("Value")
 
@@ -33,6 +35,7 @@ Key = tuple[str, Hashable, str]
 
 _networks: OrderedDict[Key, Mapping[str, nn.Module]] = OrderedDict()
 _prefixes: OrderedDict[Key, FrozenPrefix] = OrderedDict()
+_held_prefixes: WeakValueDictionary[Key, FrozenPrefix] = WeakValueDictionary()
 _wholes: OrderedDict[Key, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
 _lock = Lock()
 
@@ -80,11 +83,11 @@ def load_prefix(
     deepest = list(cut(skeleton(backbone).blocks, wanted))[-1]
     key = (backbone.token, name, deepest)
     with _lock:
-        prefix = _recall(_prefixes, key)
+        prefix = _recall(_prefixes, key) or _held_prefixes.get(key)
         if prefix is None:
             kept = _load_blocks(name, backbone, weights, seed, wanted)
-            prefix = FrozenPrefix(cut(kept, wanted))
-            _remember(_prefixes, key, prefix, MAX_PREFIXES, backbone)
+            prefix = _held_prefixes[key] = FrozenPrefix(cut(kept, wanted))
+        _remember(_prefixes, key, prefix, MAX_PREFIXES, backbone)
         return prefix
 
 
@@ -162,7 +165,10 @@ def _load_whole(
             f"{backbone.name!r} with these weights has no head that tells classes "
             "apart. Its features serve all the same: see CNNFeatureTransformer."
         )
-    return FrozenPrefix(network.blocks), nn.Sequential(*network.head.values())
+    head = nn.Sequential(*network.head.values())
+    # A backbone's own network is never run, which may change what a layer remembers.
+    is_own = backbone.own_network is not None and weights is not None
+    return FrozenPrefix(network.blocks), copy.deepcopy(head) if is_own else head
 
 
 def _load_blocks(
@@ -214,6 +220,7 @@ def _remember(
     backbone: Backbone,
 ) -> None:
     memory[key] = value
+    memory.move_to_end(key)
     while len(memory) > n_most:
         memory.popitem(last=False)
     if backbone not in _watched:

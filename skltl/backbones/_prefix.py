@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
-from weakref import finalize
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,18 @@ RUN_IN_ORDER = {
     for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
 }
 
-# Each is a copy of a network. The least recently used ones go first, whatever network
-# they are of: the memory of a GPU is shared by all.
-MAX_RUNNERS = 4
+# Each is a copy of the network, and lives as long as the prefix.
+MAX_RUNNERS = 2
 
 Pool = Callable[[Tensor], Tensor]
 
-_runners: OrderedDict[Hashable, Runner] = OrderedDict()
-_lock = Lock()
+_prefixes: WeakSet[FrozenPrefix] = WeakSet()
 
 
-def forget_runners(prefix: object = None) -> None:
-    """Forget the runners of all prefixes, or of the one with this name."""
-    for key in list(_runners):
-        if prefix is None or key[0] is prefix:  # type: ignore[index]
-            _runners.pop(key, None)
+def forget_runners() -> None:
+    """Forget the runners of all prefixes; they are prepared again when needed."""
+    for prefix in list(_prefixes):
+        prefix.forget_runners()
 
 
 class FrozenPrefix:
@@ -59,8 +56,9 @@ class FrozenPrefix:
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         freeze(blocks)
         self.blocks = blocks
-        self._name = object()
-        finalize(self, forget_runners, self._name)
+        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
+        self._lock = Lock()
+        _prefixes.add(self)
 
     def __deepcopy__(self, memo: object) -> FrozenPrefix:
         return self  # never changed: a copy of an estimator may share it
@@ -78,16 +76,21 @@ class FrozenPrefix:
         It is prepared once for the same arguments, as long as it was used lately. See
         `Runner` for these.
         """
-        key = (self._name, device, dtype, tuple(wanted), engine)
-        with _lock:
-            runner = _runners.pop(key, None)
+        key = (device, dtype, tuple(wanted), engine)
+        with self._lock:
+            runner = self._runners.pop(key, None)
             if runner is None:
                 blocks = cut(self.blocks, wanted)
                 runner = Runner(blocks, wanted, device, dtype, engine, mains)
-            _runners[key] = runner
-            while len(_runners) > MAX_RUNNERS:
-                _runners.popitem(last=False)
+            self._runners[key] = runner
+            if len(self._runners) > MAX_RUNNERS:
+                self._runners.popitem(last=False)
             return runner
+
+    def forget_runners(self) -> None:
+        """Forget what has been prepared."""
+        with self._lock:
+            self._runners.clear()
 
 
 class Runner:

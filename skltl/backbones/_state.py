@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
     prefix : FrozenPrefix
         The blocks.
     by_name : bool
-        Whether only the backbone's name is kept. Then its structure is, too, so that
-        another network of this name is noticed. Else the backbone goes with it, and
-        weights that it has anyway are left out.
+        Whether only the backbone's name is kept, and not the backbone. Weights that a
+        backbone keeps itself are left out then; of others the structure is kept, so
+        that another network of this name is noticed.
 
     Returns
     -------
@@ -40,7 +40,8 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
         Arrays by block and torch's name, and what is needed to check them.
     """
     weights = state_of(prefix.blocks)
-    if not by_name:
+    has_own = not by_name and backbone.own_network is not None
+    if has_own:
         kept = _own_state(backbone)
         weights = {
             key: value
@@ -51,7 +52,7 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
         "backbone": backbone.name if by_name else backbone,
         "blocks": list(prefix.blocks),
         "weights": {key: value.numpy() for key, value in weights.items()},
-        "structure": structure(prefix.blocks) if by_name else None,
+        "structure": None if has_own else structure(prefix.blocks),
         "versions": versions(),
     }
 
@@ -76,26 +77,37 @@ def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
         blocks = cut(blocks, state["blocks"])
     difference = _difference(state, blocks) if is_known else "it has other blocks"
     if difference:
-        raise WeightsError(
-            f"The backbone {backbone.name!r} is another network here than it was where "
-            f"the estimator was saved: {difference}. Register the same one before "
-            f"loading. It was saved with {_in_words(state['versions'])}; here are "
-            f"{_in_words(versions())}."
-        )
+        raise _other_network(backbone, difference, state)
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     load_state(blocks, {**_own_state(backbone), **weights})
     return backbone, FrozenPrefix(blocks)
 
 
-def head_from_state(
-    backbone: Backbone, state: Mapping[str, NDArray[Any]], n_classes: int
-) -> nn.Sequential:
-    """Build a network's own head again, from the arrays of its state dict."""
-    weights = {key: as_tensor(value) for key, value in state.items()}
+def head_state(head: nn.Sequential) -> State:
+    """Return a network's own head as plain data."""
+    return {
+        "weights": {key: value.numpy() for key, value in head.state_dict().items()},
+        "structure": structure({"head": head}),
+        "versions": versions(),
+    }
+
+
+def head_from_state(backbone: Backbone, state: State, n_classes: int) -> nn.Sequential:
+    """Build a network's own head again, from what `head_state` gave.
+
+    Raises
+    ------
+    WeightsError
+        If the backbone has another head here than it had where it was saved.
+    """
+    weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     shapes = {key: value.shape for key, value in weights.items()}
     head = nn.Sequential(*build_skeleton(backbone).head.values())
     if shapes != {key: value.shape for key, value in head.state_dict().items()}:
         head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
+    difference = _difference_in_structure(state, {"head": head})
+    if difference:
+        raise _other_network(backbone, f"in its head, {difference}", state)
     head.load_state_dict(weights, assign=True)
     return head.requires_grad_(False)
 
@@ -114,35 +126,48 @@ def _own_state(backbone: Backbone) -> dict[str, Tensor]:
 def _is_same(one: Tensor, other: Tensor) -> bool:
     # Bit for bit, so that NaN is NaN, and 0 is not -0.
     return one.shape == other.shape and (
-        one is other or one.numpy().tobytes() == other.numpy().tobytes()
+        one.data_ptr() == other.data_ptr()
+        or one.numpy().tobytes() == other.numpy().tobytes()
+    )
+
+
+def _other_network(backbone: Backbone, difference: str, state: State) -> WeightsError:
+    return WeightsError(
+        f"The backbone {backbone.name!r} is another network here than it was where the "
+        f"estimator was saved: {difference}. Register the same one before loading. It "
+        f"was saved with {_in_words(state['versions'])}; here are "
+        f"{_in_words(versions())}."
     )
 
 
 def _difference(state: State, blocks: Mapping[str, nn.Module]) -> str:
-    """Say in what way blocks differ from those that were saved; nothing if in none.
+    """Say in what way blocks differ from those that were saved; nothing if in none."""
+    found = (
+        "" if state["structure"] is None else _difference_in_structure(state, blocks)
+    )
+    return found or _difference_in_shape(state, blocks)
+
+
+def _difference_in_structure(state: State, blocks: Mapping[str, nn.Module]) -> str:
+    """Compare layers and their settings.
 
     A newer version of torch may have given a layer a further setting: with other
     versions, only what both know is compared.
     """
     there, here = state["structure"], structure(blocks)
-    if there is not None:
-        layers, layers_here = (_layers(one) for one in (there, here))
-        for saved, now in zip(layers, layers_here, strict=False):
-            if saved != now:
-                return f"{saved[0]!r} was a {saved[1]}, and {now[0]!r} is a {now[1]}"
-        if len(layers) != len(layers_here):
-            return f"it had {len(layers)} layers, and has {len(layers_here)}"
-        is_all = state["versions"] == versions()
-        for (path, _, saved_settings), (_, _, settings) in zip(
-            there, here, strict=True
-        ):
-            names = saved_settings.keys() & settings.keys()
-            names |= saved_settings.keys() ^ settings.keys() if is_all else set()
-            for name in sorted(names):
-                before, now = saved_settings.get(name), settings.get(name)
-                if before != now:
-                    return f"{name} of {path!r} was {before}, and is {now}"
-    return _difference_in_shape(state, blocks)
+    for (path, kind, _), (path_here, kind_here, _) in zip(there, here, strict=False):
+        if (path, kind) != (path_here, kind_here):
+            return f"{path!r} was a {kind}, and {path_here!r} is a {kind_here}"
+    if len(there) != len(here):
+        return f"it had {len(there)} layers, and has {len(here)}"
+    is_all = state["versions"] == versions()
+    for (path, _, before), (_, _, now) in zip(there, here, strict=True):
+        names = before.keys() | now.keys() if is_all else before.keys() & now.keys()
+        for name in sorted(names):
+            if before.get(name) != now.get(name):
+                was, is_now = before.get(name), now.get(name)
+                return f"{name} of {path!r} was {was}, and is {is_now}"
+    return ""
 
 
 def _difference_in_shape(state: State, blocks: Mapping[str, nn.Module]) -> str:
@@ -154,10 +179,6 @@ def _difference_in_shape(state: State, blocks: Mapping[str, nn.Module]) -> str:
         names = [key for key in shapes | saved if shapes.get(key) != saved.get(key)]
         return f"{names[0]!r} has another shape"
     return ""
-
-
-def _layers(found: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
-    return [(path, kind) for path, kind, _ in found]
 
 
 def _in_words(packages: Mapping[str, str]) -> str:

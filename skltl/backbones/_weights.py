@@ -21,6 +21,9 @@ from skltl.images import Preprocessing
 
 DEFAULT = "imagenet"
 
+# What `DataParallel`, `torch.compile` and Lightning modules put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+
 
 def resolve_weights(
     backbone: Backbone, weights: str | os.PathLike[str] | None
@@ -105,12 +108,14 @@ def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
         check who know which of them they use: `check_finite`.
     """
     if weights.source is None:
-        network = backbone.own_network or backbone.build(None)
+        with own_random_state(0):  # a constructor may draw what it then replaces
+            network = backbone.own_network or _built(backbone)
     else:
         is_url = isinstance(weights.source, str)
         path = fetch(str(weights.source)) if is_url else Path(weights.source)
         n_needed = sum(one.nbytes for one in skeleton(backbone).state().values())
-        state = _renamed(backbone, read_state(path, n_needed))
+        state = _without_wrapper(backbone, read_state(path, n_needed))
+        state = _renamed(backbone, state)
         network = _skeleton_that_fits(backbone, state, path)
         load_state({**network.blocks, **network.head}, state)
     freeze({**network.blocks, **network.head})
@@ -123,11 +128,21 @@ def random_network(backbone: Backbone, seed: int) -> Network:
     They are those that torch draws after ``torch.manual_seed(seed)``; the state of
     torch's global generator does not change.
     """
-    with own_random_state(seed), torch_defaults():
-        network = backbone.build(None)
+    with own_random_state(seed):
+        network = _built(backbone)
         if backbone.weights[0].source is None:
-            _forget(network)
+            with torch_defaults():
+                _forget(network)
     freeze({**network.blocks, **network.head})
+    return network
+
+
+def _built(backbone: Backbone) -> Network:
+    """Build a network with weights, on the CPU, in float32."""
+    with torch_defaults():
+        network = backbone.build(None)
+    for module in (*network.blocks.values(), *network.head.values()):
+        module.float()
     return network
 
 
@@ -143,6 +158,17 @@ def _forget(network: Network) -> None:
                     f"weights=None: {type(part).__name__} in {name!r} has parameters, "
                     "but no method reset_parameters() that gives them random values."
                 )
+
+
+def _without_wrapper(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take away what wrappers put before every name, unless the backbone has it, too."""
+    expected = skeleton(backbone).state().keys()
+    while expected.isdisjoint(_renamed(backbone, state)):
+        known = [one for one in WRAPPERS if all(key.startswith(one) for key in state)]
+        if not known or not state:
+            break
+        state = {key.removeprefix(known[0]): value for key, value in state.items()}
+    return state
 
 
 def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

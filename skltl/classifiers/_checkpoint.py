@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from skltl.exceptions import CheckpointWarning
 # has changed, and would go on with another model.
 MAGIC = b"skltl checkpoint 1\n"
 DIGEST_BYTES = 32
+
+# Of the same data and parameters, at the same time.
+MOST_FITS = 1000
 
 # Of the state that a fit saves.
 KEYS = {"seed", "stage", "is_stopped", "layers", "training", "best", "history"}
@@ -185,17 +187,24 @@ class Checkpoint:
         )
 
 
-def _free_place(folder: Path, name: str) -> tuple[Path, FileLock]:
-    """Lock a file that no other fit uses, one with a saved state if there is one."""
+def _free_place(folder: Path, name: str) -> tuple[Path, FileLock | None]:
+    """Lock a file that no other fit uses, one with a saved state if there is one.
+
+    Where files cannot be locked, as on some network drives, it is used without.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     interrupted = sorted(folder.glob(f"{name}-*.checkpoint"))
-    new = (folder / f"{name}-{number}.checkpoint" for number in count())
-    for path in chain(interrupted, new):
+    new = [folder / f"{name}-{number}.checkpoint" for number in range(MOST_FITS)]
+    for path in (*interrupted, *new):
         lock = FileLock(path.with_suffix(".lock"), blocking=False)
-        with suppress(Timeout):
+        try:
             lock.acquire()
-            return path, lock
-    raise AssertionError("there is no end of numbers")
+        except Timeout:
+            continue
+        except (OSError, NotImplementedError):
+            break
+        return path, lock
+    return (interrupted or new)[0], None
 
 
 def _digest(content: Any) -> bytes:
@@ -208,6 +217,7 @@ def _sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # not all file systems can
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -378,12 +378,13 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
             for name, value in transformer.get_params(deep=False).items()
             if name in SHARED_PARAMETERS
         }
+        shared |= transformer._fitted_parameters()
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
         begin = {"head_init": FrozenEstimator(linear), "head_epochs": 0}
         made = cls(**{**shared, **begin, **parameters})
-        head = head_of_pipeline(transformer.pooling, scaler, classifier)
+        head = head_of_pipeline(transformer.pooling_, scaler, classifier)
         for name in FITTED_BY_BOTH:
             if hasattr(transformer, name):
                 setattr(made, name, getattr(transformer, name))

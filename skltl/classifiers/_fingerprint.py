@@ -9,9 +9,11 @@ from hashlib import blake2b
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from skltl.backbones import prefix_digests, versions
+from skltl.backbones import prefix_digests, structure, versions
 from skltl.classifiers._foundation import Foundation
 from skltl.classifiers._views import Views
 from skltl.images import ImageSource, content_key, file_digest
@@ -63,6 +65,8 @@ def fingerprint(
     digest.update(
         repr(sorted(one for one in params if one[0] not in LEFT_OUT)).encode()
     )
+    digest.update(repr(foundation.preprocessing).encode())
+    digest.update(repr(structure(foundation.blocks)).encode())
     for position in range(len(source)):
         digest.update(_image(source, position))
     for array in arrays:
@@ -125,10 +129,14 @@ def description(value: Any, name: str) -> bytes:
 
 
 class _Describer(pickle.Pickler):
-    """Pickles functions by their code and what they enclose, not only by name."""
+    """Pickles functions by their code and what they enclose, tensors by their bytes."""
 
     def reducer_override(self, value: Any) -> Any:
-        """Return what stands for a function; other objects are pickled as usual."""
+        """Return what stands for such an object; others are pickled as usual."""
+        if isinstance(value, Tensor):
+            array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            kind = (str(value.dtype), tuple(value.shape))
+            return tuple, ((*kind, array.numpy().tobytes()),)
         if isinstance(value, FunctionType):
             enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
             defaults = (value.__defaults__, value.__kwdefaults__)

@@ -68,8 +68,8 @@ def example_weights(
         sample_weight, targets, dtype=np.float64, ensure_non_negative=True
     )
     # Only their ratios count, and their sum must be a number.
-    weights = weights / max(weights.max(), np.finfo(np.float64).tiny)
-    weights = weights * compute_sample_weight(class_weight, classes[targets])
+    weights = _scaled(weights)
+    weights = weights * _scaled(compute_sample_weight(class_weight, classes[targets]))
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("class_weight must be finite numbers, none of them negative.")
     return np.asarray(weights)
@@ -116,6 +116,11 @@ def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
             f"{nearest(str(label)[:30], known)}"
         )
     return np.asarray(columns)
+
+
+def _scaled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bring the largest weight to 1."""
+    return weights / max(weights.max(), np.finfo(np.float64).tiny)
 
 
 def shown(labels: NDArray[Any]) -> str:

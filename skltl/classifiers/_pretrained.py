@@ -20,6 +20,7 @@ from skltl.backbones import (
     CutPoint,
     block_shapes,
     head_from_state,
+    head_state,
     load_with_head,
     resolve_engine,
     resolve_network,
@@ -303,8 +304,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     def __getstate__(self):
         state = super().__getstate__()
         if "head_" in state:
-            numbers = self.head_.state_dict()
-            state["head_"] = {key: value.numpy() for key, value in numbers.items()}
+            state["head_"] = head_state(self.head_)
         return state
 
     def __setstate__(self, state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from sklearn.base import clone
 
 from skltl.displays._axes import axes_library
 from skltl.images import read_images
@@ -40,12 +41,14 @@ def read_like(estimator, X, image_shape=None):
     """Read pictures as the first part of an estimator does that reads pictures."""
     reader = _reader_of(estimator)
     if image_shape is None and reader is not None:
-        return reader._read_images(X, reset=False)
+        if hasattr(reader, "_fitted_image_shape"):
+            return reader._read_images(X, reset=False)
+        return clone(reader)._read_images(X, reset=True)  # what others are made like
     return read_images(X, image_shape=image_shape)
 
 
 def _reader_of(estimator):
-    """Return the first fitted part of an estimator that reads pictures, or ``None``."""
+    """Return the first part of an estimator that reads pictures, or ``None``."""
     if hasattr(estimator, "_read_images"):
         return estimator
     parts = [step for _, step in getattr(estimator, "steps", [])]

@@ -25,6 +25,7 @@ from skltl.backbones import (
     ENGINES,
     Backbone,
     block_shapes,
+    is_registered,
     load_prefix,
     resolve_engine,
     resolve_layer,
@@ -306,6 +307,19 @@ class CNNFeatureTransformer(FeatureEstimator):
             verbose=bool(self.verbose),
             cache=self._cache_folder(),
         )
+
+    def _fitted_parameters(self):
+        """Return what describes the fitted network, whatever was set since."""
+        size = self.preprocessing_.crop_size
+        is_usual = size == self.backbone_.preprocessing.crop_size
+        is_same = isinstance(self.backbone, str) and is_registered(self.backbone_)
+        return {
+            "backbone": self.backbone_.name if is_same else self.backbone_,
+            "layer": [cut_point.name for cut_point in self.cut_points_][0],
+            "pooling": self.pooling_,
+            "image_size": None if is_usual else size,
+            "image_shape": self._fitted_image_shape,
+        }
 
     def _recipe(self):
         """Say how pictures become features, and those that are stored."""

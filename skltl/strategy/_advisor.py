@@ -7,7 +7,6 @@ from numbers import Integral
 from os import PathLike
 
 from sklearn import get_config
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES
@@ -19,7 +18,7 @@ from skltl.strategy._recommendation import portable
 from skltl.strategy._report import write_report
 
 
-class StrategyAdvisor(ImageEstimator, BaseEstimator):
+class StrategyAdvisor(ImageEstimator):
     """Advise on the way of transfer, by measuring instead of guessing.
 
     One pass of the network gives the features at every cut point. A linear classifier,
@@ -221,7 +220,6 @@ class StrategyAdvisor(ImageEstimator, BaseEstimator):
     def __getstate__(self):
         state = super().__getstate__()
         if "strategy_" in state:  # where a file is loaded is not for the file to say
-            state |= {"cache": None, "verbose": 0}
             state["strategy_"] = portable(state["strategy_"])
         return state
 

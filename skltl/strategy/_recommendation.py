@@ -10,6 +10,7 @@ from typing import Any
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
+from skltl._estimator import LEFT_OUT_OF_FILES
 from skltl.backbones import (
     Backbone,
     block_shapes,
@@ -84,7 +85,7 @@ def portable(strategy: Strategy) -> Strategy:
     estimator = clone(strategy.estimator)
     reader = estimator[0] if isinstance(estimator, Pipeline) else estimator
     known = reader.get_params()
-    unset = {"cache": None, "verbose": 0}
+    unset = LEFT_OUT_OF_FILES
     reader.set_params(**{name: unset[name] for name in unset if name in known})
     return replace(strategy, estimator=estimator)
 

@@ -13,7 +13,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 
 from skltl._device import DTYPES
-from skltl._estimator import ImageEstimator
+from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import Interval, StrOptions, fit_context, take
 from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
@@ -320,9 +320,10 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
     def __getstate__(self):
         state = super().__getstate__()
         if "strategy_" in state:  # where a file is loaded is not for the file to say
-            unset = {"cache": None, "verbose": 0}
-            state |= unset
             state["strategy_"] = portable(state["strategy_"])
+            unset = {
+                name: state[name] for name in LEFT_OUT_OF_FILES.keys() & state.keys()
+            }
             state["_set_at_fit"] = {**state["_set_at_fit"], **unset}
         return state
 

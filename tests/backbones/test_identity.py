@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import pickle
 import shutil
 import weakref
@@ -20,10 +21,11 @@ from skltl import (
     Preprocessing,
     PretrainedCNNClassifier,
     StrategyAdvisor,
+    list_layers,
     register_backbone,
     release_memory,
 )
-from skltl.backbones import _loading, _prefix, get_backbone
+from skltl.backbones import Network, PretrainedWeights, _loading, get_backbone
 from skltl.exceptions import WeightsError
 
 
@@ -153,8 +155,6 @@ def test_a_weights_file_that_is_exchanged_is_loaded_again(pictures, tmp_path):
     stat = path.stat()
     save_file({key: value * 2 for key, value in state.items()}, tmp_path / "other")
     shutil.copyfile(tmp_path / "other", path)
-    import os
-
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     after = transformer.fit_transform(pictures)
@@ -232,33 +232,130 @@ def test_unseeded_random_networks_are_not_kept(pictures):
     assert not _loading._prefixes
 
 
-def test_prepared_networks_are_bounded_and_released(pictures):
-    layers = ["stem", "block1", "block2", "block3", "block4", "last"]
+def runners_of(fitted):
+    return fitted.network_._runners.values()
+
+
+def test_what_is_kept_for_later_is_bounded(pictures):
+    release_memory()
+    for layer in ["stem", "block1", "block2", "block3", "block4"]:
+        fitted = CNNFeatureTransformer("tiny", layer=layer).fit(pictures)
+        fitted.transform(pictures)
+    del fitted
+    gc.collect()
+
+    assert len(_loading._prefixes) == len(_loading._held_prefixes) == 2
+
+
+def test_each_estimator_keeps_its_prepared_network(pictures):
+    layers = ["stem", "block1", "block2", "block3", "block4"]
     fitted = [CNNFeatureTransformer("tiny", layer=one).fit(pictures) for one in layers]
-    expected = [one.transform(pictures) for one in fitted]
-    n_prepared = len(_prefix._runners)
-    runner = weakref.ref(next(reversed(_prefix._runners.values())))
+    for one in fitted:
+        one.transform(pictures)
+    before = [list(runners_of(one)) for one in fitted]
+
+    for one in fitted:
+        one.transform(pictures)
+
+    assert [list(runners_of(one)) for one in fitted] == before
+
+
+def test_release_memory_frees_what_is_prepared(pictures):
+    fitted = CNNFeatureTransformer("tiny").fit(pictures)
+    expected = fitted.transform(pictures)
+    runner = weakref.ref(next(iter(runners_of(fitted))))
 
     release_memory()
     gc.collect()
 
-    assert n_prepared == _prefix.MAX_RUNNERS
     assert runner() is None
     assert not _loading._prefixes
-    for one, features in zip(fitted, expected, strict=True):
-        assert_array_equal(one.transform(pictures), features)
+    assert_array_equal(fitted.transform(pictures), expected)
 
 
 def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(pictures):
-    release_memory()
     random = CNNFeatureTransformer("tiny", weights=None).fit(pictures)
     random.transform(pictures)
-    runner = weakref.ref(next(iter(_prefix._runners.values())))
+    runner = weakref.ref(next(iter(runners_of(random))))
 
     del random
     gc.collect()
 
     assert runner() is None
+
+
+def test_a_network_that_notes_things_is_saved_as_it_is(registry, pictures):
+    class Noting(nn.Conv2d):
+        def forward(self, batch):
+            self.seen = batch.shape
+            return super().forward(batch)
+
+    blocks = {"stem": Noting(3, 4, 3)}
+    own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
+    list_layers(own)
+
+    CNNFeatureTransformer(own).fit_transform(pictures)
+
+    assert not hasattr(own.own_network.blocks["stem"], "seen")
+
+
+def head(activation):
+    torch.manual_seed(0)
+    layers = (nn.Linear(9, 5), activation(), nn.Linear(5, 3))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
+
+
+def test_a_pickle_by_name_is_not_loaded_into_another_head(registry, pictures):
+    register_backbone(two_blocks(head=head(nn.ReLU)))
+    fitted = PretrainedCNNClassifier("mine").fit(pictures)
+    saved = pickle.dumps(fitted)
+    loaded = pickle.loads(saved)
+    assert_array_equal(loaded.predict_proba(pictures), fitted.predict_proba(pictures))
+    register_backbone(two_blocks(head=head(nn.Sigmoid)), replace=True)
+
+    with pytest.raises(WeightsError, match="another network here"):
+        pickle.loads(saved)
+
+
+ACTIVATION = {0: nn.ReLU}
+
+
+def built(n_classes):
+    torch.manual_seed(0)
+    steps = {"stem": nn.Conv2d(3, 4, 3), "act": ACTIVATION[0]()}
+    return Network(steps, {}, {"stem": "act"})
+
+
+def test_a_record_with_a_function_is_not_loaded_into_another_network(
+    pictures, monkeypatch
+):
+    weights = (PretrainedWeights("own", None, Preprocessing(16)),)
+    record = Backbone("built", built, Preprocessing(16), weights)
+    fitted = CNNFeatureTransformer(record).fit(pictures)
+    saved = pickle.dumps(fitted)
+    assert_array_equal(
+        pickle.loads(saved).transform(pictures), fitted.transform(pictures)
+    )
+    monkeypatch.setitem(ACTIVATION, 0, nn.Sigmoid)
+
+    with pytest.raises(WeightsError, match="'act.' was a ReLU, .* is a Sigmoid"):
+        pickle.loads(saved)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("name", ["model", "stem"])
+def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
+    wrapper, name, pictures, tmp_path
+):
+    blocks = {name: nn.Conv2d(3, 4, 3)}
+    own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
+    state = {f"{wrapper}{key}": 2 * one for key, one in own.own_network.state().items()}
+    save_file(state, tmp_path / "w.safetensors")
+
+    found = CNNFeatureTransformer(own, weights=tmp_path / "w.safetensors")
+
+    expected = 2 * CNNFeatureTransformer(own).fit_transform(pictures)
+    assert_allclose(found.fit_transform(pictures), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weights_file_is_read_as_it_is(tmp_path):

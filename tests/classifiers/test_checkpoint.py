@@ -1,5 +1,6 @@
 """A checkpoint is whole or refused, and only the fit that wrote it goes on from it."""
 
+import copy
 import io
 import os
 import resource
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_classifier import classifier, losses, saved_state
 from torchvision.transforms import v2
 
+from skltl import Backbone, Preprocessing
 from skltl.classifiers._checkpoint import MAGIC, Checkpoint, _digest
 from skltl.exceptions import CheckpointWarning
 
@@ -195,6 +197,38 @@ def test_a_fit_with_another_augmentation_begins_anew(data, tmp_path, pair):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_augmentation_with_tensors_is_known_again(data, tmp_path):
+    matrix = v2.LinearTransformation(torch.eye(3 * 32 * 32), torch.zeros(3 * 32 * 32))
+    augment = v2.Compose([v2.ToDtype(torch.float32, scale=True), matrix])
+    settings = {"n_views": 1, "head_epochs": 2, "finetune_epochs": 0}
+    made = classifier(augment=augment, checkpoint=tmp_path, **settings)
+    interrupt(made, *data, after=1)
+
+    classifier(augment=copy.deepcopy(augment), checkpoint=tmp_path, **settings).fit(
+        *data
+    )
+
+    assert list(tmp_path.iterdir()) == []  # it went on there, and was done with it
+
+
+def test_another_preparation_of_the_images_is_another_fit(data, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"stem": torch.nn.Conv2d(3, 4, 3)}
+    one, other = (
+        Backbone.from_blocks(
+            "own", blocks, preprocessing=Preprocessing(16, mean=(mean,) * 3)
+        )
+        for mean in (0.0, 0.5)
+    )
+    settings = {"unfreeze": 1, "layer": "last", "image_size": None}
+    interrupt(classifier(backbone=one, checkpoint=tmp_path, **settings), *data)
+
+    fitted = classifier(backbone=other, checkpoint=tmp_path, **settings).fit(*data)
+
+    expected = classifier(backbone=other, **settings).fit(*data)
+    assert losses(fitted) == losses(expected)
+
+
 def test_an_augmentation_that_cannot_be_described_is_refused(data, tmp_path):
     class Reader:
         def __init__(self):
@@ -243,9 +277,6 @@ def test_a_copy_of_the_images_is_the_same_data(image_files, tmp_path, pictures):
 def test_simultaneous_fits_without_a_seed_are_different_models(data, tmp_path):
     meet = threading.Barrier(3, timeout=120)
     fitted = []
-
-    def augment(image):
-        return image
 
     class Meeting(Checkpoint):
         def saved_for(self, n_stages):

@@ -559,6 +559,21 @@ def test_a_classifier_from_a_pipeline_begins_there_when_it_is_cloned(digits):
         clone(made).set_params(hidden_units=(5,)).fit(X, y)
 
 
+def test_a_pipeline_counts_as_it_was_fitted(digits):
+    X, y = digits[0][:60], digits[1][:60]
+    pipeline = skltl.make_feature_pipeline(
+        "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
+    ).fit(X, y)
+    expected = pipeline.decision_function(X)
+    pipeline.set_params(feat__pooling="max", feat__layer="stem", feat__image_size=64)
+
+    made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
+
+    assert_allclose(made.decision_function(X), expected, atol=2e-4)
+    again = clone(made).set_params(random_state=0).fit(X, y)
+    assert_allclose(again.decision_function(X), expected, atol=2e-4)
+
+
 def test_stages_and_seeds_have_unrelated_orders():
     orders = {
         tuple(

@@ -8,7 +8,7 @@ from skltl import FineTunedCNNClassifier
 from skltl.classifiers._checkpoint import DIGEST_BYTES, MAGIC
 
 
-def classifier(**parameters):
+def classifier(backbone="tiny", **parameters):
     settings = {
         "layer": "block3",
         "image_shape": (8, 8),
@@ -19,7 +19,7 @@ def classifier(**parameters):
         "precision": "float32",
         "random_state": 0,
     }
-    return FineTunedCNNClassifier("tiny", **{**settings, **parameters})
+    return FineTunedCNNClassifier(backbone, **{**settings, **parameters})
 
 
 def losses(fitted):

@@ -12,7 +12,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 PREPARED = """
 import os, signal, sys, threading, time
 import numpy as np
-from skltl import CNNFeatureTransformer, FineTunedCNNClassifier
+import torch
+from torch import nn
+from skltl import *
+torch.set_num_threads(2)  # whatever the machine has: threads that a child lacks
+torch.ones(512, 512) @ torch.ones(512, 512)
 X, y = np.random.default_rng(0).random((40, 64)), np.arange(40) % 2
 
 def fit(n_epochs):
@@ -97,6 +101,17 @@ expected, saved = fitted.transform(X), pickle.dumps(fitted)
 print(in_child(
     lambda: np.allclose(pickle.loads(saved).transform(X), expected, rtol=1e-5), 120
 ))
+"""
+    assert run(code).split() == ["0"]
+
+
+def test_a_child_looks_at_a_network_of_ones_own():
+    code = """
+mine = Backbone.from_blocks(
+    "mine", {"stem": nn.Conv2d(3, 16, 3), "block1": nn.Conv2d(16, 16, 3)},
+    preprocessing=Preprocessing(224),
+)
+print(in_child(lambda: len(list_layers(mine)) == 2, 60))
 """
     assert run(code).split() == ["0"]
 
