@@ -161,7 +161,7 @@ def _forget(network: Network) -> None:
 
 
 def _without_wrapper(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take away what wrappers put before every name, unless the backbone has it, too."""
+    """Take away what wrappers put before all names, unless the backbone has it."""
     expected = skeleton(backbone).state().keys()
     while expected.isdisjoint(_renamed(backbone, state)):
         known = [one for one in WRAPPERS if all(key.startswith(one) for key in state)]

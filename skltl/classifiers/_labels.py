@@ -120,7 +120,8 @@ def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
 
 def _scaled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bring the largest weight to 1."""
-    return weights / max(weights.max(), np.finfo(np.float64).tiny)
+    largest = max(float(weights.max()), float(np.finfo(np.float64).tiny))
+    return np.asarray(weights / largest)
 
 
 def shown(labels: NDArray[Any]) -> str:

@@ -315,7 +315,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         is_same = isinstance(self.backbone, str) and is_registered(self.backbone_)
         return {
             "backbone": self.backbone_.name if is_same else self.backbone_,
-            "layer": [cut_point.name for cut_point in self.cut_points_][0],
+            "layer": self.cut_points_[0].name,
             "pooling": self.pooling_,
             "image_size": None if is_usual else size,
             "image_shape": self._fitted_image_shape,

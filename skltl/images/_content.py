@@ -45,11 +45,11 @@ def file_identity(path: str) -> bytes | None:
     By its state, without reading it; or, if it was seen when that did not tell yet, by
     `file_digest`.
     """
-    state = _any_state(path)
-    if state is None or (not _is_young(state) and state not in _seen_young):
+    state, is_young = _look_at(path)
+    if state is None or (not is_young and state not in _seen_young):
         return state
     digest = _seen_young.get(state) or file_digest(path)
-    _seen_young[state] = None if _is_young(state) else digest
+    _seen_young[state] = None if is_young else digest
     return digest
 
 
@@ -80,21 +80,18 @@ def file_state(path: str) -> bytes | None:
     Programs that copy files often keep the time of their last change (mtime); that of
     the directory entry (ctime) they cannot set.
     """
-    state = _any_state(path)
-    return None if state is None or _is_young(state) else state
+    state, is_young = _look_at(path)
+    return None if is_young else state
 
 
-def _any_state(path: str) -> bytes | None:
+def _look_at(path: str) -> tuple[bytes | None, bool]:
+    """Return a file's state, and whether it may change without that showing."""
     try:
         # Not `Path.stat`: a search looks at each file in each fold, and making a path
         # of a text takes longer than looking.
         stat = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):  # the error comes when the file is read
-        return None
+        return None, False
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    return _STATE.pack(stat.st_size, *times, stat.st_ino, stat.st_dev)
-
-
-def _is_young(state: bytes) -> bool:
-    last_change: int = max(_STATE.unpack(state)[1:3])
-    return time.time() - last_change / 1e9 < CLOCK_TICK
+    state = _STATE.pack(stat.st_size, *times, stat.st_ino, stat.st_dev)
+    return state, time.time() - max(times) / 1e9 < CLOCK_TICK
