@@ -19,7 +19,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
@@ -134,8 +134,8 @@ class Database:
         The file; it is made if it is not there.
     n_bytes : int, default=0
         The length of its values; a file with longer ones is not ours.
-    about : str, default=""
-        What it holds, for people, if it is made now.
+    about : callable, default=str
+        Says what it holds, for people; asked if it is made now.
     is_durable : bool, default=True
         Whether what is written survives a power failure, which costs time. It survives
         the end of the process in any case.
@@ -150,7 +150,11 @@ class Database:
     """
 
     def __init__(
-        self, path: Path, n_bytes: int = 0, about: str = "", is_durable: bool = True
+        self,
+        path: Path,
+        n_bytes: int = 0,
+        about: Callable[[], str] = str,
+        is_durable: bool = True,
     ) -> None:
         self.path = path
         _make_file(path)
@@ -242,7 +246,7 @@ class Database:
         with _guarded(self._connection, self.path), self._transaction("EXCLUSIVE"):
             self.path.unlink()
 
-    def _prepare(self, about: str) -> None:
+    def _prepare(self, about: Callable[[], str]) -> None:
         """Make the tables of a new file, or see that they are ours."""
         if not _is_ours(self._connection):
             # Only one of several processes that come here makes the tables.
@@ -250,12 +254,12 @@ class Database:
                 if not _is_ours(self._connection):
                     self._make_tables(about)
 
-    def _make_tables(self, about: str) -> None:
+    def _make_tables(self, about: Callable[[], str]) -> None:
         if _schema_of(self._connection):
             raise DamagedDatabaseError("it is the database of another program")
         for statement in SCHEMA.split(";"):
             self._connection.execute(statement)
-        self._connection.execute("INSERT INTO about VALUES (?)", (about,))
+        self._connection.execute("INSERT INTO about VALUES (?)", (about(),))
         self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ class CacheSession:
         widths = [_width(self._columns[block]) for block in asked]
         self._asked = _side_by_side(asked, widths)
         self._shelves = {
-            block: Shelf(folder, name, self._n_bytes(block), recipe.about(block))
+            block: Shelf(
+                folder, name, self._n_bytes(block), partial(recipe.about, block)
+            )
             for block, name in zip(recipe.blocks, names, strict=True)
         }
         self._keys = PictureKeys(folder)

@@ -79,7 +79,7 @@ class Shelf:
         folder: Path,
         name: str,
         n_bytes: int = 0,
-        about: str = "",
+        about: Callable[[], str] = str,
         is_durable: bool = True,
         is_missed: bool = True,
     ) -> None:
