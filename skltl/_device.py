@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from joblib import effective_n_jobs
 
+from skltl.exceptions import quote
+
 # On a CPU small batches stay in the processor's cache, and a single picture stays cheap
 # although every batch is filled up to this size. Of 12 networks, 4 to 16 at a time were
 # the fastest as long as the largest map between their blocks took no more than about
@@ -56,13 +58,13 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"Unknown device {device!r}. "
+            f"Unknown device {quote(device)}. "
             "Use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
         ) from error
     if not _is_available(resolved):
         raise ValueError(
-            f"device={device!r} is not available on this machine. device='auto' takes "
-            "a GPU only where there is one."
+            f"device={quote(device)} is not available on this machine. device='auto' "
+            "takes a GPU only where there is one."
         )
     return resolved if resolved.type != "cuda" else _with_number(resolved)
 

@@ -19,6 +19,7 @@ from skltl.backbones import (
     prefix_from_state,
     prefix_state,
 )
+from skltl.exceptions import shorten
 from skltl.images import (
     Preprocessing,
     check_not_masked,
@@ -74,12 +75,7 @@ class ImageEstimator(BaseEstimator):
         try:
             super()._validate_params()
         except InvalidParameterError as error:
-            text = str(error)
-            if len(text) <= MOST_CHARACTERS:
-                raise
-            half = MOST_CHARACTERS // 2
-            shortened = f"{text[:half]} ... {text[-half:]}"
-            raise InvalidParameterError(shortened) from None
+            raise InvalidParameterError(shorten(str(error), MOST_CHARACTERS)) from None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -17,7 +17,7 @@ from skltl._randomness import torch_defaults
 from skltl.backbones._blocks import cut, freeze, last_step, output_shapes
 from skltl.backbones._registry import get_backbone, near
 from skltl.backbones._spec import Backbone, Network
-from skltl.exceptions import UnknownLayerError
+from skltl.exceptions import UnknownLayerError, quote, shorten
 
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
@@ -228,10 +228,10 @@ def block_shapes(
     some = cut(blocks, wanted or list(blocks))
     try:
         return output_shapes(_to_run(backbone, some), size)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torchvision's ViT asserts sizes
         raise ValueError(
-            f"Pictures of {size} x {size} pixels cannot cross {backbone.name!r}: "
-            f"{error}"
+            f"Images of {size} x {size} pixels cannot cross {backbone.name!r}: "
+            f"{shorten(str(error), 200)}"
         ) from error
 
 
@@ -318,7 +318,7 @@ def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoi
         meant = near(layer, network.cut_points) or near(layer, known)
         hint = f"{meant} " if meant else ""
         raise UnknownLayerError(
-            f"{backbone.name!r} has no layer {layer!r}. {hint}Its "
+            f"{backbone.name!r} has no layer {quote(layer)}. {hint}Its "
             f"main layers are {', '.join(network.cut_points)}; every torch path up to "
             f"{list(network.blocks)[-1]!r} can be given too."
         ) from None

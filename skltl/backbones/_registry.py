@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Iterable
 from functools import cache
 
+from torchvision.models import list_models
+
 from skltl.backbones._embedded import embedded_backbone
 from skltl.backbones._spec import Backbone
 from skltl.backbones._torchvision import list_torchvision, torchvision_backbone
-from skltl.exceptions import UnknownBackboneError
+from skltl.exceptions import UnknownBackboneError, quote
 
 _REGISTERED: dict[str, Backbone] = {}
 
@@ -91,8 +93,13 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
         return _REGISTERED[backbone]
     if backbone in list_backbones():
         return _known_backbone(backbone)
+    if backbone in list_models():
+        raise UnknownBackboneError(
+            f"torchvision's {backbone!r} is no ConvNet of classes of images; vision "
+            "transformers and other networks are not supported yet."
+        )
     raise UnknownBackboneError(
-        f"Unknown backbone {backbone!r}. {nearest(backbone, list_backbones())} "
+        f"Unknown backbone {quote(backbone)}. {nearest(backbone, list_backbones())} "
         "skltl.list_backbones() gives all names; skltl.register_backbone adds your own."
     )
 

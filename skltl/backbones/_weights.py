@@ -16,7 +16,7 @@ from skltl.backbones._cut_points import build_skeleton, skeleton
 from skltl.backbones._files import FILE_FORMATS, fetch, read_state
 from skltl.backbones._registry import get_backbone, nearest
 from skltl.backbones._spec import Backbone, Network, PretrainedWeights
-from skltl.exceptions import WeightsError
+from skltl.exceptions import WeightsError, quote, shorten
 from skltl.images import Preprocessing
 
 DEFAULT = "imagenet"
@@ -61,7 +61,7 @@ def resolve_weights(
         return PretrainedWeights(path.name, path, default.preprocessing)
     names = [DEFAULT, *(one.name for one in backbone.weights)]
     raise WeightsError(
-        f"Unknown weights {str(weights)!r} for {backbone.name!r}. "
+        f"Unknown weights {quote(str(weights))} for {backbone.name!r}. "
         f"{nearest(str(weights), names)} A file's name must end in "
         f"{', '.join(FILE_FORMATS)} (of a .ckpt file, save the state dict alone); None "
         "gives random weights."
@@ -241,12 +241,13 @@ def _check_fit(
     extra = [key for key in state if key not in expected]
     common = [key for key in expected if key in state]
     misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        f"{shorten(key)} {tuple(state[key].shape)} instead of "
+        f"{tuple(expected[key].shape)}"
         for key in common
         if state[key].shape != expected[key].shape
     ]
     mistyped = [
-        f"{key} ({state[key].dtype})"
+        f"{shorten(key)} ({state[key].dtype})"
         for key in common
         if state[key].is_floating_point() != expected[key].is_floating_point()
     ]
@@ -257,7 +258,7 @@ def _check_fit(
         "of another type": mistyped,
     }
     said = [
-        f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        f"{len(keys)} {fault}: {_listed(keys)}"
         for fault, keys in faults.items()
         if keys
     ]
@@ -265,3 +266,8 @@ def _check_fit(
         raise WeightsError(
             f"{path} does not fit {backbone.name!r}. Its entries: {'; '.join(said)}."
         )
+
+
+def _listed(keys: list[str]) -> str:
+    shown = ", ".join(shorten(key) for key in keys[:3])
+    return f"{shown}{', ...' if len(keys) > 3 else ''}"

@@ -30,8 +30,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
     """Fine-tune a pretrained ConvNet in two stages.
 
     First new layers are put on the frozen network and trained alone; then all of the
-    network, or its last blocks, are trained with them, at a small rate. What frozen
-    blocks give for a picture is computed once, so an epoch costs only what learns.
+    network, or its last blocks, are trained with them. What frozen blocks give for an
+    image is computed once, so an epoch costs only what learns.
 
     Parameters
     ----------
