@@ -15,15 +15,24 @@ import numpy as np
 import torch
 from torch import nn
 from skltl import *
-torch.set_num_threads(2)  # whatever the machine has: threads that a child lacks
-torch.ones(512, 512) @ torch.ones(512, 512)
+SAME = {"image_shape": (8, 8), "image_size": 16, "engine": "torch"}
 X, y = np.random.default_rng(0).random((40, 64)), np.arange(40) % 2
 
 def fit(n_epochs):
     return FineTunedCNNClassifier(
-        "tiny", layer="block1", image_shape=(8, 8), image_size=16, dropout=0.1,
-        head_epochs=n_epochs, finetune_epochs=0, random_state=0,
+        "tiny", layer="block1", dropout=0.1, head_epochs=n_epochs, finetune_epochs=0,
+        random_state=0, **SAME,
     ).fit(X, y)
+
+def extract():
+    return CNNFeatureTransformer("tiny", **SAME).fit_transform(X)
+
+def expected_of(work):
+    torch.set_num_threads(1)  # as in the child
+    found = work()
+    torch.set_num_threads(2)  # whatever the machine has: one that the child lacks
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    return found
 
 def in_child(work, seconds):
     child = os.fork()
@@ -45,7 +54,7 @@ def run(code, *args):
 
 
 FORKS_DURING_A_FIT = """
-expected = fit(2).decision_function(X)
+expected = expected_of(lambda: fit(2).decision_function(X))
 threading.Thread(target=fit, args=(10**6,), daemon=True).start()
 time.sleep(1)
 same = lambda: np.array_equal(fit(2).decision_function(X), expected)
@@ -68,9 +77,7 @@ def test_thirty_children_forked_during_a_fit_fit_with_the_same_bits():
 
 def test_a_child_forked_while_others_extract_features_extracts_the_same():
     code = """
-expected = CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit_transform(X)
-def extract():
-    return CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit_transform(X)
+expected = expected_of(extract)
 def forever():
     while True:
         extract()
@@ -78,7 +85,7 @@ for _ in range(2):
     threading.Thread(target=forever, daemon=True).start()
 time.sleep(0.5)
 for _ in range(3):
-    print(in_child(lambda: np.allclose(extract(), expected, rtol=1e-5), 120))
+    print(in_child(lambda: np.array_equal(extract(), expected), 120))
 os._exit(0)
 """
     assert run(code).split() == ["0"] * 3
@@ -96,10 +103,10 @@ print(in_child(lambda: torch.get_num_threads() == 2, 60))
 def test_a_child_that_loads_a_saved_estimator_does_not_wait_for_lost_threads():
     code = """
 import pickle
-fitted = CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit(X)
-expected, saved = fitted.transform(X), pickle.dumps(fitted)
+expected = expected_of(extract)
+saved = pickle.dumps(CNNFeatureTransformer("tiny", **SAME).fit(X))
 print(in_child(
-    lambda: np.allclose(pickle.loads(saved).transform(X), expected, rtol=1e-5), 120
+    lambda: np.array_equal(pickle.loads(saved).transform(X), expected), 120
 ))
 """
     assert run(code).split() == ["0"]
@@ -107,6 +114,7 @@ print(in_child(
 
 def test_a_child_looks_at_a_network_of_ones_own():
     code = """
+expected_of(lambda: None)
 mine = Backbone.from_blocks(
     "mine", {"stem": nn.Conv2d(3, 16, 3), "block1": nn.Conv2d(16, 16, 3)},
     preprocessing=Preprocessing(224),
