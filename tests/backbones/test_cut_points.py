@@ -66,7 +66,6 @@ def test_unknown_layers_are_told_what_is_near(layer, near):
     [
         ("resnet", "'resnet50'|'resnet18'"),
         ("VGG16", "'vgg16'"),
-        ("vit_b_16", "Did|Known"),
     ],
 )
 def test_unknown_backbones_are_told_what_is_near(name, near):
