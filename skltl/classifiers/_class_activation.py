@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -37,7 +37,8 @@ class ClassActivation:
     pictures : array of shape (n, h, w, 3)
         uint8, or float32 in [0, 1].
     maps : array of shape (n, h, w)
-        From 0, not at all, to 1, the most in this picture.
+        From 0, not at all, to 1, the most at one place of the feature map (between
+        places it is interpolated, so that the highest value may be lower).
     labels : array of shape (n,)
         Which class was looked for in each.
     scores : array of shape (n,)
@@ -90,7 +91,8 @@ def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivat
     shape = _map_shape(reader, block)
     source = reader._read_images(X, reset=False)
     labels = estimator.predict(X) if labels is None else np.asarray(labels)
-    labels = np.broadcast_to(labels, len(source)) if labels.ndim == 0 else labels
+    is_single = labels.ndim == 0
+    labels = np.broadcast_to(labels, len(source)) if is_single else column_or_1d(labels)
     check_consistent_length(source, labels)
     columns = columns_of(estimator.classes_, labels)
     threads = resolve_threads(reader.n_jobs)
@@ -169,14 +171,18 @@ class _OfClasses(nn.Module):
         self._order = torch.from_numpy(np.argsort(classifier.categories_))
         self._log_shares = None
         if classifier.class_map_ is not None:
-            self._log_shares = torch.from_numpy(classifier.class_map_).log()
+            shares = torch.from_numpy(classifier.class_map_)
+            self._has_categories = shares.any(dim=0)
+            # The gradient of a class without any would be NaN for the others, too.
+            self._log_shares = shares.masked_fill(~self._has_categories, 1).log()
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, n_classes) in float64."""
         logits: torch.Tensor = self._behind(feature_map.float()).double()
         if self._log_shares is None:
             return logits[:, self._order]
-        return torch.logsumexp(logits[:, :, None] + self._log_shares, dim=1)
+        of_classes = torch.logsumexp(logits[:, :, None] + self._log_shares, dim=1)
+        return of_classes.masked_fill(~self._has_categories, -torch.inf)
 
 
 class _Scores(nn.Module):

@@ -73,13 +73,13 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
         )
     check_is_fitted(pipeline)
     steps = _steps(pipeline)
-    first, *between, last = steps if len(steps) > 1 else (*steps, None)
+    first, *between, last = steps if len(steps) > 1 else (*steps, None, None)[:2]
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
         raise ValueError(
             "The pipeline must be a CNNFeatureTransformer, a StandardScaler or none, "
             "and a linear classifier; it is "
-            f"{', '.join(type(step).__name__ for step in steps)}."
+            f"{', '.join(type(step).__name__ for step in steps) or 'empty'}."
         )
     if len(first.cut_points_) > 1:
         names = [cut_point.name for cut_point in first.cut_points_]
@@ -141,17 +141,28 @@ def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
 def _check_decisions(
     classifier: Any, coef: NDArray[Any], intercept: NDArray[Any]
 ) -> None:
-    """Refuse what is linear in pieces only, such as one-vs-one classifiers."""
-    points = np.random.default_rng(0).normal(size=(8, coef.shape[1]))
+    """Refuse what is linear in pieces only, such as one-vs-one or multilabel ones."""
+    # Near the origin, where intercepts decide, and far away, where coefficients do.
+    points = np.random.default_rng(0).normal(size=(64, coef.shape[1]))
+    points[32:] *= 1e3
     expected = np.asarray(points @ coef.T + intercept)
-    decide = getattr(_without_names(classifier), "decision_function", None)
-    found = np.zeros((8, 0)) if decide is None else np.asarray(decide(points))
-    found = found.reshape(8, -1)
-    if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-4):
+    bare = _without_names(classifier)
+    decide = getattr(bare, "decision_function", None)
+    found = np.zeros((64, 0)) if decide is None else np.asarray(decide(points))
+    found = found.reshape(64, -1)
+    is_binary = expected.shape[1] == 1
+    number = expected[:, 0] > 0 if is_binary else expected.argmax(axis=1)
+    # Three pairs of three classes, or three labels of one image, have the same shape.
+    if (
+        found.shape != expected.shape
+        or not np.allclose(found, expected, atol=1e-4)
+        or len(bare.classes_) != max(2, expected.shape[1])
+        or not np.array_equal(bare.predict(points), bare.classes_[number.astype(int)])
+    ):
         raise ValueError(
             f"{type(classifier).__name__} does not decide by one row of coefficients "
             "for each class, as a network's last layer does. LogisticRegression, "
-            "LinearSVC and OneVsRestClassifier do."
+            "LinearSVC and OneVsRestClassifier (with one label an image) do."
         )
 
 

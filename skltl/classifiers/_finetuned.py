@@ -161,6 +161,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         One plain record for each epoch: stage, epoch, loss, score, rates, seconds.
     n_epochs_ : int
         Epochs in all.
+    best_validation_score_ : float or None
+        With `early_stopping`, the accuracy on the images held out of the epoch that was
+        kept, which is that of this classifier.
 
     See Also
     --------
@@ -392,4 +395,5 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         made.classes_ = classifier.classes_
         made.head_ = head.double().eval().requires_grad_(False)
         made.stages_, made.history_, made.n_epochs_ = [], [], 0
+        made.best_validation_score_ = None
         return made

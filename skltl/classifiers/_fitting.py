@@ -86,6 +86,8 @@ class Fit:
         The records of the epochs.
     progress : Progress or None, default=None
         Who is told of them.
+    best_score : float or None, default=None
+        That of the network at the end, on the images held out, if there are any.
     """
 
     of_reading: dict
@@ -98,6 +100,7 @@ class Fit:
     stages: list
     history: list
     progress: Progress | None = None
+    best_score: float | None = None
 
     def attributes(self):
         """Return the attributes of the estimator as if the fit had ended now."""
@@ -116,6 +119,7 @@ class Fit:
             "stages_": self.stages,
             "history_": list(self.history),
             "n_epochs_": len(self.history),
+            "best_validation_score_": self.best_score,
         }
 
 
@@ -142,7 +146,7 @@ def run_fit(classifier, X, y, sample_weight, groups):
             metadata = {"sample_weight": sample_weight, "groups": groups}
             data = (X, y, metadata)
             progress = Progress(classifier, data, fit.stages, fit.attributes)
-            fine_tune(
+            best_score = fine_tune(
                 _inputs(reader, source, fit, seed),
                 examples,
                 fit.parts,
@@ -153,7 +157,7 @@ def run_fit(classifier, X, y, sample_weight, groups):
                 progress,
                 fit.history,
             )
-    return replace(fit, progress=progress)
+    return replace(fit, progress=progress, best_score=best_score)
 
 
 def _check_widths(classifier):

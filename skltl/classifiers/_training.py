@@ -193,6 +193,11 @@ class StageTraining:
         n_steps = stage.n_epochs * n_batches
         self.schedule = build_schedule(self.optimizer, settings.schedule, n_steps)
 
+    @property
+    def seed(self) -> int:
+        """The seed of the fit."""
+        return self._settings.seed
+
     def train_epoch(self) -> dict[str, float | int | str]:
         """Train for one epoch; return its record. The rates are those it begins with.
 

@@ -60,7 +60,7 @@ def fine_tune(
     checkpoint: Checkpoint,
     progress: Progress,
     history: list[Record],
-) -> None:
+) -> float | None:
     """Train the head, then the blocks that are to learn, in place.
 
     Parameters
@@ -84,6 +84,11 @@ def fine_tune(
         Who is told of each epoch.
     history : list of dict
         Gets a record for each epoch.
+
+    Returns
+    -------
+    float or None
+        The score of the network at the end, on the images held out, if there are any.
     """
     tuned = [nn.Sequential(*part.values()).to(settings.device) for part in parts.tuned]
     head = parts.head.to(settings.device)
@@ -95,18 +100,14 @@ def fine_tune(
         prepare_head(head, features, examples, head_begins_as, settings)
     layers = nn.ModuleDict({"tuned": nn.Sequential(*tuned), "head": head})
     saved = checkpoint.saved_for(len(stages))
+    score = None
     for number, stage in enumerate(stages):
         if saved is not None and number < saved["stage"]:
             progress.skip_stage(stage)
             continue
-        training = StageTraining(
-            _learner(stage, tuned, head, settings),
-            examples,
-            features if stage.name == "head" else inputs,
-            stage,
-            settings,
-            number,
-        )
+        learner = _learner(stage, tuned, head, settings)
+        of_stage = features if stage.name == "head" else inputs
+        training = StageTraining(learner, examples, of_stage, stage, settings, number)
         best = BestEpoch(settings.patience)
         is_stopped = False
         if saved is None:
@@ -121,10 +122,10 @@ def fine_tune(
                 best.offer(history[-1], layers)
                 is_stopped = told.end_epoch(history[-1])
                 state = _state(number, layers, training, best, history)
-                state |= {"seed": settings.seed, "is_stopped": is_stopped}
-                checkpoint.save(state)
-            best.restore(layers)
+                checkpoint.save(state | {"is_stopped": is_stopped})
+            score = best.restore(layers)
     checkpoint.clear()
+    return score
 
 
 def _learner(
@@ -184,10 +185,12 @@ class BestEpoch:
         """Tell whether the score rose last `patience` epochs ago."""
         return self._patience is not None and self.n_since >= self._patience
 
-    def restore(self, layers: nn.Module) -> None:
-        """Put back the numbers of the best epoch, if it counts."""
-        if self.numbers is not None:
-            layers.load_state_dict(self.numbers)
+    def restore(self, layers: nn.Module) -> float | None:
+        """Put back the numbers of the best epoch, if it counts; return its score."""
+        if self.numbers is None:
+            return None
+        layers.load_state_dict(self.numbers)
+        return self.score
 
 
 def _state(
@@ -197,8 +200,9 @@ def _state(
     best: BestEpoch,
     history: list[Record],
 ) -> dict[str, Any]:
-    """Return all that has changed since the fit began."""
+    """Return the seed, and all that has changed since the fit began."""
     return {
+        "seed": training.seed,
         "stage": number,
         "layers": layers.state_dict(),
         "training": training.state(),

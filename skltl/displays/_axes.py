@@ -1,4 +1,7 @@
-"""The axes to draw on, without asking for matplotlib before something is drawn."""
+"""The axes to draw on, without asking for matplotlib before something is drawn.
+
+Labels are the user's text: written with ``parse_math=False``, a dollar is a dollar.
+"""
 
 
 def axes_library():
@@ -23,3 +26,9 @@ def axes_to_draw_on(ax=None, figsize=None):
     if ax is None:
         _, ax = axes_library().subplots(figsize=figsize, layout="constrained")
     return ax
+
+
+def shortened(text, n_most=40):
+    """Leave out the middle of a long text."""
+    half = (n_most - 1) // 2
+    return text if len(text) <= n_most else f"{text[:half]}…{text[-half:]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skltl.classifiers import class_activation
 from skltl.displays._axes import axes_library
-from skltl.displays._pictures import draw_picture, grid_of_axes
+from skltl.displays._pictures import as_title, draw_picture, grid_of_axes
 
 
 class GradCAMDisplay:
@@ -107,6 +107,7 @@ class GradCAMDisplay:
         ):
             draw_picture(ax, picture)
             ax.imshow(seen, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
-            ax.set_title(str(label), fontsize="small", color="dimgray")
+            title = as_title(label)
+            ax.set_title(title, fontsize="small", color="dimgray", parse_math=False)
         self.axes_, self.figure_ = axes, axes[0].figure
         return self

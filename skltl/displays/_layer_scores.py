@@ -10,7 +10,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 
 from skltl.backbones import block_shapes, reached_main_blocks, skeleton
-from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.displays._axes import axes_library, axes_to_draw_on, shortened
 from skltl.displays._search_results import (
     arrange,
     chosen_row,
@@ -284,12 +284,13 @@ class LayerScoresDisplay:
             fillstyle="none",
         )
         ax.set_title(
-            _shortened(f"best: {layer}{', ' + line if line else ''} ({score:.3f})", 70),
+            shortened(f"best: {layer}{', ' + line if line else ''} ({score:.3f})", 70),
             fontsize="medium",
+            parse_math=False,
         )
 
     def _label_axes(self, ax):
-        names = [_shortened(layer) for layer in self.layers]
+        names = [shortened(layer) for layer in self.layers]
         is_long = max(map(len, names)) * len(names) > 60
         ax.set_xticks(
             range(len(names)),
@@ -297,6 +298,7 @@ class LayerScoresDisplay:
             rotation=40 if is_long else 0,
             ha="right" if is_long else "center",
             rotation_mode="anchor" if is_long else "default",
+            parse_math=False,
         )
         ax.set_xlabel("cut after")
         ax.set_ylabel(self.score_name.replace("_", " "))
@@ -333,12 +335,6 @@ def _main_layers(transformer, X):
     ]
 
 
-def _shortened(text, n_most=40):
-    """Leave out the middle of a long text."""
-    half = (n_most - 1) // 2
-    return text if len(text) <= n_most else f"{text[:half]}…{text[-half:]}"
-
-
 def _colour(number, n):
     from matplotlib import colormaps
 
@@ -359,4 +355,8 @@ def _draw_legend(ax, n_lines):
         else {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     )
     handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles, [_shortened(name) for name in names], frameon=False, **place)
+    legend = ax.legend(
+        handles, [shortened(name) for name in names], frameon=False, **place
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

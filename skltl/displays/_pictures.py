@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.base import clone
 
-from skltl.displays._axes import axes_library
+from skltl.displays._axes import axes_library, shortened
 from skltl.images import read_images
 
 
@@ -35,6 +35,11 @@ def draw_picture(ax, picture):
     ax.set_yticks([])
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def as_title(label):
+    """Return a label so short that it fits above its picture."""
+    return shortened(str(label), 22)
 
 
 def read_like(estimator, X, image_shape=None):

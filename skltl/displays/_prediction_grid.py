@@ -12,7 +12,7 @@ from sklearn.utils.validation import (
 from skltl._validation import take
 from skltl.classifiers import columns_of
 from skltl.displays._axes import axes_library
-from skltl.displays._pictures import draw_picture, grid_of_axes, read_like
+from skltl.displays._pictures import as_title, draw_picture, grid_of_axes, read_like
 
 
 class PredictionGridDisplay:
@@ -95,7 +95,8 @@ class PredictionGridDisplay:
         if scores.shape[1] != len(estimator.classes_):
             raise ValueError("The classifier's decisions are not one for each class.")
         margins = _margins(scores, columns_of(estimator.classes_, y))
-        worst = np.argsort(margins, kind="stable")[:n_pictures]
+        is_right = predicted == y  # by a threshold of its own, perhaps
+        worst = np.lexsort((margins, is_right))[:n_pictures]
         pictures = read_like(estimator, take(X, worst), image_shape)
         display = cls(list(pictures), y[worst], predicted[worst], margins[worst])
         return display.plot(n_columns=n_columns)
@@ -124,9 +125,10 @@ class PredictionGridDisplay:
         ):
             is_right = true == predicted
             draw_picture(ax, picture)
-            title = f"{true}" if is_right else f"{predicted}\n(is {true})"
+            true, predicted = as_title(true), as_title(predicted)
+            title = true if is_right else f"{predicted}\n(is {true})"
             color = "dimgray" if is_right else "firebrick"
-            ax.set_title(title, fontsize="small", color=color)
+            ax.set_title(title, fontsize="small", color=color, parse_math=False)
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
 

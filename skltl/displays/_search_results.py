@@ -5,9 +5,9 @@ from __future__ import annotations
 from numbers import Integral, Real
 
 import numpy as np
-from sklearn.base import is_classifier, is_regressor
+from sklearn.base import clone, is_classifier, is_regressor
 
-from skltl.backbones import get_backbone, resolve_layer, skeleton
+from skltl.backbones import Backbone, get_backbone, resolve_layer, skeleton
 
 
 def last_round(results):
@@ -44,7 +44,8 @@ def metric_of(search, results, metric):
 
 def chosen_row(search, metric, rows):
     """Return the row of the candidate that a search has chosen by a metric, or None."""
-    is_by_metric = metric == "score" or search.refit == metric
+    is_single = not getattr(search, "multimetric_", False)  # then it is "score"
+    is_by_metric = is_single or search.refit == metric
     index = getattr(search, "best_index_", None)
     return rows.index(index) if is_by_metric and index in rows else None
 
@@ -84,19 +85,19 @@ def arrange(candidates, scores, estimator):
     lines : list of str
         For each candidate.
     """
-    fixed = estimator.get_params()
     varied = list(dict.fromkeys(name for one in candidates for name in one))
-    prefix = prefix_of_layer(varied, fixed)
+    prefix = prefix_of_layer(varied, estimator.get_params())
     layer_name, backbone_name = f"{prefix}layer", f"{prefix}backbone"
-    complete = [{**fixed, **candidate} for candidate in candidates]
-    backbones = list(dict.fromkeys(str(one[backbone_name]) for one in complete))
+    complete = [_parameters(estimator, candidate) for candidate in candidates]
+    backbones = [one[backbone_name] for one in complete]
+    names = _distinct([str(one) for one in backbones], list(map(_identity, backbones)))
+    order = list(dict.fromkeys(names))
     places = {}
     for index, params in enumerate(complete):
         if np.isfinite(scores[index]):
             depth, name = place_of(params[backbone_name], params[layer_name])
-            backbone = str(params[backbone_name])
-            name = f"{backbone} {name}" if len(backbones) > 1 else name
-            places[index] = (backbones.index(backbone), *depth), name
+            name = f"{names[index]} {name}" if len(order) > 1 else name
+            places[index] = (order.index(names[index]), *depth), name
     rest = [
         {name: value for name, value in one.items() if name != layer_name}
         for one in candidates
@@ -115,14 +116,52 @@ def place_of(backbone, layer):
     return (max(depths), len(depths)), name
 
 
+def _parameters(estimator, candidate):
+    """Return all parameters of a candidate, whose steps may be others."""
+    candidate = clone(candidate, safe=False)  # as searches do
+    return clone(estimator).set_params(**candidate).get_params()
+
+
 def _line_names(rests):
     """Name lines by the parameters that tell them apart, as shortly as suffices."""
-    exact = [_joined(rest, _full, str) for rest in rests]
-    for name_of, text_of in ((_last, _rounded), (_full, _rounded), (_last, str)):
-        names = [_joined(rest, name_of, text_of) for rest in rests]
-        if len(set(names)) == len(set(exact)):
+    keys = [_identity(rest) for rest in rests]
+    for name_of, text_of in (
+        (_last, _rounded),
+        (_full, _rounded),
+        (_last, str),
+        (_full, str),
+        (_full, repr),
+    ):
+        names = [_joined(rest, name_of, text_of) or "as given" for rest in rests]
+        if not any(rests):
+            return [""] * len(rests)
+        if len(set(names)) == len(set(keys)):
             return names
-    return exact
+    return _distinct(names, keys)
+
+
+def _distinct(names, keys):
+    """Return names; those that stand for different things get a number."""
+    known: dict = {}
+    for name, key in zip(names, keys, strict=True):
+        known.setdefault(name, {})[key] = None
+    return [
+        f"{name} ({list(known[name]).index(key) + 1})" if len(known[name]) > 1 else name
+        for name, key in zip(names, keys, strict=True)
+    ]
+
+
+def _identity(value):
+    """Return what is equal for equal parameters, and can be a key."""
+    if isinstance(value, Backbone):  # its text is a name that another may have
+        return value
+    if hasattr(value, "get_params") and not isinstance(value, type):
+        return type(value), _identity(value.get_params(deep=False))
+    if isinstance(value, dict):
+        return tuple((name, _identity(one)) for name, one in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(_identity(one) for one in value)
+    return str(value)
 
 
 def _joined(params, name_of, text_of):
@@ -146,5 +185,5 @@ def _rounded(value):
 
 
 def _text(value, text_of):
-    is_estimator = hasattr(value, "get_params")
-    return type(value).__name__ if is_estimator else " ".join(text_of(value).split())
+    is_short = hasattr(value, "get_params") and text_of is not repr
+    return type(value).__name__ if is_short else " ".join(text_of(value).split())

@@ -157,10 +157,13 @@ class StrategyDisplay:
     def _draw_data(self, ax):
         right, up = self.place
         ax.plot(right, up, "o", color="C3", markersize=9, zorder=3)
+        # Above the point, or below it where the box ends.
+        is_high = up % 1 > 0.85
         ax.annotate(
             f"{self.n_images:,} pictures of {self.n_classes} classes",
             (int(right) + 0.5, up),
-            xytext=(0, 9),
+            xytext=(0, -9 if is_high else 9),
+            va="top" if is_high else "bottom",
             textcoords="offset points",
             ha="center",
             color="C3",

@@ -12,6 +12,9 @@ from skltl.displays._axes import axes_library
 # What is drawn in each part: keys of the records, names, and styles of lines.
 LOSSES = {"loss": ("training", "-"), "validation_loss": ("held out", "--")}
 SCORES = {"score": ("training", "-"), "validation_score": ("held out", "--")}
+# Up to so many epochs, each has a marker: a line of a single one would not be seen.
+MOST_MARKED = 20
+
 RATES = {"head_lr": ("new layers", "-"), "backbone_lr": ("pretrained layers", "--")}
 
 
@@ -77,7 +80,7 @@ class TrainingHistoryDisplay:
             If the estimator has no history: it does not train a network.
         """
         axes_library()
-        return cls(history_of(estimator)).plot(rates=rates, axes=axes)
+        return cls(trained_in(estimator).history_).plot(rates=rates, axes=axes)
 
     @property
     def stages(self):
@@ -122,10 +125,17 @@ class TrainingHistoryDisplay:
 
     def _draw_lines(self, ax, lines):
         epochs = np.arange(1, len(self.history) + 1)
+        marker = "o" if len(epochs) <= MOST_MARKED else None
         for number, (key, (name, style)) in enumerate(lines.items()):
             values = [record.get(key, np.nan) for record in self.history]
             if np.isfinite(values).any():
-                ax.plot(epochs, values, style, color=f"C{number}", label=name)
+                ax.plot(
+                    *(epochs, values, style),
+                    marker=marker,
+                    markersize=4,
+                    color=f"C{number}",
+                    label=name,
+                )
         if len(ax.get_lines()) > 1:
             ax.legend(frameon=False)
 
@@ -151,8 +161,8 @@ class TrainingHistoryDisplay:
         ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def history_of(estimator):
-    """Return the history of the fine-tuned network in a fitted estimator."""
+def trained_in(estimator):
+    """Return the fine-tuned classifier in a fitted estimator."""
     check_is_fitted(estimator)
     trained = unwrapped(estimator)
     if isinstance(trained, Pipeline):
@@ -163,4 +173,4 @@ def history_of(estimator):
             f"{type(trained).__name__}."
         )
     check_is_fitted(trained, "history_")
-    return trained.history_
+    return trained

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.model_selection import learning_curve
 
 from skltl.displays._axes import axes_library, axes_to_draw_on
-from skltl.displays._training_history import history_of
+from skltl.displays._training_history import trained_in
 
 # A curve's slope is taken to where it has risen to this share of its last score.
 RISEN = 0.9
@@ -26,6 +26,9 @@ class TransferGainDisplay:
         The scores there.
     step_name : str, default="epoch"
         What the steps are.
+    asymptotes : tuple of two floats, default=None
+        The scores at the end; ``None`` takes the last ones. Another one counts where an
+        epoch before the last was kept.
 
     Attributes
     ----------
@@ -49,10 +52,11 @@ class TransferGainDisplay:
     {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
     """
 
-    def __init__(self, steps, scores, step_name="epoch"):
+    def __init__(self, steps, scores, step_name="epoch", asymptotes=None):
         self.steps = tuple(np.asarray(one, dtype=float) for one in steps)
         self.scores = tuple(np.asarray(one, dtype=float) for one in scores)
         self.step_name = step_name
+        self.asymptotes = asymptotes
 
     @classmethod
     def from_estimators(
@@ -97,7 +101,8 @@ class TransferGainDisplay:
         axes_library()
         both = (with_transfer, from_scratch)
         if X is None:
-            return cls(*_by_epoch(both)).plot(ax=ax)
+            steps, scores, asymptotes = _by_epoch(both)
+            return cls(steps, scores, asymptotes=asymptotes).plot(ax=ax)
         sizes = np.linspace(0.2, 1, 5) if sizes is None else sizes
         curves = [
             learning_curve(
@@ -117,9 +122,10 @@ class TransferGainDisplay:
     @property
     def gains(self):
         """The gains in start, slope (per step) and asymptote."""
+        ends = self.asymptotes or [scores[-1] for scores in self.scores]
         transfer, scratch = (
             _start_slope_asymptote(*one)
-            for one in zip(self.steps, self.scores, strict=True)
+            for one in zip(self.steps, self.scores, ends, strict=True)
         )
         names = ("start", "slope", "asymptote")
         return {
@@ -157,24 +163,30 @@ class TransferGainDisplay:
         ax.set_ylabel("score")
         ax.set_ylim(0, 1.02)
         ax.grid(axis="y", alpha=0.3)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
 
 def _by_epoch(estimators):
-    """Return epochs and scores of fitted estimators."""
-    histories = [history_of(estimator) for estimator in estimators]
+    """Return epochs, their scores, and the scores of the fitted estimators."""
+    trained = [trained_in(estimator) for estimator in estimators]
+    histories = [one.history_ for one in trained]
     if not all(histories):
         raise ValueError("A history is empty: there was no epoch.")
     has_both = all("validation_score" in records[-1] for records in histories)
     key = "validation_score" if has_both else "score"
     scores = [[record[key] for record in records] for records in histories]
-    return [np.arange(1, len(one) + 1) for one in scores], scores
+    kept = [one.best_validation_score_ if has_both else None for one in trained]
+    ends = [
+        one[-1] if end is None else end for one, end in zip(scores, kept, strict=True)
+    ]
+    return [np.arange(1, len(one) + 1) for one in scores], scores, ends
 
 
-def _start_slope_asymptote(steps, scores):
+def _start_slope_asymptote(steps, scores, asymptote):
     """Return the first score, the rise per step until most is learned, the last."""
-    start, asymptote = scores[0], scores[-1]
+    start = scores[0]
     has_risen = np.flatnonzero(scores >= RISEN * asymptote)
     until = max(int(has_risen[0]) if len(has_risen) else len(scores) - 1, 1)
     until = min(until, len(scores) - 1)

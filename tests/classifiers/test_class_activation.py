@@ -8,7 +8,9 @@ from sklearn import config_context
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.svm import SVC, NuSVC
 from tiny_classifier import classifier
 
 from skltl import (
@@ -366,3 +368,62 @@ def test_features_of_several_layers_have_no_single_map(halves):
 
     with pytest.raises(ValueError, match="2 layers, block2, block3: .* single layer"):
         class_activation(pipeline, images)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        SVC(kernel="linear", decision_function_shape="ovo"),
+        NuSVC(kernel="linear", decision_function_shape="ovo", nu=0.2),
+    ],
+    ids=["SVC", "NuSVC"],
+)
+def test_decisions_between_pairs_are_not_taken_for_those_of_classes(halves, last):
+    """Of three classes there are three pairs: the shapes do not tell."""
+    pictures, has_square, on_the_right = halves
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny", image_size=32), last)
+    pipeline.fit(pictures, has_square + on_the_right)
+
+    for use in (
+        FineTunedCNNClassifier.from_pipeline,
+        lambda fitted: class_activation(fitted, pictures[:2]),
+    ):
+        with pytest.raises(ValueError, match="does not decide by one row"):
+            use(pipeline)
+
+
+@pytest.mark.parametrize("n_labels", [2, 3])
+@pytest.mark.parametrize(
+    "last", [OneVsRestClassifier(LogisticRegression()), RidgeClassifier()]
+)
+def test_several_labels_of_an_image_are_not_taken_for_classes(halves, last, n_labels):
+    pictures, has_square, on_the_right = halves
+    labels = np.column_stack([has_square, on_the_right, 1 - has_square])[:, :n_labels]
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny", image_size=32), last)
+    pipeline.fit(pictures, labels)
+
+    with pytest.raises(ValueError, match="does not decide by one row"):
+        FineTunedCNNClassifier.from_pipeline(pipeline)
+
+
+def test_a_class_that_nothing_was_learned_of_does_not_spoil_the_others(halves):
+    pictures, has_square, on_the_right = halves
+    labels = has_square + on_the_right
+    mapped = PretrainedCNNClassifier("tiny", class_map="learn", precision="float32")
+    mapped.fit(pictures, labels, sample_weight=(labels != 2).astype(float))
+
+    found = class_activation(mapped, pictures[:6], labels[:6])
+
+    decisions = mapped.decision_function(pictures[:6])[np.arange(6), labels[:6]]
+    assert_allclose(found.scores, decisions, rtol=1e-4)
+    assert (found.maps[labels[:6] < 2].max(axis=(1, 2)) > 0.5).all()
+    assert (found.maps[labels[:6] == 2] == 0).all()
+
+
+def test_labels_may_stand_in_a_column(halves):
+    pictures, labels, _ = halves
+    pipeline = make_feature_pipeline("tiny", "svm", image_size=32).fit(pictures, labels)
+
+    found = class_activation(pipeline, pictures[:3], labels[:3, None])
+
+    assert found.labels.tolist() == labels[:3].tolist()

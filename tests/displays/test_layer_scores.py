@@ -8,10 +8,17 @@ from matplotlib import pyplot as plt
 from scipy.stats import loguniform
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.tree import DecisionTreeClassifier
+from torch import nn
 
-from skltl import CNNFeatureTransformer, LayerScoresDisplay, make_feature_pipeline
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    LayerScoresDisplay,
+    Preprocessing,
+    make_feature_pipeline,
+)
 from skltl.backbones import Runner
 
 LABELS = np.arange(9) % 3
@@ -332,3 +339,94 @@ def test_of_rounds_the_star_is_in_the_last(pipeline, pictures):
     display = LayerScoresDisplay.from_search(search)
 
     assert display.best_ == (search.best_params_["feat__layer"], "", 0.5)
+
+
+def test_estimators_of_one_kind_have_a_line_each(pictures):
+    steps = [("feat", CNNFeatureTransformer("tiny", image_size=32))]
+    pipeline = Pipeline([*steps, ("last", LogisticRegression())])
+    lasts = [LogisticRegression(C=c) for c in (1e-6, 1.0)]
+    grid = {"feat__layer": ["block1", "block4"], "last": lasts}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    means = search.cv_results_["mean_test_score"]
+    of_lasts = {
+        str(last): [
+            mean
+            for mean, params in zip(means, search.cv_results_["params"], strict=True)
+            if params["last"] is last
+        ]
+        for last in lasts
+    }
+    assert len(display.scores) == 2
+    for name, scores in of_lasts.items():
+        np.testing.assert_array_equal(display.scores[f"last={name}"], scores)
+
+
+def test_backbones_of_one_name_are_apart(pictures):
+    def backbone(width):
+        blocks = {
+            "a": nn.Conv2d(3, width, 3, padding=1),
+            "b": nn.Conv2d(width, width, 3, padding=1),
+        }
+        return Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(8))
+
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny"), LogisticRegression())
+    name = "cnnfeaturetransformer"
+    grid = {f"{name}__layer": ["a", "b"]}
+    grid[f"{name}__backbone"] = [backbone(4), backbone(5)]
+    pipeline.set_params(**{f"{name}__weights": "imagenet"})
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    of_both = [f"Backbone('mine') ({number})" for number in (1, 2)]
+    assert display.layers == [f"{one} {layer}" for one in of_both for layer in "ab"]
+    drawn = np.array(list(display.scores.values())).ravel()
+    np.testing.assert_array_equal(
+        np.sort(drawn[np.isfinite(drawn)]),
+        np.sort(search.cv_results_["mean_test_score"]),
+    )
+
+
+def test_a_step_that_is_exchanged_brings_its_own_network(pipeline, pictures):
+    others = [
+        CNNFeatureTransformer("tiny", image_size=32),
+        CNNFeatureTransformer(
+            "squeezenet1_1", weights=None, random_state=0, image_size=32
+        ),
+    ]
+    grid = [
+        {"feat": others[:1], "feat__layer": ["block1"]},
+        {"feat": others[1:], "feat__layer": ["fire2"]},
+    ]
+    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search)
+
+    assert display.layers == ["tiny block1", "squeezenet1_1 fire2"]
+
+
+def test_a_metric_named_score_is_one_of_several(pipeline, pictures):
+    scoring = {"score": "accuracy", "other": lambda one, X, y: -one.score(X, y)}
+    grid = {"feat__layer": ["stem", "block2", "block4"]}
+    search = GridSearchCV(pipeline, grid, scoring=scoring, refit="other", cv=3)
+    search.fit(pictures, LABELS)
+
+    display = LayerScoresDisplay.from_search(search, metric="score")
+
+    assert display.best_[2] == search.cv_results_["mean_test_score"].max()
+
+
+def test_names_with_dollars_are_drawn_as_they_are():
+    name = r"a$\b_$"
+    scores = {name: np.array([0.5, 0.6]), "c": np.array([0.1, 0.2])}
+    display = LayerScoresDisplay(
+        layers=[name, "b"],
+        scores=scores,
+        deviations={line: np.zeros(2) for line in scores},
+        score_name="accuracy",
+    )
+
+    display.plot().figure_.canvas.draw()  # an error if taken for a formula

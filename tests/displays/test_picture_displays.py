@@ -1,5 +1,7 @@
 """Displays of pictures show the right pictures, in the right order."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import FixedThresholdClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -150,3 +153,39 @@ def test_unknown_labels_are_printed_plainly_and_in_short():
     with pytest.raises(ValueError, match="is none of the classes") as long_error:
         GradCAMDisplay.from_estimator(pipeline, X[:2], ["x" * 10_000] * 2)
     assert max(len(str(one.value)) for one in (error, long_error)) < 300
+
+
+def test_mistakes_come_first_whatever_threshold_a_classifier_has():
+    rows, labels = load_digits(n_class=2, return_X_y=True)
+    pipeline = make_feature_pipeline(
+        "tiny", "softmax", layer="block2", image_shape=(8, 8), image_size=32
+    ).fit(rows[:40] / 16, labels[:40])
+    proba = pipeline.predict_proba(rows[40:] / 16)[:, 1]
+    strict = FixedThresholdClassifier(pipeline, threshold=np.sort(proba)[-5])
+    strict.fit(rows[:40] / 16, labels[:40])
+    n_wrong = (strict.predict(rows[40:] / 16) != labels[40:]).sum()
+
+    display = PredictionGridDisplay.from_estimator(
+        strict, rows[40:] / 16, labels[40:], n_pictures=12
+    )
+
+    assert n_wrong > 12
+    assert display.n_wrong == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["$10-$20", r"a$\b_$", "soft-coated wheaten terrier" * 2]
+)
+def test_any_label_is_a_title_that_fits(name):
+    pictures = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    grid = PredictionGridDisplay(pictures, [name] * 6, [name, "a"] * 3, [0.1] * 6)
+    maps = GradCAMDisplay(pictures, np.ones((6, 8, 8)), [name] * 6)
+
+    for display in (grid.plot(), maps.plot()):
+        display.figure_.canvas.draw()
+        extents = [ax.title.get_window_extent() for ax in display.axes_]
+        for left, right in pairwise(extents):
+            assert left.x1 < right.x0
+        assert extents[0].x0 >= 0
+        if len(name) < 22:
+            assert display.axes_[0].get_title() == name

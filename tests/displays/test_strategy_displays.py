@@ -152,3 +152,14 @@ def test_the_same_classifier_gains_nothing_over_itself():
     )
 
     assert set(display.gains.values()) == {0.0}
+
+
+@pytest.mark.parametrize("n_images", [2, 300, 999, 1000, 20_000, 10**6])
+def test_the_words_beside_the_point_stay_in_its_box(n_images):
+    display = StrategyDisplay(n_images, 10, 0.0, "extract").plot()
+
+    display.figure_.canvas.draw()
+    words = display.ax_.texts[-1].get_window_extent()
+    (_, low), (_, high) = display.ax_.transData.inverted().transform(words)
+    box = int(display.place[1])
+    assert box <= low < high <= box + 1

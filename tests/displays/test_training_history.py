@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -15,6 +16,7 @@ from skltl import (
     TransferGainDisplay,
     make_feature_pipeline,
 )
+from skltl.classifiers._hold_out import hold_out
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +110,34 @@ def test_what_records_no_history_is_named():
         TrainingHistoryDisplay.from_estimator(tuned)
     with pytest.raises(ValueError, match="no epoch"):
         TransferGainDisplay.from_estimators(tuned, tuned)
+
+
+def test_a_single_epoch_is_seen():
+    records = [{"stage": "head", "epoch": 1, "loss": 0.9, "score": 0.6}]
+
+    display = TrainingHistoryDisplay(records).plot()
+
+    display.figure_.canvas.draw()
+    pixels = np.asarray(display.figure_.canvas.buffer_rgba())[..., :3]
+    colour = np.round(255 * np.array(to_rgb("C0")))
+    assert (pixels == colour).all(axis=-1).sum() > 20
+
+
+def test_the_asymptote_is_the_score_of_the_network_that_was_kept():
+    """Rates so high that each epoch is worse than the network to begin with."""
+    rows, labels = load_digits(return_X_y=True)
+    X, y = rows[:150] / 16, labels[:150]
+    fitted = FineTunedCNNClassifier(
+        "tiny", layer="block1", image_shape=(8, 8), image_size=32, head_epochs=0,
+        finetune_epochs=6, early_stopping=True, patience=3, validation_fraction=0.3,
+        head_lr=0.5, backbone_lr=0.5, schedule="constant", random_state=0,
+        precision="float32",
+    ).fit(X, y)  # fmt: skip
+    _, held_out = hold_out(y, None, 0.3, True, 0)
+
+    display = TransferGainDisplay.from_estimators(fitted, fitted)
+
+    expected = fitted.score(X[held_out], y[held_out])
+    assert fitted.history_[-1]["validation_score"] < expected
+    assert fitted.best_validation_score_ == pytest.approx(expected)
+    assert display.asymptotes == [pytest.approx(expected)] * 2
