@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from joblib import effective_n_jobs
-from PIL import Image
 from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
@@ -59,14 +57,9 @@ def find_bad_images(
     """
     source = read_images(X, check_items=False)
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
-    with (
-        warnings.catch_warnings(),
-        tqdm(
-            total=len(source), desc="images", unit="img", disable=not verbose
-        ) as progress,
-    ):
-        # Files of too many pixels are in the list; Pillow needs not warn of them.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with tqdm(
+        total=len(source), desc="images", unit="img", disable=not verbose
+    ) as progress:
         found = []
         for bad in _faults(source, n_threads):
             progress.update()

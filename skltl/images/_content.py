@@ -19,6 +19,9 @@ from skltl.images._decode import Decoded, iter_pixels
 # that is not yet known by its state.
 CLOCK_TICK = 2.0
 
+# A service is sent new files for as long as it runs.
+MOST_SEEN_YOUNG = 100_000
+
 _STATE = Struct("<qqqQQ")
 FILE_STATE_BYTES = _STATE.size
 
@@ -49,6 +52,9 @@ def file_identity(path: str) -> bytes | None:
     if state is None or (not is_young and state not in _seen_young):
         return state
     digest = _seen_young.get(state) or file_digest(path)
+    if state not in _seen_young and len(_seen_young) >= MOST_SEEN_YOUNG:
+        # Their names change to their states: what was known by them is found out anew.
+        _seen_young.clear()
     _seen_young[state] = None if is_young else digest
     return digest
 

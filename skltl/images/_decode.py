@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, ImageFile
 from skltl.exceptions import shorten
 from skltl.images._formats import (
     FILE_FORMATS,
+    PIXEL_BYTES,
     check_size,
     decoder_bytes,
     is_readable,
@@ -125,7 +126,10 @@ def read_array(array: NDArray[Any]) -> Decoded:
     pixels: NDArray[Any] = _with_known_range(array)
     n_channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if n_channels == 1:
-        return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2])))
+        grey = pixels.reshape(pixels.shape[:2])
+        if grey.size <= PIXELS_A_STRIP:  # for small ones Pillow takes longer than numpy
+            return np.repeat(grey[..., np.newaxis], 3, axis=2)
+        return Image.fromarray(np.ascontiguousarray(grey))
     if n_channels == 4:
         return _array_on_white(pixels)
     if n_channels != 3:
@@ -196,11 +200,13 @@ def _loaded(
         check_size(image)
     if opened is not None and (image.mode, image.size) != (opened.mode, opened.size):
         image.draft(opened.mode, opened.size)  # as the user did
-    wait_for_memory(
-        image.width * image.height, max(decoder_bytes(image), _CONVERSION_BYTES)
-    )
+    n_pixels = image.width * image.height
     if least_side is not None:
         image.draft(None, (least_side, least_side))
+    bytes_per_pixel = decoder_bytes(image)
+    if bytes_per_pixel == PIXEL_BYTES:  # nothing is held of the pixels left out
+        n_pixels = image.width * image.height
+    wait_for_memory(n_pixels, max(bytes_per_pixel, _CONVERSION_BYTES))
     image.load()  # before metadata is read: some lie behind the pixels
     return image
 

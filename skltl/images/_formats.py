@@ -35,8 +35,11 @@ _PLUGINS = (
 # What is opened as one of them, but says another name: several JPEG images in one file.
 _FORMAT_NAMES = {*FILE_FORMATS, "MPO"}
 
-# How much memory a decoder may take. Each decoder but two needs 4 bytes for each pixel;
-# these could take gigabytes below the limit for pixels.
+# What most decoders need for each pixel: the image in Pillow's memory.
+PIXEL_BYTES = 4
+
+# How much memory a decoder may take. Those of WebP and of progressive JPEG, which need
+# more than the image, could take gigabytes below the limit for pixels.
 DECODER_BYTES_PER_PIXEL = 6.5
 
 # libwebp holds two copies while Pillow makes two more, of 4 bytes a pixel.
@@ -119,8 +122,8 @@ def decoder_bytes(image: ImageFile.ImageFile) -> int:
         # has, for each colour, how many there are beside those of the others.
         layers = getattr(image, "layer", ())
         sizes = [int(across) * int(down) for _, across, down, _ in layers]
-        return 4 + math.ceil(2 * sum(sizes) / max([1, *sizes]))
-    return 4
+        return PIXEL_BYTES + math.ceil(2 * sum(sizes) / max([1, *sizes]))
+    return PIXEL_BYTES
 
 
 def _kind(image: ImageFile.ImageFile) -> str:

@@ -5,8 +5,10 @@ import http.server
 import os
 import pickle
 import re
+import struct
 import threading
 from dataclasses import replace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -210,6 +212,38 @@ def test_what_is_no_safetensors_file_is_refused(state, tmp_path, save):
     save(state, path)
 
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        load(path)
+
+
+def test_a_file_that_unpacks_to_more_is_refused_before_it_does(state, tmp_path):
+    plain, packed = as_pt(state, tmp_path), tmp_path / "packed.pt"
+    with ZipFile(plain) as old, ZipFile(packed, "w", ZIP_DEFLATED) as new:
+        for part in old.namelist():
+            new.writestr(part, old.read(part))
+    assert torch.load(packed, weights_only=True).keys() == state.keys()
+
+    with pytest.raises(WeightsError, match="its part '.*' is compressed"):
+        load(packed)
+
+
+@pytest.mark.parametrize("extension", ["safetensors", "pt"])
+def test_a_file_far_larger_than_the_network_is_not_read(state, tmp_path, extension):
+    save = as_safetensors if extension == "safetensors" else as_pt
+    path = save(state, tmp_path)
+    os.truncate(path, 200 * 10**9)  # takes no room on the disk
+
+    with pytest.raises(WeightsError, match="has 200,000,000,000 bytes; the network"):
+        load(path)
+
+
+def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
+    """Readers differ on which of the two tensors counts."""
+    one = '"weight":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
+    header = ("{" + one % (0, 4) + "," + one % (4, 8) + "}").encode()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+    with pytest.raises(WeightsError, match="a name stands twice in its header"):
         load(path)
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -61,7 +62,15 @@ def test_as_many_images_are_decoded_at_once_as_the_memory_holds():
 
 
 def test_images_of_common_sizes_never_wait():
-    assert peak_of(LARGE_IMAGE, 1000) == 6
+    everyone = threading.Barrier(6)
+
+    def decode(_):
+        with one_image():
+            wait_for_memory(LARGE_IMAGE, 1000)
+            everyone.wait(timeout=20)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(decode, range(6)))  # a broken barrier is an error
 
 
 def test_blocks_may_be_nested():
@@ -74,15 +83,29 @@ def test_blocks_may_be_nested():
     assert peak_of(10 * LARGE_IMAGE, 8, n_threads=2) == 1
 
 
+def in_a_daemon(function):
+    """Call a function in a thread that does not keep the process from ending."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 def test_a_failure_gives_the_memory_back():
     def fail():
         with one_image():
             wait_for_memory(10 * LARGE_IMAGE, 8)
             raise OSError
 
-    for _ in range(3):
+    for _ in range(3):  # a thread that waits for ever does not end the process
         with pytest.raises(OSError, match="^$"):
-            fail()
+            in_a_daemon(fail).result(timeout=20)
 
 
 def test_one_object_has_one_lock_as_long_as_it_is_used(image):

@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
@@ -181,13 +182,15 @@ def test_threads_may_ask_a_classifier_that_was_set_anew(digits):
         assert_array_equal(one, expected)
 
 
-def test_a_fit_needs_no_folder(digits, monkeypatch):
+def test_a_fit_needs_no_folder_that_can_be_written_to(digits, monkeypatch, tmp_path):
     """Features that were measured are handed on, not written down."""
-    monkeypatch.setattr("tempfile.mkdtemp", None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    with pytest.raises(FileNotFoundError):
+        tempfile.mkdtemp()
 
     fitted = TransferClassifier("tiny", **ROWS).fit(*digits)
 
-    assert fitted.advisor_.cache is None
+    assert_array_equal(fitted.predict(digits[0]), digits[1])
 
 
 @pytest.mark.parametrize("max_images", [2000, 30])
