@@ -9,7 +9,8 @@ float32, by the layer at which the network is truncated::
     python examples/benchmarks/figures.py --data DIR --fine-tuning
 
 ``DIR`` is the folder that ``SKLTL_TEST_DATA`` names for the tests. With
-``--fine-tuning``, which takes minutes, the table of the page on fine-tuning follows.
+``--fine-tuning``, which takes half an hour, the tables of the page on fine-tuning
+follow.
 """
 
 import argparse
@@ -111,6 +112,27 @@ def print_fine_tuning(settings, flowers):
         print(f"{name}: {scores.mean():.3f} (by split: {scores.round(3)})", flush=True)
 
 
+def print_fine_tuning_on_digits(settings, X, y):
+    """Print accuracies on digits: frozen at each layer, and fine-tuned from two."""
+    settings = {**settings, "image_shape": (8, 8), "image_size": 96}
+    splits = StratifiedShuffleSplit(3, train_size=1000, random_state=0)
+    transformer = CNNFeatureTransformer(BACKBONE, layer=LAYERS, **settings)
+    features = transformer.fit_transform(X)
+    widths = [layer.channels for layer in list_layers(BACKBONE)]
+    parts = np.split(features, np.cumsum(widths)[:-1], axis=1)
+    for name, part in zip(LAYERS, parts, strict=True):
+        scores = cross_val_score(linear_svm(), part, y, cv=splits)
+        print(f"digits, frozen at {name}: {scores.mean():.4f} {scores.round(4)}")
+    for options in (
+        {"layer": "last"},
+        {"layer": "fire8"},
+        {"layer": "fire8", "backbone_lr": 0.001},
+    ):
+        tuned = FineTunedCNNClassifier(BACKBONE, random_state=0, **options, **settings)
+        scores = cross_val_score(tuned, X, y, cv=splits)
+        print(f"digits, {options}: {scores.mean():.4f} {scores.round(4)}", flush=True)
+
+
 def main():
     """Print what was asked for."""
     parser = argparse.ArgumentParser(
@@ -129,6 +151,7 @@ def main():
     print_imagenet(settings, options.data / "imagenet_samples")
     if options.fine_tuning:
         print_fine_tuning(settings, flowers)
+        print_fine_tuning_on_digits(settings, rows / 16, labels)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,556 @@
+"""In any order of a life's events an estimator gives what a fresh one would.
+
+Hypothesis draws the orders: of set_params, fits that succeed or fail, copies, saved
+files, and whatever goes on around it. The model is a record of what the last fit that
+succeeded was given; an estimator that was made for it says what is expected.
+"""
+
+import copy
+import io
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import skops.io
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import make_pipeline
+
+import skltl
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    PretrainedCNNClassifier,
+    StrategyAdvisor,
+    TransferClassifier,
+)
+
+pytestmark = pytest.mark.slow
+
+# A folder of the machine stands where this is drawn.
+FOLDER = "folder"
+
+# What no result depends on: the model does without.
+WITHOUT_EFFECT = {"cache": None, "checkpoint": None, "n_jobs": None}
+
+# What a file of a fitted estimator does not keep.
+LEFT_OUT_OF_FILES = {"cache": None, "checkpoint": None}
+
+
+def read_only(array):
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images, their labels, and the `image_shape` that they need."""
+
+    X: object
+    y: object
+    image_shape: object = None
+
+    def part(self, positions):
+        """Return some of the images."""
+        if isinstance(self.X, list):
+            return [self.X[position] for position in positions]
+        return self.X.iloc[positions] if hasattr(self.X, "iloc") else self.X[positions]
+
+    def spoiled(self):
+        """Return the same images, of which the last one cannot be read."""
+        if isinstance(self.X, list):
+            return [*self.X[:-1], np.full_like(self.X[-1], np.nan, dtype=np.float32)]
+        spoiled = np.array(self.X, dtype=np.float64)
+        spoiled[-1] = np.nan
+        return spoiled
+
+
+def some_data():
+    rows, labels = load_digits(return_X_y=True)
+    images = np.repeat((rows[40:51].reshape(-1, 8, 8, 1) * 15).astype(np.uint8), 3, 3)
+    table = pd.DataFrame(rows[20:31] / 16).rename(columns=str)
+    words = np.array(["no", "yes"])[labels % 2]
+    return {
+        "rows": Data(read_only(rows[:12] / 16), labels[:12] % 3, (8, 8)),
+        "table": Data(table, words[20:31], (4, 16)),
+        "stack": Data(read_only(images), words[40:51]),
+        "list": Data([*images[:9], images[9, :5] / 255, images[10]], labels[40:51] % 2),
+    }
+
+
+DATA = some_data()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of estimator.
+
+    `choices` are values of its parameters; those `at_once` count from the moment they
+    are set, the others in `fit`. With `is_frozen` a fit learns nothing, so they may as
+    well be set before. `reads` tells whether it decodes images. `by_row` tells whether
+    an image gets the same bits wherever it stands: the products of scikit-learn's
+    linear classifiers differ in the last ones.
+    """
+
+    make: object
+    fixed: dict
+    choices: dict
+    at_once: tuple = ("precision", "engine", "device", "decode")
+    is_frozen: bool = False
+    reads: bool = True
+    by_row: bool = True
+
+    def fresh(self, params):
+        """Return an estimator with parameters that it has all to itself."""
+        return self.make(**copy.deepcopy(params))
+
+
+COMMON = {
+    "precision": ["auto", "float32", "bfloat16"],
+    "engine": ["auto", "torch"],
+    "device": ["auto", "cpu"],
+    "decode": ["exact", "fast"],
+    "n_jobs": [None, 1, 2],
+}
+SIZES = {"image_size": [16, 32]}
+SEEDS = {"random_state": [0, 7, np.random.RandomState(3)]}
+SMALL = {"backbone": "tiny", "image_size": 32, "random_state": 0}
+
+KINDS = {
+    "transformer": Kind(
+        CNNFeatureTransformer,
+        SMALL,
+        {
+            **COMMON,
+            **SIZES,
+            **SEEDS,
+            "weights": ["imagenet", None],
+            "layer": ["block3", ["stem", "block2"], 1],
+            "pooling": ["avg", "avgmax", 2],
+            "batch_size": ["auto", 3],
+            "cache": [None, FOLDER],
+        },
+        at_once=("precision", "engine", "device", "decode", "batch_size"),
+        is_frozen=True,
+        reads=False,
+    ),
+    "pretrained": Kind(
+        PretrainedCNNClassifier,
+        SMALL,
+        {
+            **COMMON,
+            **SIZES,
+            **SEEDS,
+            "weights": ["imagenet", None],
+            "class_map": [None, {"a": 3, "b": [4, 5]}],
+            "batch_size": ["auto", 3],
+        },
+        at_once=("precision", "engine", "device", "decode", "batch_size"),
+        is_frozen=True,
+        reads=False,
+    ),
+    "learned": Kind(
+        PretrainedCNNClassifier,
+        {**SMALL, "class_map": "learn"},
+        {**COMMON, **SIZES, "weights": ["imagenet", None], **SEEDS},
+    ),
+    "tuned": Kind(
+        FineTunedCNNClassifier,
+        {**SMALL, "head_epochs": 1, "finetune_epochs": 1},
+        {
+            **COMMON,
+            **SEEDS,
+            "layer": ["block2", "block3"],
+            "weights": ["imagenet", None],
+            "pooling": ["avg", "flatten"],
+            "unfreeze": ["all", 1, "batch_norm", None],
+            "conv_channels": [(), (4,)],
+            "hidden_units": [(), (5,)],
+            "dropout": [0.0, 0.5],
+            "head_init": ["probe", "random"],
+            "optimizer": ["auto", "adamw"],
+            "validation_fraction": [None, 0.3],
+            "class_weight": [None, "balanced"],
+            "batch_size": [5, 32],
+            "cache": [None, FOLDER],
+            "checkpoint": [None, FOLDER],
+        },
+    ),
+    "transfer": Kind(
+        TransferClassifier,
+        {**SMALL, "strategy": "extract", "cv": 2},
+        {
+            **COMMON,
+            **SEEDS,
+            "weights": ["imagenet", None],
+            "strategy": ["as_is", "extract", "extract_early", "finetune_top", "auto"],
+            "cache": [None, FOLDER],
+        },
+        by_row=False,
+    ),
+    "advisor": Kind(
+        StrategyAdvisor,
+        {**SMALL, "cv": 2},
+        {**COMMON, **SEEDS, "max_images": [None, 9], "cache": [None, FOLDER]},
+        at_once=(),
+    ),
+}
+
+# Refused in `fit`, and by a fitted estimator that is asked for something.
+WRONG = [
+    {"precision": "x"},
+    {"engine": "steam"},
+    {"device": "abacus"},
+    {"decode": "quick"},
+    {"n_jobs": "all"},
+]
+
+# Refused in `fit`, some of them in `fit` only.
+WRONG_IN_FIT = [
+    *WRONG,
+    *({"backbone": "tinny"}, {"weights": "WRONG"}, {"image_size": 10**6}),
+]
+
+
+def through_joblib(estimator):
+    file = io.BytesIO()
+    joblib.dump(estimator, file)
+    return joblib.load(file)
+
+
+def through_skops(estimator):
+    saved = skops.io.dumps(estimator)
+    return skops.io.loads(saved, trusted=skltl.SKOPS_TRUSTED)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+FILES = {
+    "pickle": lambda estimator: pickle.loads(pickle.dumps(estimator)),
+    "joblib": through_joblib,
+    "skops": through_skops,
+}
+
+TRANSFORMERS = ("transformer", "tuned")
+METHODS = ("transform", "decision_function", "predict_proba", "predict")
+MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "similarity_")
+
+
+def outcome(estimator, X):
+    """Return all that a fitted estimator gives for images, by name."""
+    found = {
+        name: np.asarray(getattr(estimator, name)(X))
+        for name in METHODS
+        if hasattr(estimator, name)
+    }
+    for name in MEASURED:
+        if hasattr(estimator, name):
+            found[name] = repr(getattr(estimator, name))
+    if hasattr(estimator, "get_feature_names_out"):
+        found["names"] = list(estimator.get_feature_names_out())
+    return found
+
+
+def fitted_names(estimator):
+    return {name for name in vars(estimator) if name.endswith("_")}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+        assert getattr(found[name], "dtype", None) == getattr(value, "dtype", None)
+
+
+def global_generators():
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    mine = (random.getstate(), kind, keys.tobytes(), rest)
+    return (*mine, torch.get_rng_state().numpy().tobytes())
+
+
+_known = {}
+
+
+def expected_of(name, given, data, later):
+    """Return what an estimator gives that was made for it, and what it holds."""
+    key = pickle.dumps((name, given, data, later))
+    if key not in _known:
+        kind = KINDS[name]
+        if kind.is_frozen:
+            given = given | {key: one for key, one in later.items() if one != "auto"}
+        fresh = kind.fresh(given).fit(DATA[data].X, DATA[data].y)
+        fresh.set_params(**later)
+        _known[key] = outcome(fresh, DATA[data].X), fitted_names(fresh)
+    return _known[key]
+
+
+@dataclass
+class Record:
+    """What is known of an estimator: its parameters, and those of its last fit."""
+
+    estimator: object
+    params: dict
+    given: dict | None = None
+    data: str = ""
+
+    def copied(self, estimator, **changed):
+        """Return what is known of a copy, some of whose parameters are others."""
+        here = self.params.keys() & changed.keys()
+        params = {**self.params, **{name: changed[name] for name in here}}
+        return Record(estimator, params, self.given, self.data)
+
+
+class Life(RuleBasedStateMachine):
+    """The life of an estimator and its copies; subclasses say of which kind."""
+
+    name = ""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = KINDS[self.name]
+        self.folder = Path(tempfile.mkdtemp(prefix="skltl-any-order-"))
+        self.others = []
+
+    def teardown(self):
+        for record in self.others:  # whatever happened to their copies
+            self.check(record)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @initialize()
+    def begin(self):
+        estimator = self.kind.fresh(self.kind.fixed)
+        self.now = Record(estimator, estimator.get_params(deep=False))
+        self.generators = global_generators()
+
+    def check(self, record):
+        """Compare an estimator with one that was made for its parameters."""
+        params = record.estimator.get_params(deep=False)
+        assert params.keys() == record.params.keys()
+        for name, value in record.params.items():
+            if not hasattr(value, "get_state"):
+                assert params[name] == value, name
+        if record.given is None:
+            with pytest.raises(NotFittedError):
+                self.ask(record.estimator, DATA["stack"].X)
+            return
+        later = {name: record.params[name] for name in self.kind.at_once}
+        expected, names = expected_of(self.name, record.given, record.data, later)
+        assert fitted_names(record.estimator) == names
+        assert_same(outcome(record.estimator, DATA[record.data].X), expected)
+
+    def answers(self):
+        """Tell whether it gives something for images, as an advisor does not."""
+        return self.now.given is not None and self.name != "advisor"
+
+    def ask(self, estimator, X):
+        """Ask for the first thing that such an estimator gives."""
+        for name in METHODS:
+            if hasattr(estimator, name):
+                return getattr(estimator, name)(X)
+        return estimator.report()
+
+    @invariant()
+    def it_gives_what_a_fresh_one_gives(self):
+        self.check(self.now)
+
+    @invariant()
+    def global_generators_are_as_they_were(self):
+        assert global_generators() == self.generators
+
+    @rule(draw=st.data())
+    def set_a_parameter(self, draw):
+        choices = self.kind.choices
+        name = draw.draw(st.sampled_from(sorted(choices)))
+        value = copy.deepcopy(draw.draw(st.sampled_from(choices[name])))
+        value = str(self.folder / name) if value == FOLDER else value
+        self.now.estimator.set_params(**{name: value})
+        self.now.params[name] = value
+
+    @rule(data=st.sampled_from(sorted(DATA)))
+    def fit(self, data):
+        self.now.params["image_shape"] = DATA[data].image_shape
+        self.now.estimator.set_params(image_shape=DATA[data].image_shape)
+        # Before the fit, which draws from a generator that is a parameter.
+        given = copy.deepcopy(self.now.params)
+        self.now.estimator.fit(DATA[data].X, DATA[data].y)
+        here = given.keys() & WITHOUT_EFFECT.keys()
+        self.now.given = given | {name: WITHOUT_EFFECT[name] for name in here}
+        self.now.data = data
+
+    def fail_to_fit(self, X, y, **params):
+        """Try to fit, with other parameters meanwhile."""
+        before = {name: self.now.params[name] for name in params}
+        self.now.estimator.set_params(**params)
+        with pytest.raises((ValueError, TypeError)):
+            self.now.estimator.fit(X, y)
+        self.now.estimator.set_params(**before)
+
+    @rule(data=st.sampled_from(sorted(DATA)), wrong=st.sampled_from(WRONG_IN_FIT))
+    def fail_to_fit_with_a_wrong_parameter(self, data, wrong):
+        X, y, image_shape = DATA[data].X, DATA[data].y, DATA[data].image_shape
+        self.fail_to_fit(X, y, image_shape=image_shape, **wrong)
+
+    @rule(data=st.sampled_from(sorted(DATA)), is_short=st.booleans())
+    def fail_to_fit_other_data(self, data, is_short):
+        X, y, image_shape = DATA[data].X, DATA[data].y, DATA[data].image_shape
+        if is_short or not (self.kind.reads or image_shape):
+            y = y[:-1]
+        else:
+            X = DATA[data].spoiled()
+        self.fail_to_fit(X, y, image_shape=image_shape)
+
+    @precondition(lambda self: self.answers())
+    @rule(wrong=st.sampled_from(WRONG))
+    def a_wrong_parameter_is_refused_after_the_fit(self, wrong):
+        (name,) = wrong
+        self.now.estimator.set_params(**wrong)
+        with pytest.raises((ValueError, TypeError)):
+            self.ask(self.now.estimator, DATA[self.now.data].X)
+        self.now.estimator.set_params(**{name: self.now.params[name]})
+
+    @rule(way=st.sampled_from(sorted(COPIES)))
+    def go_on_with_a_copy(self, way):
+        self.others.append(self.now)
+        self.now = self.now.copied(COPIES[way](self.now.estimator))
+
+    @rule(way=st.sampled_from(sorted(FILES)))
+    def go_on_with_a_saved_one(self, way):
+        self.others.append(self.now)
+        is_fitted = self.now.given is not None
+        left_out = LEFT_OUT_OF_FILES if is_fitted else {}
+        self.now = self.now.copied(FILES[way](self.now.estimator), **left_out)
+
+    @rule()
+    def go_on_with_a_clone(self):
+        self.others.append(self.now)
+        cloned = clone(self.now.estimator)
+        assert not fitted_names(cloned)
+        self.now = Record(cloned, dict(self.now.params))
+
+    @precondition(lambda self: self.others)
+    @rule(number=st.integers(0, 9))
+    def go_on_with_another(self, number):
+        number %= len(self.others)
+        self.now, self.others[number] = self.others[number], self.now
+
+    @rule()
+    def release_memory(self):
+        skltl.release_memory()
+
+    @rule()
+    def lose_the_files(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @precondition(lambda self: self.answers())
+    @rule(order=st.permutations(range(9)), n=st.sampled_from([1, 2, 9]))
+    def ask_for_some_images_in_another_order(self, order, n):
+        estimator, data, some = self.now.estimator, DATA[self.now.data], order[:n]
+        everything = outcome(estimator, data.X)
+        for name, found in outcome(estimator, data.part(some)).items():
+            if name == "names" or isinstance(found, str):
+                continue
+            if self.kind.by_row or found.dtype.kind != "f":
+                np.testing.assert_array_equal(found, everything[name][some], name)
+            else:
+                np.testing.assert_allclose(found, everything[name][some], rtol=1e-5)
+
+    @precondition(lambda self: self.answers())
+    @rule()
+    def ask_it_inside_of_others(self):
+        X = DATA[self.now.data].X
+        expected = outcome(self.now.estimator, X)
+        frozen = FrozenEstimator(self.now.estimator)
+        for name in METHODS:
+            if name in expected:
+                found = getattr(make_pipeline(frozen), name)(X)
+                np.testing.assert_array_equal(found, expected[name], name)
+
+    @precondition(lambda self: self.answers() and self.name in TRANSFORMERS)
+    @rule()
+    def ask_for_a_table(self):
+        data, estimator = DATA[self.now.data], copy.deepcopy(self.now.estimator)
+        table = estimator.set_output(transform="pandas").transform(data.X)
+        np.testing.assert_array_equal(
+            table.to_numpy(), self.now.estimator.transform(data.X)
+        )
+        assert table.columns.tolist() == estimator.get_feature_names_out().tolist()
+
+    @precondition(lambda self: self.now.given is not None and self.name == "tuned")
+    @rule(precision=st.sampled_from(COMMON["precision"][1:]), refits=st.booleans())
+    def make_a_transformer_of_it(self, precision, refits):
+        X = DATA[self.now.data].X
+        # Left open, it would be another one in the next fit than it was in the last.
+        tuned = copy.copy(self.now.estimator).set_params(precision=precision)
+        made = tuned.to_transformer()
+        made = clone(made).fit(X) if refits else made
+        np.testing.assert_array_equal(made.transform(X), tuned.transform(X))
+
+
+def machine(name, max_examples):
+    """Return the test case of one kind of estimator."""
+    life = type(f"LifeOf{name.title()}", (Life,), {"name": name})
+    life.TestCase.settings = settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=max_examples,
+        stateful_step_count=25,
+        # Explaining takes longer than finding.
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    return life.TestCase
+
+
+TestTransformer = machine("transformer", 40)
+TestPretrained = machine("pretrained", 25)
+TestLearned = machine("learned", 25)
+TestTuned = machine("tuned", 25)
+TestTransfer = machine("transfer", 20)
+TestAdvisor = machine("advisor", 15)
+
+
+def test_another_process_gives_the_same(tmp_path):
+    X, y = DATA["rows"].X, DATA["rows"].y
+    here = {}
+    for name, kind in KINDS.items():
+        estimator = kind.fresh({**kind.fixed, "image_shape": (8, 8)}).fit(X, y)
+        joblib.dump(estimator, tmp_path / f"{name}.joblib")
+        here[name] = outcome(estimator, X)
+    folders = [Path(skltl.__file__).parents[1], Path(__file__).parent]
+    code = (
+        "import joblib, pathlib, sys, torch\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        f"sys.path[:0] = {[str(path) for path in folders]!r}\n"
+        "from test_any_order import DATA, KINDS, outcome\n"
+        f"folder, X = pathlib.Path({str(tmp_path)!r}), DATA['rows'].X\n"
+        "read = lambda name: joblib.load(folder / f'{name}.joblib')\n"
+        "found = {name: outcome(read(name), X) for name in KINDS}\n"
+        "joblib.dump(found, folder / 'found')\n"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    found = joblib.load(tmp_path / "found")
+    assert found.keys() == here.keys()
+    for name, expected in here.items():
+        assert_same(found[name], expected)
