@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from skltl._randomness import draw_seed, fresh_seed
 from skltl._validation import check_sample_weight, take
 from skltl.backbones import block_shapes, get_backbone, resolve_layer, resolve_weights
 from skltl.classifiers import PretrainedCNNClassifier, encode_labels, map_by_names
-from skltl.exceptions import WeightsError
+from skltl.exceptions import ImageReadError, ImageTypeError, WeightsError
 from skltl.features import CNNFeatureTransformer
 from skltl.strategy._depth_probe import (
     Data,
@@ -66,7 +68,7 @@ class Labelled:
     targets : array of shape (n,)
         Number of the class of each.
     weights, groups : array of shape (n,), or None
-        Of the images.
+        Of the images; the weights are 1 on the average.
     """
 
     X: Any
@@ -75,6 +77,18 @@ class Labelled:
     targets: NDArray[np.int64]
     weights: NDArray[np.float64] | None
     groups: NDArray[Any] | None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let errors of images say where these stand in what was given."""
+        try:
+            yield
+        except ImageReadError as error:
+            position = int(self.positions[error.index])
+            raise ImageReadError(position, error.path, error.reason) from error
+        except ImageTypeError as error:
+            position = int(self.positions[error.index])
+            raise ImageTypeError(position, error.reason) from error
 
     def part(self, rows: NDArray[np.int64]) -> Labelled:
         """Return some of them."""
@@ -96,8 +110,6 @@ class Measurement:
 
     Parameters
     ----------
-    n_given : int
-        How many images there are, with those of weight 0.
     labelled, evaluated : Labelled
         All images, and those that were evaluated on.
     data : Data
@@ -116,7 +128,6 @@ class Measurement:
         The advice.
     """
 
-    n_given: int
     labelled: Labelled
     evaluated: Labelled
     data: Data
@@ -134,13 +145,14 @@ class Measurement:
         return _chosen(self.depths, self.similarity)
 
     def features_of(self, estimator: Any) -> tuple[Any, ...]:
-        """Return features for a pipeline, of which images, and how many there are."""
+        """Return features for a pipeline, and of which of the labelled images."""
         if not isinstance(estimator, Pipeline):
             return ()
         layer = resolve_layer(get_backbone(estimator[0].backbone), estimator[0].layer)
         if layer.name not in self.features:
             return ()
-        return self.features[layer.name], self.evaluated.positions, self.n_given
+        which = np.searchsorted(self.labelled.positions, self.evaluated.positions)
+        return self.features[layer.name], which
 
     def attributes(self) -> dict[str, Any]:
         """Return what `fit` of a `StrategyAdvisor` sets."""
@@ -181,7 +193,8 @@ def measure(
         shared["random_state"] = seed  # of a generator, what it gave
     seed = fresh_seed() if seed is None else seed
     evaluated, data = _divide(labelled, advisor.cv, advisor.max_images, seed)
-    features = _features_by_layer(advisor.backbone, shared, evaluated.X)
+    with evaluated.named():
+        features = _features_by_layer(advisor.backbone, shared, evaluated.X)
     depths = probe_depths(features, data)
     class_map = map_of_classes(advisor.backbone, advisor.weights, labelled.classes)
     as_is = _score_as_is(advisor.backbone, shared, evaluated, class_map, seed)
@@ -201,7 +214,7 @@ def measure(
         **shared,
     )
     measured = (features, depths, sizes, as_is, class_map, similarity, strategy)
-    return Measurement(n_given, labelled, evaluated, data, *measured)
+    return Measurement(labelled, evaluated, data, *measured)
 
 
 def _divide(
@@ -233,10 +246,16 @@ def label(X: Any, y: Any, n: int, sample_weight: Any, groups: Any) -> Labelled:
         weights = check_sample_weight(
             sample_weight, targets, dtype=np.float64, ensure_non_negative=True
         )
+        if not weights.any():
+            raise ValueError(
+                "All images have weight 0: there is nothing to learn from."
+            )
+        # As in fine-tuning, only their ratios count: strategies are compared.
+        weights = weights / weights[weights > 0].mean()
     everything = Labelled(X, positions, classes, targets, weights, groups)
-    if weights is None or (weights > 0).all():
+    if weights is None or weights.all():
         return everything
-    some = np.flatnonzero(weights > 0)
+    some = np.flatnonzero(weights)
     remaining, _ = encode_labels(classes[targets[some]], len(some))
     part = everything.part(some)
     targets = np.searchsorted(remaining, classes[part.targets])
@@ -313,13 +332,14 @@ def _score_as_is(
     known = {name: one for name, one in shared.items() if name != "cache"}
     make: Any = PretrainedCNNClassifier
     as_is = make(backbone, **known)
-    try:
-        categories = as_is.fit(some.X).categories_.tolist()
-    except WeightsError:  # there is no head
-        return None
-    if map_by_names(classes, categories) is None:  # a file with another head
-        return None
-    predicted = as_is.set_params(class_map=class_map).fit(some.X).predict(some.X)
+    with some.named():
+        try:
+            categories = as_is.fit(some.X).categories_.tolist()
+        except WeightsError:  # there is no head
+            return None
+        if map_by_names(classes, categories) is None:  # a file with another head
+            return None
+        predicted = as_is.set_params(class_map=class_map).fit(some.X).predict(some.X)
     is_right = predicted == classes[some.targets]
     score = float(np.average(is_right, weights=some.weights))
     return score, float(np.sqrt(score * (1 - score) / len(is_right)))

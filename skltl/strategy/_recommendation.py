@@ -19,6 +19,7 @@ from skltl.backbones import (
     skeleton,
 )
 from skltl.classifiers import FineTunedCNNClassifier, PretrainedCNNClassifier
+from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.strategy._code import code_of
 
@@ -187,13 +188,17 @@ def recommend_strategy(
     300 pictures, 60 of the smallest class, are few: a network would learn them ...
     """
     numbers: dict[str, Any] = {"n_images": n_images, "n_classes": n_classes}
+    if n_smallest is not None:
+        numbers["n_smallest"] = n_smallest
     for name, number in numbers.items():
         is_count = not isinstance(number, bool) and isinstance(number, Integral)
         if not is_count or number < 1:
-            raise ValueError(f"{name} must be a positive integer, got {number!r}.")
+            got = shorten(repr(number))
+            raise ValueError(f"{name} must be a positive integer, got {got}.")
     if similarity not in SIMILARITIES:
         raise ValueError(
-            f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity!r}."
+            f"similarity must be one of {', '.join(SIMILARITIES)}; got "
+            f"{shorten(repr(similarity))}."
         )
     if n_smallest is None:
         n_smallest = n_images // n_classes

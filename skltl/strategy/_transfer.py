@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from skltl._device import DTYPES
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
-from skltl._validation import Interval, StrOptions, fit_context, take
+from skltl._validation import Interval, StrOptions, fit_context
 from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._measurement import (
@@ -203,7 +203,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
             differ.
         """
         n_images = len(clone(self)._read_images(X, reset=True))
-        classes = label(X, y, n_images, sample_weight, groups).classes
+        labelled = label(X, y, n_images, sample_weight, groups)
         seed = draw_seed(self.random_state)
         shared = {name: getattr(self, name) for name in SHARED_PARAMETERS}
         # The same for what measures and what is advised.
@@ -214,10 +214,10 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
             advisor = StrategyAdvisor(self.backbone, cv=self.cv, **shared)
             measured = measure(advisor, X, y, sample_weight, groups)
             advisor._take(measured, X)
-        strategy = self._build_strategy(classes, measured, shared)
+        strategy = self._build_strategy(labelled.classes, measured, shared)
         estimator = clone(strategy.estimator)
         known = () if measured is None else measured.features_of(strategy.estimator)
-        _fit(estimator, X, y, sample_weight, groups, known)
+        _fit(estimator, labelled, known)
         # Only now does anything change: a fit that fails leaves the one before.
         self._read_images(X, reset=True)
         self.advisor_ = advisor
@@ -318,14 +318,10 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         return getattr(_with_parameters(self.estimator_, changed), method)(X)
 
     def __getstate__(self):
-        state = super().__getstate__()
-        if "strategy_" in state:  # where a file is loaded is not for the file to say
-            state["strategy_"] = portable(state["strategy_"])
-            unset = {
-                name: state[name] for name in LEFT_OUT_OF_FILES.keys() & state.keys()
-            }
-            state["_set_at_fit"] = {**state["_set_at_fit"], **unset}
-        return state
+        return _portable(super().__getstate__())
+
+    def __setstate__(self, state):
+        super().__setstate__(_portable(state))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -333,13 +329,29 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         return tags
 
 
-def _fit(estimator, X, y, sample_weight, groups, known):
+def _portable(state):
+    """Return a state for a file, or from one: it does not say where features go."""
+    if "strategy_" not in state:
+        return state
+    known = state["_set_at_fit"]
+    unset = {name: one for name, one in LEFT_OUT_OF_FILES.items() if name in known}
+    return {
+        **state,
+        "strategy_": portable(state["strategy_"]),
+        "_set_at_fit": {**known, **unset},
+    }
+
+
+def _fit(estimator, labelled, known):
     """Fit what was advised; `known` are the features of some images, and which."""
-    given = {"sample_weight": sample_weight, "groups": groups}
+    X, y = labelled.X, labelled.classes[labelled.targets]
+    sample_weight = labelled.weights
+    given = {"sample_weight": sample_weight, "groups": labelled.groups}
     given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(estimator, Pipeline):
         takes = {name: has_fit_parameter(estimator, name) for name in given}
-        estimator.fit(X, y, **{name: given[name] for name in given if takes[name]})
+        with labelled.named():
+            estimator.fit(X, y, **{name: given[name] for name in given if takes[name]})
         return
     by_step = {
         f"{name}__sample_weight": sample_weight
@@ -351,20 +363,24 @@ def _fit(estimator, X, y, sample_weight, groups, known):
         # Tables get their columns' names from the transformer.
         if known and get_config()["transform_output"] == "default":
             transformer = estimator[0].fit(X, y)
-            features = _completed(transformer, X, *known)
+            features = _completed(transformer, labelled, *known)
             estimator[1:].fit(features, y, **by_step)
         else:
-            estimator.fit(X, y, **by_step)
+            with labelled.named():
+                estimator.fit(X, y, **by_step)
 
 
-def _completed(transformer, X, features, positions, n):
-    """Return features of all n images, of which those at some positions are known."""
-    if len(positions) == n:
+def _completed(transformer, labelled, features, known):
+    """Return the features of all images; those of some are known."""
+    n = len(labelled.positions)
+    if len(known) == n:
         return features
-    others = np.setdiff1d(np.arange(n), positions)
+    others = np.setdiff1d(np.arange(n), known)
     rows = np.empty((n, features.shape[1]), features.dtype)
-    rows[positions] = features
-    rows[others] = transformer.transform(take(X, others))
+    rows[known] = features
+    part = labelled.part(others)
+    with part.named():
+        rows[others] = transformer.transform(part.X)
     return rows
 
 

@@ -9,17 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 import joblib
 import numpy as np
 import pytest
+import skops.io
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 from skltl import (
+    SKOPS_TRUSTED,
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     StrategyAdvisor,
     TransferClassifier,
     make_feature_pipeline,
 )
+from skltl.exceptions import ImageReadError
 
 ROWS = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
 STRATEGIES = ["as_is", "extract", "extract_early", "finetune", "finetune_top", "auto"]
@@ -79,6 +83,7 @@ def test_weights_reach_scaler_and_classifier(strategy, digits):
     pipeline = clone(fitted.strategy_.estimator)
     (_, scaler), (_, last) = pipeline.steps[1:]
     features = pipeline[0].fit_transform(X)
+    weights /= weights.mean()
     last.fit(scaler.fit_transform(features, sample_weight=weights), y, weights)
     expected = pipeline.decision_function(X)
     assert_allclose(fitted.decision_function(X), expected, rtol=1e-4, atol=1e-5)
@@ -266,3 +271,107 @@ def test_the_code_of_a_strategy_makes_its_estimator():
             made = eval(strategy.code, names)
 
             assert repr(made) == repr(strategy.estimator)
+
+
+@pytest.mark.parametrize("strategy", ["extract", "extract_early", "finetune", "auto"])
+def test_images_without_weight_are_as_good_as_left_out(strategy, digits):
+    """All images of a class among them: liblinear would shift the other classes."""
+    X, y = digits
+    weights = (y != 0).astype(float)
+    made = TransferClassifier("tiny", strategy=strategy, **ROWS)
+
+    found = clone(made).fit(X, y, sample_weight=weights)
+
+    expected = made.fit(X[y != 0], y[y != 0])
+    assert found.classes_.tolist() == [1, 2]
+    assert_allclose(
+        found.decision_function(X), expected.decision_function(X), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("strategy", ["extract", "extract_early", "auto"])
+def test_only_the_ratios_of_weights_count(strategy, digits):
+    X, y = digits
+    weights = np.random.default_rng(0).uniform(0.1, 3, len(y))
+    given = weights.copy()
+    one, other = (
+        TransferClassifier("tiny", strategy=strategy, **ROWS).fit(
+            X, y, factor * weights
+        )
+        for factor in (1, 1e-4)
+    )
+
+    assert_allclose(
+        one.decision_function(X), other.decision_function(X), rtol=1e-4, atol=1e-5
+    )
+    if strategy == "auto":
+        assert one.advisor_.layer_scores_ == pytest.approx(other.advisor_.layer_scores_)
+    assert_array_equal(weights, given)
+
+
+@pytest.mark.parametrize("strategy", ["extract", "finetune", "auto"])
+def test_an_unreadable_image_is_named_by_its_place_among_all(strategy):
+    images = [np.full((16, 16), 10 * number, np.uint8) for number in range(20)]
+    images[17] = np.full((16, 16), np.nan)
+    weights = np.r_[np.zeros(10), np.ones(10)]
+    made = TransferClassifier("tiny", strategy=strategy, image_size=16, random_state=0)
+
+    with pytest.raises(ImageReadError, match="Image 17 could not be read") as caught:
+        made.fit(images, [0, 1] * 10, sample_weight=weights)
+
+    assert caught.value.index == 17
+
+
+def test_an_unreadable_image_that_is_not_evaluated_is_named(monkeypatch):
+    defaults = StrategyAdvisor.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "max_images", 30)
+    images = [np.full((16, 16), number, np.uint8) for number in range(60)]
+    for number in range(60):
+        spoiled = [*images]
+        spoiled[number] = np.full((16, 16), np.nan)
+        if number % 13 == 5:
+            with pytest.raises(ImageReadError, match=f"Image {number} could not"):
+                TransferClassifier("tiny", image_size=16, random_state=0).fit(
+                    spoiled, [0, 1] * 30
+                )
+
+
+def planted(fitted, folder):
+    """Put a folder where a file of a fitted estimator has none; `fitted` is changed."""
+    state = fitted.__getstate__()
+    for part in (state, state.get("_set_at_fit", {})):
+        if "cache" in part:
+            part |= {"cache": str(folder), "verbose": 1}
+    type(fitted).__getstate__, before = lambda self: state, type(fitted).__getstate__
+    return before
+
+
+def pickle_with(fitted, folder):
+    kind, before = type(fitted), planted(fitted, folder)
+    content = pickle.dumps(fitted)
+    kind.__getstate__ = before
+    return pickle.loads(content)
+
+
+def skops_with(fitted, folder):
+    kind, before = type(fitted), planted(fitted, folder)
+    content = skops.io.dumps(fitted)
+    kind.__getstate__ = before
+    return skops.io.loads(content, trusted=SKOPS_TRUSTED)
+
+
+@pytest.mark.parametrize("save", [pickle_with, skops_with], ids=["pickle", "skops"])
+@pytest.mark.parametrize("kind", ["transformer", "classifier"])
+def test_a_file_made_to_write_features_somewhere_does_not(kind, save, digits, tmp_path):
+    X, y = digits
+    made = (
+        CNNFeatureTransformer("tiny", **ROWS)
+        if kind == "transformer"
+        else TransferClassifier("tiny", strategy="extract", **ROWS)
+    ).fit(X, y)
+
+    loaded = save(made, tmp_path / "planted")
+
+    assert (loaded.cache, loaded.verbose) == (None, 0)
+    getattr(loaded, "predict" if kind == "classifier" else "transform")(X)
+    assert not (tmp_path / "planted").exists()
