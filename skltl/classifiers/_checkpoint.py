@@ -136,9 +136,18 @@ class Checkpoint:
         """Delete the file, and what killed fits have left: the fit is done."""
         if self._path is None:
             return
-        self._path.unlink(missing_ok=True)
-        for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
-            left.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+            for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(
+                f"The fit is done, but its checkpoint {str(self._path)!r} cannot be "
+                f"deleted ({error.strerror}). Delete it: the same fit would begin with "
+                "it.",
+                CheckpointWarning,
+                stacklevel=level_of_the_user(),
+            )
 
     def _unfinished(self, path: Path) -> Path:
         """Name a file of this process and thread."""

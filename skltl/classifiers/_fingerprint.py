@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from types import CodeType, FunctionType
-from typing import Any
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import IO, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,7 +28,7 @@ LEFT_OUT = (
     *("random_state", "verbose"),
 )
 
-# What the functions that a transform calls do is seen from some augmented views only.
+# What a transform of an installed package does is seen from some augmented views only.
 N_VIEWS = 8
 
 
@@ -94,10 +98,13 @@ def _image(source: ImageSource, position: int) -> bytes:
 
 
 def _views(augment: Any, source: ImageSource, foundation: Foundation) -> bytes:
-    """Return the contents of some augmented views of the first image."""
-    crop = foundation.preprocessing.crop(source[0])
-    views = Views(crop[None], augment, N_VIEWS, seed=0)
-    return b"".join(content_key(view) for view in views)
+    """Return the contents of augmented views of some images."""
+    found = b""
+    for number, position in enumerate(np.linspace(0, len(source) - 1, N_VIEWS)):
+        crop = foundation.preprocessing.crop(source[int(position)])
+        view = Views(crop[None], augment, N_VIEWS, seed=0).view(0, 1 + number)
+        found += content_key(view)
+    return found
 
 
 def description(value: Any, name: str) -> bytes:
@@ -111,11 +118,8 @@ def description(value: Any, name: str) -> bytes:
         If it holds what cannot be described, such as an open file.
     """
     content = io.BytesIO()
-    describer = _Describer(content)
-    # Without a memory: whether two equal texts are one object is a matter of chance.
-    describer.fast = True
     try:
-        describer.dump(value)
+        _Describer(content).dump(value)
     except (
         *(pickle.PicklingError, TypeError, ValueError, AttributeError),
         RecursionError,
@@ -128,8 +132,27 @@ def description(value: Any, name: str) -> bytes:
     return content.getvalue()
 
 
+# What is named by its version, wherever it is installed, or is a part of Python.
+VERSIONED = {"torch", "torchvision", "skltl", "numpy", "PIL", "builtins"}
+
+
 class _Describer(pickle.Pickler):
-    """Pickles functions by their code and what they enclose, tensors by their bytes."""
+    """Pickles what a value consists of, the code of the user's own functions included.
+
+    Functions and classes of installed packages are pickled by name.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        # Whether two equal texts are one object is a matter of chance: no memory.
+        self.fast = True
+        self._described: set[int] = set()  # functions that call themselves
+
+    def persistent_id(self, value: Any) -> Any:
+        """Return what stands for a set, whose order is another in each process."""
+        if type(value) in (set, frozenset):
+            return sorted(description(one, "a set") for one in value)
+        return value.__name__ if isinstance(value, ModuleType) else None
 
     def reducer_override(self, value: Any) -> Any:
         """Return what stands for such an object; others are pickled as usual."""
@@ -137,15 +160,59 @@ class _Describer(pickle.Pickler):
             array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             kind = (str(value.dtype), tuple(value.shape))
             return tuple, ((*kind, array.numpy().tobytes()),)
-        if isinstance(value, FunctionType):
-            enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
-            defaults = (value.__defaults__, value.__kwdefaults__)
-            return tuple, ((value.__qualname__, value.__code__, *defaults, enclosed),)
         if isinstance(value, CodeType):
-            # The order of a set of texts is another one in each process.
-            constants = [
-                sorted(map(repr, one)) if isinstance(one, frozenset) else one
-                for one in value.co_consts
-            ]
-            return tuple, ((value.co_code, constants, value.co_names),)
-        return NotImplemented
+            return tuple, ((value.co_code, value.co_consts, value.co_names),)
+        is_function = isinstance(value, FunctionType)
+        if not (is_function or isinstance(value, type)) or _is_installed(value):
+            return NotImplemented
+        if id(value) in self._described:
+            return tuple, ((value.__qualname__,),)
+        self._described.add(id(value))
+        return tuple, (_function(value) if is_function else _class(value),)
+
+
+def _function(function: FunctionType) -> tuple[Any, ...]:
+    """Return what a function consists of, and the globals that it uses."""
+    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    known = function.__globals__
+    names = sorted(set(_names_in(function.__code__)) & known.keys())
+    used = {name: known[name] for name in names}
+    return (function.__qualname__, function.__code__, *defaults, enclosed, used)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _class(value: type) -> tuple[Any, ...]:
+    """Return what a class consists of, as far as it says what its objects do."""
+    parts = {
+        name: getattr(part, "__func__", getattr(part, "fget", part))
+        for name, part in vars(value).items()
+    }
+    kept = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, FunctionType)
+        or (not name.startswith("__") and isinstance(part, (int, float, str, tuple)))
+    }
+    return (value.__qualname__, value.__bases__, kept)
+
+
+def _is_installed(value: Any) -> bool:
+    """Tell whether a function or class is of Python or of an installed package."""
+    if (value.__module__ or "").partition(".")[0] in VERSIONED:
+        return True
+    if isinstance(value, FunctionType):
+        path = value.__code__.co_filename
+    else:
+        module = sys.modules.get(value.__module__)
+        path = getattr(module, "__file__", None) or ""
+    parts = Path(path).parts
+    return path.startswith(("<frozen", sysconfig.get_path("stdlib"))) or any(
+        folder in parts for folder in ("site-packages", "dist-packages")
+    )

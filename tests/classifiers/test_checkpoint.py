@@ -3,7 +3,10 @@
 import copy
 import io
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -16,6 +19,8 @@ from torchvision.transforms import v2
 
 from skltl import Backbone, Preprocessing
 from skltl.classifiers._checkpoint import MAGIC, Checkpoint, _digest
+from skltl.classifiers._fingerprint import _views, description
+from skltl.classifiers._fitting import _foundation
 from skltl.exceptions import CheckpointWarning
 
 
@@ -329,3 +334,91 @@ def test_a_fit_of_another_version_begins_anew(data, tmp_path, monkeypatch):
 
     assert losses(fitted) == losses(classifier().fit(*data))
     assert the_file(tmp_path)  # of the other version, which goes on from it
+
+
+def test_a_file_that_cannot_be_deleted_does_not_cost_the_fit(data, tmp_path):
+    folder = tmp_path / "fit"
+    made = classifier(checkpoint=folder)
+    expected = classifier().fit(*data)
+
+    def replace_the_folder(image):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+        return image
+
+    with pytest.warns(CheckpointWarning, match="cannot be deleted|could not be saved"):
+        fitted = made.set_params(augment=replace_the_folder, n_views=1).fit(*data)
+
+    assert fitted.n_epochs_ == expected.n_epochs_
+    assert fitted.predict(data[0]).shape == data[1].shape
+
+
+strength = 0.9
+
+
+def weaken(image):
+    return image.float() / 255 * strength
+
+
+class Weaken:
+    def __call__(self, image):
+        return self.weakened(image)
+
+    def weakened(self, image):
+        return image.float() / 255 * 0.9
+
+
+def test_what_an_augmentation_uses_is_a_part_of_it(monkeypatch):
+    before = description(weaken, "augment"), description(Weaken(), "augment")
+    assert before == (description(weaken, "augment"), description(Weaken(), "augment"))
+
+    monkeypatch.setitem(globals(), "strength", 0.5)
+    monkeypatch.setattr(Weaken, "weakened", lambda self, image: image)
+
+    assert description(weaken, "augment") != before[0]
+    assert description(Weaken(), "augment") != before[1]
+
+
+def test_augmentations_may_call_themselves_and_packages():
+    def halved(image):
+        return halved(image[1:]) if len(image) > 1 else v2.functional.invert(image)
+
+    assert description(halved, "augment") == description(halved, "augment")
+
+
+def test_sets_are_described_the_same_in_every_process():
+    script = (
+        "from skltl.classifiers._fingerprint import description;"
+        "words = {'north', 'east', 'south', 'west', frozenset({'a', 'b', 'c'})};"
+        "print(description({'kept': words}, 'augment').hex())"
+    )
+
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in "123"
+    }
+
+    assert len(found) == 1
+
+
+def test_every_fit_sees_what_augmentation_makes_of_several_images(data):
+    """The first image may be black, where many transforms show nothing."""
+    X, y = data[0].copy(), data[1]
+    X[0] = 0
+    made = classifier(checkpoint="unused", augment=v2.RandomHorizontalFlip(), n_views=1)
+    source = made._read_images(X, y, reset=True)
+    foundation = _foundation(made, 0, is_shared=True)
+
+    one, other = (
+        _views(lambda image, k=k: image.float() / 255 * k, source, foundation)
+        for k in (0.9, 0.91)
+    )
+
+    assert one != other
