@@ -130,6 +130,8 @@ def resolve_threads(n_jobs: int | None) -> int:
     """Return how many threads decode; torch's number respects joblib's workers."""
     if n_jobs is None:
         return torch.get_num_threads()
+    if n_jobs == 0:
+        raise ValueError("n_jobs=0: there must be a thread. -1 is one for each core.")
     return int(effective_n_jobs(n_jobs))
 
 

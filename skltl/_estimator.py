@@ -102,8 +102,7 @@ class ImageEstimator(BaseEstimator):
         state = dict(super().__getstate__())
         if _is_fitted(state):
             state["_format"] = STATE_FORMAT
-            left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
-            state |= {name: LEFT_OUT_OF_FILES[name] for name in left_out}
+            _leave_out(state)
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
             state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
@@ -123,12 +122,19 @@ class ImageEstimator(BaseEstimator):
                 f"This {type(self).__name__} was saved by another version of skltl, "
                 "whose files this one does not read. Fit it again."
             )
+        if _is_fitted(state):  # whoever has made the file
+            _leave_out(state)
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
             state["backbone_"], state["network_"] = backbone, network
             state["cut_points_"] = [CutPoint(*point) for point in state["cut_points_"]]
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
         super().__setstate__(state)
+
+
+def _leave_out(state):
+    left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
+    state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
 
 
 def _is_fitted(state):

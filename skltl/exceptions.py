@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+# Of a message, also of one with a hostile name in it.
+MOST_CHARACTERS = 480
+
+
 class CheckpointWarning(UserWarning):
     """The state of a fit cannot be saved; the fit goes on without."""
 
@@ -132,15 +136,22 @@ class TrainingError(ValueError):
     """Training went astray: the loss became infinite or NaN."""
 
 
-class UnknownBackboneError(ValueError):
+class _ShortError(ValueError):
+    """A hostile file or parameter shall not fill the screen; `args` keep all."""
+
+    def __str__(self) -> str:
+        return shorten(super().__str__(), MOST_CHARACTERS)
+
+
+class UnknownBackboneError(_ShortError):
     """No backbone is registered under this name."""
 
 
-class UnknownLayerError(ValueError):
+class UnknownLayerError(_ShortError):
     """The backbone has no cut point of this name."""
 
 
-class WeightsError(ValueError):
+class WeightsError(_ShortError):
     """A weights file does not fit the backbone, or cannot be loaded safely."""
 
 

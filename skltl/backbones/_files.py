@@ -99,7 +99,7 @@ def read_state(path: Path, n_needed: int) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a weights file: expected one of {', '.join(FILE_FORMATS)}."
         )
-    if not path.is_file():
+    if not _is_file(path):
         raise WeightsNotFoundError(f"There is no weights file {path}.")
     n_most = MOST_TIMES_NEEDED * n_needed + BYTES_OF_A_HEAD
     if path.stat().st_size > n_most:
@@ -110,6 +110,13 @@ def read_state(path: Path, n_needed: int) -> dict[str, Tensor]:
         _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
     )
     return _checked_state(content, path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL byte
+        return False
 
 
 def sha256_of(path: Path) -> str:

@@ -49,6 +49,8 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
 
     Raises
     ------
+    TypeError
+        If it is no `Backbone`.
     ValueError
         If there is another backbone of this name.
 
@@ -60,6 +62,8 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
     >>> mine = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
     >>> register_backbone(mine)
     """
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"Expected a Backbone, got {type(backbone).__name__}.")
     if is_registered(backbone):
         return
     is_own = backbone.name in _REGISTERED

@@ -269,11 +269,13 @@ def _check_own_blocks(blocks: Mapping[str, nn.Module]) -> None:
             f"{type(blocks).__name__}. Of an nn.Sequential: "
             "{'block' + name: child for name, child in module.named_children()}."
         )
-    if not isinstance(blocks, Mapping) or not blocks:
+    if not isinstance(blocks, Mapping):
         raise TypeError(
             "blocks must be a dictionary of names and modules, got "
             f"{type(blocks).__name__}."
         )
+    if not blocks:
+        raise ValueError("blocks is empty: a backbone has one block at least.")
     for name, block in blocks.items():
         if not isinstance(name, str):
             raise TypeError(f"The names of blocks must be texts, got {name!r}.")

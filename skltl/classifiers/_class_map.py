@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skltl.backbones import imagenet_names, nearest
+from skltl.exceptions import shorten
 
 
 def map_of_names(
@@ -39,12 +40,14 @@ def map_of_names(
         in two classes.
     """
     if len(class_map) < 2:
-        raise ValueError(f"class_map needs at least two classes, got {class_map!r}.")
+        raise ValueError(
+            f"class_map needs at least two classes, got {_short(class_map)}."
+        )
     kinds = {str if isinstance(name, str) else type(name) for name in class_map}
     if len(kinds) > 1 or not issubclass(kinds.pop(), (str, int, np.integer)):
         raise ValueError(
             "class_map: the classes must be all texts, or all integers; they are "
-            f"{list(class_map)!r}."
+            f"{_short(list(class_map))}."
         )
     classes = np.unique(list(class_map))
     numbers = {name: number for number, name in enumerate(categories)}
@@ -54,14 +57,14 @@ def map_of_names(
         alone = isinstance(members, (str, Integral))
         if not alone and not isinstance(members, (list, tuple, set, np.ndarray)):
             raise ValueError(
-                f"class_map: the class {name!r} must have a category or a list of "
-                f"them, not {members!r}."
+                f"class_map: the class {_short(name)} must have a category or a list "
+                f"of them, not {_short(members)}."
             )
         for member in [members] if alone else list(members):
             shares[_number(member, numbers, name), column] = 1
     if not shares.any(axis=0).all():
         empty = classes[~shares.any(axis=0)].tolist()[0]
-        raise ValueError(f"class_map: the class {empty!r} has no category.")
+        raise ValueError(f"class_map: the class {_short(empty)} has no category.")
     twice = np.flatnonzero(shares.sum(axis=1) > 1)
     if len(twice):
         raise ValueError(
@@ -137,7 +140,12 @@ def _number(member: Any, numbers: Mapping[str, int], of_class: Any) -> int:
         if name in numbers:
             return numbers[name]
     raise ValueError(
-        f"class_map: {member!r}, of the class {of_class!r}, is no category of this "
+        f"class_map: {_short(member)}, of the class {_short(of_class)}, is no category "
+        "of this "
         f"network: neither a name, nor a number from 0 to {len(numbers) - 1}, nor a "
         f"WordNet number such as n02085620. {nearest(str(member), list(numbers))}"
     )
+
+
+def _short(value: Any) -> str:
+    return shorten(repr(value))

@@ -6,6 +6,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
+from os import fspath
 
 import numpy as np
 import torch
@@ -173,6 +174,8 @@ def _find_checkpoint(classifier, source, given, asked, seed):
     """Return where the state of this fit is kept; `asked` is ``None`` or the seed."""
     if classifier.checkpoint is None:
         return Checkpoint(None, "")
+    if not fspath(classifier.checkpoint) or "\0" in fspath(classifier.checkpoint):
+        raise ValueError(f"checkpoint={classifier.checkpoint!r} is no folder's name.")
     arrays = [None if one is None else np.asarray(one) for one in given]
     foundation = _foundation(classifier, seed, is_shared=asked is not None)
     name = fingerprint(classifier, source, arrays, foundation, asked)

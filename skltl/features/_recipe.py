@@ -242,7 +242,11 @@ def _kind(device: torch.device) -> list[str]:
     if hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.10
         capabilities: Any = torch.cpu.get_capabilities()
         instructions += [f"{name} {value}" for name, value in capabilities.items()]
-    limits = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
+    limits = [
+        os.environ.get(f"{library}_{name}", "")
+        for library in ("ONEDNN", "DNNL")  # the old name still counts
+        for name in ("MAX_CPU_ISA", "DEFAULT_FPMATH_MODE")
+    ]
     return [*instructions, *limits]
 
 

@@ -352,7 +352,7 @@ def _resolve_layers(backbone, layer):
     if not all(is_name) or any(isinstance(one, bool) for one in layers):
         raise InvalidParameterError(
             "The 'layer' parameter of CNNFeatureTransformer must be a name, a number "
-            f"or a list of them. Got {layer!r} instead."
+            f"or a list of them. Got {shorten(repr(layer))} instead."
         )
     cut_points = [resolve_layer(backbone, one) for one in layers]
     n_blocks = len({cut_point.block for cut_point in cut_points})

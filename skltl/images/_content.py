@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 from hashlib import blake2b
 from struct import Struct
@@ -67,9 +68,11 @@ _seen_young: dict[bytes, bytes | None] = {}
 def file_digest(path: str) -> bytes | None:
     """Name a file by all of its bytes (16 bytes), or ``None`` if it cannot be read.
 
-    The same for a copy of the file, on any machine.
+    The same for a copy of the file, on any machine. Pipes and devices have no end.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            return None
         with open(path, "rb") as file:  # noqa: PTH123
             return hashlib.file_digest(file, _blake2b_of_16).digest()
     except (OSError, ValueError):  # the error comes when the file is read
@@ -95,9 +98,9 @@ def _look_at(path: str) -> tuple[bytes | None, bool]:
     try:
         # Not `Path.stat`: a search looks at each file in each fold, and making a path
         # of a text takes longer than looking.
-        stat = os.stat(path)  # noqa: PTH116
+        found = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):  # the error comes when the file is read
         return None, False
-    times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    state = _STATE.pack(stat.st_size, *times, stat.st_ino, stat.st_dev)
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    state = _STATE.pack(found.st_size, *times, found.st_ino, found.st_dev)
     return state, time.time() - max(times) / 1e9 < CLOCK_TICK

@@ -252,6 +252,10 @@ def _upright_rgb(image: Image.Image, is_own: bool) -> Decoded:
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind}, whose range is unknown")
+    if image.mode == "P" and image.palette is None:  # later frames of a grey GIF
+        return image.convert("L")
+    if image.mode == "La":  # Pillow knows no other way
+        image = image.convert("LA")
     if image.has_transparency_data:
         return _on_white(image, is_own)
     if image.mode in ("RGB", "L"):
@@ -368,4 +372,5 @@ def _reason(error: BaseException) -> str:
     """Say what went wrong without the path, which the caller adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    return shorten(str(error).rstrip("."), 300) or type(error).__name__
+    said = shorten(str(error).rstrip("."), 300)
+    return said or f"Pillow's decoder failed ({type(error).__name__})"

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from skltl.exceptions import shorten
 from skltl.images._decode import Decoded, Pixels
 
 INTERPOLATIONS = {
@@ -65,17 +67,21 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            numbers = tuple(float(number) for number in getattr(self, name))
+            numbers = _three_numbers(name, getattr(self, name))
             object.__setattr__(self, name, numbers)  # the usual way, in a frozen class
-            if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-                raise ValueError(f"{name} must be 3 finite numbers, got {numbers}.")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}.")
-        if self.crop_size < 1 or self.shorter_side < 1:
-            raise ValueError("crop_size and resize_size must be at least 1 pixel.")
-        if self.interpolation not in INTERPOLATIONS:
+        for name in ("crop_size", "resize_size"):
+            size = getattr(self, name)
+            is_count = isinstance(size, Integral) and not isinstance(size, bool)
+            if not (is_count and size >= 1) and (name, size) != ("resize_size", None):
+                raise ValueError(
+                    f"{name} must be a number of pixels, at least 1; got "
+                    f"{shorten(repr(size))}."
+                )
+        if self.interpolation not in (*INTERPOLATIONS,):
             raise ValueError(
-                f"Unknown interpolation {self.interpolation!r}. "
+                f"Unknown interpolation {shorten(repr(self.interpolation))}. "
                 f"Known: {', '.join(INTERPOLATIONS)}."
             )
 
@@ -194,3 +200,16 @@ def as_float(pixels: Pixels) -> NDArray[np.float32]:
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255)
     return pixels.astype(np.float32, copy=False)
+
+
+def _three_numbers(name: str, value: Any) -> tuple[float, float, float]:
+    """Return three finite floats, one for each channel."""
+    try:
+        red, green, blue = map(float, value)
+    except (TypeError, ValueError):
+        red = green = blue = math.nan
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError(
+            f"{name} must be 3 finite numbers, got {shorten(repr(value))}."
+        )
+    return red, green, blue

@@ -70,7 +70,9 @@ def suggest_image_shape(n_columns: int) -> str:
 
 def _check_image_shape(image_shape: tuple[Any, ...]) -> None:
     is_shape = len(image_shape) in (2, 3) and all(
-        isinstance(size, Integral) and (int(size) > 0 or int(size) == -1)
+        not isinstance(size, bool)
+        and isinstance(size, Integral)
+        and (int(size) > 0 or int(size) == -1)
         for size in image_shape
     )
     if not is_shape or image_shape.count(-1) > 1:

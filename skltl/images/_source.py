@@ -213,6 +213,11 @@ def _missing(index: int, labels: Any) -> ImageTypeError:
 def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
     """Serve one array or tensor of numbers."""
     shape = tuple(X.shape)
+    if isinstance(X, np.ndarray) and X.dtype.kind == "S":
+        raise ValueError(
+            f"Expected {EXPECTED}, got an array of bytes; of file names make texts: "
+            "X.astype(str)."
+        )
     if len(shape) < 2:
         raise ValueError(
             f"Expected {EXPECTED}, got an array of shape {shape}. Reshape your data."

@@ -1,5 +1,8 @@
 """A parameter that cannot be used is refused in a few words that say what to do."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,10 @@ from skltl import (
     FineTunedCNNClassifier,
     Preprocessing,
     PretrainedCNNClassifier,
+    recommend_strategy,
+    register_backbone,
 )
+from skltl.exceptions import ImageReadError, WeightsNotFoundError
 
 IMAGES = np.zeros((4, 16, 16, 3), np.uint8)
 LABELS = [0, 1, 0, 1]
@@ -134,3 +140,85 @@ def test_weights_that_overflow_name_the_image():
 
     with pytest.raises(ValueError, match="The features of image 0 are NaN or infinite"):
         transformer.transform(IMAGES + np.uint8(255))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: register_backbone("x"),
+        lambda: Backbone.from_blocks("own", {}, preprocessing=Preprocessing(16)),
+        lambda: Preprocessing("224"),
+        lambda: Preprocessing(22.5),
+        lambda: Preprocessing(True),
+        lambda: Preprocessing(float("nan")),
+        lambda: Preprocessing(16, mean=0.5),
+        lambda: Preprocessing(16, mean=LONG),
+        lambda: Preprocessing(16, interpolation=["x"]),
+        lambda: Preprocessing(16, interpolation=LONG),
+        lambda: recommend_strategy(100, 10, LONG),
+        lambda: recommend_strategy(100, 10, "similar", n_smallest=-5),
+        lambda: recommend_strategy(100, 10, "similar", n_smallest="many"),
+        lambda: CNNFeatureTransformer("tiny", n_jobs=0).fit_transform(IMAGES),
+        lambda: CNNFeatureTransformer("tiny", layer=[1.5] * 400).fit(IMAGES),
+        lambda: CNNFeatureTransformer("tiny", layer=["x"] * 400).fit(IMAGES),
+        lambda: CNNFeatureTransformer("tiny", weights=LONG + ".pt").fit(IMAGES),
+        lambda: CNNFeatureTransformer("tiny").fit(np.array([b"a.png", b"b.png"])),
+        lambda: CNNFeatureTransformer("tiny", image_shape=(True, 9)).fit([[0.0] * 9]),
+        *(
+            lambda folder=folder: FineTunedCNNClassifier("tiny", checkpoint=folder).fit(
+                IMAGES, LABELS
+            )
+            for folder in ("", "a\0b")
+        ),
+        *(
+            lambda class_map=class_map: PretrainedCNNClassifier(
+                "tiny", class_map=class_map
+            ).fit(IMAGES)
+            for class_map in (
+                {"dog": list(range(190))},
+                {"dog": LONG, "cat": 1},
+                {LONG: 10**9, "cat": 1},
+                {LONG: [], "cat": 1},
+                {LONG: None, "cat": 1},
+                dict.fromkeys([*range(10_000), "a"], 1),
+            )
+        ),
+    ],
+)
+def test_wrong_parameters_are_named_in_short(call):
+    message = message_of(call)
+
+    for riddle in ("has no attribute", "expected str", "not iterable", "null byte"):
+        assert riddle not in message
+
+
+def test_a_long_name_in_a_weights_file_does_not_fill_the_screen(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({LONG: 1}, path)
+
+    message = message_of(
+        lambda: CNNFeatureTransformer("tiny", weights=path).fit(IMAGES)
+    )
+
+    assert "is no state dict" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+@pytest.mark.parametrize("role", ["image", "weights"])
+def test_pipes_are_not_waited_for(tmp_path, role):
+    pipe = tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    made = FineTunedCNNClassifier("tiny", image_size=32, checkpoint=tmp_path / "fit")
+    images = [pipe] * 4 if role == "image" else IMAGES
+    with ThreadPoolExecutor(1) as pool:
+        fit = pool.submit(
+            made.set_params(weights=pipe if role == "weights" else "imagenet").fit,
+            *(images, LABELS),
+        )
+        try:
+            error = fit.exception(timeout=60)
+        finally:
+            if not fit.done():  # else the thread would never end
+                os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+
+    assert isinstance(error, (ImageReadError, WeightsNotFoundError))

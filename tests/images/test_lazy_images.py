@@ -192,3 +192,32 @@ def test_two_images_may_share_one_file(image):
 
     for crop in crops:
         np.testing.assert_array_equal(crop.pixels, np.asarray(image)[:, 4:44])
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["pending", "loaded"])
+@pytest.mark.parametrize("frame", [0, 1, 2])
+def test_every_frame_of_a_grey_animation_is_read(frame, is_loaded):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, size=(3, 40, 40), dtype=np.uint8)
+    first, *others = map(Image.fromarray, frames)
+    options = {"save_all": True, "append_images": others, "duration": 50}
+    animation = opened(first, "GIF", **options)
+    animation.seek(frame)
+    if is_loaded:
+        animation.load()
+
+    found = read_images([animation])[0]
+
+    again = opened(first, "GIF", **options)
+    again.seek(frame)
+    np.testing.assert_array_equal(found, again.convert("RGB"))
+    np.testing.assert_allclose(found[..., 0], frames[frame], atol=2)
+
+
+def test_grey_images_with_multiplied_alpha_are_read(image):
+    plain = image.convert("LA")
+    plain.putalpha(128)
+
+    found, expected = read_images([plain.convert("La"), plain])
+
+    np.testing.assert_allclose(found, expected, atol=1)
