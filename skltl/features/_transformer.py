@@ -31,7 +31,7 @@ from skltl.backbones import (
     resolve_layer,
     resolve_network,
 )
-from skltl.exceptions import WeightsError
+from skltl.exceptions import WeightsError, shorten
 from skltl.features._extraction import extract_features
 from skltl.features._feature_estimator import FeatureEstimator
 from skltl.features._pooling import POOLINGS
