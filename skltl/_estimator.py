@@ -53,7 +53,8 @@ class ImageEstimator(BaseEstimator):
     def _read_images(self, X, y=None, *, reset):
         """Recognise ``X``, as long as `y`; nothing is decoded yet."""
         if reset:
-            self._fitted_image_shape = self.image_shape
+            shape = self.image_shape  # a list is the user's, and may change
+            self._fitted_image_shape = None if shape is None else tuple(shape)
         image_shape = self._fitted_image_shape
         if image_shape is None:
             if reset:  # what a fit on rows has left
@@ -64,7 +65,7 @@ class ImageEstimator(BaseEstimator):
             check_not_masked(X)
             X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
             rows = validate_data(self, X, reset=reset, dtype="numeric")
-            source = read_images(rows, image_shape=tuple(image_shape))
+            source = read_images(rows, image_shape=image_shape)
         if y is not None:
             check_consistent_length(source, y)
         return source

@@ -136,22 +136,22 @@ class TrainingError(ValueError):
     """Training went astray: the loss became infinite or NaN."""
 
 
-class _ShortError(ValueError):
+class _InShort:
     """A hostile file or parameter shall not fill the screen; `args` keep all."""
 
     def __str__(self) -> str:
         return shorten(super().__str__(), MOST_CHARACTERS)
 
 
-class UnknownBackboneError(_ShortError):
+class UnknownBackboneError(_InShort, ValueError):
     """No backbone is registered under this name."""
 
 
-class UnknownLayerError(_ShortError):
+class UnknownLayerError(_InShort, ValueError):
     """The backbone has no cut point of this name."""
 
 
-class WeightsError(_ShortError):
+class WeightsError(_InShort, ValueError):
     """A weights file does not fit the backbone, or cannot be loaded safely."""
 
 

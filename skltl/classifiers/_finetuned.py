@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral, Real
 from os import PathLike
 
@@ -385,12 +386,16 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
-        begin = {"head_init": FrozenEstimator(linear), "head_epochs": 0}
+        # A copy: the user's pipeline may be fitted again.
+        linear = FrozenEstimator(copy.deepcopy(linear))
+        begin = {"head_init": linear, "head_epochs": 0}
         made = cls(**{**shared, **begin, **parameters})
         head = head_of_pipeline(transformer.pooling_, scaler, classifier)
         for name in FITTED_BY_BOTH:
             if hasattr(transformer, name):
                 setattr(made, name, getattr(transformer, name))
+        if isinstance(made.backbone, Backbone):
+            made.backbone_ = made.backbone
         made._fitted_image_shape = transformer._fitted_image_shape
         made.classes_ = classifier.classes_
         made.head_ = head.double().eval().requires_grad_(False)

@@ -281,7 +281,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         """
         logits = self._category_logits(X)
         if self.class_map_ is None:
-            return logits[:, np.argsort(self.categories_)]
+            # In C order: otherwise `softmax` sums a single row in another order.
+            return np.ascontiguousarray(logits[:, np.argsort(self.categories_)])
         columns = [logsumexp(logits, axis=1, b=one) for one in self.class_map_.T]
         return np.stack(columns, axis=1)
 

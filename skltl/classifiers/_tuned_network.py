@@ -9,7 +9,6 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import resolve_threads
-from skltl.backbones import Backbone, Network, skeleton
 from skltl.classifiers._head import Pool, head_from_state, head_state
 from skltl.classifiers._network_classifier import NetworkClassifier
 from skltl.classifiers._stages import Stage
@@ -103,7 +102,7 @@ class TunedNetwork(FeatureEstimator, NetworkClassifier):
             `fit`, are the same.
         """
         check_is_fitted(self)
-        cut_point, own = self.cut_points_[0], self._tuned_backbone()
+        cut_point, own = self.cut_points_[0], self._own_backbone()
         parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
         parameters |= {"backbone": own, "weights": "imagenet", "layer": cut_point.name}
         parameters["pooling"] = self.pooling_
@@ -114,18 +113,8 @@ class TunedNetwork(FeatureEstimator, NetworkClassifier):
             if hasattr(self, name):
                 setattr(transformer, name, getattr(self, name))
         transformer.backbone_, transformer._recorder = own, None
+        transformer._fitted_weights = "imagenet"  # the backbone's own
         return transformer
-
-    def _tuned_backbone(self):
-        """Return a backbone that is the tuned network up to the cut."""
-        blocks, whole = self.network_.blocks, skeleton(self.backbone_)
-        mains = {name: one for name, one in whole.cut_points.items() if one in blocks}
-        aliases = {name: one for name, one in whole.aliases.items() if one in mains}
-        return Backbone.from_network(
-            self.backbone_.name,
-            Network(blocks, {}, mains, aliases),
-            self.preprocessing_,
-        )
 
     @property
     def _pooling(self):

@@ -19,7 +19,15 @@ from skltl._device import (
 )
 from skltl._estimator import ImageEstimator
 from skltl._validation import check_feature_names_in
-from skltl.backbones import block_shapes, can_run, largest_map, resolve_engine
+from skltl.backbones import (
+    Backbone,
+    Network,
+    block_shapes,
+    can_run,
+    largest_map,
+    resolve_engine,
+    skeleton,
+)
 from skltl.exceptions import EngineWarning, PrecisionWarning
 from skltl.features._cache import resolve_folder
 from skltl.features._pooling import n_pooled
@@ -127,6 +135,17 @@ class FeatureEstimator(TransformerMixin, NetworkEstimator):
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         shapes = block_shapes(self.backbone_, self.preprocessing_.crop_size, blocks)
         return [n_pooled(shapes[block], self.pooling_) for block in blocks]
+
+    def _own_backbone(self):
+        """Return a backbone that holds the fitted network up to the cut."""
+        blocks, whole = self.network_.blocks, skeleton(self.backbone_)
+        mains = {name: one for name, one in whole.cut_points.items() if one in blocks}
+        aliases = {name: one for name, one in whole.aliases.items() if one in mains}
+        return Backbone.from_network(
+            self.backbone_.name,
+            Network(blocks, {}, mains, aliases),
+            self.preprocessing_,
+        )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

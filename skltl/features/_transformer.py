@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from os import PathLike
+from os import PathLike, fspath
 
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
@@ -276,6 +276,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.pooling_ = self.pooling
         self.precision_ = self._fitted_precision(device)
         self.engine_ = engine
+        self._fitted_weights = _plain(self.weights)
         return self
 
     def transform(self, X):
@@ -310,15 +311,21 @@ class CNNFeatureTransformer(FeatureEstimator):
 
     def _fitted_parameters(self):
         """Return what describes the fitted network, whatever was set since."""
+        found = {
+            "layer": self.cut_points_[0].name,
+            "pooling": self.pooling_,
+            "image_shape": self._fitted_image_shape,
+        }
+        if self._fitted_weights is None:  # random ones: who knows how to draw them
+            own = self._own_backbone()
+            return found | {"backbone": own, "weights": "imagenet", "image_size": None}
         size = self.preprocessing_.crop_size
         is_usual = size == self.backbone_.preprocessing.crop_size
         is_same = isinstance(self.backbone, str) and is_registered(self.backbone_)
-        return {
+        return found | {
             "backbone": self.backbone_.name if is_same else self.backbone_,
-            "layer": self.cut_points_[0].name,
-            "pooling": self.pooling_,
+            "weights": self._fitted_weights,
             "image_size": None if is_usual else size,
-            "image_shape": self._fitted_image_shape,
         }
 
     def _recipe(self):
@@ -343,6 +350,10 @@ class CNNFeatureTransformer(FeatureEstimator):
         tags = super().__sklearn_tags__()
         tags.non_deterministic = self.weights is None and self.random_state is None
         return tags
+
+
+def _plain(weights):
+    return fspath(weights) if isinstance(weights, PathLike) else weights
 
 
 def _resolve_layers(backbone, layer):

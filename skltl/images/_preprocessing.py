@@ -191,8 +191,11 @@ def normalise(batch: Any, mean: Any, std: Any) -> Any:
         float32.
     """
     # In place: on a CPU new memory costs more than the arithmetic.
-    scaled = batch.clone() if batch.is_floating_point() else batch.float().div_(255)
-    return scaled.sub_(mean).div_(std)
+    if batch.is_floating_point():
+        return batch.clone().sub_(mean).div_(std)
+    # Not by a Python number: a GPU would multiply by 1 / 255, which is not the same.
+    white = mean.new_full((), 255)
+    return batch.float().div_(white).sub_(mean).div_(std)
 
 
 def as_float(pixels: Pixels) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
-from skltl._validation import Interval, StrOptions, fit_context
+from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.backbones import ENGINES, Backbone
 from skltl.strategy._measurement import measure
 from skltl.strategy._recommendation import portable
@@ -125,7 +125,7 @@ class StrategyAdvisor(ImageEstimator):
         "weights": [str, PathLike, None],
         "cv": [Interval(Integral, 2, None, closed="left")],
         "max_images": [Interval(Integral, 2, None, closed="left"), None],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_size": [IMAGE_SIZES, None],
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from skltl._device import DTYPES
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
 from skltl._randomness import draw_seed, fresh_seed
-from skltl._validation import Interval, StrOptions, fit_context
+from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._measurement import (
@@ -127,7 +127,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         "layer": [str, None],
         "weights": [str, PathLike, None],
         "cv": [Interval(Integral, 2, None, closed="left")],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "image_size": [IMAGE_SIZES, None],
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],

@@ -353,7 +353,6 @@ def test_a_network_for_one_size_only_has_no_strides():
     ("blocks", "preprocessing", "words"),
     [
         (nn.Sequential(nn.Conv2d(3, 3, 1)), Preprocessing(8), "must be a dictionary"),
-        ({}, Preprocessing(8), "must be a dictionary"),
         ({"block": torch.relu}, Preprocessing(8), "'block' must be a torch module"),
         ({"block": nn.Conv2d(3, 3, 1)}, 224, "must be a Preprocessing"),
     ],

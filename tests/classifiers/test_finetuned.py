@@ -574,6 +574,52 @@ def test_a_pipeline_counts_as_it_was_fitted(digits):
     assert_allclose(again.decision_function(X), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("seeds", [(0, None), (None, 0), (None, None), (3, 3)], ids=str)
+def test_a_pipeline_on_random_weights_is_where_its_clones_begin(seeds, digits):
+    X, y = digits[0][:60], digits[1][:60]
+    of_transformer, of_classifier = seeds
+    pipeline = skltl.make_feature_pipeline(
+        "tiny", "softmax", weights=None, random_state=of_transformer,
+        layer="block3", image_shape=(8, 8), image_size=32,
+    ).fit(X, y)  # fmt: skip
+    expected = pipeline.decision_function(X)
+
+    made = FineTunedCNNClassifier.from_pipeline(
+        pipeline, finetune_epochs=0, random_state=of_classifier
+    )
+
+    for again in (made, clone(made).fit(X, y), pickle.loads(pickle.dumps(made))):
+        assert_allclose(again.decision_function(X), expected, atol=2e-4)
+
+
+def test_weights_that_are_set_after_the_fit_count_from_the_next_on(digits):
+    X, y = digits[0][:60], digits[1][:60]
+    pipeline = skltl.make_feature_pipeline(
+        "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
+    ).fit(X, y)
+    pipeline.set_params(feat__weights=None)
+
+    made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
+
+    again = clone(made).set_params(random_state=0).fit(X, y)
+    expected = pipeline.decision_function(X)
+    assert_allclose(again.decision_function(X), expected, atol=2e-4)
+
+
+def test_a_pipeline_that_is_fitted_again_changes_no_classifier_made_of_it(digits):
+    X, y = digits[0][:60], digits[1][:60]
+    pipeline = skltl.make_feature_pipeline(
+        "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
+    ).fit(X, y)
+    expected = pipeline.decision_function(X)
+    made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
+
+    pipeline.fit(X[::-1], y)
+
+    again = clone(made).set_params(random_state=0).fit(X, y)
+    assert_allclose(again.decision_function(X), expected, atol=2e-4)
+
+
 def test_stages_and_seeds_have_unrelated_orders():
     orders = {
         tuple(

@@ -121,6 +121,11 @@ class Kind:
     reads: bool = True
     by_row: bool = True
 
+    def changes(self):
+        """Draw names of parameters, and new values for them."""
+        each = [(name, value) for name, some in self.choices.items() for value in some]
+        return st.lists(st.sampled_from(each), max_size=6)
+
     def fresh(self, params):
         """Return an estimator with parameters that it has all to itself."""
         return self.make(**copy.deepcopy(params))
@@ -132,6 +137,7 @@ COMMON = {
     "device": ["auto", "cpu"],
     "decode": ["exact", "fast"],
     "n_jobs": [None, 1, 2],
+    "image_shape": [None, (2, 32)],  # `fit` comes with that of its images
 }
 SIZES = {"image_size": [16, 32]}
 SEEDS = {"random_state": [0, 7, np.random.RandomState(3)]}
@@ -140,7 +146,7 @@ SMALL = {"backbone": "tiny", "image_size": 32, "random_state": 0}
 KINDS = {
     "transformer": Kind(
         CNNFeatureTransformer,
-        SMALL,
+        {**SMALL, "layer": "block3"},
         {
             **COMMON,
             **SIZES,
@@ -229,7 +235,8 @@ WRONG = [
 # Refused in `fit`, some of them in `fit` only.
 WRONG_IN_FIT = [
     *WRONG,
-    *({"backbone": "tinny"}, {"weights": "WRONG"}, {"image_size": 10**6}),
+    *({"backbone": "tinny"}, {"weights": "WRONG"}, {"image_size": 0}),
+    *({"layer": "block9"}, {"pooling": 99}, {"class_map": {"a": 1, "b": 1}}),
 ]
 
 
@@ -253,7 +260,7 @@ FILES = {
 
 TRANSFORMERS = ("transformer", "tuned")
 METHODS = ("transform", "decision_function", "predict_proba", "predict")
-MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "similarity_")
+MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "strategy_")
 
 
 def outcome(estimator, X):
@@ -336,11 +343,13 @@ class Life(RuleBasedStateMachine):
             self.check(record)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @initialize()
-    def begin(self):
+    @initialize(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
+    def begin(self, draw, data):
         estimator = self.kind.fresh(self.kind.fixed)
         self.now = Record(estimator, estimator.get_params(deep=False))
         self.generators = global_generators()
+        if data is not None:
+            self.fit(draw, data)
 
     def check(self, record):
         """Compare an estimator with one that was made for its parameters."""
@@ -378,20 +387,20 @@ class Life(RuleBasedStateMachine):
         assert global_generators() == self.generators
 
     @rule(draw=st.data())
-    def set_a_parameter(self, draw):
-        choices = self.kind.choices
-        name = draw.draw(st.sampled_from(sorted(choices)))
-        value = copy.deepcopy(draw.draw(st.sampled_from(choices[name])))
-        value = str(self.folder / name) if value == FOLDER else value
-        self.now.estimator.set_params(**{name: value})
-        self.now.params[name] = value
+    def set_parameters(self, draw):
+        for name, value in draw.draw(self.kind.changes()):
+            own = copy.deepcopy(value)
+            own = str(self.folder / name) if value == FOLDER else own
+            self.now.estimator.set_params(**{name: own})
+            self.now.params[name] = own
 
-    @rule(data=st.sampled_from(sorted(DATA)))
-    def fit(self, data):
+    @rule(draw=st.data(), data=st.sampled_from(sorted(DATA)))
+    def fit(self, draw, data):
+        self.set_parameters(draw)
         self.now.params["image_shape"] = DATA[data].image_shape
         self.now.estimator.set_params(image_shape=DATA[data].image_shape)
         # Before the fit, which draws from a generator that is a parameter.
-        given = copy.deepcopy(self.now.params)
+        given = copy.deepcopy(self.now.estimator.get_params(deep=False))
         self.now.estimator.fit(DATA[data].X, DATA[data].y)
         here = given.keys() & WITHOUT_EFFECT.keys()
         self.now.given = given | {name: WITHOUT_EFFECT[name] for name in here}
@@ -407,8 +416,9 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.sampled_from(sorted(DATA)), wrong=st.sampled_from(WRONG_IN_FIT))
     def fail_to_fit_with_a_wrong_parameter(self, data, wrong):
-        X, y, image_shape = DATA[data].X, DATA[data].y, DATA[data].image_shape
-        self.fail_to_fit(X, y, image_shape=image_shape, **wrong)
+        if wrong.keys() <= self.now.params.keys():
+            shape = {"image_shape": DATA[data].image_shape}
+            self.fail_to_fit(DATA[data].X, DATA[data].y, **shape, **wrong)
 
     @rule(data=st.sampled_from(sorted(DATA)), is_short=st.booleans())
     def fail_to_fit_other_data(self, data, is_short):
@@ -428,24 +438,27 @@ class Life(RuleBasedStateMachine):
             self.ask(self.now.estimator, DATA[self.now.data].X)
         self.now.estimator.set_params(**{name: self.now.params[name]})
 
-    @rule(way=st.sampled_from(sorted(COPIES)))
-    def go_on_with_a_copy(self, way):
+    @rule(draw=st.data(), way=st.sampled_from(sorted(COPIES)))
+    def go_on_with_a_copy(self, draw, way):
         self.others.append(self.now)
         self.now = self.now.copied(COPIES[way](self.now.estimator))
+        self.set_parameters(draw)
 
-    @rule(way=st.sampled_from(sorted(FILES)))
-    def go_on_with_a_saved_one(self, way):
+    @rule(draw=st.data(), way=st.sampled_from(sorted(FILES)))
+    def go_on_with_a_saved_one(self, draw, way):
         self.others.append(self.now)
         is_fitted = self.now.given is not None
         left_out = LEFT_OUT_OF_FILES if is_fitted else {}
         self.now = self.now.copied(FILES[way](self.now.estimator), **left_out)
+        self.set_parameters(draw)
 
-    @rule()
-    def go_on_with_a_clone(self):
+    @rule(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
+    def go_on_with_a_clone(self, draw, data):
         self.others.append(self.now)
-        cloned = clone(self.now.estimator)
-        assert not fitted_names(cloned)
-        self.now = Record(cloned, dict(self.now.params))
+        self.now = Record(clone(self.now.estimator), dict(self.now.params))
+        self.check(self.now)
+        if data is not None:
+            self.fit(draw, data)
 
     @precondition(lambda self: self.others)
     @rule(number=st.integers(0, 9))
@@ -453,13 +466,15 @@ class Life(RuleBasedStateMachine):
         number %= len(self.others)
         self.now, self.others[number] = self.others[number], self.now
 
-    @rule()
-    def release_memory(self):
+    @rule(draw=st.data())
+    def release_memory(self, draw):
         skltl.release_memory()
+        self.set_parameters(draw)
 
-    @rule()
-    def lose_the_files(self):
+    @rule(draw=st.data())
+    def lose_the_files(self, draw):
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.set_parameters(draw)
 
     @precondition(lambda self: self.answers())
     @rule(order=st.permutations(range(9)), n=st.sampled_from([1, 2, 9]))
@@ -521,12 +536,12 @@ def machine(name, max_examples):
     return life.TestCase
 
 
-TestTransformer = machine("transformer", 40)
-TestPretrained = machine("pretrained", 25)
-TestLearned = machine("learned", 25)
-TestTuned = machine("tuned", 25)
-TestTransfer = machine("transfer", 20)
-TestAdvisor = machine("advisor", 15)
+TestTransformer = machine("transformer", 30)
+TestPretrained = machine("pretrained", 10)
+TestLearned = machine("learned", 6)
+TestTuned = machine("tuned", 12)
+TestTransfer = machine("transfer", 8)
+TestAdvisor = machine("advisor", 8)
 
 
 def test_another_process_gives_the_same(tmp_path):

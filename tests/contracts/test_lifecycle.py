@@ -327,3 +327,21 @@ def test_a_saved_estimator_says_nothing_of_where_to_write(pictures, tmp_path):
     assert fitted.cache == tmp_path / "cache"  # the one in memory keeps it
     unfitted = pickle.loads(pickle.dumps(clone(fitted)))
     assert unfitted.cache == str(tmp_path / "cache")  # for the workers of a search
+
+
+def test_a_list_as_image_shape_stays_the_users_own():
+    rows, shape = np.random.default_rng(0).random((6, 64)), [8, 8]
+    fitted = CNNFeatureTransformer("tiny", image_shape=shape, image_size=32).fit(rows)
+    expected = fitted.transform(rows)
+
+    shape[:] = [4, 16]
+
+    assert_array_equal(fitted.transform(rows), expected)
+
+
+def test_probabilities_of_an_image_are_the_same_alone(pictures):
+    fitted = PretrainedCNNClassifier("tiny", image_size=32).fit(pictures)
+
+    alone = [fitted.predict_proba(pictures[row : row + 1])[0] for row in range(3)]
+
+    assert_array_equal(alone, fitted.predict_proba(pictures)[:3])

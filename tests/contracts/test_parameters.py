@@ -15,6 +15,8 @@ from skltl import (
     FineTunedCNNClassifier,
     Preprocessing,
     PretrainedCNNClassifier,
+    StrategyAdvisor,
+    TransferClassifier,
     recommend_strategy,
     register_backbone,
 )
@@ -160,6 +162,8 @@ def test_weights_that_overflow_name_the_image():
         lambda: recommend_strategy(100, 10, "similar", n_smallest="many"),
         lambda: CNNFeatureTransformer("tiny", n_jobs=0).fit_transform(IMAGES),
         lambda: CNNFeatureTransformer("tiny", layer=[1.5] * 400).fit(IMAGES),
+        lambda: TransferClassifier("tiny", image_size=10**6).fit(IMAGES, LABELS),
+        lambda: StrategyAdvisor("tiny", image_size=10**6).fit(IMAGES, LABELS),
         lambda: CNNFeatureTransformer("tiny", layer=["x"] * 400).fit(IMAGES),
         lambda: CNNFeatureTransformer("tiny", weights=LONG + ".pt").fit(IMAGES),
         lambda: CNNFeatureTransformer("tiny").fit(np.array([b"a.png", b"b.png"])),
