@@ -111,6 +111,8 @@ class ImageSource:
         item = self._items[index]
         self._check(int(index), item)
         try:
+            if isinstance(item, np.ndarray):  # it is in memory already
+                return self._read(item)
             with one_image():
                 return self._read(item)
         except ValueError as error:
@@ -145,7 +147,7 @@ class ImageSource:
     def _check(self, index: int, item: Any) -> None:
         if isinstance(item, (str, Image.Image)):
             return
-        if is_missing(item):
+        if not isinstance(item, np.ndarray) and is_missing(item):
             raise _missing(index, self._labels)
         check_item(index, item)
 
@@ -279,21 +281,24 @@ def check_item(index: int, item: Any) -> None:
         raise ImageTypeError(index, "a masked array; fill its masked pixels first")
     if not (isinstance(item, np.ndarray) or is_tensor(item)):
         raise ImageTypeError(index, refuse_item(item))
-    shape = tuple(item.shape)
-    found = shorten(str(shape))
+    fault = _fault_of_shape(tuple(item.shape))
+    if fault:
+        raise ImageReadError(index, None, fault)
+
+
+def _fault_of_shape(shape: tuple[int, ...]) -> str:
+    """Say why an array of this shape is no image; nothing if it may be one."""
     if len(shape) not in (2, 3):
-        raise ImageReadError(
-            index, None, f"its shape is {found}; expected (h, w) or (h, w, channels)"
-        )
+        found = shorten(str(shape))
+        return f"its shape is {found}; expected (h, w) or (h, w, channels)"
     if 0 in shape:
-        raise ImageReadError(index, None, f"it is empty: its shape is {found}")
-    if len(shape) == 3 and not _may_have_channels(shape):
-        raise ImageReadError(
-            index,
-            None,
-            f"no axis of its shape {found} can be the channels; expected 1 (grey), "
-            "3 (RGB) or 4 (RGBA) of them, last or first",
-        )
+        return f"it is empty: its shape is {shorten(str(shape))}"
+    if len(shape) == 2 or _may_have_channels(shape):
+        return ""
+    return (
+        f"no axis of its shape {shorten(str(shape))} can be the channels; expected "
+        "1 (grey), 3 (RGB) or 4 (RGBA) of them, last or first"
+    )
 
 
 def _check_not_empty(shape: tuple[int, ...]) -> None:
