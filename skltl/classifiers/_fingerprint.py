@@ -132,8 +132,9 @@ def description(value: Any, name: str) -> bytes:
     return content.getvalue()
 
 
-# What is named by its version, wherever it is installed, or is a part of Python.
-VERSIONED = {"torch", "torchvision", "skltl", "numpy", "PIL", "builtins"}
+# Packages that are pickled by name wherever they are installed, not only in the folders
+# of installed packages. What they do is seen from the augmented views.
+BY_NAME = {"torch", "torchvision", "skltl", "numpy", "PIL", "builtins"}
 
 
 class _Describer(pickle.Pickler):
@@ -205,7 +206,7 @@ def _class(value: type) -> tuple[Any, ...]:
 
 def _is_installed(value: Any) -> bool:
     """Tell whether a function or class is of Python or of an installed package."""
-    if (value.__module__ or "").partition(".")[0] in VERSIONED:
+    if (value.__module__ or "").partition(".")[0] in BY_NAME:
         return True
     if isinstance(value, FunctionType):
         path = value.__code__.co_filename

@@ -26,9 +26,3 @@ def axes_to_draw_on(ax=None, figsize=None):
     if ax is None:
         _, ax = axes_library().subplots(figsize=figsize, layout="constrained")
     return ax
-
-
-def shortened(text, n_most=40):
-    """Leave out the middle of a long text."""
-    half = (n_most - 1) // 2
-    return text if len(text) <= n_most else f"{text[:half]}…{text[-half:]}"

@@ -10,7 +10,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 
 from skltl.backbones import block_shapes, reached_main_blocks, skeleton
-from skltl.displays._axes import axes_library, axes_to_draw_on, shortened
+from skltl.displays._axes import axes_library, axes_to_draw_on
 from skltl.displays._search_results import (
     arrange,
     chosen_row,
@@ -20,6 +20,7 @@ from skltl.displays._search_results import (
     prefix_of_layer,
     score_name_of,
 )
+from skltl.exceptions import shorten
 from skltl.features import can_pool
 
 # More lines than colours of matplotlib's usual cycle, or long ones, are named beside
@@ -28,6 +29,9 @@ MOST_LINES_INSIDE = 6
 
 # More names than these do not fit beside the axes.
 MOST_NAMES = 12
+
+# Characters of a layer's or a line's name.
+LONGEST_NAME = 40
 
 
 class LayerScoresDisplay:
@@ -284,13 +288,13 @@ class LayerScoresDisplay:
             fillstyle="none",
         )
         ax.set_title(
-            shortened(f"best: {layer}{', ' + line if line else ''} ({score:.3f})", 70),
+            shorten(f"best: {layer}{', ' + line if line else ''} ({score:.3f})", 70),
             fontsize="medium",
             parse_math=False,
         )
 
     def _label_axes(self, ax):
-        names = [shortened(layer) for layer in self.layers]
+        names = [shorten(layer, LONGEST_NAME) for layer in self.layers]
         is_long = max(map(len, names)) * len(names) > 60
         ax.set_xticks(
             range(len(names)),
@@ -356,7 +360,7 @@ def _draw_legend(ax, n_lines):
     )
     handles, names = ax.get_legend_handles_labels()
     legend = ax.legend(
-        handles, [shortened(name) for name in names], frameon=False, **place
+        handles, [shorten(name, LONGEST_NAME) for name in names], frameon=False, **place
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from sklearn.base import clone
 
-from skltl.displays._axes import axes_library, shortened
+from skltl.displays._axes import axes_library
+from skltl.exceptions import shorten
 from skltl.images import read_images
 
 
@@ -39,7 +40,7 @@ def draw_picture(ax, picture):
 
 def as_title(label):
     """Return a label so short that it fits above its picture."""
-    return shortened(str(label), 22)
+    return shorten(str(label), 22)
 
 
 def read_like(estimator, X, image_shape=None):

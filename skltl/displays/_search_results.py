@@ -124,6 +124,8 @@ def _parameters(estimator, candidate):
 
 def _line_names(rests):
     """Name lines by the parameters that tell them apart, as shortly as suffices."""
+    if not any(rests):
+        return [""] * len(rests)
     keys = [_identity(rest) for rest in rests]
     for name_of, text_of in (
         (_last, _rounded),
@@ -133,8 +135,6 @@ def _line_names(rests):
         (_full, repr),
     ):
         names = [_joined(rest, name_of, text_of) or "as given" for rest in rests]
-        if not any(rests):
-            return [""] * len(rests)
         if len(set(names)) == len(set(keys)):
             return names
     return _distinct(names, keys)

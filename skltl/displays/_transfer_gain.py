@@ -122,7 +122,9 @@ class TransferGainDisplay:
     @property
     def gains(self):
         """The gains in start, slope (per step) and asymptote."""
-        ends = self.asymptotes or [scores[-1] for scores in self.scores]
+        ends = self.asymptotes
+        if ends is None:
+            ends = [scores[-1] for scores in self.scores]
         transfer, scratch = (
             _start_slope_asymptote(*one)
             for one in zip(self.steps, self.scores, ends, strict=True)

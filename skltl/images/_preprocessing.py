@@ -79,7 +79,7 @@ class Preprocessing:
                     f"{name} must be a number of pixels, at least 1; got "
                     f"{shorten(repr(size))}."
                 )
-        if self.interpolation not in (*INTERPOLATIONS,):
+        if self.interpolation not in list(INTERPOLATIONS):  # it may have no hash
             raise ValueError(
                 f"Unknown interpolation {shorten(repr(self.interpolation))}. "
                 f"Known: {', '.join(INTERPOLATIONS)}."

@@ -559,16 +559,35 @@ def test_a_classifier_from_a_pipeline_begins_there_when_it_is_cloned(digits):
         clone(made).set_params(hidden_units=(5,)).fit(X, y)
 
 
-def test_a_pipeline_counts_as_it_was_fitted(digits):
+def set_another_network(pipeline, X, y):
+    pipeline.set_params(feat__pooling="max", feat__layer="stem", feat__image_size=64)
+
+
+def set_other_weights(pipeline, X, y):
+    pipeline.set_params(feat__weights=None)
+
+
+def fit_again(pipeline, X, y):
+    pipeline.fit(X[::-1], y)
+
+
+@pytest.mark.parametrize(
+    ("change", "comes_first"),
+    [(set_another_network, True), (set_other_weights, True), (fit_again, False)],
+)
+def test_a_pipeline_counts_as_it_was_fitted(change, comes_first, digits):
     X, y = digits[0][:60], digits[1][:60]
     pipeline = skltl.make_feature_pipeline(
         "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
     ).fit(X, y)
     expected = pipeline.decision_function(X)
-    pipeline.set_params(feat__pooling="max", feat__layer="stem", feat__image_size=64)
+    if comes_first:
+        change(pipeline, X, y)
 
     made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
 
+    if not comes_first:
+        change(pipeline, X, y)
     assert_allclose(made.decision_function(X), expected, atol=2e-4)
     again = clone(made).set_params(random_state=0).fit(X, y)
     assert_allclose(again.decision_function(X), expected, atol=2e-4)
@@ -590,34 +609,6 @@ def test_a_pipeline_on_random_weights_is_where_its_clones_begin(seeds, digits):
 
     for again in (made, clone(made).fit(X, y), pickle.loads(pickle.dumps(made))):
         assert_allclose(again.decision_function(X), expected, atol=2e-4)
-
-
-def test_weights_that_are_set_after_the_fit_count_from_the_next_on(digits):
-    X, y = digits[0][:60], digits[1][:60]
-    pipeline = skltl.make_feature_pipeline(
-        "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
-    ).fit(X, y)
-    pipeline.set_params(feat__weights=None)
-
-    made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
-
-    again = clone(made).set_params(random_state=0).fit(X, y)
-    expected = pipeline.decision_function(X)
-    assert_allclose(again.decision_function(X), expected, atol=2e-4)
-
-
-def test_a_pipeline_that_is_fitted_again_changes_no_classifier_made_of_it(digits):
-    X, y = digits[0][:60], digits[1][:60]
-    pipeline = skltl.make_feature_pipeline(
-        "tiny", "softmax", layer="block3", image_shape=(8, 8), image_size=32
-    ).fit(X, y)
-    expected = pipeline.decision_function(X)
-    made = FineTunedCNNClassifier.from_pipeline(pipeline, finetune_epochs=0)
-
-    pipeline.fit(X[::-1], y)
-
-    again = clone(made).set_params(random_state=0).fit(X, y)
-    assert_allclose(again.decision_function(X), expected, atol=2e-4)
 
 
 def test_stages_and_seeds_have_unrelated_orders():
