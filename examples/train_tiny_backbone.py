@@ -26,7 +26,7 @@ from torch.nn.functional import (
     interpolate,
 )
 
-from skltl.backbones._embedded import TinyNet
+from skltl.networks._tiny import TinyNet
 
 # ImageNet's channel means and deviations, as in torchvision's own recipes.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
-    from skltl.backbones import (
-        Backbone,
-        list_backbones,
-        list_layers,
-        register_backbone,
-        release_memory,
-    )
-    from skltl.classifiers import FineTunedCNNClassifier, PretrainedCNNClassifier
+    from skltl.cache import cache_info, clear_cache
     from skltl.displays import (
         GradCAMDisplay,
         LayerScoresDisplay,
@@ -26,13 +19,12 @@ if TYPE_CHECKING:
         TrainingHistoryDisplay,
         TransferGainDisplay,
     )
-    from skltl.features import (
-        CNNFeatureTransformer,
-        cache_info,
-        clear_cache,
-        make_feature_pipeline,
-    )
+    from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+    from skltl.finetuning import FineTunedCNNClassifier
     from skltl.images import Preprocessing, find_bad_images
+    from skltl.inference import release_memory
+    from skltl.networks import Backbone, list_backbones, list_layers, register_backbone
+    from skltl.pretrained import PretrainedCNNClassifier
     from skltl.strategy import (
         Strategy,
         StrategyAdvisor,
@@ -41,39 +33,39 @@ if TYPE_CHECKING:
     )
 
 SKOPS_TRUSTED = [
-    "skltl.classifiers._finetuned.FineTunedCNNClassifier",
-    "skltl.classifiers._pretrained.PretrainedCNNClassifier",
+    "skltl.finetuning._classifier.FineTunedCNNClassifier",
+    "skltl.pretrained._classifier.PretrainedCNNClassifier",
     "skltl.features._transformer.CNNFeatureTransformer",
     "skltl.strategy._advisor.StrategyAdvisor",
-    "skltl.strategy._recommendation.Strategy",
+    "skltl.strategy._rules.Strategy",
     "skltl.strategy._transfer.TransferClassifier",
 ]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 
-_STATIONS = {
-    "Backbone": "backbones",
+_SUBPACKAGES = {
+    "Backbone": "networks",
     "CNNFeatureTransformer": "features",
-    "FineTunedCNNClassifier": "classifiers",
+    "FineTunedCNNClassifier": "finetuning",
     "GradCAMDisplay": "displays",
     "LayerScoresDisplay": "displays",
     "PredictionGridDisplay": "displays",
     "Preprocessing": "images",
-    "PretrainedCNNClassifier": "classifiers",
+    "PretrainedCNNClassifier": "pretrained",
     "Strategy": "strategy",
     "StrategyAdvisor": "strategy",
     "StrategyDisplay": "displays",
     "TrainingHistoryDisplay": "displays",
     "TransferClassifier": "strategy",
     "TransferGainDisplay": "displays",
-    "cache_info": "features",
-    "clear_cache": "features",
+    "cache_info": "cache",
+    "clear_cache": "cache",
     "find_bad_images": "images",
-    "list_backbones": "backbones",
-    "list_layers": "backbones",
+    "list_backbones": "networks",
+    "list_layers": "networks",
     "make_feature_pipeline": "features",
     "recommend_strategy": "strategy",
-    "register_backbone": "backbones",
-    "release_memory": "backbones",
+    "register_backbone": "networks",
+    "release_memory": "inference",
 }
 
 __all__ = [
@@ -109,8 +101,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "exceptions":
         return import_module("skltl.exceptions")
-    if name in _STATIONS:
-        return getattr(import_module(f"skltl.{_STATIONS[name]}"), name)
+    if name in _SUBPACKAGES:
+        return getattr(import_module(f"skltl.{_SUBPACKAGES[name]}"), name)
     raise AttributeError(f"module 'skltl' has no attribute {name!r}")
 
 

@@ -11,14 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
-from skltl._validation import InvalidParameterError
-from skltl.backbones import (
-    CutPoint,
-    is_module,
-    is_registered,
-    prefix_from_state,
-    prefix_state,
-)
+from skltl._sklearn import InvalidParameterError
 from skltl.exceptions import shorten
 from skltl.images import (
     Preprocessing,
@@ -27,6 +20,8 @@ from skltl.images import (
     read_images,
     tensor_to_array,
 )
+from skltl.inference import prefix_from_state, prefix_state
+from skltl.networks import CutPoint, is_module, is_registered
 
 # Raised when what a saved estimator holds changes.
 STATE_FORMAT = 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 
 @pytest.fixture
@@ -52,3 +53,10 @@ def flowers(real_data):
     """Paths and labels of 17 classes of 24 flowers."""
     paths = sorted((real_data / "flowers17").glob("*/*.jpg"))
     return paths, np.array([path.parent.name for path in paths])
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The digits of scikit-learn as rows in [0, 1], and their labels."""
+    rows, labels = load_digits(return_X_y=True)
+    return rows / 16, labels

@@ -29,8 +29,8 @@ from skltl import (
     TransferClassifier,
     make_feature_pipeline,
 )
-from skltl.backbones import get_backbone, load_network, resolve_weights
 from skltl.images import iter_batches, iter_crops, normalise, read_images
+from skltl.networks import get_backbone, load_network, resolve_weights
 
 pytestmark = pytest.mark.real_data
 

@@ -24,8 +24,8 @@ from peers import peers
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
-from skltl.backbones import ENGINES, can_run
 from skltl.images import iter_batches, iter_crops, read_images
+from skltl.inference import ENGINES, can_run
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 

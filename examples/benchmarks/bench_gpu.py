@@ -17,7 +17,7 @@ import torch
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
-from skltl.backbones import ENGINES
+from skltl.inference import ENGINES
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 

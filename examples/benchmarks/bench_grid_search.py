@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer, list_layers
-from skltl.backbones import Runner
+from skltl.inference import Runner
 
 C = [0.001, 0.01, 0.1]
 FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)

@@ -1,6 +1,6 @@
-"""Pictures of what fitted objects hold; matplotlib is imported when one is drawn."""
+"""Display classes for fitted estimators; matplotlib is imported lazily."""
 
-from skltl.displays._grad_cam import GradCAMDisplay
+from skltl.displays._grad_cam import GradCAMDisplay, class_activation
 from skltl.displays._layer_scores import LayerScoresDisplay
 from skltl.displays._prediction_grid import PredictionGridDisplay
 from skltl.displays._strategy import StrategyDisplay
@@ -14,4 +14,5 @@ __all__ = [
     "StrategyDisplay",
     "TrainingHistoryDisplay",
     "TransferGainDisplay",
+    "class_activation",
 ]

@@ -9,10 +9,15 @@ from sklearn.utils.validation import (
     column_or_1d,
 )
 
-from skltl._validation import take
-from skltl.classifiers import columns_of
-from skltl.displays._axes import axes_library
-from skltl.displays._pictures import as_title, draw_picture, grid_of_axes, read_like
+from skltl._sklearn import take
+from skltl.displays._layout import (
+    as_title,
+    axes_library,
+    draw_picture,
+    grid_of_axes,
+    read_like,
+)
+from skltl.finetuning import columns_of
 
 
 class PredictionGridDisplay:

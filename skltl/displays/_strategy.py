@@ -6,7 +6,7 @@ import math
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.displays._layout import axes_library, axes_to_draw_on
 from skltl.strategy import LEAD_THAT_COUNTS, relative_size, similarity_of
 
 # Left and lower corner of each box, its ways of transfer, and what they are in words.

@@ -6,8 +6,8 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl.classifiers import FineTunedCNNClassifier, unwrapped
-from skltl.displays._axes import axes_library
+from skltl.displays._layout import axes_library
+from skltl.finetuning import FineTunedCNNClassifier, unwrapped
 
 # What is drawn in each part: keys of the records, names, and styles of lines.
 LOSSES = {"loss": ("training", "-"), "validation_loss": ("held out", "--")}

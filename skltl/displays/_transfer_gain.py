@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.model_selection import learning_curve
 
-from skltl.displays._axes import axes_library, axes_to_draw_on
+from skltl.displays._layout import axes_library, axes_to_draw_on
 from skltl.displays._training_history import trained_in
 
 # A curve's slope is taken to where it has risen to this share of its last score.

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from skltl._device import halve_until_it_fits
 from skltl._large_arrays import new_array
-from skltl.backbones import UnderWay, n_under_way
-from skltl.features._recipe import Recipe
-from skltl.features._session import CacheSession, NoCache
+from skltl._parameters import halve_until_it_fits
+from skltl.cache import CacheSession, NoCache
 from skltl.images import Batch, ImageSource, iter_batches, iter_crops
+from skltl.inference import Recipe, UnderWay, n_under_way
 
 
 def extract_features(

@@ -8,34 +8,33 @@ from os import PathLike, fspath
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._device import (
-    DTYPES,
-    resolve_device,
-    resolve_threads,
-)
-from skltl._randomness import draw_seed
-from skltl._validation import (
+from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._random import draw_seed
+from skltl._sklearn import (
     IMAGE_SIZES,
     Interval,
     InvalidParameterError,
     StrOptions,
     fit_context,
 )
-from skltl.backbones import (
+from skltl.exceptions import WeightsError, shorten
+from skltl.features._estimators import FeatureEstimator
+from skltl.features._extraction import extract_features
+from skltl.inference import (
     ENGINES,
+    POOLINGS,
+    can_pool,
+    load_prefix,
+    recorded_blocks,
+    resolve_engine,
+)
+from skltl.networks import (
     Backbone,
     block_shapes,
     is_registered,
-    load_prefix,
-    resolve_engine,
     resolve_layer,
     resolve_network,
 )
-from skltl.exceptions import WeightsError, shorten
-from skltl.features._extraction import extract_features
-from skltl.features._feature_estimator import FeatureEstimator
-from skltl.features._pooling import POOLINGS
-from skltl.features._recipe import can_pool, recorded_blocks
 
 
 class CNNFeatureTransformer(FeatureEstimator):

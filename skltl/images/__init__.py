@@ -1,19 +1,17 @@
-"""From whatever ``X`` is to batches of RGB pictures."""
+"""From whatever ``X`` is to batches of RGB images."""
 
-from skltl.images._ahead import map_ahead
-from skltl.images._bad_images import BadImage, find_bad_images
-from skltl.images._batches import Batch, Crop, iter_batches, iter_crops
-from skltl.images._containers import check_not_masked
-from skltl.images._content import (
+from skltl.images._batches import Batch, Crop, iter_batches, iter_crops, map_ahead
+from skltl.images._check import BadImage, find_bad_images
+from skltl.images._decode import is_tensor, tensor_to_array
+from skltl.images._identity import (
     FILE_STATE_BYTES,
     content_key,
     file_digest,
     file_identity,
     file_state,
 )
-from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._preprocessing import Preprocessing, as_float, normalise
-from skltl.images._source import ImageSource, read_images
+from skltl.images._source import ImageSource, check_not_masked, read_images
 
 __all__ = [
     "FILE_STATE_BYTES",

@@ -1,35 +1,32 @@
-"""Recognise what ``X`` is, and serve it as a lazy sequence of RGB pictures.
+"""Recognize what ``X`` is, and serve it as a lazy sequence of RGB images.
 
-The rules are about ``X`` as a whole, never about one item, so that a picture does not
-change its meaning with its neighbours:
+The rules are about ``X`` as a whole, never about one item, so that an image does not
+change its meaning with its neighbors:
 
 - strings and path-like objects are files;
-- an array (n, h, w) holds grey pictures; in an array of four dimensions, and in a list
+- an array (n, h, w) holds grey images; in an array of four dimensions, and in a list
   of three-dimensional arrays, the channels are the last axis if it has 1, 3 or 4
   entries, else the one before height. For torch tensors it is the other way round;
-- an array (n, d) holds rows of numbers, which are pictures only with an `image_shape`.
+- an array (n, d) holds rows of numbers, which are images only with an `image_shape`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from skltl.exceptions import ImageReadError, ImageTypeError, shorten
-from skltl.images._containers import (
-    EXPECTED,
-    check_not_masked,
-    label_of,
-    labels_of,
-    stacked,
-    unwrap,
-)
+from skltl._caller import level_of_the_user
+from skltl._locks import Lock
+from skltl.exceptions import ImageRangeWarning, ImageReadError, ImageTypeError, shorten
 from skltl.images._decode import (
     Decoded,
     Pixels,
@@ -40,15 +37,291 @@ from skltl.images._decode import (
     tensor_to_array,
     to_pixels,
 )
-from skltl.images._ranges import PixelRanges
-from skltl.images._refusals import is_missing, refuse_item
-from skltl.images._rows import (
-    CHANNEL_COUNTS,
-    as_pixels,
-    rows_as_images,
-    suggest_image_shape,
+from skltl.images._refusals import (
+    is_missing,
+    refuse_container,
+    refuse_item,
+    refuse_table,
+    refuse_text,
 )
 from skltl.images._sharing import one_image
+
+EXPECTED = (
+    "a list or 1-D array of paths or pictures, or an array of shape (n, h, w), "
+    "(n, h, w, channels) or (n, channels, h, w)"
+)
+
+
+def unwrap(X: Any) -> Any:
+    """Take the data out of its container; refuse what is no batch of images."""
+    if isinstance(X, (str, os.PathLike)):
+        raise refuse_text(os.fsdecode(X))
+    if isinstance(X, Image.Image):
+        raise ValueError("X is a single picture. Reshape your data: X=[picture].")
+    if hasattr(X, "toarray") and hasattr(X, "nnz"):
+        raise TypeError("Sparse data cannot be pictures; pass a dense array.")
+    check_not_masked(X)
+    if type(X).__module__.partition(".")[0] == "pyarrow":
+        return _unwrap_arrow(X)
+    if hasattr(X, "to_numpy"):  # pandas, polars
+        X = _values_of(X)
+    if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
+        # One column of paths, as `ColumnTransformer` hands it over.
+        return X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
+    if isinstance(X, (np.ndarray, list, tuple)) or is_tensor(X):
+        return X
+    if hasattr(X, "__array__"):
+        return np.asarray(X)
+    raise refuse_container(X, EXPECTED)
+
+
+def check_not_masked(X: Any) -> None:
+    """Refuse a masked array, whose masked pixels have no values."""
+    if isinstance(X, np.ma.MaskedArray):
+        raise TypeError(
+            "Masked arrays are not supported: fill the masked pixels first."
+        )
+
+
+def labels_of(X: Any) -> Any:
+    """Return the labels of the rows of a pandas object, or ``None``."""
+    index = getattr(X, "index", None)
+    return index if hasattr(X, "iloc") and hasattr(index, "__getitem__") else None
+
+
+def label_of(labels: Any, index: int) -> str:
+    """Say, for a message, by which label the user knows a row."""
+    if labels is None:
+        return ""
+    label = labels[index]
+    if isinstance(label, np.generic):
+        label = label.item()
+    return f" (index label {shorten(repr(label))})"
+
+
+def _values_of(X: Any) -> Any:
+    """Return the values of a series or a data frame as an array."""
+    shape: tuple[int, ...] = getattr(X, "shape", ())
+    if len(shape) == 2 and shape[1] == 1:
+        X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
+    values = X.to_numpy()
+    if values.ndim == 2 and values.dtype.kind in "OUT" and hasattr(X, "columns"):
+        raise refuse_table(list(X.columns), type(X).__name__)
+    return values
+
+
+def _unwrap_arrow(X: Any) -> Any:
+    """Take texts out of an array or a table of one column of Arrow."""
+    if hasattr(X, "column_names"):
+        if len(X.column_names) != 1:
+            raise refuse_table(X.column_names, f"pyarrow {type(X).__name__}")
+        X = X.column(0)
+    kind = str(getattr(X, "type", ""))
+    if not kind.endswith(("string", "string_view")):
+        raise TypeError(
+            f"X is a pyarrow {type(X).__name__} of {shorten(kind, 40)}: of Arrow's "
+            "types only texts (paths) are read. Pass X.to_pylist() if its items are "
+            "images, or X.to_pandas()."
+        )
+    return X.to_pylist()
+
+
+def stacked(X: Any) -> NDArray[Any]:
+    """Turn nested lists of numbers into one array."""
+    try:
+        array = np.asarray(X)
+    except ValueError as error:
+        raise ValueError(
+            "X is a list of lists of different lengths. Pass each picture as an array."
+        ) from error
+    if array.dtype.kind not in "buifc":
+        raise ValueError(f"Expected {EXPECTED}, got nested lists of {array.dtype}.")
+    return array
+
+
+CHANNEL_COUNTS = (1, 3, 4)
+
+
+def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[Any]:
+    """Reshape each row to ``image_shape``, as ``numpy.reshape`` would.
+
+    Parameters
+    ----------
+    rows : array of shape (n, n_columns)
+        One picture in each row.
+    image_shape : tuple of 2 or 3 ints
+        (h, w) or (h, w, channels); one of them may be -1, "whatever is left".
+
+    Returns
+    -------
+    array of shape (n, *image_shape)
+        A view of ``rows`` where numpy can give one.
+
+    Raises
+    ------
+    ValueError
+        If it is no shape of a picture, or a row has not as many columns as it needs.
+    """
+    _check_image_shape(image_shape)
+    n_columns = rows.shape[1]
+    known = math.prod(size for size in image_shape if size != -1)
+    fits = n_columns % known == 0 if -1 in image_shape else n_columns == known
+    if not fits:
+        raise ValueError(
+            f"image_shape={shorten(str(image_shape))} does not fit rows of {n_columns} "
+            "numbers."
+        )
+    return rows.reshape(len(rows), *image_shape)
+
+
+def as_pixels(rows: NDArray[Any]) -> NDArray[Any]:
+    """Bring numbers to types that pictures have.
+
+    uint8, uint16 and bool say what white is, and stay; all others become float32, with
+    the values they have. The byte order becomes this machine's.
+    """
+    rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
+    if rows.dtype in (np.uint8, np.uint16, np.bool_):
+        return rows
+    return rows.astype(np.float32, copy=False)
+
+
+def suggest_image_shape(n_columns: int) -> str:
+    """Say, as code, which ``image_shape`` rows of this many numbers may have."""
+    for n_channels in (1, 3, 4):
+        side = math.isqrt(n_columns // n_channels)
+        if n_channels * side**2 == n_columns:
+            shape = (side, side) if n_channels == 1 else (side, side, n_channels)
+            return f"image_shape={shape}"
+    return "image_shape=(height, width)"
+
+
+def _check_image_shape(image_shape: tuple[Any, ...]) -> None:
+    is_shape = len(image_shape) in (2, 3) and all(
+        not isinstance(size, bool)
+        and isinstance(size, Integral)
+        and (int(size) > 0 or int(size) == -1)
+        for size in image_shape
+    )
+    if not is_shape or image_shape.count(-1) > 1:
+        raise ValueError(
+            f"image_shape={shorten(str(image_shape))} is not the shape of a picture: "
+            "expected (h, w) or (h, w, channels), in pixels; one of them may be -1."
+        )
+
+
+# What resampling with a bicubic filter adds at edges.
+_OVERSHOOT = 0.1
+
+# 16-bit images whose largest value is below are likely to hold fewer bits.
+_WHITE_16 = 65535
+_EIGHTH_OF_16 = 8192
+
+
+class PixelRanges:
+    """The range of all floats, and the largest of all 16-bit values, read so far."""
+
+    def __init__(self) -> None:
+        self._floats: tuple[float, float] | None = None
+        self._largest_deep: float | None = None
+        self._lock = Lock()
+
+    def see(self, decoded: Decoded, is_float: bool) -> None:
+        """Take note of an image, whether it was of floats; or else of 8 or 16 bits."""
+        if isinstance(decoded, Image.Image):
+            if decoded.mode != "F":
+                return
+            extrema: Any = decoded.getextrema()
+            low, high = extrema
+        elif decoded.dtype == np.uint8:
+            return
+        else:
+            low, high = float(decoded.min()), float(decoded.max())
+        if is_float:
+            self.see_floats(low, high)
+        else:
+            self.see_deep(high)
+
+    def see_floats(self, low: float, high: float) -> None:
+        """Take note of the range of an image of floats."""
+        with self._lock:
+            if self._floats is not None:
+                low, high = min(low, self._floats[0]), max(high, self._floats[1])
+            self._floats = (low, high)
+
+    def see_deep(self, high: float) -> None:
+        """Take note of the largest value, in [0, 1], of an image of 16 bits."""
+        with self._lock:
+            self._largest_deep = max(high, self._largest_deep or 0.0)
+
+    def warn_if_odd(self) -> None:
+        """Warn once if the values seen so far are not what pixels look like."""
+        if self._floats is not None and (self._floats[0] < 0 or self._floats[1] > 1):
+            low, high = self._floats
+            _warn(
+                f"Float images should lie in [0, 1], these range from {low:.4g} to "
+                f"{high:.4g}. {_remedy(low, high)}"
+            )
+        if self._largest_deep:
+            largest = round(self._largest_deep * _WHITE_16)
+            if largest < _EIGHTH_OF_16:
+                _warn(
+                    "16-bit images should use the values 0 to 65535; the largest one "
+                    f"here is {largest}, which is nearly black. {_deep_remedy(largest)}"
+                )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, ImageRangeWarning, stacklevel=level_of_the_user())
+
+
+def _remedy(low: float, high: float) -> str:
+    """Say what to do with floats of this range."""
+    if low < 0:
+        return _remedy_for_negatives(low, high)
+    if high <= 1 + _OVERSHOOT:
+        return "Clip them with np.clip(X, 0, 1)."
+    if 8 < high <= 16:
+        return "Divide them by 16 if they go from 0 to 16, as scikit-learn's digits do."
+    if 16 < high <= 256:
+        return "Divide them by 255, or pass them as uint8."
+    if 256 < high <= 4096:
+        return "Divide them by 4095 if they hold 12 bits; else by the value of white."
+    if 4096 < high <= 65536:
+        return "Divide them by 65535, or pass them as uint16."
+    return "Divide them by the value that stands for white."
+
+
+def _remedy_for_negatives(low: float, high: float) -> str:
+    if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return "Clip them with np.clip(X, 0, 1)."
+    if low >= -1 - _OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return "If they are scaled to [-1, 1], pass (X + 1) / 2."
+    if low >= -10 and high <= 10:
+        return (
+            "They look normalized: undo it (X * std + mean), or leave out the "
+            "normalization that made them; skltl applies its own."
+        )
+    return (
+        "If a mean was subtracted, add it again; then divide by the value that stands "
+        "for white (255 for 8 bits). skltl applies its own normalization."
+    )
+
+
+def _deep_remedy(largest: int) -> str:
+    """Say what to do with 16-bit images that are this dark."""
+    if largest <= 255:
+        return "If they hold 8 bits, pass them as uint8."
+    if largest <= 4095:
+        return (
+            "If they hold 12 bits, scale them by 65535 / 4095, or divide by 4095 and "
+            "pass the floats."
+        )
+    return (
+        "If white is not 65535, divide by the value of white and pass the floats, "
+        "which are then in [0, 1]."
+    )
+
 
 # Arrays are no `Sequence` to Python, but serve as one here.
 Items: TypeAlias = Sequence[Any] | NDArray[Any]

@@ -1,7 +1,7 @@
-"""Which way of transfer to take: what to train, and where to cut."""
+"""Which strategy to use: what to train, and where to truncate."""
 
 from skltl.strategy._advisor import StrategyAdvisor
-from skltl.strategy._recommendation import (
+from skltl.strategy._rules import (
     LARGE_N_IMAGES,
     LARGE_N_PER_CLASS,
     LEAD_THAT_COUNTS,

@@ -9,13 +9,14 @@ from os import PathLike
 from sklearn import get_config
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._device import DTYPES
 from skltl._estimator import ImageEstimator
-from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
-from skltl.backbones import ENGINES, Backbone
+from skltl._parameters import DTYPES
+from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
+from skltl.inference import ENGINES
+from skltl.networks import Backbone
 from skltl.strategy._measurement import measure
-from skltl.strategy._recommendation import portable
 from skltl.strategy._report import write_report
+from skltl.strategy._rules import portable
 
 
 class StrategyAdvisor(ImageEstimator):

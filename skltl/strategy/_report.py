@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import Any
 
-from skltl.strategy._recommendation import LEAD_THAT_COUNTS
+from skltl.strategy._rules import LEAD_THAT_COUNTS
 
 # More images pay if doubling their number raises accuracy by at least this.
 GAIN_THAT_PAYS = 0.01

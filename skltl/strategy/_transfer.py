@@ -12,11 +12,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 
-from skltl._device import DTYPES
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
-from skltl._randomness import draw_seed, fresh_seed
-from skltl._validation import IMAGE_SIZES, Interval, StrOptions, fit_context
-from skltl.backbones import ENGINES, Backbone, get_backbone, resolve_layer
+from skltl._parameters import DTYPES
+from skltl._random import draw_seed, fresh_seed
+from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
+from skltl.inference import ENGINES
+from skltl.networks import Backbone, get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._measurement import (
     SHARED_PARAMETERS,
@@ -24,7 +25,7 @@ from skltl.strategy._measurement import (
     map_of_classes,
     measure,
 )
-from skltl.strategy._recommendation import STRATEGIES, build_strategy, portable
+from skltl.strategy._rules import STRATEGIES, build_strategy, portable
 
 # What `layer` has a meaning for.
 CUT_EARLY = ("auto", "extract_early", "finetune_top")

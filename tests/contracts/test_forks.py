@@ -93,7 +93,7 @@ os._exit(0)
 
 def test_programs_that_only_import_skltl_keep_the_threads_of_their_children():
     code = """
-import skltl.backbones, torch
+import skltl.inference, torch
 torch.set_num_threads(2)
 print(in_child(lambda: torch.get_num_threads() == 2, 60))
 """

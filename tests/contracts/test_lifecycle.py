@@ -289,7 +289,7 @@ def test_a_model_of_bfloat16_runs_in_float32_where_that_is_not_native(
     monkeypatch.setattr(fitted, "precision_", "bfloat16")
     saved = pickle.dumps(fitted)
     monkeypatch.setattr(
-        "skltl.features._feature_estimator.has_native_bfloat16", lambda device: False
+        "skltl.features._estimators.has_native_bfloat16", lambda device: False
     )
 
     loaded = pickle.loads(saved)
@@ -304,7 +304,7 @@ def test_a_model_of_bfloat16_runs_in_float32_where_that_is_not_native(
 def test_a_model_of_float32_stays_there_where_bfloat16_is_native(pictures, monkeypatch):
     fitted = CNNFeatureTransformer("tiny", precision="float32").fit(pictures)
     expected = fitted.transform(pictures)
-    monkeypatch.setattr("skltl._device.has_native_bfloat16", lambda device: True)
+    monkeypatch.setattr("skltl._parameters.has_native_bfloat16", lambda device: True)
 
     fitted.set_params(precision="auto")
 

@@ -19,7 +19,7 @@ from skltl import (
     Preprocessing,
     make_feature_pipeline,
 )
-from skltl.backbones import Runner
+from skltl.inference import Runner
 
 LABELS = np.arange(9) % 3
 ALL = ["stem", "block1", "block2", "block3", "block4"]

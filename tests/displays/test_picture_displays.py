@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from skltl import GradCAMDisplay, PredictionGridDisplay, make_feature_pipeline
-from skltl.classifiers import class_activation
+from skltl.displays import class_activation
 
 
 def digits_pipeline(kind):

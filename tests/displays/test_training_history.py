@@ -16,7 +16,7 @@ from skltl import (
     TransferGainDisplay,
     make_feature_pipeline,
 )
-from skltl.classifiers._hold_out import hold_out
+from skltl.finetuning._data import hold_out
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_skops_needs_only_what_skltl_lists(pictures, tmp_path):
 
 
 def test_skops_takes_weights_from_a_path(tmp_path, pictures):
-    weights = Path(skltl.backbones.__file__).with_name("tiny.safetensors")
+    weights = Path(skltl.networks.__file__).with_name("tiny.safetensors")
     transformer = CNNFeatureTransformer("tiny", weights=weights).fit(pictures)
     skops.io.dump(transformer, tmp_path / "transformer.skops")
 

@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import CNNFeatureTransformer
-from skltl.backbones import Runner, _loading
 from skltl.exceptions import ImageRangeWarning
+from skltl.inference import Runner
+from skltl.inference import _frozen as _loading
 
 # Name, cut point, torchvision's module there.
 BY_HAND = [

@@ -11,11 +11,7 @@ import pytest
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import (
-    BATCHES_AHEAD,
-    PICTURES_A_TURN,
-    pictures_a_turn,
-)
+from skltl.images._batches import BATCHES_AHEAD, PICTURES_A_TURN, pictures_a_turn
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):

@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from skltl import Preprocessing
-from skltl.backbones import get_backbone
 from skltl.images import iter_batches, iter_crops, normalise, read_images
+from skltl.networks import get_backbone
 
 SIZES = [(500, 375), (375, 500), (224, 224), (90, 60), (301, 17), (1, 1)]
 

@@ -35,9 +35,9 @@ from skltl import (
     TransferClassifier,
     recommend_strategy,
 )
-from skltl._validation import InvalidParameterError
-from skltl.backbones import imagenet_names
+from skltl._sklearn import InvalidParameterError
 from skltl.exceptions import EngineError
+from skltl.networks import imagenet_names
 
 ROWS = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
 
@@ -52,13 +52,13 @@ def digits():
 def crossed(monkeypatch):
     """Count the pictures that cross a network."""
     counts = []
-    features = skltl.backbones.Runner.features
+    features = skltl.inference.Runner.features
 
     def counted(self, pixels, *others):
         counts.append(int(pixels.flatten(1).any(dim=1).sum()))
         return features(self, pixels, *others)
 
-    monkeypatch.setattr(skltl.backbones.Runner, "features", counted)
+    monkeypatch.setattr(skltl.inference.Runner, "features", counted)
     return counts
 
 
@@ -288,7 +288,7 @@ def test_engine_and_decoding_are_those_of_all_that_runs(kind, digits, monkeypatc
     advised = fitted.strategy_.estimator.get_params()
     assert {name: advised[f"feat__{name}"] for name in settings} == settings
 
-    monkeypatch.setattr("skltl.backbones._engines.find_spec", lambda name: None)
+    monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="engine='openvino' cannot run"):
         kind("tiny", engine="openvino", **ROWS).fit(*digits)
 
@@ -441,7 +441,7 @@ def test_the_classifier_is_what_was_advised(digits, crossed):
     ["as_is", "extract", "extract_early", "finetune", "finetune_top", "scratch"],
 )
 def test_a_strategy_may_be_named(strategy, digits, monkeypatch):
-    monkeypatch.setattr("skltl.strategy._recommendation.SCRATCH_EPOCHS", 1)
+    monkeypatch.setattr("skltl.strategy._rules.SCRATCH_EPOCHS", 1)
     X, y = digits[0][:40], np.array(list("abcd") * 10)
 
     fitted = TransferClassifier("tiny", strategy=strategy, **ROWS).fit(X, y)

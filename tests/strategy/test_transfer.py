@@ -37,7 +37,7 @@ def digits():
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "scratch"])
 def test_a_seed_gives_the_same_bits(strategy, digits, monkeypatch):
-    monkeypatch.setattr("skltl.strategy._recommendation.SCRATCH_EPOCHS", 1)
+    monkeypatch.setattr("skltl.strategy._rules.SCRATCH_EPOCHS", 1)
     X, y = digits
     found = []
     for seed in (0, 1):

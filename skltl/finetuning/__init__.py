@@ -1,0 +1,20 @@
+"""Fine-tuning in two stages."""
+
+from skltl.finetuning._classifier import FineTunedCNNClassifier
+from skltl.finetuning._conversion import head_of_pipeline, parts_of_pipeline, unwrapped
+from skltl.finetuning._data import decode_crops
+from skltl.finetuning._labels import columns_of, encode_labels, example_weights
+from skltl.finetuning._network_classifier import NetworkClassifier, TunedNetwork
+
+__all__ = [
+    "FineTunedCNNClassifier",
+    "NetworkClassifier",
+    "TunedNetwork",
+    "columns_of",
+    "decode_crops",
+    "encode_labels",
+    "example_weights",
+    "head_of_pipeline",
+    "parts_of_pipeline",
+    "unwrapped",
+]

@@ -1,0 +1,83 @@
+"""Pretrained networks as ordered lists of named blocks, and their weights."""
+
+from skltl.networks._backbone import (
+    Backbone,
+    Network,
+    PretrainedWeights,
+    children_of,
+    cut,
+    freeze,
+    has_hooks,
+    is_module,
+    load_state,
+    state_of,
+)
+from skltl.networks._identity import is_known_code, prefix_digests, structure, versions
+from skltl.networks._layers import (
+    CutPoint,
+    Layer,
+    block_shapes,
+    build_skeleton,
+    forget_networks,
+    largest_map,
+    list_layers,
+    reached_main_blocks,
+    resolve_layer,
+    skeleton,
+)
+from skltl.networks._registry import (
+    get_backbone,
+    is_registered,
+    list_backbones,
+    nearest,
+    register_backbone,
+)
+from skltl.networks._tiny import imagenet_names, unique
+from skltl.networks._weights import (
+    TORCH_FILE_ERRORS,
+    check_finite,
+    load_network,
+    random_network,
+    resolve_network,
+    resolve_weights,
+)
+
+__all__ = [
+    "TORCH_FILE_ERRORS",
+    "Backbone",
+    "CutPoint",
+    "Layer",
+    "Network",
+    "PretrainedWeights",
+    "block_shapes",
+    "build_skeleton",
+    "check_finite",
+    "children_of",
+    "cut",
+    "forget_networks",
+    "freeze",
+    "get_backbone",
+    "has_hooks",
+    "imagenet_names",
+    "is_known_code",
+    "is_module",
+    "is_registered",
+    "largest_map",
+    "list_backbones",
+    "list_layers",
+    "load_network",
+    "load_state",
+    "nearest",
+    "prefix_digests",
+    "random_network",
+    "reached_main_blocks",
+    "register_backbone",
+    "resolve_layer",
+    "resolve_network",
+    "resolve_weights",
+    "skeleton",
+    "state_of",
+    "structure",
+    "unique",
+    "versions",
+]

@@ -1,0 +1,633 @@
+"""Each picture crosses the network once, and a hit gives the bits of a miss."""
+
+import os
+import shutil
+from collections import OrderedDict
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    Preprocessing,
+    cache_info,
+    clear_cache,
+    register_backbone,
+)
+from skltl.exceptions import ImageReadError
+from skltl.images import ImageSource
+from skltl.inference import Runner
+
+LAYERS = ["stem", "block1", "block2", "block3", "block4"]
+
+
+@pytest.fixture
+def crossed(monkeypatch):
+    """A list to which each pass appends how many pictures crossed the network."""
+    numbers = []
+    features = Runner.features
+
+    def counted(self, pixels, mean, std, pool):
+        # What a batch is filled up with is black.
+        numbers.append(int(pixels.flatten(1).any(dim=1).sum()))
+        return features(self, pixels, mean, std, pool)
+
+    monkeypatch.setattr(Runner, "features", counted)
+    return numbers
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list of the positions that were read from a source."""
+    positions = []
+    read = ImageSource.decode
+
+    def counted(self, index):
+        positions.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(ImageSource, "decode", counted)
+    return positions
+
+
+@pytest.fixture
+def settled_files(picture_files, monkeypatch):
+    """Files that are recognised by their state, although they are young."""
+    monkeypatch.setattr("skltl.images._identity.CLOCK_TICK", 0.0)
+    return picture_files
+
+
+def transformer(folder, **parameters):
+    return CNNFeatureTransformer("tiny", image_size=32, cache=folder, **parameters)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"layer": "block2"},
+        {"layer": ["block4", "stem"], "pooling": "avgmax"},
+        {"layer": "block3", "pooling": 2},
+        {"layer": "block1", "pooling": "flatten"},
+        {"layer": ["block2.0", "block3"]},
+        {"layer": "stem", "batch_size": 4},
+    ],
+    ids=str,
+)
+def test_a_miss_and_a_hit_have_the_bits_of_no_cache(
+    parameters, precision, pictures, tmp_path, crossed
+):
+    parameters = {**parameters, "precision": precision}
+    expected = transformer(None, **parameters).fit_transform(pictures)
+    crossed.clear()
+
+    miss = transformer(tmp_path, **parameters).fit_transform(pictures)
+    n_missed = sum(crossed)
+    hit = transformer(tmp_path, **parameters).fit_transform(pictures[::-1])[::-1]
+
+    np.testing.assert_array_equal(miss, expected)
+    np.testing.assert_array_equal(hit, expected)
+    assert n_missed == sum(crossed) == len(pictures)
+
+
+def test_a_search_over_all_cut_points_is_one_pass(pictures, tmp_path, crossed):
+    labels = np.arange(9) % 2
+    grid = {
+        "cnnfeaturetransformer__layer": [*LAYERS, ["block1", "block3"]],
+        "logisticregression__C": [0.1, 1],
+    }
+    scores = {}
+    for cache in (None, tmp_path):
+        crossed.clear()
+        pipeline = make_pipeline(transformer(cache), LogisticRegression())
+        search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, labels)
+        scores[cache] = search.cv_results_["mean_test_score"]
+
+    assert sum(crossed) == len(pictures)
+    np.testing.assert_array_equal(scores[None], scores[tmp_path])
+
+
+def test_whole_maps_and_finer_paths_record_what_was_asked_for(pictures, tmp_path):
+    transformer(tmp_path, layer="block1", pooling="flatten").fit_transform(pictures)
+    transformer(tmp_path, layer="block2.0").fit_transform(pictures)
+
+    entries = cache_info(tmp_path).entries
+
+    assert {(entry.layer, entry.pooling) for entry in entries} == {
+        ("block1", "flatten"),
+        ("block2.0.2", "avg"),  # the last block inside of it
+    }
+
+
+def test_cut_points_that_small_pictures_do_not_reach_are_not_recorded(tmp_path):
+    digits = np.random.default_rng(0).random((5, 64))
+    settings = {"layer": "block1", "image_shape": (8, 8), "image_size": 8}
+
+    CNNFeatureTransformer("vgg16", weights=None, random_state=0).set_params(
+        cache=tmp_path, **settings
+    ).fit_transform(digits)
+
+    assert [entry.layer for entry in cache_info(tmp_path).entries] == [
+        "block1",
+        "block2",
+        "block3",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["list", "pil", "floats", "tensor"])
+def test_the_same_pixels_are_the_same_picture(
+    kind, pictures, picture_files, tmp_path, crossed
+):
+    transformer(tmp_path).fit_transform(picture_files)
+    forms = {
+        "list": list(pictures),
+        "pil": [Image.fromarray(picture) for picture in pictures],
+        "tensor": torch.from_numpy(pictures).permute(0, 3, 1, 2),
+        "floats": pictures / np.float32(255),
+    }
+
+    transformer(tmp_path).fit_transform(forms[kind])
+
+    # Floats have other bits than the 8-bit pixels they came from.
+    assert sum(crossed) == len(pictures) * (1 + (kind == "floats"))
+
+
+def test_a_picture_that_stands_twice_crosses_once(pictures, tmp_path, crossed):
+    twice = np.concatenate([pictures, pictures[::-1]])
+
+    features = transformer(tmp_path).fit_transform(twice)
+
+    assert sum(crossed) == len(pictures)
+    np.testing.assert_array_equal(features[:9], features[:8:-1])
+    np.testing.assert_array_equal(features, transformer(None).fit_transform(twice))
+
+
+def test_known_files_are_not_read_again(settled_files, tmp_path, decoded, crossed):
+    first = transformer(tmp_path, layer="block1").fit_transform(settled_files)
+    n_decoded = len(decoded)
+    again = transformer(tmp_path, layer="block1").fit_transform(settled_files)
+    transformer(tmp_path, layer="block4").fit_transform(settled_files)
+
+    np.testing.assert_array_equal(again, first)
+    assert n_decoded == len(decoded) == len(settled_files)
+    assert sum(crossed) == len(settled_files)
+
+
+def test_files_just_written_are_read_again_but_cross_once(
+    picture_files, tmp_path, decoded, crossed
+):
+    transformer(tmp_path).fit_transform(picture_files)
+    transformer(tmp_path).fit_transform(picture_files)
+
+    assert len(decoded) == 2 * len(picture_files)
+    assert sum(crossed) == len(picture_files)
+
+
+def test_a_replaced_file_gives_the_features_of_the_new_picture(settled_files, tmp_path):
+    uncached = transformer(None).fit(settled_files)
+    cached = transformer(tmp_path).fit(settled_files)
+    cached.transform(settled_files)
+    stat = settled_files[0].stat()
+
+    # Same size, same time of the last change.
+    content = settled_files[3].read_bytes()
+    content += bytes(max(0, stat.st_size - len(content)))
+    settled_files[0].write_bytes(content)
+    os.utime(settled_files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    found = cached.transform(settled_files)
+    np.testing.assert_array_equal(found, uncached.transform(settled_files))
+    np.testing.assert_array_equal(found[0], found[3])
+
+
+def test_files_that_swap_names_swap_features(settled_files, tmp_path):
+    cached = transformer(tmp_path).fit(settled_files)
+    before = cached.transform(settled_files)
+
+    spare = settled_files[0].with_name("spare.png")
+    settled_files[0].rename(spare)
+    settled_files[1].rename(settled_files[0])
+    spare.rename(settled_files[1])
+
+    after = cached.transform(settled_files)
+    np.testing.assert_array_equal(after[[1, 0, *range(2, 9)]], before)
+
+
+def test_a_copy_of_a_file_is_the_same_picture(settled_files, tmp_path, crossed):
+    transformer(tmp_path).fit_transform(settled_files[:1])
+    copy = shutil.copy2(settled_files[0], tmp_path / "copy.png")
+
+    transformer(tmp_path).fit_transform([copy])
+
+    assert sum(crossed) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"image_size": 40},
+        {"pooling": "max"},
+        {"batch_size": 4},
+        {"precision": "float32"},
+        {"weights": None, "random_state": 0},
+    ],
+    ids=str,
+)
+def test_other_parameters_are_another_recipe(other, pictures, tmp_path):
+    first = {"precision": "bfloat16", "batch_size": 8}
+    transformer(tmp_path, **first).fit_transform(pictures)
+
+    found = transformer(tmp_path, **first).set_params(**other)
+    expected = clone(found).set_params(cache=None)
+
+    np.testing.assert_array_equal(
+        found.fit_transform(pictures), expected.fit_transform(pictures)
+    )
+    assert len(cache_info(tmp_path).entries) == 2 * len(LAYERS)
+
+
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+
+
+def without_onednn():
+    torch.backends.mkldnn.enabled = False
+
+
+def in_reduced_precision():
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+
+
+@pytest.fixture
+def torch_as_it_was():
+    before = torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("torch_as_it_was")
+@pytest.mark.parametrize(
+    "change",
+    [in_float64, without_onednn, in_reduced_precision],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_settings_of_torch_that_change_the_bits_are_part_of_the_recipe(
+    change, precision, pictures, tmp_path
+):
+    transformer(tmp_path, precision=precision).fit_transform(pictures)
+    change()
+
+    found = transformer(tmp_path, precision=precision).fit_transform(pictures)
+
+    expected = transformer(None, precision=precision).fit_transform(pictures)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pillow_that_resizes_otherwise_is_another_recipe(
+    pictures, tmp_path, crossed, monkeypatch
+):
+    transformer(tmp_path).fit_transform(pictures)
+    monkeypatch.setattr("PIL.__version__", "99.0")
+    transformer(tmp_path).fit_transform(pictures)
+
+    assert sum(crossed) == 2 * len(pictures)
+
+
+def test_what_pillow_was_allowed_to_read_is_not_remembered_when_it_is_not(
+    settled_files, tmp_path, monkeypatch
+):
+    os.truncate(settled_files[0], settled_files[0].stat().st_size // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+        transformer(tmp_path).fit_transform(settled_files)
+
+    with pytest.raises(ImageReadError, match="Image 0"):
+        transformer(tmp_path).fit_transform(settled_files)
+
+
+def test_numbers_of_numpy_are_numbers(pictures, tmp_path, crossed):
+    for number in (int, np.int64):
+        CNNFeatureTransformer(
+            "tiny",
+            image_size=number(32),
+            pooling=number(2),
+            batch_size=number(4),
+            cache=tmp_path,
+        ).fit_transform(pictures)
+
+    assert sum(crossed) == len(pictures)
+
+
+@pytest.mark.parametrize("cache", ["", "a\0b", "~nobody-of-this-name/x", "\ud800"])
+def test_what_names_no_folder_is_refused(cache, pictures):
+    with pytest.raises(ValueError, match="cache=.* names no folder"):
+        transformer(cache).fit(pictures)
+
+
+@pytest.mark.parametrize("function", [cache_info, clear_cache])
+@pytest.mark.parametrize("cache", [False, None])
+def test_no_cache_has_no_contents(function, cache, tmp_path, monkeypatch, pictures):
+    monkeypatch.setenv("SKLTL_CACHE", str(tmp_path))
+    transformer(True).fit_transform(pictures)
+
+    with pytest.raises(ValueError, match="means no cache"):
+        function(cache)
+
+    assert cache_info().n_bytes > 0
+
+
+def own_backbone(name, bias=0.0, slope=0.1):
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, stride=2)
+    with torch.no_grad():
+        conv.weight.copy_(torch.rand(conv.weight.shape, generator=generator))
+        conv.bias.fill_(bias)
+    stem = nn.Sequential(conv, nn.LeakyReLU(slope))
+    block = nn.Sequential(nn.Conv2d(8, 4, 1), nn.AvgPool2d(3, count_include_pad=True))
+    with torch.no_grad():
+        block[0].weight.fill_(0.5)
+        block[0].bias.fill_(0)
+    blocks = OrderedDict(stem=stem, block=block)
+    return Backbone.from_blocks(name, blocks, preprocessing=Preprocessing(16))
+
+
+def test_own_networks_of_torchs_parts_are_known_by_content(pictures, tmp_path, crossed):
+    for name in ("first", "second"):
+        CNNFeatureTransformer(own_backbone(name), cache=tmp_path).fit_transform(
+            pictures
+        )
+    assert sum(crossed) == len(pictures)
+
+    for other in ({"bias": 0.5}, {"slope": 0.2}):
+        network = own_backbone("first", **other)
+        found = CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
+        expected = CNNFeatureTransformer(network).fit_transform(pictures)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_shared_inside_of_a_network_is_part_of_its_name(pictures, tmp_path):
+    found = []
+    for shared in ("conv1", "conv2"):
+        torch.manual_seed(0)
+        block = BasicBlock(4, 4, downsample=nn.Identity()).eval()
+        block.downsample = nn.Sequential(getattr(block, shared))
+        network = Backbone.from_blocks(
+            "shared",
+            OrderedDict(stem=nn.Conv2d(3, 4, 3), block=block),
+            preprocessing=Preprocessing(16),
+        )
+        torch.manual_seed(1)
+        nn.init.normal_(block.conv1.weight)
+        cached = CNNFeatureTransformer(network, cache=tmp_path)
+        found.append(cached.fit_transform(pictures))
+        np.testing.assert_array_equal(
+            found[-1], CNNFeatureTransformer(network).fit_transform(pictures)
+        )
+    assert not np.array_equal(*found)
+
+
+class Times(nn.Module):
+    """Code of the user's: what it does is in no attribute that could be compared."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.multiply = lambda batch: batch * factor
+
+    def forward(self, batch):
+        return self.multiply(batch)
+
+
+def test_own_code_is_never_taken_for_other_code(pictures, tmp_path, crossed):
+    for factor in (1.0, 2.0):
+        network = Backbone.from_blocks(
+            "times",
+            OrderedDict(a=nn.Conv2d(3, 3, 1), b=Times(factor)),
+            preprocessing=Preprocessing(8),
+        )
+        cached = CNNFeatureTransformer(network, cache=tmp_path)
+        found = cached.fit_transform(pictures)
+        # Clones share the record.
+        np.testing.assert_array_equal(clone(cached).fit_transform(pictures), found)
+        np.testing.assert_array_equal(
+            found, CNNFeatureTransformer(network).fit_transform(pictures)
+        )
+
+
+def test_cuts_between_a_convolution_and_its_batch_norm_stay_apart(pictures, tmp_path):
+    """Alone, the second is computed with the first folded into it."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    network = Backbone.from_blocks(
+        "parted",
+        OrderedDict(conv=nn.Conv2d(3, 8, 3), norm=norm, end=nn.ReLU()),
+        preprocessing=Preprocessing(16),
+    )
+    for layer in (["conv", "norm"], "norm", "end", "conv"):
+        found = CNNFeatureTransformer(network, layer=layer, cache=tmp_path)
+        expected = CNNFeatureTransformer(network, layer=layer)
+        np.testing.assert_array_equal(
+            found.fit_transform(pictures), expected.fit_transform(pictures)
+        )
+
+
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)])
+def test_random_weights_that_nobody_can_draw_again_are_not_kept(
+    random_state, pictures, tmp_path
+):
+    random = transformer(tmp_path, weights=None, random_state=random_state)
+
+    first = random.fit_transform(pictures)
+    again = random.transform(pictures)
+    other = clone(random).fit(pictures).fit_transform(pictures)
+
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert cache_info(tmp_path).entries == []
+
+
+def test_a_saved_transformer_holds_only_its_cut_and_can_use_the_cache(
+    pictures, tmp_path, crossed
+):
+    fitted = transformer(tmp_path / "cache", layer="block2").fit(pictures)
+    joblib.dump(fitted, tmp_path / "file")
+    joblib.dump(transformer(None, layer="block2").fit(pictures), tmp_path / "plain")
+    loaded = joblib.load(tmp_path / "file").set_params(cache=tmp_path / "cache")
+
+    first = loaded.transform(pictures)
+    again = fitted.transform(pictures)
+
+    np.testing.assert_array_equal(first, again)
+    assert sum(crossed) == len(pictures)
+    sizes = [(tmp_path / name).stat().st_size for name in ("file", "plain")]
+    assert sizes[0] - sizes[1] < 1000
+    # What lies behind the cut is not in the file.
+    entries = cache_info(tmp_path / "cache").entries
+    assert [entry.layer for entry in entries] == LAYERS[:3]
+
+
+def test_weights_whose_head_is_broken_on_purpose_can_be_cached(pictures, tmp_path):
+    from safetensors.torch import save_file
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    state = alexnet(weights=None).state_dict()
+    state["classifier.1.bias"][:] = torch.nan
+    save_file(state, tmp_path / "features_only.safetensors")
+    cached = CNNFeatureTransformer(
+        "alexnet", weights=tmp_path / "features_only.safetensors", cache=tmp_path
+    )
+
+    found = cached.fit_transform(pictures)
+
+    np.testing.assert_array_equal(
+        found, clone(cached).set_params(cache=None).fit_transform(pictures)
+    )
+
+
+def test_the_first_unreadable_picture_is_named_and_the_others_are_kept(
+    pictures, tmp_path, crossed
+):
+    items = [*pictures[:4], "missing.png", *pictures[4:], "also missing.png"]
+    items[2] = tmp_path / "picture.png"
+    Image.fromarray(pictures[2]).save(items[2])
+
+    with pytest.raises(ImageReadError, match="Image 4 .'missing.png'."):
+        transformer(tmp_path, batch_size=2).fit_transform(items)
+    transformer(tmp_path, batch_size=2).fit_transform(pictures)
+
+    assert sum(crossed) == len(pictures)
+
+
+def test_the_folder_of_true_is_named_by_the_environment(
+    pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SKLTL_CACHE", str(tmp_path / "own"))
+
+    transformer(True).fit_transform(pictures)
+
+    assert cache_info().folder == tmp_path / "own"
+    assert cache_info().n_bytes > 0
+    clear_cache()
+    assert cache_info().entries == []
+    assert cache_info().n_bytes == 0
+
+
+def test_without_a_cache_nothing_is_written(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("SKLTL_CACHE", str(tmp_path))
+
+    for cache in (None, False):
+        transformer(cache).fit_transform(pictures)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clearing_leaves_other_peoples_files(pictures, tmp_path):
+    transformer(tmp_path).fit_transform(pictures)
+    others = [
+        tmp_path / "holiday.sqlite",
+        tmp_path / "skltl-results.sqlite",
+        tmp_path / "skltl-notes.sqlite.txt",
+        tmp_path / f"skltl-features-{'0' * 32}.sqlite.bak",
+    ]
+    for other in others:
+        other.write_text("mine")
+
+    clear_cache(tmp_path)
+
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_cache_that_is_cleared_while_in_use_is_begun_anew(pictures, tmp_path):
+    cached = transformer(tmp_path).fit(pictures)
+    expected = cached.transform(pictures)
+
+    clear_cache(tmp_path)
+
+    np.testing.assert_array_equal(cached.transform(pictures), expected)
+    assert cache_info(tmp_path).entries[0].n_images == len(pictures)
+
+
+def test_registered_names_are_no_part_of_the_recipe(pictures, tmp_path, crossed):
+    register_backbone(own_backbone("own"), replace=True)
+
+    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(pictures)
+    register_backbone(own_backbone("own", bias=1.0), replace=True)
+    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(pictures)
+
+    assert sum(crossed) == 2 * len(pictures)
+
+
+def test_other_weights_of_one_backbone_are_other_rows(pictures, tmp_path):
+    others = [{}, *({"weights": None, "random_state": seed} for seed in (0, 1, 1))]
+    for parameters in others:
+        transformer(tmp_path, **parameters).fit_transform(pictures)
+
+    entries = cache_info(tmp_path).entries
+
+    assert len(entries) == 3 * len(LAYERS)
+    for layer in LAYERS:
+        networks = [entry.network for entry in entries if entry.layer == layer]
+        assert len(set(networks)) == 3
+
+
+def test_an_entry_says_how_pictures_are_prepared_and_what_computes(pictures, tmp_path):
+    torch.manual_seed(0)
+    blocks = OrderedDict(stem=nn.Conv2d(3, 4, 3))
+    changed = Preprocessing(16, 20, "bicubic", mean=(0.5, 0.25, 0), std=(1, 2, 0.125))
+    for preprocessing in (Preprocessing(16), changed):
+        backbone = Backbone.from_blocks("own", blocks, preprocessing=preprocessing)
+        CNNFeatureTransformer(backbone, cache=tmp_path, engine="torch").fit_transform(
+            pictures
+        )
+
+    entries = cache_info(tmp_path).entries
+
+    assert {entry.preprocessing for entry in entries} == {
+        "resize 16 bilinear, crop 16, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        "resize 20 bicubic, crop 16, mean 0.5 0.25 0, std 1 2 0.125",
+    }
+    assert {entry.engine for entry in entries} == {"torch"}
+    # The blocks are the same.
+    assert len({entry.network for entry in entries}) == len(entries) / 2
+
+
+def test_what_the_cache_holds_prints_as_a_table(pictures, tmp_path):
+    for seed in range(5):
+        random = transformer(tmp_path, weights=None, random_state=seed)
+        random.fit_transform(pictures)
+
+    head, names, *rows, end = repr(cache_info(tmp_path)).splitlines()
+
+    assert str(tmp_path) in head
+    assert "MB of 20000.0 MB" in head
+    assert names.split()[:3] == ["backbone", "layer", "pooling"]
+    assert [row.split()[:2] for row in rows] == [
+        ["tiny", layer] for layer in LAYERS[:4] for _ in range(5)
+    ]
+    assert end == "... and 5 more"
+    assert max(map(len, [head, names, *rows])) <= 200
+
+
+def test_a_table_has_no_odd_characters_of_names(pictures, tmp_path):
+    network = own_backbone("evil\x1b[31m\nname" + "x" * 1000)
+    CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
+
+    text = repr(cache_info(tmp_path))
+
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 4
+    assert max(map(len, text.splitlines())) <= 200

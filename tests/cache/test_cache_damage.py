@@ -1,0 +1,413 @@
+"""Whatever happens to the cache's files, the features are right."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from skltl import CNNFeatureTransformer, cache_info, clear_cache
+from skltl.cache._database import Database
+from skltl.exceptions import CacheWarning
+
+
+def transformer(folder, **parameters):
+    return CNNFeatureTransformer(
+        "tiny", layer="block2", image_size=32, cache=folder, **parameters
+    )
+
+
+@pytest.fixture
+def expected(pictures):
+    return transformer(None).fit_transform(pictures)
+
+
+@pytest.fixture
+def filled(pictures, tmp_path):
+    """A cache with the features of the pictures."""
+    transformer(tmp_path).fit_transform(pictures)
+    return tmp_path
+
+
+def databases(folder):
+    return sorted(folder.glob("skltl-*.sqlite"))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_to_a_stump(path):
+    os.truncate(path, 100)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def overwrite(path):
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+def overwrite_the_middle(path):
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(np.random.default_rng(0).bytes(path.stat().st_size - 2 * 4096))
+
+
+def write_text(path):
+    path.write_text("This is no database." * 100)
+
+
+def drop_the_tables(path):
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TABLE rows")
+    connection.execute("DROP TABLE claims")
+    connection.close()
+
+
+def rename_a_column(path):
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE rows RENAME COLUMN value TO number")
+    connection.execute("ALTER TABLE claims RENAME COLUMN until TO number")
+    connection.close()
+
+
+def make_foreign(path):
+    path.unlink()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE rows (name TEXT)")
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.filterwarnings("ignore::skltl.exceptions.CacheWarning")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        cut_to_a_stump,
+        empty,
+        overwrite,
+        overwrite_the_middle,
+        write_text,
+        make_foreign,
+        drop_the_tables,
+        rename_a_column,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_damaged_files_cost_time_and_nothing_else(damage, filled, pictures, expected):
+    for path in databases(filled):
+        damage(path)
+
+    first = transformer(filled).fit_transform(pictures)
+    again = transformer(filled).fit_transform(pictures)
+
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(again, expected)
+    # The files that replaced them hold everything.
+    assert {entry.n_images for entry in cache_info(filled).entries} == {len(pictures)}
+
+
+@pytest.mark.parametrize("damage", [overwrite, make_foreign])
+def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, pictures):
+    for path in databases(filled):
+        if "files" not in path.name and "claims" not in path.name:
+            damage(path)
+
+    with pytest.warns(CacheWarning, match="damaged file .* set aside as") as caught:
+        transformer(filled).fit_transform(pictures)
+
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert len(list(filled.glob("*.damaged"))) == 5
+    clear_cache(filled)
+    assert list(filled.iterdir()) == []
+
+
+def damage_rows(folder, statement):
+    for path in folder.glob("skltl-features-*.sqlite"):
+        connection = sqlite3.connect(path)
+        connection.execute(statement)
+        connection.commit()
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE rows SET value = zeroblob(length(value))",
+        "UPDATE rows SET value = substr(value, 5)",
+        "UPDATE rows SET value = 'text'",
+        "UPDATE rows SET value = 17",
+        "UPDATE rows SET checksum = 'text'",
+        "DELETE FROM rows WHERE rowid % 2",
+    ],
+)
+def test_a_row_that_does_not_fit_its_checksum_is_a_miss(
+    statement, filled, pictures, expected
+):
+    damage_rows(filled, statement)
+
+    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
+    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
+
+
+def test_a_row_under_another_pictures_key_is_a_miss(filled, pictures, expected):
+    """Whole and intact, but not where it belongs."""
+    for path in filled.glob("skltl-features-*.sqlite"):
+        connection = sqlite3.connect(path)
+        rows = connection.execute("SELECT * FROM rows ORDER BY key").fetchall()
+        connection.execute("DELETE FROM rows")
+        moved = zip(rows, rows[1:] + rows[:1], strict=True)
+        connection.executemany(
+            "INSERT INTO rows VALUES (?, ?, ?)",
+            [(key, value, checksum) for (key, _, _), (_, value, checksum) in moved],
+        )
+        connection.commit()
+        connection.close()
+
+    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
+
+
+def test_features_of_another_format_are_not_read(
+    filled, pictures, expected, monkeypatch
+):
+    """An old one, or that of a version yet to come."""
+    damage_rows(filled, "UPDATE rows SET value = zeroblob(length(value))")
+    monkeypatch.setattr("skltl.inference._recipe.FORMAT", 0)
+
+    found = transformer(filled).fit_transform(pictures)
+
+    np.testing.assert_array_equal(found, expected)
+    assert len(cache_info(filled).entries) == 10
+
+
+def test_a_folder_that_cannot_be_made_gives_one_warning(pictures, expected, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    cached = transformer(tmp_path / "file" / "cache")
+    with pytest.warns(
+        CacheWarning, match="cannot be written .* not all are stored"
+    ) as caught:
+        first = cached.fit_transform(pictures)
+    again = cached.fit_transform(pictures)  # a warning would be an error
+
+    assert len(caught) == 1
+    assert str(tmp_path / "file" / "cache") in str(caught[0].message)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(again, expected)
+
+
+SCRIPT = """
+import sys, warnings
+import numpy as np
+from skltl import CNNFeatureTransformer
+from skltl.exceptions import CacheWarning
+from skltl.cache._database import Database
+
+def extract(folder):
+    return CNNFeatureTransformer(
+        "tiny", image_size=32, pooling={pooling!r}, cache=folder
+    ).fit_transform(pictures)
+
+pictures = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
+folder = sys.argv[1]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first = extract(folder)
+    second = extract(folder)
+expected = extract(None)
+assert (first == expected).all() and (second == expected).all()
+assert all(issubclass(one.category, CacheWarning) for one in caught), caught
+sys.stdout.write("; ".join(str(one.message) for one in caught))
+"""
+
+
+def run_script(folder, *wrapper, pooling="avg", **options):
+    code = textwrap.dedent(SCRIPT.format(pooling=pooling))
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_full_disk_gives_one_warning(tmp_path):
+    """No file of the process can grow beyond 200,000 bytes."""
+    resource = pytest.importorskip("resource")
+    quota = (200_000, resource.RLIM_INFINITY)
+
+    warned = run_script(
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
+    )
+
+    assert warned.count("cannot be written") == 1
+    assert "not all are stored" in warned
+    for path in databases(tmp_path):
+        connection = sqlite3.connect(path)
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        connection.close()
+    assert run_script(tmp_path) == ""  # where there is space again, it is used
+
+
+def test_a_process_that_met_a_full_disk_leaves_no_claims(tmp_path):
+    """The next one would wait for them, until they are too old."""
+    resource = pytest.importorskip("resource")
+    quota = (40_000, resource.RLIM_INFINITY)
+
+    run_script(
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
+    )
+
+    claims = tmp_path / "skltl-claims.sqlite"
+    if claims.exists():
+        with closing(sqlite3.connect(claims)) as connection:
+            assert connection.execute("SELECT * FROM claims").fetchall() == []
+
+
+def can_mount():
+    program = shutil.which("unshare")
+    command = ["unshare", "--map-root-user", "--mount", "true"]
+    return program is not None and subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a file system")
+def test_a_file_system_without_space_gives_one_warning(tmp_path):
+    mount = f'mount -t tmpfs -o size=256k none {tmp_path} && exec "$@"'
+    wrapper = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+
+    warned = run_script(tmp_path, *wrapper)
+
+    assert warned.count("database or disk is full") == 1
+
+
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a file system")
+@pytest.mark.parametrize("is_filled", [True, False])
+def test_a_folder_to_read_only_is_read(tmp_path, is_filled):
+    if is_filled:
+        run_script(tmp_path)
+    mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
+    wrapper = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+
+    warned = run_script(tmp_path, *wrapper, f'{mount} && exec "$@"', "sh")
+
+    assert warned.count("not all are stored") == (not is_filled)
+
+
+def test_the_least_recently_used_goes_first(pictures, tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(256, size=(200, 8, 8, 3), dtype=np.uint8)
+    transformer(tmp_path, pooling="max").fit_transform(noise)
+    transformer(tmp_path).fit_transform(noise)
+    for path in databases(tmp_path):
+        os.utime(path, (0, 0))
+    transformer(tmp_path, pooling="max").fit_transform(noise)  # read, not written
+    limit = cache_info(tmp_path).n_bytes - 1
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", str(limit / 1e9))
+
+    transformer(tmp_path, pooling="max").fit_transform(pictures)
+
+    info = cache_info(tmp_path)
+    assert info.max_bytes == limit
+    assert info.n_bytes <= limit
+    assert ("max", "block2") in {(entry.pooling, entry.layer) for entry in info.entries}
+    assert len([entry for entry in info.entries if entry.pooling == "avg"]) < 5
+
+
+def test_what_is_in_use_is_not_deleted_but_not_added_to(
+    pictures, tmp_path, monkeypatch, expected
+):
+    transformer(tmp_path).fit_transform(pictures[:4])
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
+
+    with pytest.warns(
+        CacheWarning, match="limit of 1e-05 GB .* Raise SKLTL_CACHE_LIMIT"
+    ):
+        found = transformer(tmp_path).fit_transform(pictures)
+
+    np.testing.assert_array_equal(found, expected)
+    assert {entry.n_images for entry in cache_info(tmp_path).entries} == {4}
+
+
+def test_a_limit_that_is_no_number_is_named(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", "20 GB")
+
+    with pytest.raises(ValueError, match="SKLTL_CACHE_LIMIT='20 GB' .* gigabytes"):
+        transformer(tmp_path).fit_transform(pictures)
+    assert list(tmp_path.iterdir()) == []  # before any work
+
+
+@pytest.mark.parametrize("text", ["inf", "", "1e400"])
+def test_a_limit_may_be_infinite(text, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", text)
+
+    transformer(tmp_path).fit_transform(pictures)
+
+    assert len(cache_info(tmp_path).entries) == 5
+
+
+def test_files_that_may_not_be_deleted_cost_no_result(
+    pictures, expected, tmp_path, monkeypatch
+):
+    """As in a folder of several users, where each may delete only what is theirs."""
+    transformer(tmp_path, pooling="max").fit_transform(pictures)
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", refuse)
+        with pytest.warns(CacheWarning, match="reached its limit"):
+            found = transformer(tmp_path).fit_transform(pictures)
+        with pytest.warns(CacheWarning, match="could not be deleted"):
+            clear_cache(tmp_path)
+
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_locked_file_is_waited_for_once(filled, pictures, expected, monkeypatch):
+    monkeypatch.setattr("skltl.cache._database.PATIENCE", 0.2)
+    other = np.concatenate([pictures, 255 - pictures])
+    locks = [sqlite3.connect(path) for path in databases(filled)]
+    for lock in locks:
+        lock.execute("BEGIN EXCLUSIVE")
+    start = time.monotonic()
+
+    with pytest.warns(CacheWarning, match="is locked by another program") as caught:
+        found = transformer(filled).fit_transform(other)
+    for _ in range(5):
+        transformer(filled).fit_transform(other)
+    seconds = time.monotonic() - start
+    for lock in locks:
+        lock.rollback()
+        lock.close()
+
+    np.testing.assert_array_equal(found[: len(pictures)], expected)
+    assert len(caught) == 1
+    assert seconds < 0.2 * (len(locks) + 1) + 10
+
+
+def test_claims_from_a_wrong_clock_are_not_believed(filled, pictures):
+    """Of a dead writer on a machine whose clock is an hour ahead."""
+    (path,) = filled.glob("skltl-claims.sqlite")
+    with closing(Database(path)) as database:
+        an_hour_ahead = time.time() + 3600
+        database.claim([b"picture"], b"dead", an_hour_ahead, an_hour_ahead + 15)
+
+        granted = database.claim([b"picture"], b"alive", time.time(), time.time() + 15)
+
+    assert granted == {b"picture"}

@@ -1,0 +1,375 @@
+"""One identity for each network: no name, file or record stands for another one."""
+
+import dataclasses
+import gc
+import os
+import pickle
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedCNNClassifier,
+    StrategyAdvisor,
+    list_layers,
+    register_backbone,
+    release_memory,
+)
+from skltl.exceptions import WeightsError
+from skltl.inference import _frozen as _loading
+from skltl.networks import Network, PretrainedWeights, get_backbone
+
+
+def two_blocks(activation=nn.ReLU, width=6, head=None):
+    torch.manual_seed(0)
+    blocks = {
+        "stem": nn.Sequential(nn.Conv2d(3, width, 3, stride=2), activation()),
+        "block1": nn.Sequential(nn.Conv2d(width, 9, 3, stride=2), nn.ReLU()),
+    }
+    return Backbone.from_blocks("mine", blocks, head, preprocessing=Preprocessing(24))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry of one's own backbones that is empty, and is again afterwards."""
+    monkeypatch.setattr("skltl.networks._registry._REGISTERED", {})
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (lambda: two_blocks(nn.Sigmoid), "was a ReLU, .* is a Sigmoid"),
+        (lambda: two_blocks(lambda: nn.LeakyReLU(0.5)), "is a LeakyReLU"),
+        (lambda: two_blocks(width=7), "out_channels of 'stem.0.' was 6, and is 7"),
+    ],
+    ids=["another layer", "a subclass", "another width"],
+)
+def test_a_pickle_by_name_is_not_loaded_into_another_network(
+    registry, pictures, other, difference
+):
+    register_backbone(two_blocks())
+    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(pictures))
+    register_backbone(other(), replace=True)
+
+    with pytest.raises(WeightsError, match=difference):
+        pickle.loads(saved)
+
+
+def test_a_pickle_by_name_sees_settings_that_change_no_shape(registry, pictures):
+    register_backbone(two_blocks(lambda: nn.LeakyReLU(0.1)))
+    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(pictures))
+    register_backbone(two_blocks(lambda: nn.LeakyReLU(0.5)), replace=True)
+
+    with pytest.raises(WeightsError, match=r"negative_slope .* was 0.1, and is 0.5"):
+        pickle.loads(saved)
+
+
+def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, pictures):
+    register_backbone(two_blocks())
+    fitted = CNNFeatureTransformer("mine").fit(pictures)
+    state = fitted.__getstate__()
+    del state["network_"]["structure"][0][2]["padding_mode"]
+
+    with pytest.raises(WeightsError, match="padding_mode"):
+        CNNFeatureTransformer().__setstate__(state)
+    state["network_"]["versions"]["torch"] = "1.0"
+    loaded = CNNFeatureTransformer()
+    loaded.__setstate__(state)
+
+    assert_array_equal(loaded.transform(pictures), fitted.transform(pictures))
+
+
+def test_a_file_of_another_format_is_refused(pictures):
+    state = CNNFeatureTransformer("tiny").fit(pictures).__getstate__()
+    del state["_format"]
+
+    with pytest.raises(ValueError, match="another version of skltl.* Fit it again"):
+        CNNFeatureTransformer().__setstate__(state)
+
+
+def test_a_backbone_made_with_replace_is_another_one(pictures):
+    mine = two_blocks()
+    sigmoid = dataclasses.replace(mine, build=two_blocks(nn.Sigmoid).build)
+
+    features = CNNFeatureTransformer(mine, layer="stem").fit_transform(pictures)
+    others = CNNFeatureTransformer(sigmoid, layer="stem").fit_transform(pictures)
+
+    assert mine != sigmoid
+    expected = CNNFeatureTransformer(two_blocks(nn.Sigmoid), layer="stem")
+    assert_allclose(others, expected.fit_transform(pictures), rtol=1e-6)
+    assert np.abs(others - features).max() > 0.1
+
+
+def test_a_copy_of_a_backbone_is_the_same_one():
+    mine = two_blocks()
+
+    assert pickle.loads(pickle.dumps(mine)) == mine
+    assert get_backbone("alexnet") == pickle.loads(
+        pickle.dumps(get_backbone("alexnet"))
+    )
+
+
+def test_a_backbone_of_ones_own_is_saved_once(pictures):
+    wide = Backbone.from_blocks(
+        "wide",
+        {"stem": nn.Conv2d(3, 256, 3), "block1": nn.Conv2d(256, 256, 3)},
+        preprocessing=Preprocessing(16),
+    )
+    n_bytes = sum(one.nbytes for one in wide.own_network.state().values())
+    fitted = CNNFeatureTransformer(wide).fit(pictures)
+
+    saved = pickle.dumps(fitted)
+
+    assert len(saved) < 1.1 * n_bytes
+    assert_array_equal(
+        pickle.loads(saved).transform(pictures), fitted.transform(pictures)
+    )
+
+
+def test_other_weights_of_a_backbone_of_ones_own_are_saved_with_it(pictures, tmp_path):
+    mine = two_blocks()
+    state = {key: value + 0.25 for key, value in mine.own_network.state().items()}
+    save_file(state, tmp_path / "other.safetensors")
+    fitted = CNNFeatureTransformer(mine, weights=tmp_path / "other.safetensors")
+    expected = fitted.fit_transform(pictures)
+
+    assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(pictures), expected)
+
+
+def test_a_weights_file_that_is_exchanged_is_loaded_again(pictures, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    mine = two_blocks()
+    state = mine.own_network.state()
+    transformer = CNNFeatureTransformer(mine, weights=path)
+    save_file(state, path)
+    before = transformer.fit_transform(pictures)
+    stat = path.stat()
+    save_file({key: value * 2 for key, value in state.items()}, tmp_path / "other")
+    shutil.copyfile(tmp_path / "other", path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    after = transformer.fit_transform(pictures)
+
+    expected = CNNFeatureTransformer(mine, weights=tmp_path / "other.safetensors")
+    (tmp_path / "other").rename(tmp_path / "other.safetensors")
+    assert_array_equal(after, expected.fit_transform(pictures))
+    assert np.abs(after - before).max() > 0.1
+
+
+def everything_is_used(backbone, pictures):
+    """Let each kind of estimator load, prepare and look at a backbone."""
+    labels = np.arange(len(pictures)) % 2
+    CNNFeatureTransformer(backbone, layer=["stem", "block1"]).fit_transform(pictures)
+    CNNFeatureTransformer(backbone, weights=None, random_state=0).fit_transform(
+        pictures
+    )
+    PretrainedCNNClassifier(backbone).fit(pictures).predict(pictures)
+    FineTunedCNNClassifier(backbone, head_epochs=1, finetune_epochs=1).fit(
+        pictures, labels
+    ).predict(pictures)
+    StrategyAdvisor(backbone, cv=2).fit(pictures, labels)
+
+
+def test_a_dropped_backbone_is_gone_with_its_weights(pictures):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    backbone = two_blocks(head=head)
+    weight = next(iter(backbone.own_network.state().values()))
+    dropped = [weakref.ref(backbone), weakref.ref(weight)]
+    token = backbone.token
+
+    everything_is_used(backbone, pictures)
+    del backbone, weight
+    gc.collect()
+
+    assert [one() for one in dropped] == [None, None]
+    for memory in (_loading._networks, _loading._prefixes, _loading._wholes):
+        assert all(key[0] != token for key in memory)
+
+
+def test_sixty_backbones_of_ones_own_leave_nothing():
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    for _ in range(60):
+        backbone = Backbone.from_blocks(
+            "m",
+            {"s": nn.Conv2d(3, 64, 3, stride=2), "t": nn.Conv2d(64, 64, 3)},
+            preprocessing=Preprocessing(16),
+        )
+        CNNFeatureTransformer(backbone).fit_transform(images)
+    del backbone
+    gc.collect()
+
+    alive = [one for one in gc.get_objects() if type(one) is Backbone]
+    assert [one for one in alive if one.name == "m"] == []
+
+
+def test_a_backbone_of_ones_own_is_in_memory_once_until_it_runs():
+    backbone = two_blocks()
+
+    fitted = CNNFeatureTransformer(backbone).fit(np.zeros((1, 24, 24, 3), np.uint8))
+
+    own = backbone.own_network.blocks["stem.0"]
+    assert fitted.network_.blocks["stem.0"] is own
+
+
+def test_unseeded_random_networks_are_not_kept(pictures):
+    release_memory()
+    labels = np.arange(len(pictures)) % 2
+    for _ in range(3):
+        FineTunedCNNClassifier(
+            "tiny", weights=None, image_size=32, head_epochs=1, finetune_epochs=0
+        ).fit(pictures, labels)
+
+    assert not _loading._networks
+    assert not _loading._prefixes
+
+
+def runners_of(fitted):
+    return fitted.network_._runners.values()
+
+
+def test_what_is_kept_for_later_is_bounded(pictures):
+    release_memory()
+    for layer in ["stem", "block1", "block2", "block3", "block4"]:
+        fitted = CNNFeatureTransformer("tiny", layer=layer).fit(pictures)
+        fitted.transform(pictures)
+    del fitted
+    gc.collect()
+
+    assert len(_loading._prefixes) == len(_loading._held_prefixes) == 2
+
+
+def test_each_estimator_keeps_its_prepared_network(pictures):
+    layers = ["stem", "block1", "block2", "block3", "block4"]
+    fitted = [CNNFeatureTransformer("tiny", layer=one).fit(pictures) for one in layers]
+    for one in fitted:
+        one.transform(pictures)
+    before = [list(runners_of(one)) for one in fitted]
+
+    for one in fitted:
+        one.transform(pictures)
+
+    assert [list(runners_of(one)) for one in fitted] == before
+
+
+def test_release_memory_frees_what_is_prepared(pictures):
+    fitted = CNNFeatureTransformer("tiny").fit(pictures)
+    expected = fitted.transform(pictures)
+    runner = weakref.ref(next(iter(runners_of(fitted))))
+
+    release_memory()
+    gc.collect()
+
+    assert runner() is None
+    assert not _loading._prefixes
+    assert_array_equal(fitted.transform(pictures), expected)
+
+
+def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(pictures):
+    random = CNNFeatureTransformer("tiny", weights=None).fit(pictures)
+    random.transform(pictures)
+    runner = weakref.ref(next(iter(runners_of(random))))
+
+    del random
+    gc.collect()
+
+    assert runner() is None
+
+
+def test_a_network_that_notes_things_is_saved_as_it_is(registry, pictures):
+    class Noting(nn.Conv2d):
+        def forward(self, batch):
+            self.seen = batch.shape
+            return super().forward(batch)
+
+    blocks = {"stem": Noting(3, 4, 3)}
+    own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
+    list_layers(own)
+
+    CNNFeatureTransformer(own).fit_transform(pictures)
+
+    assert not hasattr(own.own_network.blocks["stem"], "seen")
+
+
+def head(activation):
+    torch.manual_seed(0)
+    layers = (nn.Linear(9, 5), activation(), nn.Linear(5, 3))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
+
+
+def test_a_pickle_by_name_is_not_loaded_into_another_head(registry, pictures):
+    register_backbone(two_blocks(head=head(nn.ReLU)))
+    fitted = PretrainedCNNClassifier("mine").fit(pictures)
+    saved = pickle.dumps(fitted)
+    loaded = pickle.loads(saved)
+    assert_array_equal(loaded.predict_proba(pictures), fitted.predict_proba(pictures))
+    register_backbone(two_blocks(head=head(nn.Sigmoid)), replace=True)
+
+    with pytest.raises(WeightsError, match="another network here"):
+        pickle.loads(saved)
+
+
+ACTIVATION = {0: nn.ReLU}
+
+
+def built(n_classes):
+    torch.manual_seed(0)
+    steps = {"stem": nn.Conv2d(3, 4, 3), "act": ACTIVATION[0]()}
+    return Network(steps, {}, {"stem": "act"})
+
+
+def test_a_record_with_a_function_is_not_loaded_into_another_network(
+    pictures, monkeypatch
+):
+    weights = (PretrainedWeights("own", None, Preprocessing(16)),)
+    record = Backbone("built", built, Preprocessing(16), weights)
+    fitted = CNNFeatureTransformer(record).fit(pictures)
+    saved = pickle.dumps(fitted)
+    assert_array_equal(
+        pickle.loads(saved).transform(pictures), fitted.transform(pictures)
+    )
+    monkeypatch.setitem(ACTIVATION, 0, nn.Sigmoid)
+
+    with pytest.raises(WeightsError, match="'act.' was a ReLU, .* is a Sigmoid"):
+        pickle.loads(saved)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("name", ["model", "stem"])
+def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
+    wrapper, name, pictures, tmp_path
+):
+    blocks = {name: nn.Conv2d(3, 4, 3)}
+    own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
+    state = {f"{wrapper}{key}": 2 * one for key, one in own.own_network.state().items()}
+    save_file(state, tmp_path / "w.safetensors")
+
+    found = CNNFeatureTransformer(own, weights=tmp_path / "w.safetensors")
+
+    expected = 2 * CNNFeatureTransformer(own).fit_transform(pictures)
+    assert_allclose(found.fit_transform(pictures), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weights_file_is_read_as_it_is(tmp_path):
+    """What the file holds is what the network has, tensor by tensor."""
+    mine = two_blocks()
+    state = {key: value + 1 for key, value in mine.own_network.state().items()}
+    save_file(state, tmp_path / "w.safetensors")
+
+    fitted = CNNFeatureTransformer(mine, weights=tmp_path / "w.safetensors").fit(
+        np.zeros((1, 24, 24, 3), np.uint8)
+    )
+
+    saved = load_file(tmp_path / "w.safetensors")
+    for key, value in saved.items():
+        block, _, name = key.rpartition(".")
+        assert torch.equal(fitted.network_.blocks[block].state_dict()[name], value)
