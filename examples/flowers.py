@@ -3,14 +3,14 @@ The classical task, end to end: flowers, or any folder of class folders
 =======================================================================
 
 Three linear classifiers on the features of a frozen network, and the network fine-tuned
-on the same pictures; a table of accuracies and times, and figures.
+on the same images; a table of accuracies and times, and figures.
 
     python flowers.py --data DIR --backbone vgg16
     python flowers.py --data DIR --backbone squeezenet1_0 --weights FILE --figures OUT
     python flowers.py --data DIR --backbone squeezenet1_0 --weights FILE --gain
 
-``DIR`` has one folder of pictures for each class, such as the 17 or 102 flowers of the
-University of Oxford. A third of the pictures of each class is kept for testing. The
+``DIR`` has one folder of images for each class, such as the 17 or 102 flowers of the
+University of Oxford. A third of the images of each class is kept for testing. The
 linear classifiers find the features in a cache: the advisor has computed them.
 """
 
@@ -39,14 +39,14 @@ mpl.use("Agg")  # figures go to files
 
 
 def read_folders(folder):
-    """Return paths and labels of a folder of class folders, without bad pictures."""
+    """Return paths and labels of a folder of class folders, without bad images."""
     paths = sorted(str(path) for path in Path(folder).glob("*/*") if path.is_file())
     if not paths:
-        raise SystemExit(f"{folder} has no folders with pictures.")
+        raise SystemExit(f"{folder} has no folders with images.")
     bad = find_bad_images(paths)
-    for picture in bad:
-        print(f"left out: {picture.path} ({picture.reason})")
-    left_out = {picture.index for picture in bad}
+    for image in bad:
+        print(f"left out: {image.path} ({image.reason})")
+    left_out = {image.index for image in bad}
     paths = [path for index, path in enumerate(paths) if index not in left_out]
     return np.array(paths), np.array([Path(path).parent.name for path in paths])
 
@@ -149,7 +149,7 @@ def compare(arguments, train, test, cache):
     tuned = FineTunedCNNClassifier(
         arguments.backbone, unfreeze=1, random_state=arguments.seed, **network
     )
-    print(f"{len(train[1])} pictures for training, {len(test[1])} for testing")
+    print(f"{len(train[1])} images for training, {len(test[1])} for testing")
     for name, classifier in linear.items():
         timed_row(f"frozen features, {name}", classifier, train, test)
     timed_row("fine-tuned, last block", tuned, train, test)

@@ -2,13 +2,13 @@
 Features of a ConvNet and a linear model
 ========================================
 
-A few pictures per class are not enough to train a ConvNet, but they are enough for a
+A few images per class are not enough to train a ConvNet, but they are enough for a
 linear classifier on the features of one that was trained on something else. Here the
-pictures are handwritten digits, 10 of each for training, and the network is ``tiny``,
+images are handwritten digits, 10 of each for training, and the network is ``tiny``,
 which comes with skltl and has only ever seen photographs of animals and things.
 
 The digits lie in rows of 64 numbers from 0 to 16; ``image_shape=(8, 8)`` says that each
-row is a picture. They are little like the photographs, so the network is cut early,
+row is an image. They are little like the photographs, so the network is cut early,
 after ``block3``: later layers know more about photographs, and less about strokes of a
 pen. Eight pixels need not be enlarged to the usual 80, ``image_size=32`` is enough.
 """
@@ -42,5 +42,5 @@ for classifier in ("svm", "softmax", "ovr"):
 
 # %%
 # Each pipeline is an ordinary scikit-learn estimator: ``fit``, ``predict``,
-# ``cross_val_score`` and ``GridSearchCV`` work as always, and pictures can be file
+# ``cross_val_score`` and ``GridSearchCV`` work as always, and images can be file
 # paths just as well as rows.

@@ -3,10 +3,10 @@ Where to cut the network
 ========================
 
 Early blocks of a ConvNet know edges and textures, late ones the things it was trained
-on. Which of them serves best depends on the pictures, so the cut point is searched for
+on. Which of them serves best depends on the images, so the cut point is searched for
 like any other parameter.
 
-With a cache this is cheap. Each picture crosses the network once, what it gives at
+With a cache this is cheap. Each image crosses the network once, what it gives at
 every main cut point is kept, and all folds and candidates read it from there:
 ``cache=True`` keeps it in the user's cache directory, ``cache="folder"`` in a folder.
 """
@@ -60,10 +60,10 @@ LayerScoresDisplay.from_estimator(pipeline, digits, labels)
 # %%
 # What the cache holds
 # --------------------
-# One database for each cut point, and in it a row for each picture.
+# One database for each cut point, and in it a row for each image.
 
 for entry in cache_info(folder.name).entries:
     kilobytes = entry.n_bytes / 1000
-    print(f"{entry.layer:<8}{entry.n_images:>6} pictures{kilobytes:>8.0f} kB")
+    print(f"{entry.layer:<8}{entry.n_images:>6} images{kilobytes:>8.0f} kB")
 
 folder.cleanup()

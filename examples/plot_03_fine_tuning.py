@@ -2,11 +2,11 @@
 Fine-tuning in two stages
 =========================
 
-Frozen features are what a network learned from other pictures. With enough pictures of
+Frozen features are what a network learned from other images. With enough images of
 one's own it can learn from them, too: first new layers alone, on the frozen network;
 then the network's last blocks together with them, at a rate of their own.
 
-What frozen blocks give for a picture does not change from epoch to epoch. It is
+What frozen blocks give for an image does not change from epoch to epoch. It is
 computed once, so an epoch of the first stage costs next to nothing.
 """
 
@@ -29,16 +29,16 @@ digits, labels = load_digits(return_X_y=True)
 X_train, X_test, y_train, y_test = train_test_split(
     digits / 16, labels, train_size=1000, stratify=labels, random_state=0
 )
-pictures = {"image_shape": (8, 8), "image_size": 32}
+images = {"image_shape": (8, 8), "image_size": 32}
 
-frozen = make_feature_pipeline("tiny", "softmax", layer="block3", **pictures)
+frozen = make_feature_pipeline("tiny", "softmax", layer="block3", **images)
 print(f"frozen features: {frozen.fit(X_train, y_train).score(X_test, y_test):.3f}")
 
 # %%
 # Two stages
 # ----------
 # Digits are far from the photographs that the network knows, so its layers may change
-# faster than by default, and the first stage is short. A tenth of the training pictures
+# faster than by default, and the first stage is short. A tenth of the training images
 # is held out, only to look at.
 
 tuned = FineTunedCNNClassifier(
@@ -50,7 +50,7 @@ tuned = FineTunedCNNClassifier(
     backbone_lr=0.03,
     validation_fraction=0.1,
     random_state=0,
-    **pictures,
+    **images,
 )
 print(f"fine-tuned: {tuned.fit(X_train, y_train).score(X_test, y_test):.3f}")
 

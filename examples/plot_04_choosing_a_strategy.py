@@ -3,13 +3,13 @@ Choosing a strategy
 ===================
 
 Use a network as it is, classify by its last features, by earlier ones, fine-tune it,
-or train anew? Textbooks answer with four boxes: are the pictures few or many, like or
+or train anew? Textbooks answer with four boxes: are the images few or many, like or
 unlike those that the network knows? The first one can count, the second can be
 measured.
 """
 
 # %%
-# Pictures like those the network knows
+# Images like those the network knows
 # -------------------------------------
 # Patches of two photographs: which of the two is it?
 
@@ -38,7 +38,7 @@ advisor = StrategyAdvisor("tiny", random_state=0).fit(patches, shows)
 print(advisor.report())
 
 # %%
-# Pictures unlike those
+# Images unlike those
 # ---------------------
 # Handwritten digits look like nothing in ImageNet, and 100 of them are few.
 
@@ -46,20 +46,20 @@ digits, labels = load_digits(return_X_y=True)
 X_train, X_test, y_train, y_test = train_test_split(
     digits / 16, labels, train_size=100, test_size=1000, stratify=labels, random_state=0
 )
-pictures = {"image_shape": (8, 8), "image_size": 32}
+images = {"image_shape": (8, 8), "image_size": 32}
 
-advisor = StrategyAdvisor("tiny", random_state=0, **pictures).fit(X_train, y_train)
+advisor = StrategyAdvisor("tiny", random_state=0, **images).fit(X_train, y_train)
 print(advisor.report())
 StrategyDisplay.from_advisor(advisor)
 
 # %%
 # Advice that is taken at once
 # ----------------------------
-# ``TransferClassifier`` measures on the training pictures and then is what was advised.
+# ``TransferClassifier`` measures on the training images and then is what was advised.
 
-classifier = TransferClassifier("tiny", random_state=0, **pictures)
+classifier = TransferClassifier("tiny", random_state=0, **images)
 classifier.fit(X_train, y_train)
-last = make_feature_pipeline("tiny", "svm", **pictures).fit(X_train, y_train)
+last = make_feature_pipeline("tiny", "svm", **images).fit(X_train, y_train)
 
 print(f"{classifier.strategy_.name}: {classifier.score(X_test, y_test):.3f}")
 print(f"at the last cut: {last.score(X_test, y_test):.3f}")

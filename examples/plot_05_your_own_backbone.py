@@ -55,7 +55,7 @@ for _ in range(60):
     optimizer.step()
 
 # %%
-# It becomes a backbone with what pictures go through before it.
+# It becomes a backbone with what images go through before it.
 
 preprocessing = Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1))
 backbone = Backbone.from_blocks("mine", blocks, head, preprocessing=preprocessing)
@@ -89,7 +89,7 @@ for name, pipeline in pipelines.items():
     print(f"{name}: {pipeline.score(X_test, y_test):.3f}")
 
 # %%
-# Where does it look? The map is laid over the picture.
+# Where does it look? The map is laid over the image.
 
 some = np.array([np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)])
 GradCAMDisplay.from_estimator(pipelines["top"], X_test[some], n_columns=5)

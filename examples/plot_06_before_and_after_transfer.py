@@ -10,7 +10,7 @@ learn from the same 200 digits for the same number of epochs.
 # %%
 # Twice the same network
 # ----------------------
-# A quarter of the pictures is held out, to be scored after each epoch.
+# A quarter of the images is held out, to be scored after each epoch.
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -40,7 +40,7 @@ from_scratch.fit(X_train, y_train)
 TransferGainDisplay.from_estimators(with_transfer, from_scratch)
 
 # %%
-# On pictures that neither has seen:
+# On images that neither has seen:
 
 print(f"with transfer: {with_transfer.score(X_test, y_test):.3f}")
 print(f"from scratch: {from_scratch.score(X_test, y_test):.3f}")

@@ -1,6 +1,6 @@
 """Train ``tiny``, the backbone shipped with skltl, on Tiny-ImageNet-200.
 
-Tiny-ImageNet-200 has 200 of ImageNet's classes, 500 training pictures of 64 x 64 pixels
+Tiny-ImageNet-200 has 200 of ImageNet's classes, 500 training images of 64 x 64 pixels
 for each, and 50 for validation. Get it as a folder holding ``train`` and
 ``val``, then::
 
@@ -36,26 +36,26 @@ BATCH_SIZE = 128
 PEAK_RATE = 0.2
 WEIGHT_DECAY = 2.5e-4
 SMALLEST_ZOOM = 0.75
-# Training zooms in, so things look larger than in whole pictures; enlarging these makes
+# Training zooms in, so things look larger than in whole images; enlarging these makes
 # up for it: "Fixing the train-test resolution discrepancy", Touvron, Vedaldi, Douze and
 # Jegou, NeurIPS, 2019.
 VAL_SIZE = 80
 
 
-def read_pictures(paths):
-    """Decode all pictures into one uint8 tensor (n, 3, 64, 64)."""
+def read_images(paths):
+    """Decode all images into one uint8 tensor (n, 3, 64, 64)."""
 
     def read(path):
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
 
     with ThreadPoolExecutor() as pool:
-        pictures = np.stack(list(pool.map(read, paths)))
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        images = np.stack(list(pool.map(read, paths)))
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def read_data(folder):
-    """Return pictures and class numbers of the training and validation folders."""
+    """Return images and class numbers of the training and validation folders."""
     classes = sorted(path.name for path in (folder / "train").iterdir())
     train = [
         (path, number)
@@ -68,19 +68,19 @@ def read_data(folder):
         file_name, class_name, *_ = line.split("\t")
         val.append((folder / "val" / "images" / file_name, classes.index(class_name)))
     return [
-        (read_pictures([path for path, _ in part]), torch.tensor([y for _, y in part]))
+        (read_images([path for path, _ in part]), torch.tensor([y for _, y in part]))
         for part in (train, val)
     ]
 
 
-def normalised(pictures):
-    """Turn uint8 pictures into the network's input."""
-    batch = (pictures.float() / 255 - MEAN) / STD
+def normalised(images):
+    """Turn uint8 images into the network's input."""
+    batch = (images.float() / 255 - MEAN) / STD
     return batch.contiguous(memory_format=torch.channels_last)
 
 
 def augmented(batch, generator):
-    """Zoom into a random part of each picture, and mirror every second one."""
+    """Zoom into a random part of each image, and mirror every second one."""
     n = len(batch)
     zoom = torch.empty(n).uniform_(SMALLEST_ZOOM, 1, generator=generator)
     shift = torch.empty(n, 2).uniform_(-1, 1, generator=generator) * (1 - zoom)[:, None]
@@ -103,9 +103,9 @@ def parameter_groups(network):
     ]
 
 
-def train(network, pictures, targets, n_epochs, generator, report):
+def train(network, images, targets, n_epochs, generator, report):
     """SGD with Nesterov momentum and a one-cycle rate, in bfloat16."""
-    n_steps = len(pictures) // BATCH_SIZE
+    n_steps = len(images) // BATCH_SIZE
     optimizer = torch.optim.SGD(
         parameter_groups(network), lr=PEAK_RATE, momentum=0.9, nesterov=True
     )
@@ -114,11 +114,11 @@ def train(network, pictures, targets, n_epochs, generator, report):
     )
     for epoch in range(n_epochs):
         network.train()
-        order = torch.randperm(len(pictures), generator=generator)
+        order = torch.randperm(len(images), generator=generator)
         losses = []
         for step in range(n_steps):
             chosen = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-            batch = augmented(normalised(pictures[chosen]), generator)
+            batch = augmented(normalised(images[chosen]), generator)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = network(batch.contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), targets[chosen])
@@ -131,16 +131,16 @@ def train(network, pictures, targets, n_epochs, generator, report):
 
 
 @torch.inference_mode()
-def accuracy(network, pictures, targets):
-    """Share of enlarged pictures whose likeliest class is the true one."""
+def accuracy(network, images, targets):
+    """Share of enlarged images whose likeliest class is the true one."""
     network.eval()
     n_right = 0
-    for first in range(0, len(pictures), 250):
+    for first in range(0, len(images), 250):
         part = slice(first, first + 250)
-        batch = interpolate(normalised(pictures[part]), VAL_SIZE, mode="bilinear")
+        batch = interpolate(normalised(images[part]), VAL_SIZE, mode="bilinear")
         predicted = network(batch).argmax(1)
         n_right += int((predicted == targets[part]).sum())
-    return n_right / len(pictures)
+    return n_right / len(images)
 
 
 def main():
@@ -153,13 +153,13 @@ def main():
     arguments = parser.parse_args()
 
     started = time.monotonic()
-    (pictures, targets), (val_pictures, val_targets) = read_data(arguments.data)
+    (images, targets), (val_images, val_targets) = read_data(arguments.data)
     torch.manual_seed(arguments.seed)
     network = TinyNet().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(arguments.seed)
 
     def report(epoch, loss):
-        top_1 = accuracy(network, val_pictures[:2000], val_targets[:2000])
+        top_1 = accuracy(network, val_images[:2000], val_targets[:2000])
         minutes = (time.monotonic() - started) / 60
         print(
             f"epoch {epoch + 1:2d}  loss {loss:.3f}  top-1 {top_1:.3f} (of 2,000)  "
@@ -167,14 +167,14 @@ def main():
             flush=True,
         )
 
-    train(network, pictures, targets, arguments.epochs, generator, report)
+    train(network, images, targets, arguments.epochs, generator, report)
 
     halved = {
         name: value.half().contiguous() if value.is_floating_point() else value
         for name, value in network.state_dict().items()
     }
     network.load_state_dict(halved)
-    top_1 = accuracy(network, val_pictures, val_targets)
+    top_1 = accuracy(network, val_images, val_targets)
     print(f"top-1 on val, from float16 weights: {top_1:.4f}")
     metadata = {
         "data": "Tiny-ImageNet-200, train",

@@ -38,7 +38,7 @@ class ImageEstimator(BaseEstimator):
 
     With `image_shape`, ``X`` is an ordinary table of numbers and everything
     scikit-learn promises for tables holds, `n_features_in_` included. Without, ``X`` is
-    a sequence of pictures.
+    a sequence of images.
 
     A pickled estimator is self-contained and plain: the weights up to the cut as numpy
     arrays, records as dictionaries. It loads on a machine without a GPU. Once fitted,

@@ -11,7 +11,7 @@ from joblib import effective_n_jobs
 
 from skltl.exceptions import quote
 
-# On a CPU small batches stay in the processor's cache, and a single picture stays cheap
+# On a CPU small batches stay in the processor's cache, and a single image stays cheap
 # although every batch is filled up to this size. Of 12 networks, 4 to 16 at a time were
 # the fastest as long as the largest map between their blocks took no more than about
 # 16 MiB, and fewer beyond (VGG-16: 2 run 1.3 times as fast as 16). A GPU needs more to
@@ -101,7 +101,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 def resolve_batch_size(
     batch_size: int | str, device: torch.device, map_bytes: int
 ) -> int:
-    """Return the number of pictures that cross the network together.
+    """Return the number of images that cross the network together.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def resolve_batch_size(
     device : torch.device
         Where the network runs.
     map_bytes : int
-        What the largest feature map of one picture between blocks takes.
+        What the largest feature map of one image between blocks takes.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> None:
     Parameters
     ----------
     run : callable
-        ``run(batch_size)`` does the whole job. It begins anew, so that all pictures
+        ``run(batch_size)`` does the whole job. It begins anew, so that all images
         cross the network in batches of one size.
     batch_size : int
         To begin with.
@@ -149,7 +149,7 @@ def halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> None:
     Raises
     ------
     torch.OutOfMemoryError
-        If not even a single picture fits.
+        If not even a single image fits.
     """
     while not _fits(run, batch_size):
         # Only here, where the failed batch is no longer held by the error's traceback.

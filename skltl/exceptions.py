@@ -5,14 +5,14 @@
     Exception
     ├── ValueError
     │   ├── EngineError           the engine cannot run here
-    │   ├── ImageReadError        an item of X cannot be read as a picture
+    │   ├── ImageReadError        an item of X cannot be read as an image
     │   ├── TrainingError         the loss is no longer a number
     │   ├── UnknownBackboneError  no backbone has this name
     │   ├── UnknownLayerError     the backbone has no such cut point
     │   └── WeightsError          a weights file does not fit or cannot be trusted
     │       └── WeightsNotFoundError   the weights are neither here nor downloadable
     └── TypeError
-        └── ImageTypeError        an item of X is not a picture at all
+        └── ImageTypeError        an item of X is not an image at all
     UserWarning
     ├── CacheWarning              features cannot be stored, or not be read again
     ├── CheckpointWarning         the state of a fit cannot be saved
@@ -76,7 +76,7 @@ class EngineWarning(UserWarning):
 
 
 class ImageReadError(ValueError):
-    """An item of ``X`` cannot be read as a picture.
+    """An item of ``X`` cannot be read as an image.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class ImageReadError(ValueError):
 
 
 class ImageTypeError(TypeError):
-    """An item of ``X`` is of a type that cannot hold a picture.
+    """An item of ``X`` is of a type that cannot hold an image.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Pictures, files and data folders that several test files need."""
+"""Images, files and data folders that several test files need."""
 
 import os
 from pathlib import Path
@@ -10,34 +10,34 @@ from sklearn.datasets import load_digits
 
 
 @pytest.fixture
-def pictures():
-    """Nine RGB pictures of one size: smooth gradients with some noise."""
+def images():
+    """Nine RGB images of one size: smooth gradients with some noise."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 200, 40)
-    pictures = np.empty((9, 40, 48, 3))
-    for picture in pictures:
+    images = np.empty((9, 40, 48, 3))
+    for image in images:
         slopes = rng.uniform(-1, 1, size=(2, 3))
-        picture[:] = 100 + ramp[:, None, None] * slopes[0] / 2
-        picture += np.linspace(0, 200, 48)[None, :, None] * slopes[1] / 2
-    noise = rng.normal(0, 8, pictures.shape)
-    return np.clip(pictures + noise, 0, 255).astype(np.uint8)
+        image[:] = 100 + ramp[:, None, None] * slopes[0] / 2
+        image += np.linspace(0, 200, 48)[None, :, None] * slopes[1] / 2
+    noise = rng.normal(0, 8, images.shape)
+    return np.clip(images + noise, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture
-def picture_files(pictures, tmp_path):
-    """The same pictures as PNG files."""
-    paths = [tmp_path / f"picture_{number}.png" for number in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
+def image_files(images, tmp_path):
+    """The same images as PNG files."""
+    paths = [tmp_path / f"image_{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
     return paths
 
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real pictures and weights."""
+    """The folder of real images and weights."""
     folder = os.environ.get("SKLTL_TEST_DATA")
     if not folder:
-        pytest.skip("SKLTL_TEST_DATA names no folder of real pictures and weights")
+        pytest.skip("SKLTL_TEST_DATA names no folder of real images and weights")
     assert Path(folder).is_dir(), f"SKLTL_TEST_DATA={folder} is no folder"
     return Path(folder)
 

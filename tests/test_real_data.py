@@ -59,7 +59,7 @@ def flower_features(flowers, squeezenet_weights):
     return by_layer, labels
 
 
-def test_imagenet_pictures_are_recognised(real_data, squeezenet_weights):
+def test_imagenet_images_are_recognised(real_data, squeezenet_weights):
     folder = real_data / "imagenet_samples"
     with (folder / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -237,7 +237,7 @@ def test_fine_tuning_beats_frozen_features_on_digits(squeezenet_weights):
 
 def test_balanced_weights_help_where_a_flower_is_rare(flowers, squeezenet_weights):
     paths, labels = np.array(flowers[0], dtype=object), flowers[1]
-    position = np.arange(len(paths)) % 24  # 24 pictures of each flower
+    position = np.arange(len(paths)) % 24  # 24 images of each flower
     names = np.unique(labels)
     is_rare = np.isin(labels, names[::2])
     is_train = (position < 2) | (~is_rare & (position < 16))
@@ -260,7 +260,7 @@ def test_balanced_weights_help_where_a_flower_is_rare(flowers, squeezenet_weight
     assert recalls[1] > recalls[0] + 0.05
 
 
-def test_the_network_as_it_is_names_imagenet_pictures(real_data, squeezenet_weights):
+def test_the_network_as_it_is_names_imagenet_images(real_data, squeezenet_weights):
     folder = real_data / "imagenet_samples"
     with (folder / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))

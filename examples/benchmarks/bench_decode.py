@@ -31,9 +31,9 @@ def write_photographs(folder, n):
     for number in range(n):
         photograph = photographs[number % len(photographs)]
         y, x = rng.integers(0, 100, size=2)
-        picture = Image.fromarray(photograph[y : y + 300, x : x + 400]).resize(SIZE)
+        image = Image.fromarray(photograph[y : y + 300, x : x + 400]).resize(SIZE)
         noise = rng.integers(-6, 7, size=(SIZE[1], SIZE[0], 1), dtype=np.int16)
-        pixels = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         paths.append(str(Path(folder) / f"{number}.jpg"))
         Image.fromarray(pixels).save(paths[-1], quality=92)
     return paths
@@ -43,13 +43,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--weights", default="imagenet")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_photographs(folder, arguments.pictures)
+        paths = write_photographs(folder, arguments.images)
         fitted = {
             decode: CNNFeatureTransformer(
                 arguments.backbone, weights=arguments.weights, decode=decode

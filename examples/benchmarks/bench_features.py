@@ -4,14 +4,14 @@ From JPEG files to features: images per second
 
 ``CNNFeatureTransformer`` with each engine, and in float32, against a hand-written
 ``DataLoader`` loop and other packages, which compute in float32; and against the bound
-of the machine: the forward pass alone on pictures in memory at its best batch size, and
+of the machine: the forward pass alone on images in memory at its best batch size, and
 decoding with all cores, which share the cores. All are estimates with noise: a share of
 the bound may come out above 1.
 
     pip install "skltl[bench,openvino]"
     python bench_features.py --data DIR --backbones squeezenet1_0 resnet18
 
-``DIR`` has one folder of pictures for each class; weights are random. What is not
+``DIR`` has one folder of images for each class; weights are random. What is not
 installed is left out. Rows are interleaved, and the best of several rounds counts.
 """
 
@@ -31,7 +31,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def forward_only(fitted, batch_size):
-    """Return a function that sends pictures in memory through the network alone."""
+    """Return a function that sends images in memory through the network alone."""
     fitted.set_params(batch_size=batch_size)
     recipe = fitted._recipe()
     size = recipe.preprocessing.crop_size
@@ -59,7 +59,7 @@ def decode_only(fitted, paths, n_threads):
 
 
 def best_rates(jobs, counts, rounds):
-    """Return pictures per second, the best of several rounds, interleaved."""
+    """Return images per second, the best of several rounds, interleaved."""
     best = dict.fromkeys(jobs, float("inf"))
     for run in jobs.values():
         run()  # loads, converts, compiles
@@ -128,13 +128,13 @@ def main():
     parser.add_argument(
         "--engines", nargs="+", choices=ENGINES, default=["torch", "openvino"]
     )
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()
 
     paths, _ = read_folders(arguments.data)
-    paths = paths[:: max(1, len(paths) // arguments.pictures)][: arguments.pictures]
+    paths = paths[:: max(1, len(paths) // arguments.images)][: arguments.images]
     device = torch.device("cpu")
     engines = [one for one in arguments.engines if can_run(one, device)]
     rows = []

@@ -2,7 +2,7 @@
 Fine-tuning: the estimator against the loop that tutorials write
 ================================================================
 
-The same pictures and the same epochs (25 for the head, 10 with the last block
+The same images and the same epochs (25 for the head, 10 with the last block
 unfrozen), in two ways:
 
 - a loop by hand, as the well-known tutorials write it: a ``DataLoader``, the whole
@@ -13,8 +13,8 @@ unfrozen), in two ways:
     python bench_fine_tuning.py --data DIR --backbone resnet18
     python bench_fine_tuning.py --data DIR --backbone squeezenet1_0 --weights FILE
 
-``DIR`` has one folder of pictures for each class. Random weights serve for times; with
-real ones the accuracies on the pictures that are held out can be compared.
+``DIR`` has one folder of images for each class. Random weights serve for times; with
+real ones the accuracies on the images that are held out can be compared.
 """
 
 import argparse
@@ -38,8 +38,8 @@ EPOCHS = (25, 10)
 HEAD_RATE, BLOCK_RATE = 0.01, 0.001
 
 
-class PictureFiles(Dataset):
-    """What tutorials write: decode, resize, crop, normalise, one picture at a time."""
+class ImageFiles(Dataset):
+    """What tutorials write: decode, resize, crop, normalise, one image at a time."""
 
     transform = v2.Compose(
         [
@@ -58,8 +58,8 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        picture = Image.open(self.paths[index]).convert("RGB")
-        return self.transform(picture), self.targets[index]
+        image = Image.open(self.paths[index]).convert("RGB")
+        return self.transform(image), self.targets[index]
 
 
 class ByHand:
@@ -109,15 +109,15 @@ class ByHand:
         """Train for some epochs; return the seconds of each."""
         optimizer = torch.optim.SGD(groups, lr=HEAD_RATE, momentum=0.9)
         loader = DataLoader(
-            PictureFiles(paths, targets), 32, shuffle=True, num_workers=self.n_workers
+            ImageFiles(paths, targets), 32, shuffle=True, num_workers=self.n_workers
         )
         seconds = []
         for _ in range(n_epochs):
             start = time.perf_counter()
             self.model.train()
-            for pictures, some in loader:
+            for images, some in loader:
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(self.model(pictures), some)
+                loss = nn.functional.cross_entropy(self.model(images), some)
                 loss.backward()
                 optimizer.step()
             seconds.append(time.perf_counter() - start)
@@ -125,10 +125,10 @@ class ByHand:
 
     @torch.no_grad()
     def score(self, paths, labels):
-        """Return the share of the pictures that are told right."""
+        """Return the share of the images that are told right."""
         self.model.eval()
         targets = np.searchsorted(self.classes_, labels)
-        loader = DataLoader(PictureFiles(paths, targets), 32)
+        loader = DataLoader(ImageFiles(paths, targets), 32)
         right = [(self.model(x).argmax(1) == y).sum().item() for x, y in loader]
         return sum(right) / len(paths)
 
@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--data", required=True, help="a folder of class folders")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", help="a safetensors file; random if not given")
-    parser.add_argument("--per-class", type=int, default=16, help="pictures learned")
+    parser.add_argument("--per-class", type=int, default=16, help="images learned")
     parser.add_argument("--seeds", type=int, default=1, help="splits of the data")
     parser.add_argument("--workers", type=int, default=2, help="that decode, by hand")
     parser.add_argument("--json", help="where to write the figures")

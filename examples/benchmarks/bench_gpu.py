@@ -2,7 +2,7 @@
 A GPU: from arrays in memory to features
 ========================================
 
-Images per second of ``CNNFeatureTransformer`` from 8-bit pictures in memory, against
+Images per second of ``CNNFeatureTransformer`` from 8-bit images in memory, against
 the forward pass alone on a batch that lies on the GPU already, at the best of several
 batch sizes.
 
@@ -40,18 +40,18 @@ def forward_rate(fitted, batch_size, device, seconds):
     return n_batches * batch_size / (time.perf_counter() - start)
 
 
-def end_to_end_rate(fitted, pictures, rounds):
+def end_to_end_rate(fitted, images, rounds):
     """Return images/s from arrays to features, the best of several rounds."""
-    fitted.transform(pictures[: 2 * fitted.batch_size])
+    fitted.transform(images[: 2 * fitted.batch_size])
     best = 0.0
     for _ in range(rounds):
         start = time.perf_counter()
-        fitted.transform(pictures)
-        best = max(best, len(pictures) / (time.perf_counter() - start))
+        fitted.transform(images)
+        best = max(best, len(images) / (time.perf_counter() - start))
     return best
 
 
-def measure(engine, pictures, arguments):
+def measure(engine, images, arguments):
     """Return the rows of the table for one engine."""
     rows = []
     for batch_size in arguments.batch_sizes:
@@ -62,12 +62,12 @@ def measure(engine, pictures, arguments):
             precision=arguments.precision,
             engine=engine,
             batch_size=batch_size,
-        ).fit(pictures)
+        ).fit(images)
         row = {"engine": engine, "batch": batch_size}
         row["forward"] = forward_rate(
             fitted, batch_size, arguments.device, arguments.seconds
         )
-        row["images/s"] = end_to_end_rate(fitted, pictures, arguments.rounds)
+        row["images/s"] = end_to_end_rate(fitted, images, arguments.rounds)
         rows.append(row)
     limit = max(row["forward"] for row in rows)
     return [{**row, "of limit": row["images/s"] / limit} for row in rows]
@@ -86,8 +86,8 @@ def main():
     parser.add_argument("--precision", default="bfloat16")
     engines = {"nargs": "+", "choices": ENGINES, "default": ["torch", "compile"]}
     parser.add_argument("--engines", **engines)
-    parser.add_argument("--pictures", type=int, default=8192)
-    parser.add_argument("--side", type=int, default=256, help="of the pictures, pixels")
+    parser.add_argument("--images", type=int, default=8192)
+    parser.add_argument("--side", type=int, default=256, help="of the images, pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
@@ -96,11 +96,11 @@ def main():
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no GPU that torch can use.")
 
-    shape = (arguments.pictures, arguments.side, arguments.side, 3)
-    pictures = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    shape = (arguments.images, arguments.side, arguments.side, 3)
+    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     rows = []
     for engine in arguments.engines:
-        rows += measure(engine, pictures, arguments)
+        rows += measure(engine, images, arguments)
     print_table(rows)
     if arguments.json:
         write_json(arguments.json, {"rows": rows})

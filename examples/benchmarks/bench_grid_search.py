@@ -9,12 +9,12 @@ A search over cut points: how often the network runs, and what it costs
 (c) skltl's cache, empty at first;
 (d) the same cache again, in which everything is there.
 
-Beside the seconds in all stand those less the classifiers' own time, and the pictures
+Beside the seconds in all stand those less the classifiers' own time, and the images
 that crossed the network: they are counted, those that only fill up a batch left out.
 
     python bench_grid_search.py --data DIR --backbone squeezenet1_0 --weights FILE
 
-``DIR`` has one folder of pictures for each class. Without it, noise is classified by a
+``DIR`` has one folder of images for each class. Without it, noise is classified by a
 network with random weights, which takes the same time.
 """
 
@@ -40,7 +40,7 @@ FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
 
 
 class Crossings:
-    """Count the pictures that cross a network."""
+    """Count the images that cross a network."""
 
     def __init__(self):
         self.n = 0
@@ -57,7 +57,7 @@ def read_folders(folder):
     """Return paths and labels of a folder of class folders."""
     paths = sorted(path for path in Path(folder).glob("*/*") if path.is_file())
     if not paths:
-        raise SystemExit(f"{folder} has no folders of pictures")
+        raise SystemExit(f"{folder} has no folders of images")
     return [str(path) for path in paths], np.array([path.parent.name for path in paths])
 
 
@@ -161,7 +161,7 @@ def compare_searches(make_transformer, layers, paths, labels, folder):
     assert all((other == scores[0]).all() for other in scores), "scores differ"
     one_pass, network = median(passes), [row["less classifiers"] for row in rows]
     figures = {
-        "pictures": len(paths),
+        "images": len(paths),
         "layers": layers,
         "one plain pass, seconds": one_pass,
         "(c) less classifiers / one pass": network[2] / one_pass,
@@ -173,7 +173,7 @@ def compare_searches(make_transformer, layers, paths, labels, folder):
 
 
 def time_warm_reads(folder, n_arrays=20_000, n_files=5_000):
-    """Return how many pictures a second come from a warm cache."""
+    """Return how many images a second come from a warm cache."""
     rng = np.random.default_rng(0)
     arrays = rng.integers(256, size=(n_arrays, 8, 8), dtype=np.uint8)
     paths, _ = write_noise(folder, n_files, size=(40, 30))
@@ -189,7 +189,7 @@ def time_warm_reads(folder, n_arrays=20_000, n_files=5_000):
             start = time.perf_counter()
             cached.transform(X)
             seconds.append(time.perf_counter() - start)
-        figures[f"warm {name}, pictures per second"] = len(X) / min(seconds)
+        figures[f"warm {name}, images per second"] = len(X) / min(seconds)
     return figures
 
 

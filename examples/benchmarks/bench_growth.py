@@ -1,10 +1,10 @@
 """
-How cost grows with the number of pictures, and what the first one costs
+How cost grows with the number of images, and what the first one costs
 ========================================================================
 
-Seconds for each picture and peak memory for 100, 1,000 and 10,000 of them (a folder's
-pictures, repeated): both should be flat. Then, in a new process each: the import, the
-first ``transform`` of one picture, that of a clone, and of one picture afterwards, with
+Seconds for each image and peak memory for 100, 1,000 and 10,000 of them (a folder's
+images, repeated): both should be flat. Then, in a new process each: the import, the
+first ``transform`` of one image, that of a clone, and of one image afterwards, with
 the automatic batch size and with batches of one.
 
     python bench_growth.py --data DIR --backbone squeezenet1_0
@@ -95,8 +95,8 @@ def main():
         seconds, peak, n_features = run(GROWTH, many, *network)
         growth.append(
             {
-                "pictures": count,
-                "ms a picture": 1000 * seconds / count,
+                "images": count,
+                "ms an image": 1000 * seconds / count,
                 "peak, MB": peak * unit / 1e6,
                 "of it output, MB": count * n_features * 4 / 1e6,
             }

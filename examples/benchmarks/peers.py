@@ -1,4 +1,4 @@
-"""Other ways to make features of pictures, each used as its documentation says.
+"""Other ways to make features of images, each used as its documentation says.
 
 All networks get random weights: nothing is downloaded, and speed does not depend on
 them.
@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torchvision
-from bench_fine_tuning import PictureFiles
+from bench_fine_tuning import ImageFiles
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +27,7 @@ def by_hand(backbone, paths, n_workers=0):
 
     @torch.no_grad()
     def run():
-        files = PictureFiles(paths, paths)
+        files = ImageFiles(paths, paths)
         loader = DataLoader(files, BATCH_SIZE, num_workers=n_workers)
         return torch.cat([layers(batch).mean(dim=(2, 3)) for batch, _ in loader])
 
@@ -49,13 +49,13 @@ def with_embetter(backbone, paths):
 
     with mock.patch.object(timm, "create_model", untrained):
         encoder = TimmEncoder(backbone)
-    encoder.model.eval()  # it forgets to; batch-norms would follow the pictures
+    encoder.model.eval()  # it forgets to; batch-norms would follow the images
     pipeline = make_pipeline(ImageLoader(), encoder)
     return lambda: pipeline.fit_transform(paths)
 
 
 def with_img2vec(backbone, paths):
-    """Use ``Img2Vec.get_vec`` for 32 pictures at a time."""
+    """Use ``Img2Vec.get_vec`` for 32 images at a time."""
     from img2vec_pytorch import Img2Vec, img_to_vec
 
     name = {"vgg16": "vgg16_bn"}.get(backbone, backbone)  # the only VGG-16 it has

@@ -22,7 +22,7 @@ from skltl.cache._store import last_changed, shortened
 from skltl.exceptions import CacheWarning
 
 # Of all databases together, in units of 10^9 bytes. Average-pooled features of all main
-# cut points of ResNet-50 are 16 kB a picture: a million pictures.
+# cut points of ResNet-50 are 16 kB an image: a million images.
 LIMIT = 20.0
 
 FEATURES = "skltl-features-"
@@ -47,12 +47,12 @@ class CacheEntry(NamedTuple):
     depth : int
         How many of the backbone's blocks lie before the cut.
     preprocessing : str
-        How pictures are resized, cropped and normalised.
+        How images are resized, cropped and normalised.
     network : str
         The first digits of a digest of the network up to the cut, its weights included:
         equal digests mean the same weights, whatever file or seed they came from.
     n_images : int
-        Pictures whose features are kept.
+        Images whose features are kept.
     n_bytes : int
         Of the file.
     last_used : datetime
@@ -162,10 +162,10 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     >>> import tempfile
     >>> import numpy as np
     >>> from skltl import CNNFeatureTransformer, cache_info
-    >>> pictures = np.random.default_rng(0).random((6, 32, 32))
+    >>> images = np.random.default_rng(0).random((6, 32, 32))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     transformer = CNNFeatureTransformer("tiny", image_size=32, cache=folder)
-    ...     features = transformer.fit_transform(pictures)
+    ...     features = transformer.fit_transform(images)
     ...     for entry in cache_info(folder).entries:
     ...         print(entry.layer, entry.n_images)
     stem 6

@@ -1,4 +1,4 @@
-"""Which picture stands where: the content keys of a source's pictures."""
+"""Which image stands where: the content keys of a source's images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from skltl.inference import FORMAT
 
 KEY_BYTES = 16
 
-# Pictures in memory are named in groups: a task costs more than a small one's name.
-PICTURES_PER_TASK = 32
+# Images in memory are named in groups: a task costs more than a small one's name.
+IMAGES_PER_TASK = 32
 
 
-class PictureKeys:
-    """The content keys of pictures, as far as they are known.
+class ImageKeys:
+    """The content keys of images, as far as they are known.
 
     Files are recognised by path and state; what they hold is remembered on a shelf.
 
@@ -56,7 +56,7 @@ class PictureKeys:
         return position in self._keys
 
     def find(self, source: ImageSource, n_threads: int) -> None:
-        """Find the keys of pictures in memory, and of files that are known."""
+        """Find the keys of images in memory, and of files that are known."""
         paths = {position: source.path(position) for position in range(len(source))}
         self._paths = {one: path for one, path in paths.items() if path is not None}
         self._least_side = source.least_side
@@ -65,7 +65,7 @@ class PictureKeys:
         self._name(source, in_memory, n_threads)
 
     def learn(self, crop: Crop) -> None:
-        """Take the key of a picture that has been decoded."""
+        """Take the key of an image that has been decoded."""
         self._keys[crop.position] = crop.key
         if crop.file is not None:
             name = _name_of(self._paths[crop.position], self._least_side)
@@ -109,8 +109,8 @@ class PictureKeys:
             return keys
 
         tasks = [
-            positions[first : first + PICTURES_PER_TASK]
-            for first in range(0, len(positions), PICTURES_PER_TASK)
+            positions[first : first + IMAGES_PER_TASK]
+            for first in range(0, len(positions), IMAGES_PER_TASK)
         ]
         for keys in map_ahead(name, tasks, n_threads, 2 * n_threads):
             self._keys |= keys

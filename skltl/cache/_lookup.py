@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skltl.cache._folder import FEATURES, drop_oldest, max_bytes
-from skltl.cache._keys import PictureKeys
+from skltl.cache._keys import ImageKeys
 from skltl.cache._store import Shelf
 from skltl.images import Batch, Crop, ImageSource
 from skltl.inference import Recipe
 
 
 class Claims:
-    """The pictures that one extraction has announced to compute.
+    """The images that one extraction has announced to compute.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Claims:
         self._held: set[bytes] = set()
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
-        """Return those of the pictures that no other extraction is computing."""
+        """Return those of the images that no other extraction is computing."""
         names = {self._name(key): key for key in keys}
         granted = self._shelf.claim(list(names), self._owner)
         if granted is None:
@@ -53,7 +53,7 @@ class Claims:
         return {names[name] for name in granted}
 
     def release(self, keys: Iterable[bytes]) -> None:
-        """Tell the others that pictures are done, or are not being computed."""
+        """Tell the others that images are done, or are not being computed."""
         names = {self._name(key) for key in keys} & self._held
         self._shelf.release(list(names), self._owner)
         self._held -= names
@@ -71,13 +71,13 @@ class Claims:
 SECONDS_UNSTORED = 2.0
 BYTES_UNSTORED = 2**26
 
-# Each look at what others have done or are doing is for so many pictures at least.
-PICTURES_A_LOOK = 16
+# Each look at what others have done or are doing is for so many images at least.
+IMAGES_A_LOOK = 16
 
 # An extraction that gives nothing new for so long is not waited for any more.
 SECONDS_WITHOUT_NEWS = 60.0
 
-# How often a process looks whether another one is done with a picture.
+# How often a process looks whether another one is done with an image.
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -95,7 +95,7 @@ class NoCache:
         self.n_done = 0
 
     def recall(self, source: ImageSource, n_threads: int) -> list[int]:
-        """Return the positions of the pictures whose features are missing."""
+        """Return the positions of the images whose features are missing."""
         return list(range(len(source)))
 
     def sift(self, crops: Iterable[Crop]) -> Iterable[Crop]:
@@ -108,7 +108,7 @@ class NoCache:
         self.n_done += len(rows)
 
     def left(self) -> list[int]:
-        """Return the positions of the pictures whose features are still missing."""
+        """Return the positions of the images whose features are still missing."""
         return []
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class CacheSession:
     Attributes
     ----------
     n_done : int
-        Pictures whose features are there.
+        Images whose features are there.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class CacheSession:
         max_bytes()  # is the limit a number, before any work
         names = [FEATURES + fingerprint for fingerprint in recipe.fingerprints()]
         self._folder = folder
-        self._pictures_a_look = max(recipe.batch_size, PICTURES_A_LOOK)
+        self._images_a_look = max(recipe.batch_size, IMAGES_A_LOOK)
         self._features = features
         self._columns = _side_by_side(recipe.blocks, recipe.widths())
         widths = [_width(self._columns[block]) for block in asked]
@@ -156,10 +156,10 @@ class CacheSession:
             )
             for block, name in zip(recipe.blocks, names, strict=True)
         }
-        self._keys = PictureKeys(folder)
+        self._keys = ImageKeys(folder)
         self._claims = Claims(folder, work=" ".join(names))
         self._in_use = {*names, self._keys.shelf_name, self._claims.shelf_name}
-        self._first: dict[bytes, int] = {}  # where a picture computed here stands first
+        self._first: dict[bytes, int] = {}  # where an image computed here stands first
         self._copies: list[tuple[int, int]] = []  # and where it stands again
         self._others: list[int] = []  # what other extractions are computing
         self._may_share = True
@@ -174,7 +174,7 @@ class CacheSession:
 
     def sift(self, crops: Iterable[Crop]) -> Iterator[Crop]:
         """Let through what nobody has computed or is computing."""
-        for group in _grouped(crops, self._pictures_a_look):
+        for group in _grouped(crops, self._images_a_look):
             for crop in group:
                 self._keys.learn(crop)
             # Before the look: what was done between them would be computed again.
@@ -261,7 +261,7 @@ class CacheSession:
         return sorted(missing)
 
     def _n_bytes(self, block: str) -> int:
-        """Return the length of a picture's features at a block, stored as float32."""
+        """Return the length of an image's features at a block, stored as float32."""
         return 4 * _width(self._columns[block])
 
     def _store_now_and_then(self) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from skltl._parameters import resolve_threads
-from skltl.displays._layout import as_title, axes_library, draw_picture, grid_of_axes
+from skltl.displays._layout import as_title, axes_library, draw_image, grid_of_axes
 from skltl.features import extract_features
 from skltl.finetuning import (
     TunedNetwork,
@@ -31,11 +31,11 @@ from skltl.pretrained import PretrainedCNNClassifier
 
 @dataclass(frozen=True)
 class ClassActivation:
-    """Pictures, as a network sees them, and where it saw a class.
+    """Images, as a network sees them, and where it saw a class.
 
     Parameters
     ----------
-    pictures : array of shape (n, h, w, 3)
+    images : array of shape (n, h, w, 3)
         uint8, or float32 in [0, 1].
     maps : array of shape (n, h, w)
         From 0, not at all, to 1, the most at one place of the feature map (between
@@ -48,14 +48,14 @@ class ClassActivation:
         and the negated decision for the first.
     """
 
-    pictures: NDArray[Any]
+    images: NDArray[Any]
     maps: NDArray[np.float32]
     labels: NDArray[Any]
     scores: NDArray[np.float64]
 
 
 def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivation:
-    """Compute where in pictures a classifier saw a class.
+    """Compute where in images a classifier saw a class.
 
     The gradient of a class's score with respect to the feature map, averaged over the
     map, weighs the map's channels [1]_. The score is that of `decision_function`: for a
@@ -66,15 +66,15 @@ def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivat
     estimator : classifier
         Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
         ``StandardScaler`` or none, and a linear classifier; or a search over one.
-    X : sequence of n pictures, or array of shape (n, d)
+    X : sequence of n images, or array of shape (n, d)
         Of any kind that it takes.
     labels : array of shape (n,), a label, or None
-        Which class to look for in each picture; ``None`` is the one that is predicted.
+        Which class to look for in each image; ``None`` is the one that is predicted.
 
     Returns
     -------
     ClassActivation
-        Pictures and maps.
+        Images and maps.
 
     Raises
     ------
@@ -105,8 +105,8 @@ def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivat
     maps, scores = _weighed(feature_maps, _Scores(head), columns)
     size = (reader.preprocessing_.crop_size,) * 2
     shown = interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
-    pictures = decode_crops(source, reader.preprocessing_, threads)
-    return ClassActivation(pictures, shown[:, 0].numpy(), labels, scores)
+    images = decode_crops(source, reader.preprocessing_, threads)
+    return ClassActivation(images, shown[:, 0].numpy(), labels, scores)
 
 
 def _map_shape(reader: Any, block: str) -> tuple[int, ...]:
@@ -203,13 +203,13 @@ class _Scores(nn.Module):
 
 
 class GradCAMDisplay:
-    """Pictures under maps of where a class was seen.
+    """Images under maps of where a class was seen.
 
     Make one with :meth:`from_estimator`.
 
     Parameters
     ----------
-    pictures : array of shape (n, h, w, 3)
+    images : array of shape (n, h, w, 3)
         As the network sees them: uint8, or float32 in [0, 1].
     maps : array of shape (n, h, w)
         From 0 to 1.
@@ -226,7 +226,7 @@ class GradCAMDisplay:
     Notes
     -----
     The map is as coarse as the feature map at the cut, 7 x 7 at the end of most
-    networks, and drawn smoothly over the picture [1]_.
+    networks, and drawn smoothly over the image [1]_.
 
     References
     ----------
@@ -237,13 +237,13 @@ class GradCAMDisplay:
     --------
     >>> import numpy as np
     >>> from skltl import GradCAMDisplay
-    >>> pictures = np.zeros((1, 8, 8, 3), dtype=np.uint8)
-    >>> GradCAMDisplay(pictures, np.ones((1, 8, 8)), ["cat"]).labels
+    >>> images = np.zeros((1, 8, 8, 3), dtype=np.uint8)
+    >>> GradCAMDisplay(images, np.ones((1, 8, 8)), ["cat"]).labels
     ['cat']
     """
 
-    def __init__(self, pictures, maps, labels):
-        self.pictures = pictures
+    def __init__(self, images, maps, labels):
+        self.images = images
         self.maps = maps
         self.labels = labels
 
@@ -256,11 +256,11 @@ class GradCAMDisplay:
         estimator : classifier
             Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
             ``StandardScaler`` or none, and a linear classifier; or a search over one.
-        X : sequence of n pictures, or array of shape (n, d)
+        X : sequence of n images, or array of shape (n, d)
             Of any kind that it takes.
         labels : array of shape (n,) or a label, default=None
-            Which class to look for in each picture; ``None`` is the one that is
-            predicted. One label stands for all pictures.
+            Which class to look for in each image; ``None`` is the one that is
+            predicted. One label stands for all images.
         n_columns : int, default=6
             How many side by side.
 
@@ -276,18 +276,18 @@ class GradCAMDisplay:
         """
         axes_library()
         found = class_activation(estimator, X, labels)
-        display = cls(found.pictures, found.maps, found.labels)
+        display = cls(found.images, found.maps, found.labels)
         return display.plot(n_columns=n_columns)
 
     def plot(self, *, n_columns=6, alpha=0.5, cmap="inferno"):
-        """Draw the pictures under their maps.
+        """Draw the images under their maps.
 
         Parameters
         ----------
         n_columns : int, default=6
             How many side by side.
         alpha : float, default=0.5
-            How much of a map covers the picture, from 0 to 1.
+            How much of a map covers the image, from 0 to 1.
         cmap : str, default="inferno"
             Matplotlib's colours of a map.
 
@@ -296,11 +296,11 @@ class GradCAMDisplay:
         GradCAMDisplay
             The display itself.
         """
-        axes = grid_of_axes(len(self.pictures), n_columns, height=2.1)
-        for ax, picture, seen, label in zip(
-            axes, self.pictures, self.maps, self.labels, strict=True
+        axes = grid_of_axes(len(self.images), n_columns, height=2.1)
+        for ax, image, seen, label in zip(
+            axes, self.images, self.maps, self.labels, strict=True
         ):
-            draw_picture(ax, picture)
+            draw_image(ax, image)
             ax.imshow(seen, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
             title = as_title(label)
             ax.set_title(title, fontsize="small", color="dimgray", parse_math=False)

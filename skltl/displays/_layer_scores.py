@@ -221,7 +221,7 @@ class LayerScoresDisplay:
     Parameters
     ----------
     layers : list of str
-        The cut points, from the picture to the logits.
+        The cut points, from the image to the logits.
     scores : dict of str to array of shape (n_layers,)
         For each line its name and its mean scores; NaN where there is none.
     deviations : dict of str to array of shape (n_layers,)
@@ -344,20 +344,20 @@ class LayerScoresDisplay:
     ):
         """Cross-validate an estimator at several cut points, and draw the scores.
 
-        Each picture crosses the network once: where the estimator has no `cache`, it
+        Each image crosses the network once: where the estimator has no `cache`, it
         gets one for the time of this call.
 
         Parameters
         ----------
         estimator : Pipeline or other estimator
             With a `CNNFeatureTransformer` in it. It is cloned, not changed.
-        X : sequence of n pictures
+        X : sequence of n images
             Of any kind that the estimator takes.
         y : array of shape (n,)
             What they show.
         layers : "all" or list, default="all"
             The cut points, as the parameter `layer` takes them. ``"all"`` is all main
-            ones that pictures of this size get to.
+            ones that images of this size get to.
         cv : int or splitter, default=5
             As in scikit-learn's ``cross_validate``.
         scoring : str or callable, default=None
@@ -506,7 +506,7 @@ def _best_by_layer(places, lines, scores, chosen):
 
 
 def _main_layers(transformer, X):
-    """Return the main cut points that pictures of the transformer's size get to."""
+    """Return the main cut points that images of the transformer's size get to."""
     fitted = clone(transformer).set_params(layer=0, pooling="avg").fit(X)
     backbone, size = fitted.backbone_, fitted.preprocessing_.crop_size
     reached = reached_main_blocks(backbone, size)

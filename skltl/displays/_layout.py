@@ -40,7 +40,7 @@ def axes_to_draw_on(ax=None, figsize=None):
 def grid_of_axes(n, n_columns, height):
     """Make a figure with n axes in rows of so many, each of a height in inches."""
     if n < 1 or n_columns < 1:
-        raise ValueError(f"{n} pictures in {n_columns} columns cannot be drawn.")
+        raise ValueError(f"{n} images in {n_columns} columns cannot be drawn.")
     n_columns = min(n, n_columns)
     n_rows = -(-n // n_columns)
     figure, axes = axes_library().subplots(
@@ -55,9 +55,9 @@ def grid_of_axes(n, n_columns, height):
     return axes.ravel()[:n]
 
 
-def draw_picture(ax, picture):
-    """Draw one picture (h, w, 3), without ticks."""
-    pixels = picture if picture.dtype == np.uint8 else np.clip(picture, 0, 1)
+def draw_image(ax, image):
+    """Draw one image (h, w, 3), without ticks."""
+    pixels = image if image.dtype == np.uint8 else np.clip(image, 0, 1)
     ax.imshow(pixels)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -66,12 +66,12 @@ def draw_picture(ax, picture):
 
 
 def as_title(label):
-    """Return a label so short that it fits above its picture."""
+    """Return a label so short that it fits above its image."""
     return shorten(str(label), 22)
 
 
 def read_like(estimator, X, image_shape=None):
-    """Read pictures as the first part of an estimator does that reads pictures."""
+    """Read images as the first part of an estimator does that reads images."""
     reader = _reader_of(estimator)
     if image_shape is None and reader is not None:
         if hasattr(reader, "_fitted_image_shape"):
@@ -81,7 +81,7 @@ def read_like(estimator, X, image_shape=None):
 
 
 def _reader_of(estimator):
-    """Return the first part of an estimator that reads pictures, or ``None``."""
+    """Return the first part of an estimator that reads images, or ``None``."""
     if hasattr(estimator, "_read_images"):
         return estimator
     parts = [step for _, step in getattr(estimator, "steps", [])]

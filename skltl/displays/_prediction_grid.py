@@ -1,4 +1,4 @@
-"""``PredictionGridDisplay``: pictures with their true and predicted labels."""
+"""``PredictionGridDisplay``: images with their true and predicted labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skltl._sklearn import take
 from skltl.displays._layout import (
     as_title,
     axes_library,
-    draw_picture,
+    draw_image,
     grid_of_axes,
     read_like,
 )
@@ -21,13 +21,13 @@ from skltl.finetuning import columns_of
 
 
 class PredictionGridDisplay:
-    """Pictures with true and predicted labels, the worst mistakes first.
+    """Images with true and predicted labels, the worst mistakes first.
 
     Make one with :meth:`from_estimator`.
 
     Parameters
     ----------
-    pictures : list of arrays of shape (h, w, 3)
+    images : list of arrays of shape (h, w, 3)
         With dtype uint8, or float32 in [0, 1].
     y_true, y_pred : array of shape (n,)
         Labels.
@@ -46,33 +46,33 @@ class PredictionGridDisplay:
     --------
     >>> import numpy as np
     >>> from skltl import PredictionGridDisplay
-    >>> picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    >>> display = PredictionGridDisplay([picture], ["cat"], ["dog"], [-0.4])
+    >>> image = np.zeros((8, 8, 3), dtype=np.uint8)
+    >>> display = PredictionGridDisplay([image], ["cat"], ["dog"], [-0.4])
     >>> display.n_wrong
     1
     """
 
-    def __init__(self, pictures, y_true, y_pred, margins):
-        check_consistent_length(pictures, y_true, y_pred, margins)
-        self.pictures = list(pictures)
+    def __init__(self, images, y_true, y_pred, margins):
+        check_consistent_length(images, y_true, y_pred, margins)
+        self.images = list(images)
         self.y_true, self.y_pred = np.asarray(y_true), np.asarray(y_pred)
         self.margins = np.asarray(margins)
 
     @classmethod
     def from_estimator(
-        cls, estimator, X, y, *, n_pictures=12, image_shape=None, n_columns=6
+        cls, estimator, X, y, *, n_images=12, image_shape=None, n_columns=6
     ):
-        """Predict, and draw the pictures that went worst.
+        """Predict, and draw the images that went worst.
 
         Parameters
         ----------
         estimator : classifier
             Fitted, with `predict_proba` or `decision_function`.
-        X : sequence of n pictures, or array of shape (n, d)
+        X : sequence of n images, or array of shape (n, d)
             Of any kind that it takes.
         y : array of shape (n,)
             True labels.
-        n_pictures : int, default=12
+        n_images : int, default=12
             How many to draw.
         image_shape : tuple of int, default=None
             Of rows of numbers; ``None`` is what the estimator says.
@@ -91,8 +91,8 @@ class PredictionGridDisplay:
             its classes.
         """
         axes_library()
-        if n_pictures < 1:
-            raise ValueError(f"n_pictures={n_pictures} must be at least 1.")
+        if n_images < 1:
+            raise ValueError(f"n_images={n_images} must be at least 1.")
         _check_classifier(estimator)
         y, predicted = column_or_1d(y), np.asarray(estimator.predict(X))
         check_consistent_length(predicted, y)
@@ -101,18 +101,18 @@ class PredictionGridDisplay:
             raise ValueError("The classifier's decisions are not one for each class.")
         margins = _margins(scores, columns_of(estimator.classes_, y))
         is_right = predicted == y  # by a threshold of its own, perhaps
-        worst = np.lexsort((margins, is_right))[:n_pictures]
-        pictures = read_like(estimator, take(X, worst), image_shape)
-        display = cls(list(pictures), y[worst], predicted[worst], margins[worst])
+        worst = np.lexsort((margins, is_right))[:n_images]
+        images = read_like(estimator, take(X, worst), image_shape)
+        display = cls(list(images), y[worst], predicted[worst], margins[worst])
         return display.plot(n_columns=n_columns)
 
     @property
     def n_wrong(self):
-        """How many of the pictures have another label than predicted."""
+        """How many of the images have another label than predicted."""
         return int((self.y_true != self.y_pred).sum())
 
     def plot(self, *, n_columns=6):
-        """Draw the pictures.
+        """Draw the images.
 
         Parameters
         ----------
@@ -124,12 +124,12 @@ class PredictionGridDisplay:
         PredictionGridDisplay
             The display itself.
         """
-        axes = grid_of_axes(len(self.pictures), n_columns, height=2.15)
-        for ax, picture, true, predicted in zip(
-            axes, self.pictures, self.y_true, self.y_pred, strict=True
+        axes = grid_of_axes(len(self.images), n_columns, height=2.15)
+        for ax, image, true, predicted in zip(
+            axes, self.images, self.y_true, self.y_pred, strict=True
         ):
             is_right = true == predicted
-            draw_picture(ax, picture)
+            draw_image(ax, image)
             true, predicted = as_title(true), as_title(predicted)
             title = true if is_right else f"{predicted}\n(is {true})"
             color = "dimgray" if is_right else "firebrick"

@@ -160,7 +160,7 @@ class StrategyDisplay:
         # Above the point, or below it where the box ends.
         is_high = up % 1 > 0.85
         ax.annotate(
-            f"{self.n_images:,} pictures of {self.n_classes} classes",
+            f"{self.n_images:,} images of {self.n_classes} classes",
             (int(right) + 0.5, up),
             xytext=(0, -9 if is_high else 9),
             va="top" if is_high else "bottom",

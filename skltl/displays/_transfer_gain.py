@@ -21,7 +21,7 @@ class TransferGainDisplay:
     Parameters
     ----------
     steps : tuple of two arrays
-        Epochs, or numbers of training pictures, with transfer and from scratch.
+        Epochs, or numbers of training images, with transfer and from scratch.
     scores : tuple of two arrays
         The scores there.
     step_name : str, default="epoch"
@@ -76,20 +76,20 @@ class TransferGainDisplay:
         Parameters
         ----------
         with_transfer, from_scratch : FineTunedCNNClassifier
-            Fitted, for scores by epoch: those on pictures held out where both have
+            Fitted, for scores by epoch: those on images held out where both have
             them, else those of training. Pipelines, searches and a `TransferClassifier`
             that hold one will do. With `X`, any classifiers, which are fitted
-            for scores by number of pictures.
-        X : sequence of n pictures, or array of shape (n, d), default=None
+            for scores by number of images.
+        X : sequence of n images, or array of shape (n, d), default=None
             What to learn from.
         y : array of shape (n,), default=None
             Its labels.
         sizes : sequence of float or int, default=None
-            Shares or numbers of pictures; ``None`` is a fifth to all in five steps.
+            Shares or numbers of images; ``None`` is a fifth to all in five steps.
         cv : int or splitter, default=3
             Folds, as in scikit-learn.
         random_state : int, default=0
-            Of the choice of pictures, the same for both.
+            Of the choice of images, the same for both.
         ax : matplotlib Axes, default=None
             Where to draw; ``None`` makes a figure.
 
@@ -117,7 +117,7 @@ class TransferGainDisplay:
         ]
         steps = [curve[0] for curve in curves]
         scores = [curve[2].mean(axis=1) for curve in curves]
-        return cls(steps, scores, "number of training pictures").plot(ax=ax)
+        return cls(steps, scores, "number of training images").plot(ax=ax)
 
     @property
     def gains(self):

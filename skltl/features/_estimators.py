@@ -1,4 +1,4 @@
-"""What estimators share that run pictures through a network."""
+"""What estimators share that run images through a network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NetworkEstimator(ImageEstimator):
     def _make_recipe(
         self, backbone, network, blocks, preprocessing, pooling, batch_size="auto"
     ):
-        """Say how pictures become features, on which device, in which precision."""
+        """Say how images become features, on which device, in which precision."""
         self._validate_params()  # they may have been set after `fit`
         device = resolve_device(self.device)
         dtype = self._find_dtype(device)

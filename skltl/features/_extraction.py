@@ -1,4 +1,4 @@
-"""The road from a source of pictures to an array of features."""
+"""The road from a source of images to an array of features."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def extract_features(
     out: NDArray[Any] | None = None,
     then: Callable[[Tensor], Tensor] | None = None,
 ) -> NDArray[Any]:
-    """Send every picture through a frozen network once, at most.
+    """Send every image through a frozen network once, at most.
 
     Parameters
     ----------
     source : ImageSource
-        The pictures.
+        The images.
     recipe : Recipe
         How they become features. Its batch size is halved if a batch does not fit the
         device's memory.
@@ -45,7 +45,7 @@ def extract_features(
         The blocks whose features are wanted. Without a cache, those of the recipe; with
         one, the recipe may have further ones, to be stored.
     n_threads : int
-        Threads that decode pictures.
+        Threads that decode images.
     verbose : bool, default=False
         Whether a progress bar is shown.
     cache : Path, default=None
@@ -64,7 +64,7 @@ def extract_features(
     Raises
     ------
     ImageReadError
-        For the first picture that cannot be read.
+        For the first image that cannot be read.
     ValueError
         For the first one whose features are not finite.
     """

@@ -44,7 +44,7 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
     Notes
     -----
     Features have hundreds to thousands of dimensions, more than a small set has
-    pictures, so the classifiers are regularised more than scikit-learn's defaults
+    images, so the classifiers are regularised more than scikit-learn's defaults
     (``C=1``): with standardised features ``C=0.01`` for the support vector machine and
     ``C=0.1`` for logistic regression were best or near it on flowers and digits. Search
     over ``svm__C`` (``ovr__estimator__C``) in decades when in doubt.

@@ -38,11 +38,11 @@ from skltl.networks import (
 
 
 class CNNFeatureTransformer(FeatureEstimator):
-    """Turn pictures into the features of a pretrained ConvNet.
+    """Turn images into the features of a pretrained ConvNet.
 
     The network is frozen, cut at any of its layers, and what it gives there is pooled
-    to one row of numbers per picture: ready for a linear classifier, which is the
-    method of choice for a few hundred pictures [1]_ [2]_. Nothing is learned in `fit`.
+    to one row of numbers per image: ready for a linear classifier, which is the
+    method of choice for a few hundred images [1]_ [2]_. Nothing is learned in `fit`.
 
     Parameters
     ----------
@@ -68,10 +68,10 @@ class CNNFeatureTransformer(FeatureEstimator):
         Height and width in pixels of what the network sees, from 1 to 10,000; ``None``
         is the size it was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape, in
+        If given, ``X`` is an array (n, d), and each row is an image of this shape, in
         the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
     batch_size : int or "auto", default="auto"
-        Pictures that cross the network together. ``"auto"`` is 128 on a GPU and at most
+        Images that cross the network together. ``"auto"`` is 128 on a GPU and at most
         8 on a CPU: fewer for networks with large maps (for VGG-16, 2 in bfloat16 and 1
         in float32), which then stay in the processor's cache. Results depend on it in
         the last digits, so every batch has exactly this size; out of memory on a GPU,
@@ -95,11 +95,11 @@ class CNNFeatureTransformer(FeatureEstimator):
     cache : bool, str or path, default=None
         Where features are kept for the next time: a folder, or ``True`` for one in the
         user's cache directory (or that in the environment variable ``SKLTL_CACHE``).
-        ``None`` and ``False`` keep nothing. One pass over a picture then serves all
+        ``None`` and ``False`` keep nothing. One pass over an image then serves all
         main cut points, clones, folds, processes and later runs; see
         :ref:`the user guide <caching>`.
     n_jobs : int, default=None
-        Threads that decode pictures; ``None`` is as many as torch uses, -1 is one for
+        Threads that decode images; ``None`` is as many as torch uses, -1 is one for
         each core.
     random_state : int, RandomState instance or None, default=None
         Of the weights, if they are random: those that torch draws after
@@ -116,7 +116,7 @@ class CNNFeatureTransformer(FeatureEstimator):
     cut_points_ : list of CutPoint
         For each of `layer`, its name and the block it lies behind.
     preprocessing_ : Preprocessing
-        What pictures go through before the network.
+        What images go through before the network.
     pooling_ : {"avg", "max", "avgmax", "flatten"} or int
         How feature maps become features.
     precision_ : {"float32", "bfloat16"}
@@ -133,7 +133,7 @@ class CNNFeatureTransformer(FeatureEstimator):
     --------
     make_feature_pipeline : This transformer and a linear classifier.
     list_layers : The cut points of a backbone.
-    find_bad_images : Find pictures that cannot be read, beforehand.
+    find_bad_images : Find images that cannot be read, beforehand.
 
     Notes
     -----
@@ -141,7 +141,7 @@ class CNNFeatureTransformer(FeatureEstimator):
     `image_size` and `image_shape` that are set later count from the next `fit` on. All
     other parameters count at once.
 
-    A picture gets the same bits alone, in any batch and in any order, on one machine
+    An image gets the same bits alone, in any batch and in any order, on one machine
     with the same versions, device, number of threads and batch size: every forward pass
     has the same shape. The first use of a network in a process loads and prepares it
     (batch-norms folded into convolutions, channels last); all clones share it.
@@ -224,13 +224,13 @@ class CNNFeatureTransformer(FeatureEstimator):
 
     @fit_context
     def fit(self, X, y=None):
-        """Load the network; nothing is learned from the pictures.
+        """Load the network; nothing is learned from the images.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
-            Paths, PIL pictures, arrays or tensors, or one array of pictures. Only its
-            kind is looked at; no picture is decoded.
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Paths, PIL images, arrays or tensors, or one array of images. Only its
+            kind is looked at; no image is decoded.
         y : array of shape (n,), default=None
             Ignored, but for its length.
 
@@ -244,7 +244,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         UnknownBackboneError, UnknownLayerError, WeightsError
             If `backbone`, `layer` or `weights` name something that is not there.
         TypeError, ValueError
-            If ``X`` is not a sequence of pictures, or `y` has another length.
+            If ``X`` is not a sequence of images, or `y` has another length.
         """
         clone(self)._read_images(X, y, reset=True)  # is `X` all right, before any work
         device = resolve_device(self.device)
@@ -279,11 +279,11 @@ class CNNFeatureTransformer(FeatureEstimator):
         return self
 
     def transform(self, X):
-        """Return the features of each picture.
+        """Return the features of each image.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -295,7 +295,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         Raises
         ------
         ImageReadError
-            For the first picture that cannot be read; it names its index and path.
+            For the first image that cannot be read; it names its index and path.
         """
         check_is_fitted(self)
         source = self._read_images(X, reset=False)
@@ -328,7 +328,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         }
 
     def _recipe(self):
-        """Say how pictures become features, and those that are stored."""
+        """Say how images become features, and those that are stored."""
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         network = self.network_
         if self._cache_folder() is not None:
@@ -391,7 +391,7 @@ def _check_output(cut_point, shape, pooling):
         return
     if len(shape) != 3:
         raise ValueError(
-            f"The output of layer {cut_point.name!r} for a picture has shape {shape}; "
+            f"The output of layer {cut_point.name!r} for an image has shape {shape}; "
             "expected a map (c, h, w) or a vector (d,)."
         )
     raise ValueError(

@@ -53,9 +53,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         after it; the weights and biases of batch-norms (``"batch_norm"``); or nothing
         (``None``).
     head_epochs : int, default=25
-        Passes over the pictures in the first stage.
+        Passes over the images in the first stage.
     finetune_epochs : int, default=10
-        Passes over the pictures in the second stage.
+        Passes over the images in the second stage.
     head_init : {"probe", "random"} or FrozenEstimator, default="probe"
         A head that is one linear layer may begin as scikit-learn's logistic regression
         on the frozen features [1]_, as random, or as a linear classifier that is fitted
@@ -68,7 +68,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         start from where they should be [1]_; 0.0001 with AdamW.
     backbone_lr_decay : float, default=1.0
         By which factor the rate falls from each part between main cut points to the one
-        before it, towards the picture; in (0, 1].
+        before it, towards the image; in (0, 1].
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
         SGD has Nesterov momentum: of 0.9, but with ``schedule="one_cycle"`` it falls
         from 0.95 to 0.85 and rises again, against the rate. ``"auto"`` is AdamW for
@@ -78,24 +78,24 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         How the rates change over a stage.
     augment : callable, default=None
-        Makes a random variant of a picture, such as a ``torchvision.transforms.v2``
+        Makes a random variant of an image, such as a ``torchvision.transforms.v2``
         transform: from a tensor (3, h, w) of what the network sees, before it is
         normalised, to one of the same shape. It draws from torch's generator, which is
         seeded for each variant.
     n_views : int or None, default=8
-        How many variants of each picture there are with `augment`: frozen blocks run on
-        each of them once. ``None`` makes a new one whenever a picture is seen, and the
+        How many variants of each image there are with `augment`: frozen blocks run on
+        each of them once. ``None`` makes a new one whenever an image is seen, and the
         frozen blocks run in every epoch.
     label_smoothing : float, default=0.0
         Share of each label that is spread over all classes, in [0, 1).
     class_weight : dict or "balanced", default=None
         Weights of the classes in the loss, as in scikit-learn.
     validation_fraction : float, default=None
-        Share of the pictures of each class that are held out, to look after each epoch
+        Share of the images of each class that are held out, to look after each epoch
         how well they are told apart; ``None`` is none of them, or a tenth with
         `early_stopping`. Groups, if `fit` gets them, are held out as a whole.
     early_stopping : bool, default=False
-        Whether a stage ends when the score on the pictures held out has not risen for
+        Whether a stage ends when the score on the images held out has not risen for
         `patience` epochs. The numbers of its best epoch are kept.
     patience : int, default=5
         How many epochs.
@@ -103,9 +103,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         Height and width in pixels of what the network sees; ``None`` is the size it was
         trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape.
+        If given, ``X`` is an array (n, d), and each row is an image of this shape.
     batch_size : int, default=32
-        Pictures in a step.
+        Images in a step.
     device : str, default="auto"
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -124,9 +124,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
     warm_start : bool, default=False
         Whether `fit` begins with what the fit before has learned, of the same classes.
     n_jobs : int, default=None
-        Threads that decode pictures.
+        Threads that decode images.
     random_state : int, RandomState instance or None, default=None
-        Of everything random: new layers, order of the pictures, dropout.
+        Of everything random: new layers, order of the images, dropout.
     verbose : int, default=0
         Whether progress bars are shown. From scikit-learn 1.9 on, its callbacks are
         understood, too: ``set_callbacks(ProgressBar())``.
@@ -144,7 +144,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
     cut_points_ : list of CutPoint
         The only one: where the new layers begin.
     preprocessing_ : Preprocessing
-        What pictures go through before the network.
+        What images go through before the network.
     pooling_ : {"avg", "max", "avgmax", "flatten"} or int
         How the feature map at the cut becomes features.
     precision_ : {"float32", "bfloat16"}
@@ -314,14 +314,14 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,)
             What they show: labels of any type that can be sorted.
         sample_weight : array of shape (n,), default=None
-            Weights of the pictures in the loss.
+            Weights of the images in the loss.
         groups : array of shape (n,), default=None
-            Which pictures belong together (of one plant, one patient): all or none of
+            Which images belong together (of one plant, one patient): all or none of
             them are held out.
 
         Returns
@@ -334,7 +334,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
         UnknownBackboneError, UnknownLayerError, WeightsError
             If `backbone`, `layer` or `weights` name something that is not there.
         ImageReadError
-            For the first picture that cannot be read.
+            For the first image that cannot be read.
         TrainingError
             If the loss becomes infinite or NaN.
         """

@@ -39,7 +39,7 @@ def hold_out(
     is_needed: bool,
     seed: int,
 ) -> tuple[Positions, Positions]:
-    """Part the pictures into those to learn from, and those to look how it goes.
+    """Part the images into those to learn from, and those to look how it goes.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def hold_out(
     groups : array of shape (n,), or None
         What must not be parted; then the shares are as near as whole groups allow.
     share : float or None
-        Of the pictures, in (0, 1); ``None`` is none, or a tenth if that is needed.
+        Of the images, in (0, 1); ``None`` is none, or a tenth if that is needed.
     is_needed : bool
         Whether some must be held out.
     seed : int
@@ -62,7 +62,7 @@ def hold_out(
     Raises
     ------
     ValueError
-        If there are too few pictures or groups for that.
+        If there are too few images or groups for that.
     """
     if groups is not None:
         check_consistent_length(targets, groups)
@@ -77,8 +77,8 @@ def hold_out(
     n_held_out = max(round(share * len(targets)), len(counts))
     if counts.min() < 2 or len(targets) - n_held_out < len(counts):
         raise ValueError(
-            f"validation_fraction={share} cannot hold out pictures of each class and "
-            f"leave some to learn from: there are {len(targets)} pictures of "
+            f"validation_fraction={share} cannot hold out images of each class and "
+            f"leave some to learn from: there are {len(targets)} images of "
             f"{len(counts)} classes, {counts.min()} of the rarest."
         )
     training, validation = train_test_split(
@@ -94,7 +94,7 @@ def _by_group(
     n_parts = min(N_PARTS, n_groups, int(np.bincount(targets).min()))
     if n_parts < 2:
         raise ValueError(
-            f"groups: there are {n_groups} of them, or a class has a single picture: "
+            f"groups: there are {n_groups} of them, or a class has a single image: "
             "too few to hold some out."
         )
     parts = StratifiedGroupKFold(n_parts, shuffle=True, random_state=seed)
@@ -117,19 +117,19 @@ Augment = Callable[[Tensor], Tensor]
 
 
 class Views(ImageSource):
-    """Pictures and random variants of them; a source in which these stand side by side.
+    """Images and random variants of them; a source in which these stand side by side.
 
-    View 0 of a picture is the picture itself. Any other number names one variant, the
+    View 0 of an image is the image itself. Any other number names one variant, the
     same at any time: the augmentation runs with a seed made of it.
 
     Parameters
     ----------
     crops : array of shape (n, h, w, 3)
-        The pictures, as the network sees them; uint8 or float32.
+        The images, as the network sees them; uint8 or float32.
     augment : callable or None
-        From a picture (3, h, w) to a variant of the same shape.
+        From an image (3, h, w) to a variant of the same shape.
     n_views : int
-        Variants of each picture that the source has, besides the picture.
+        Variants of each image that the source has, besides the image.
     seed : int
         Of the variants.
     """
@@ -144,15 +144,15 @@ class Views(ImageSource):
         self._seed = seed
 
     @property
-    def n_pictures(self) -> int:
-        """Count the pictures, without their variants."""
+    def n_images(self) -> int:
+        """Count the images, without their variants."""
         return len(self._crops)
 
     def __len__(self) -> int:
-        return self.n_pictures * (1 + self._n_views)
+        return self.n_images * (1 + self._n_views)
 
     def decode(self, index: int) -> NDArray[Any]:
-        """Return view ``index`` of all views of all pictures, in order."""
+        """Return view ``index`` of all views of all images, in order."""
         return self.view(*divmod(index, 1 + self._n_views))
 
     def path(self, index: int) -> str | None:
@@ -160,15 +160,15 @@ class Views(ImageSource):
         return None
 
     def view(self, position: int, number: int) -> NDArray[Any]:
-        """Return a view of a picture (h, w, 3), of the picture's dtype or float32."""
+        """Return a view of an image (h, w, 3), of the image's dtype or float32."""
         crop: NDArray[Any] = self._crops[position]
         if number == 0 or self._augment is None:
             return crop
-        picture = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        image = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
         seed = derived_seed(self._seed, "view", int(position), int(number))
         with own_random_state(as_int(seed)):
-            variant = self._augment(picture)
-        _check(variant, picture, position)
+            variant = self._augment(image)
+        _check(variant, image, position)
         variant = variant.detach().cpu().permute(1, 2, 0).contiguous()
         if variant.dtype == torch.uint8:
             return np.asarray(variant.numpy())
@@ -180,7 +180,7 @@ class Views(ImageSource):
 def decode_crops(
     source: ImageSource, preprocessing: Preprocessing, n_threads: int
 ) -> NDArray[Any]:
-    """Decode all pictures, resized and cropped: (n, h, w, 3).
+    """Decode all images, resized and cropped: (n, h, w, 3).
 
     8-bit ones stay 8-bit if all of them are.
     """
@@ -202,7 +202,7 @@ def decode_crops(
 def draw_views(
     rng: np.random.Generator, n: int, n_views: int | None
 ) -> NDArray[np.int64]:
-    """Draw a number of a view for each of n pictures.
+    """Draw a number of a view for each of n images.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def draw_views(
     n : int
         How many are wanted.
     n_views : int or None
-        Variants that there are of each picture; ``None`` is as many as one likes.
+        Variants that there are of each image; ``None`` is as many as one likes.
 
     Returns
     -------
@@ -223,39 +223,39 @@ def draw_views(
     return rng.integers(1, 2**31 if n_views is None else 1 + n_views, size=n)
 
 
-def _check(variant: Any, picture: Tensor, position: int) -> None:
+def _check(variant: Any, image: Tensor, position: int) -> None:
     """Refuse what `augment` gave, if the network cannot take it."""
     if not isinstance(variant, Tensor):
         raise TypeError(
             f"augment must give a tensor (3, h, w), it gave {type(variant).__name__}."
         )
-    if variant.shape != picture.shape:
+    if variant.shape != image.shape:
         raise ValueError(
-            f"augment gave a picture of shape {tuple(variant.shape)} for one of shape "
-            f"{tuple(picture.shape)}, which is what the network sees. Let it crop and "
+            f"augment gave an image of shape {tuple(variant.shape)} for one of shape "
+            f"{tuple(image.shape)}, which is what the network sees. Let it crop and "
             "resize to this size, or set image_size."
         )
     if not (variant.dtype == torch.uint8 or variant.is_floating_point()):
         raise TypeError(f"augment must give uint8 or floats, it gave {variant.dtype}.")
     if variant.is_floating_point() and not torch.isfinite(variant).all():
-        raise ValueError(f"augment gave NaN or infinity for picture {position}.")
+        raise ValueError(f"augment gave NaN or infinity for image {position}.")
 
 
 class Inputs(Protocol):
-    """What some layers begin with, for each picture and view of it.
+    """What some layers begin with, for each image and view of it.
 
-    `n_views` is the number of variants of each picture; ``None`` stands for as many as
+    `n_views` is the number of variants of each image; ``None`` stands for as many as
     one likes.
     """
 
     n_views: int | None
 
     def __len__(self) -> int:
-        """Count the pictures."""
+        """Count the images."""
         ...
 
     def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some pictures, on the device."""
+        """Return those of some views of some images, on the device."""
         ...
 
 
@@ -265,7 +265,7 @@ class Stored:
     Parameters
     ----------
     array : array of shape (n, 1 + n_views, ...)
-        float32; maps (c, h, w) or vectors (d,), for each picture and view.
+        float32; maps (c, h, w) or vectors (d,), for each image and view.
     device : torch.device
         Where they are wanted.
     """
@@ -279,7 +279,7 @@ class Stored:
         return len(self._array)
 
     def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some pictures, on the device."""
+        """Return those of some views of some images, on the device."""
         batch = torch.from_numpy(self._array[positions, views]).to(self._device)
         if batch.ndim == 2:
             return batch
@@ -292,7 +292,7 @@ class Fresh:
     Parameters
     ----------
     views : Views
-        The pictures.
+        The images.
     n_views : int or None
         Variants of each that are asked for.
     first : callable
@@ -310,18 +310,18 @@ class Fresh:
         self._first = first
 
     def __len__(self) -> int:
-        return self._views.n_pictures
+        return self._views.n_images
 
     def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some pictures, on the device."""
-        pictures = [
+        """Return those of some views of some images, on the device."""
+        images = [
             self._views.view(position, number)
             for position, number in zip(positions, views, strict=True)
         ]
-        if any(picture.dtype != np.uint8 for picture in pictures):
-            pictures = [as_float(picture) for picture in pictures]
+        if any(image.dtype != np.uint8 for image in images):
+            images = [as_float(image) for image in images]
             self._views.warn_of_odd_range()
-        return self._first(np.stack(pictures))
+        return self._first(np.stack(images))
 
 
 def run_frozen(
@@ -332,12 +332,12 @@ def run_frozen(
     verbose: bool,
     cache: Path | None,
 ) -> Stored:
-    """Send all pictures through the frozen blocks, once.
+    """Send all images through the frozen blocks, once.
 
     Parameters
     ----------
     source : ImageSource
-        The pictures; with `n_views`, each followed by its variants.
+        The images; with `n_views`, each followed by its variants.
     n_views : int
         How many these are.
     recipe : Recipe
@@ -398,7 +398,7 @@ def normalised(
 
 
 def without_resize(recipe: Recipe) -> Recipe:
-    """Return the recipe for pictures that have been resized and cropped already."""
+    """Return the recipe for images that have been resized and cropped already."""
     return replace(
         recipe, preprocessing=replace(recipe.preprocessing, resize_size=None)
     )

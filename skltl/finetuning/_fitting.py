@@ -389,7 +389,7 @@ def _check_same(classifier, foundation, head, classes):
         )
     if classifier.preprocessing_ != foundation.preprocessing:
         raise ValueError(
-            "warm_start=True: the fit before saw pictures prepared in another way: "
+            "warm_start=True: the fit before saw images prepared in another way: "
             f"{classifier.preprocessing_}."
         )
     if head_state(head)["layers"] != head_state(classifier.head_)["layers"]:

@@ -24,7 +24,7 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     y : array of shape (n,)
         The labels.
     n : int
-        How many pictures there are.
+        How many images there are.
 
     Returns
     -------
@@ -36,7 +36,7 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     Raises
     ------
     ValueError
-        If there are none, not as many as pictures, or they are no classes.
+        If there are none, not as many as images, or they are no classes.
     """
     if y is None:
         raise ValueError(
@@ -63,7 +63,7 @@ def example_weights(
     classes: NDArray[Any],
     targets: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return the weight of each picture in the loss: its own, times its class's."""
+    """Return the weight of each image in the loss: its own, times its class's."""
     weights = check_sample_weight(
         sample_weight, targets, dtype=np.float64, ensure_non_negative=True
     )
@@ -80,7 +80,7 @@ def balanced(
     training: NDArray[np.int64],
     validation: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Bring weights to 1 on the average of the pictures that are learned from.
+    """Bring weights to 1 on the average of the images that are learned from.
 
     Then they do not change the rates, and a batch counts by what is in it.
 
@@ -90,9 +90,9 @@ def balanced(
         If all that are learned from, or all that are held out, have weight 0.
     """
     if not weights[training].sum() > 0:
-        raise ValueError("All pictures have weight 0: there is nothing to learn from.")
+        raise ValueError("All images have weight 0: there is nothing to learn from.")
     if len(validation) and not weights[validation].sum() > 0:
-        raise ValueError("All pictures that are held out have weight 0.")
+        raise ValueError("All images that are held out have weight 0.")
     return np.asarray(weights / weights[training].mean(), dtype=np.float32)
 
 

@@ -49,7 +49,7 @@ class Pool(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Bring each feature to mean 0 and deviation 1 on the training pictures.
+    """Bring each feature to mean 0 and deviation 1 on the training images.
 
     Features of one network differ in scale by orders of magnitude, which makes gradient
     descent slow. As a layer of fixed numbers it is the scaling of a pipeline of scaler
@@ -100,7 +100,7 @@ def build_head(
     Parameters
     ----------
     shape : tuple of int
-        Of what the cut gives for one picture: (c, h, w) or (d,).
+        Of what the cut gives for one image: (c, h, w) or (d,).
     pooling : str or int
         Between the convolutions and the fully connected layers.
     conv_channels, hidden_units : sequence of int
@@ -196,14 +196,14 @@ def _description(layer: nn.Module) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Foundation:
-    """A network up to its cut, and what pictures go through before it.
+    """A network up to its cut, and what images go through before it.
 
     Parameters
     ----------
     backbone : Backbone
         The record of the network.
     preprocessing : Preprocessing
-        Of the pictures.
+        Of the images.
     cut_point : CutPoint
         Where the new layers begin.
     blocks : mapping of str to Module
@@ -217,7 +217,7 @@ class Foundation:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one picture's feature map (c, h, w), or vector (d,)."""
+        """The shape of one image's feature map (c, h, w), or vector (d,)."""
         block = self.cut_point.block
         return block_shapes(self.backbone, self.preprocessing.crop_size, (block,))[
             block
@@ -253,7 +253,7 @@ def lay_foundation(
     UnknownBackboneError, UnknownLayerError, WeightsError
         If they name something that is not there.
     ValueError
-        If pictures of this size cannot cross the network, or be pooled in this way.
+        If images of this size cannot cross the network, or be pooled in this way.
     """
     record, pretrained, preprocessing = resolve_network(backbone, weights, image_size)
     cut_point = resolve_layer(record, layer)
@@ -262,13 +262,13 @@ def lay_foundation(
     if not can_pool(foundation.shape, pooling):
         raise ValueError(
             f"pooling={pooling} does not suit what layer {cut_point.name!r} gives for "
-            f"a picture, of shape {foundation.shape}."
+            f"an image, of shape {foundation.shape}."
         )
     return foundation
 
 
 def count_frozen(foundation: Foundation, unfreeze: str | int | None) -> int:
-    """Return how many of the blocks, from the picture on, never learn.
+    """Return how many of the blocks, from the image on, never learn.
 
     Raises
     ------

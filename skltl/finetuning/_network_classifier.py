@@ -35,7 +35,7 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -51,7 +51,7 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -62,11 +62,11 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
         return softmax(self._logits(X), axis=1)
 
     def predict(self, X):
-        """Return the most probable class of each picture.
+        """Return the most probable class of each image.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -110,7 +110,7 @@ class NetworkClassifier(ClassifierMixin, NetworkEstimator):
         return "auto"
 
     def _map_shape(self):
-        """Return the shape of what the network gives for a picture."""
+        """Return the shape of what the network gives for an image."""
         block, size = self.cut_points_[0].block, self.preprocessing_.crop_size
         return block_shapes(self.backbone_, size, (block,))[block]
 
@@ -180,7 +180,7 @@ class TunedNetwork(FeatureEstimator, NetworkClassifier):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns

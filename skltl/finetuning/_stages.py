@@ -70,7 +70,7 @@ class BehindFrozen:
 
     @torch.no_grad()
     def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some pictures, on the device."""
+        """Return those of some views of some images, on the device."""
         with self._settings.autocast():
             feature_map = self._tuned(self._inputs.batch(positions, views))
         features: Tensor = self._pool(feature_map)
@@ -96,7 +96,7 @@ def head_inputs(
     Returns
     -------
     Inputs
-        Of the same pictures.
+        Of the same images.
     """
     made = BehindFrozen(inputs, tuned, head, settings)
     if inputs.n_views is None:
@@ -109,7 +109,7 @@ def head_inputs(
         if array is None:
             array = new_array((len(every), *batch.shape[1:]), np.float32)
         array[some] = batch
-    assert array is not None  # there is at least one picture
+    assert array is not None  # there is at least one image
     return Stored(array.reshape(-1, n_views, *array.shape[1:]), settings.device)
 
 
@@ -120,7 +120,7 @@ def prepare_head(
     begins_as: str,
     settings: Settings,
 ) -> None:
-    """Give the head its first numbers, as far as they depend on the pictures.
+    """Give the head its first numbers, as far as they depend on the images.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def prepare_head(
     features : Inputs
         What they see.
     examples : Examples
-        The pictures' labels and weights.
+        The images' labels and weights.
     begins_as : {"probe", "random"}
         Whether a single linear layer begins as logistic regression.
     settings : Settings
@@ -161,7 +161,7 @@ def _gathered(
     positions: NDArray[np.int64],
     settings: Settings,
 ) -> NDArray[np.float32]:
-    """Return what is to be standardised (n, d), of the pictures themselves."""
+    """Return what is to be standardised (n, d), of the images themselves."""
     gathered = None
     for batch in batches(len(positions), settings.batch_size):
         some = positions[batch]
@@ -169,7 +169,7 @@ def _gathered(
         if gathered is None:
             gathered = new_array((len(positions), rows.shape[1]), np.float32)
         gathered[batch] = rows
-    assert gathered is not None  # there is at least one picture
+    assert gathered is not None  # there is at least one image
     return gathered
 
 
@@ -335,9 +335,9 @@ def fine_tune(
     Parameters
     ----------
     inputs : Inputs
-        What the frozen blocks give for each picture.
+        What the frozen blocks give for each image.
     examples : Examples
-        The pictures' labels and weights.
+        The images' labels and weights.
     parts : Parts
         The network's layers.
     stages : sequence of Stage
@@ -416,7 +416,7 @@ def _unfreeze(tuned: nn.Module, only_batch_norms: bool) -> None:
 
 
 class BestEpoch:
-    """The epoch with the best score on the pictures held out, and its numbers.
+    """The epoch with the best score on the images held out, and its numbers.
 
     Parameters
     ----------

@@ -31,9 +31,9 @@ class Stage:
     name : {"head", "fine-tuning"}
         In the first, the backbone is frozen; in the second, a part of it learns, too.
     n_epochs : int
-        Passes over the pictures.
+        Passes over the images.
     n_frozen : int
-        How many of the backbone's blocks, from the picture on, are frozen.
+        How many of the backbone's blocks, from the image on, are frozen.
     head_lr : float
         The highest rate of the new layers.
     backbone_lr : float
@@ -92,16 +92,16 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures with their labels, some to learn from, some to look how it goes.
+    """Images with their labels, some to learn from, some to look how it goes.
 
     Parameters
     ----------
     targets : array of shape (n,)
         Numbers of the classes.
     weights : array of shape (n,)
-        Of the pictures in the loss; 1 on the average of those that are learned from.
+        Of the images in the loss; 1 on the average of those that are learned from.
     training, validation : array of int
-        Positions of the pictures that are learned from, and of those held out.
+        Positions of the images that are learned from, and of those held out.
     """
 
     targets: NDArray[np.int64]
@@ -129,16 +129,16 @@ class Settings:
     keeps_statistics : bool
         Whether pretrained batch-norms keep theirs.
     patience : int or None
-        Epochs without a better score on the pictures held out after which a stage ends;
+        Epochs without a better score on the images held out after which a stage ends;
         its best epoch counts. ``None`` is all epochs, and the last counts.
     batch_size : int
-        Pictures in a step.
+        Images in a step.
     device : torch.device
         Where to train.
     dtype : torch.dtype
         Of the products; parameters and sums are float32 in any case.
     seed : int
-        Of the order of the pictures, of their views, and of dropout.
+        Of the order of the images, of their views, and of dropout.
     """
 
     optimizer: str
@@ -232,7 +232,7 @@ class StageTraining:
     settings : Settings
         How.
     number : int
-        Of the stage. Each has its own order of the pictures and its own dropout.
+        Of the stage. Each has its own order of the images and its own dropout.
     """
 
     def __init__(
@@ -339,7 +339,7 @@ class StageTraining:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return loss and score on the pictures that are held out, if there are any."""
+        """Return loss and score on the images that are held out, if there are any."""
         if len(self._examples.validation) == 0:
             return {}
         self.learner.eval()

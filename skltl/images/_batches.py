@@ -112,24 +112,24 @@ BATCHES_AHEAD = 2
 
 # Where decoding and the network share the cores they take turns: threads that decode
 # would hold up those of the network, which wait for each other after every layer. A
-# turn is long enough that waiting for its last picture counts for little.
-PICTURES_A_TURN = 64
-PICTURES_A_THREAD = 8
+# turn is long enough that waiting for its last image counts for little.
+IMAGES_A_TURN = 64
+IMAGES_A_THREAD = 8
 BYTES_A_TURN = 2**28
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A picture as the network will see it.
+    """An image as the network will see it.
 
     Parameters
     ----------
     position : int
-        Where the picture stands in the source.
+        Where the image stands in the source.
     pixels : array of shape (h, w, 3)
         Resized and cropped; uint8 or float32.
     key : bytes, default=b""
-        Names the decoded picture by its content, if that was asked for.
+        Names the decoded image by its content, if that was asked for.
     file : bytes or None, default=None
         The state of the file it was decoded from, if that did not change meanwhile.
     """
@@ -142,7 +142,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures ready for the network.
+    """Images ready for the network.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class Batch:
     keys : list of bytes
         Their crops' keys.
     pixels : array of shape (batch_size, h, w, 3)
-        uint8, or float32 if one picture is; black after the last picture.
+        uint8, or float32 if one image is; black after the last image.
     """
 
     positions: list[int]
@@ -168,12 +168,12 @@ def iter_crops(
     with_keys: bool = False,
     in_turns: bool = False,
 ) -> Generator[Crop, None, None]:
-    """Yield pictures of a source, resized and cropped.
+    """Yield images of a source, resized and cropped.
 
     Parameters
     ----------
     source : ImageSource
-        The pictures.
+        The images.
     positions : iterable of int
         Which of them, in which order.
     preprocessing : Preprocessing
@@ -196,7 +196,7 @@ def iter_crops(
     Raises
     ------
     ImageReadError
-        For the first picture, in this order, that cannot be read.
+        For the first image, in this order, that cannot be read.
     """
 
     def read(position: int) -> Crop:
@@ -211,23 +211,23 @@ def iter_crops(
             return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
-        n_crops = pictures_a_turn(preprocessing.crop_size, batch_size, n_threads)
+        n_crops = images_a_turn(preprocessing.crop_size, batch_size, n_threads)
         return map_in_bursts(read, positions, n_threads, n_crops)
     return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
 
 
-def pictures_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
-    """Return how many pictures are decoded before the network runs; whole batches."""
-    n_pictures = max(PICTURES_A_TURN, PICTURES_A_THREAD * n_threads)
+def images_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
+    """Return how many images are decoded before the network runs; whole batches."""
+    n_images = max(IMAGES_A_TURN, IMAGES_A_THREAD * n_threads)
     n_that_fit = BYTES_A_TURN // (3 * 4 * crop_size**2)  # they may be float32
-    n_batches = min(math.ceil(n_pictures / batch_size), n_that_fit // batch_size)
+    n_batches = min(math.ceil(n_images / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size
 
 
 def iter_batches(crops: Iterable[Crop], batch_size: int) -> Iterator[Batch]:
     """Yield crops, in order, in batches of one fixed size.
 
-    The last batch is filled up with black pictures: kernels round differently for other
+    The last batch is filled up with black images: kernels round differently for other
     batch sizes, and an image shall give the same bits wherever it stands.
 
     Parameters
@@ -235,12 +235,12 @@ def iter_batches(crops: Iterable[Crop], batch_size: int) -> Iterator[Batch]:
     crops : iterable of Crop
         All of one height and width.
     batch_size : int
-        Pictures in each batch.
+        Images in each batch.
 
     Yields
     ------
     Batch
-        The next pictures.
+        The next images.
     """
     waiting: list[Crop] = []
     for crop in crops:
@@ -258,11 +258,11 @@ def _batch(crops: list[Crop], batch_size: int) -> Batch:
     return Batch(positions, keys, _stack([crop.pixels for crop in crops], batch_size))
 
 
-def _stack(pictures: list[Pixels], batch_size: int) -> Pixels:
-    if any(picture.dtype != np.uint8 for picture in pictures):
-        pictures = [as_float(picture) for picture in pictures]
-    shape: Any = (batch_size, *pictures[0].shape)
-    stacked: Pixels = np.zeros(shape, pictures[0].dtype)
-    for row, picture in enumerate(pictures):
-        stacked[row] = picture
+def _stack(images: list[Pixels], batch_size: int) -> Pixels:
+    if any(image.dtype != np.uint8 for image in images):
+        images = [as_float(image) for image in images]
+    shape: Any = (batch_size, *images[0].shape)
+    stacked: Pixels = np.zeros(shape, images[0].dtype)
+    for row, image in enumerate(images):
+        stacked[row] = image
     return stacked

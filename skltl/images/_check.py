@@ -1,4 +1,4 @@
-"""Find the pictures that cannot be read, before a long job does."""
+"""Find the images that cannot be read, before a long job does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skltl.images._source import ImageSource, read_images
 
 
 class BadImage(NamedTuple):
-    """A picture that cannot be read: its position, path (if it is a file), and why."""
+    """An image that cannot be read: its position, path (if it is a file), and why."""
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`, not needed here
     path: str | None
@@ -25,12 +25,12 @@ class BadImage(NamedTuple):
 def find_bad_images(
     X: Any, *, n_jobs: int | None = None, verbose: bool | int = False
 ) -> list[BadImage]:
-    """Decode every picture once and list those that cannot be read.
+    """Decode every image once and list those that cannot be read.
 
     Parameters
     ----------
-    X : sequence of paths, PIL pictures, arrays or tensors, or one array of pictures
-        What `CNNFeatureTransformer` takes. Rows of numbers are not pictures here.
+    X : sequence of paths, PIL images, arrays or tensors, or one array of images
+        What `CNNFeatureTransformer` takes. Rows of numbers are not images here.
     n_jobs : int, default=None
         Number of threads that decode; ``None`` and -1 use one for each core.
     verbose : bool or int, default=False
@@ -40,12 +40,12 @@ def find_bad_images(
     -------
     list of BadImage
         Named tuples (index, path, reason) in the order of ``X``, empty if all is well;
-        the path is ``None`` for a picture that is not a file.
+        the path is ``None`` for an image that is not a file.
 
     Raises
     ------
     TypeError, ValueError
-        If ``X`` as a whole is not a sequence of pictures.
+        If ``X`` as a whole is not a sequence of images.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def find_bad_images(
 
 
 def _faults(source: ImageSource, n_threads: int) -> Iterator[BadImage | None]:
-    """Yield what is wrong with each picture, in order."""
+    """Yield what is wrong with each image, in order."""
     with ThreadPoolExecutor(n_threads) as pool:
         yield from pool.map(lambda index: _fault(source, index), range(len(source)))
 

@@ -1,4 +1,4 @@
-"""The name of a picture's content, and how a file is known again without reading it."""
+"""The name of an image's content, and how a file is known again without reading it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILE_STATE_BYTES = _STATE.size
 
 
 def content_key(decoded: Decoded) -> bytes:
-    """Name a decoded picture by its dtype, shape and every pixel (16 bytes)."""
+    """Name a decoded image by its dtype, shape and every pixel (16 bytes)."""
     if isinstance(decoded, Image.Image):
         (width, height), is_float = decoded.size, decoded.mode == "F"
         dtype, shape = (

@@ -1,8 +1,8 @@
-"""How a picture becomes what a network was trained on.
+"""How an image becomes what a network was trained on.
 
-The same arithmetic as torchvision's ``ImageClassification`` preset on a PIL picture:
+The same arithmetic as torchvision's ``ImageClassification`` preset on a PIL image:
 resize the shorter side, crop the centre, scale to [0, 1], normalise by channel. The
-first two steps run per picture in the decoding threads and keep 8-bit pictures 8-bit;
+first two steps run per image in the decoding threads and keep 8-bit images 8-bit;
 the last two run on whole batches, on the network's device.
 """
 
@@ -27,7 +27,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 
-# Resizing the whole picture before the crop is what torchvision does, but a picture of
+# Resizing the whole image before the crop is what torchvision does, but an image of
 # 1 x 100,000 pixels would become 256 x 25,600,000. Past this many pixels only the part
 # under the crop is resized (equal up to rounding).
 _MAX_RESIZED_PIXELS = 2**24
@@ -35,19 +35,19 @@ _MAX_RESIZED_PIXELS = 2**24
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are resized, cropped and normalised for a network.
+    """How images are resized, cropped and normalised for a network.
 
     Parameters
     ----------
     crop_size : int
         Height and width in pixels of what the network sees.
     resize_size : int or None, default=None
-        Length in pixels of the picture's shorter side before the centre is cropped;
-        ``None`` is `crop_size`, which crops nothing from a square picture.
+        Length in pixels of the image's shorter side before the centre is cropped;
+        ``None`` is `crop_size`, which crops nothing from a square image.
     interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
         Pillow's resampling filter.
     mean : tuple of 3 floats, default=(0.485, 0.456, 0.406)
-        Of the training pictures' channels (red, green, blue), in units of [0, 1]. The
+        Of the training images' channels (red, green, blue), in units of [0, 1]. The
         default is ImageNet's, which torchvision's weights use.
     std : tuple of 3 floats, default=(0.229, 0.224, 0.225)
         Their standard deviations, likewise.
@@ -101,55 +101,55 @@ class Preprocessing:
         Returns
         -------
         Preprocessing
-            The crop keeps the same share of the picture.
+            The crop keeps the same share of the image.
         """
         resize_size = round(self.shorter_side * crop_size / self.crop_size)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
-    def crop(self, picture: Decoded) -> Pixels:
-        """Resize and crop one picture.
+    def crop(self, image: Decoded) -> Pixels:
+        """Resize and crop one image.
 
         Parameters
         ----------
-        picture : array of shape (h, w, 3) or PIL picture
+        image : array of shape (h, w, 3) or PIL image
             With dtype uint8 or float32; or in mode RGB, RGBA (of which the alpha
             channel is left out), L or F.
 
         Returns
         -------
         array of shape (crop_size, crop_size, 3)
-            Of the same dtype; of a PIL picture uint8, or float32 if its mode is F.
+            Of the same dtype; of a PIL image uint8, or float32 if its mode is F.
         """
-        if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
-            picture = Image.fromarray(picture)
-        if isinstance(picture, Image.Image) and picture.mode == "RGB":
-            return np.asarray(self._crop_picture(picture))
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image) and image.mode == "RGB":
+            return np.asarray(self._crop_image(image))
         # Pillow resizes floats one channel at a time, and RGBA by way of a copy.
-        planes = [*map(np.asarray, map(self._crop_picture, _planes(picture)))]
+        planes = [*map(np.asarray, map(self._crop_image, _planes(image)))]
         if len(planes) == 1:
             return np.repeat(planes[0][:, :, np.newaxis], 3, axis=2)
         return np.stack(planes, axis=2)
 
-    def _crop_picture(self, picture: Image.Image) -> Image.Image:
-        width, height = self._resized_size(*picture.size)
+    def _crop_image(self, image: Image.Image) -> Image.Image:
+        width, height = self._resized_size(*image.size)
         left, top = self._first_pixel(width), self._first_pixel(height)
         resample = INTERPOLATIONS[self.interpolation]
         if width * height > _MAX_RESIZED_PIXELS:
-            # Only what is under the crop. Outside of the picture the crop is black.
+            # Only what is under the crop. Outside of the image the crop is black.
             x, y = max(left, 0), max(top, 0)
             right = min(left + self.crop_size, width)
             bottom = min(top + self.crop_size, height)
-            across, down = picture.width / width, picture.height / height
+            across, down = image.width / width, image.height / height
             box = (
                 x * across,
                 y * down,
-                min(right * across, picture.width),
-                min(bottom * down, picture.height),
+                min(right * across, image.width),
+                min(bottom * down, image.height),
             )
-            resized = picture.resize((right - x, bottom - y), resample, box=box)
+            resized = image.resize((right - x, bottom - y), resample, box=box)
             left, top = min(left, 0), min(top, 0)
         else:
-            resized = picture.resize((width, height), resample)
+            resized = image.resize((width, height), resample)
         return resized.crop((left, top, left + self.crop_size, top + self.crop_size))
 
     def _first_pixel(self, length: int) -> int:
@@ -165,14 +165,14 @@ class Preprocessing:
         return int(short * width / height), short
 
 
-def _planes(picture: Decoded) -> Iterator[Image.Image]:
-    """Yield the colours of a picture, or the one channel of a grey one."""
-    if isinstance(picture, np.ndarray):
-        yield from map(Image.fromarray, np.moveaxis(picture, 2, 0))
-    elif picture.mode == "RGBA":
-        yield from map(picture.getchannel, range(3))
+def _planes(image: Decoded) -> Iterator[Image.Image]:
+    """Yield the colours of an image, or the one channel of a grey one."""
+    if isinstance(image, np.ndarray):
+        yield from map(Image.fromarray, np.moveaxis(image, 2, 0))
+    elif image.mode == "RGBA":
+        yield from map(image.getchannel, range(3))
     else:
-        yield picture
+        yield image
 
 
 def normalise(batch: Any, mean: Any, std: Any) -> Any:

@@ -47,7 +47,7 @@ from skltl.images._refusals import (
 from skltl.images._sharing import one_image
 
 EXPECTED = (
-    "a list or 1-D array of paths or pictures, or an array of shape (n, h, w), "
+    "a list or 1-D array of paths or images, or an array of shape (n, h, w), "
     "(n, h, w, channels) or (n, channels, h, w)"
 )
 
@@ -57,9 +57,9 @@ def unwrap(X: Any) -> Any:
     if isinstance(X, (str, os.PathLike)):
         raise refuse_text(os.fsdecode(X))
     if isinstance(X, Image.Image):
-        raise ValueError("X is a single picture. Reshape your data: X=[picture].")
+        raise ValueError("X is a single image. Reshape your data: X=[image].")
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
-        raise TypeError("Sparse data cannot be pictures; pass a dense array.")
+        raise TypeError("Sparse data cannot be images; pass a dense array.")
     check_not_masked(X)
     if type(X).__module__.partition(".")[0] == "pyarrow":
         return _unwrap_arrow(X)
@@ -132,7 +132,7 @@ def stacked(X: Any) -> NDArray[Any]:
         array = np.asarray(X)
     except ValueError as error:
         raise ValueError(
-            "X is a list of lists of different lengths. Pass each picture as an array."
+            "X is a list of lists of different lengths. Pass each image as an array."
         ) from error
     if array.dtype.kind not in "buifc":
         raise ValueError(f"Expected {EXPECTED}, got nested lists of {array.dtype}.")
@@ -148,7 +148,7 @@ def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[
     Parameters
     ----------
     rows : array of shape (n, n_columns)
-        One picture in each row.
+        One image in each row.
     image_shape : tuple of 2 or 3 ints
         (h, w) or (h, w, channels); one of them may be -1, "whatever is left".
 
@@ -160,7 +160,7 @@ def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[
     Raises
     ------
     ValueError
-        If it is no shape of a picture, or a row has not as many columns as it needs.
+        If it is no shape of an image, or a row has not as many columns as it needs.
     """
     _check_image_shape(image_shape)
     n_columns = rows.shape[1]
@@ -175,7 +175,7 @@ def rows_as_images(rows: NDArray[Any], image_shape: tuple[int, ...]) -> NDArray[
 
 
 def as_pixels(rows: NDArray[Any]) -> NDArray[Any]:
-    """Bring numbers to types that pictures have.
+    """Bring numbers to types that images have.
 
     uint8, uint16 and bool say what white is, and stay; all others become float32, with
     the values they have. The byte order becomes this machine's.
@@ -205,7 +205,7 @@ def _check_image_shape(image_shape: tuple[Any, ...]) -> None:
     )
     if not is_shape or image_shape.count(-1) > 1:
         raise ValueError(
-            f"image_shape={shorten(str(image_shape))} is not the shape of a picture: "
+            f"image_shape={shorten(str(image_shape))} is not the shape of an image: "
             "expected (h, w) or (h, w, channels), in pixels; one of them may be -1."
         )
 
@@ -328,12 +328,12 @@ Items: TypeAlias = Sequence[Any] | NDArray[Any]
 
 
 class ImageSource:
-    """Pictures that are decoded when they are asked for.
+    """Images that are decoded when they are asked for.
 
     Parameters
     ----------
     items : sequence
-        Paths, PIL pictures, arrays or tensors, one for each picture.
+        Paths, PIL images, arrays or tensors, one for each image.
     channels_first : bool, default=False
         Whether three-dimensional items are (channels, h, w).
     labels : sequence or None, default=None
@@ -350,12 +350,12 @@ class ImageSource:
         self.least_side: int | None = None
 
     def reduced_to(self, least_side: int) -> ImageSource:
-        """Return the same pictures, decoded at a smaller scale where that is possible.
+        """Return the same images, decoded at a smaller scale where that is possible.
 
         Parameters
         ----------
         least_side : int
-            No side of a picture gets shorter than so many pixels.
+            No side of an image gets shorter than so many pixels.
 
         Returns
         -------
@@ -373,13 +373,13 @@ class ImageSource:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        """Decode picture ``index``: an array (h, w, 3), uint8 or float32."""
+        """Decode image ``index``: an array (h, w, 3), uint8 or float32."""
         return to_pixels(self.decode(index))
 
     def decode(self, index: int) -> Decoded:
-        """Decode picture ``index``: such an array, or a PIL image; see `Decoded`.
+        """Decode image ``index``: such an array, or a PIL image; see `Decoded`.
 
-        All ways to a picture lead through here, which subclasses may exchange.
+        All ways to an image lead through here, which subclasses may exchange.
         """
         item = self._items[index]
         self._check(int(index), item)
@@ -393,7 +393,7 @@ class ImageSource:
             raise ImageReadError(int(index), self.path(index), str(error)) from cause
 
     def path(self, index: int) -> str | None:
-        """Return the path of picture ``index``, or ``None`` if it is not a file."""
+        """Return the path of image ``index``, or ``None`` if it is not a file."""
         item = self._items[index]
         return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 
@@ -439,10 +439,10 @@ def read_images(
 
     Parameters
     ----------
-    X : sequence of paths, PIL pictures, arrays or tensors, or one array of pictures
+    X : sequence of paths, PIL images, arrays or tensors, or one array of images
         The kinds that the user guide's page on images lists.
     image_shape : tuple of 2 or 3 ints, default=None
-        With it ``X`` is an array (n, d) of numbers, and each row a picture
+        With it ``X`` is an array (n, d) of numbers, and each row an image
         of this shape.
     check_items : bool, default=True
         Whether an item of a wrong type is refused now, not when it is read.
@@ -450,14 +450,14 @@ def read_images(
     Returns
     -------
     ImageSource
-        The pictures; nothing is decoded yet.
+        The images; nothing is decoded yet.
 
     Raises
     ------
     TypeError
-        If ``X`` is not a sequence of pictures (`ImageTypeError` for one of its items).
+        If ``X`` is not a sequence of images (`ImageTypeError` for one of its items).
     ValueError
-        If ``X`` is empty, a single picture, or an array that cannot be pictures.
+        If ``X`` is empty, a single image, or an array that cannot be images.
     """
     if image_shape is not None:
         check_not_masked(X)
@@ -500,9 +500,9 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
     if len(shape) == 2:
         example = suggest_image_shape(shape[1])
         raise ValueError(
-            f"X has shape {shape}: rows of numbers are pictures only when their shape "
+            f"X has shape {shape}: rows of numbers are images only when their shape "
             f"is known. Pass for instance {example}, in the terms of numpy.reshape. "
-            "Reshape your data to (n, h, w) if it is a single picture."
+            "Reshape your data to (n, h, w) if it is a single image."
         )
     if len(shape) > 4:
         raise ValueError(
@@ -510,13 +510,13 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
         )
     _check_not_empty(shape)
     if len(shape) == 3:
-        _check_not_single_picture(shape, prefers_first)
+        _check_not_single_image(shape, prefers_first)
         return ImageSource(X)
     return ImageSource(X, _has_channels_first([shape[1:]], prefers_first))
 
 
 def _source_of_items(X: Items, labels: Any, check_items: bool) -> ImageSource:
-    """Serve a list of paths, pictures or arrays."""
+    """Serve a list of paths, images or arrays."""
     if isinstance(X, np.ndarray) and X.ndim != 1:
         raise ValueError(
             f"Expected {EXPECTED}, got an array of {shorten(str(X.dtype), 60)} of "
@@ -545,7 +545,7 @@ def _is_row(item: Any) -> bool:
 
 
 def check_item(index: int, item: Any) -> None:
-    """Refuse an item that cannot be a picture, whatever its pixels."""
+    """Refuse an item that cannot be an image, whatever its pixels."""
     if isinstance(item, os.PathLike) and isinstance(os.fspath(item), bytes):
         raise ImageTypeError(index, "a path of bytes; paths of text are understood")
     if isinstance(item, os.PathLike):
@@ -582,17 +582,17 @@ def _check_not_empty(shape: tuple[int, ...]) -> None:
             "required."
         )
     if 0 in shape:
-        raise ValueError(f"The pictures are empty: X has shape {shape}.")
+        raise ValueError(f"The images are empty: X has shape {shape}.")
 
 
-def _check_not_single_picture(shape: tuple[int, ...], prefers_first: bool) -> None:
-    """Refuse one colour picture where a stack of grey ones is expected."""
+def _check_not_single_image(shape: tuple[int, ...], prefers_first: bool) -> None:
+    """Refuse one colour image where a stack of grey ones is expected."""
     n_channels = shape[0] if prefers_first else shape[2]
     if n_channels in (3, 4):
         raise ValueError(
-            f"X has shape {shape}, which looks like a single colour picture. Reshape "
+            f"X has shape {shape}, which looks like a single colour image. Reshape "
             "your data: X[None] if it is one, or add an axis of one channel if X is a "
-            "stack of grey pictures."
+            "stack of grey images."
         )
 
 
@@ -603,7 +603,7 @@ def _may_have_channels(shape: tuple[int, ...]) -> bool:
 
 
 def _has_channels_first(shapes: Sequence[tuple[int, ...]], prefers_first: bool) -> bool:
-    """Decide, for all pictures together, which axis holds the channels."""
+    """Decide, for all images together, which axis holds the channels."""
     shapes = [shape for shape in shapes if len(shape) == 3]
     if not shapes:
         return False
@@ -611,7 +611,7 @@ def _has_channels_first(shapes: Sequence[tuple[int, ...]], prefers_first: bool) 
     can_be_last = all(shape[2] in CHANNEL_COUNTS for shape in shapes)
     if not (can_be_first or can_be_last):
         raise ValueError(
-            f"No axis can be the channels in all pictures (shapes {shapes[0]}, ...): "
+            f"No axis can be the channels in all images (shapes {shapes[0]}, ...): "
             "expected 1 (grey), 3 (RGB) or 4 (RGBA) of them, last or first."
         )
     return can_be_first if prefers_first else not can_be_last

@@ -26,7 +26,7 @@ from skltl.networks import is_known_code
 
 # A GPU copies and computes in the order in which it is told to. While it works on one
 # batch, the CPU tells it what to do with the next, and prepares the one behind that: so
-# the GPU never waits for the CPU. Its own copies, of 8-bit pictures and of features,
+# the GPU never waits for the CPU. Its own copies, of 8-bit images and of features,
 # take a few percent of the time of the network, and are not overlapped.
 GPU_BATCHES = 3
 

@@ -60,7 +60,7 @@ def forget_runners() -> None:
 
 
 class FrozenPrefix:
-    """The first blocks of a network as a fixed function of pictures.
+    """The first blocks of a network as a fixed function of images.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ class Runner:
         self._input_dtype = torch.float32 if engine == "openvino" else dtype
 
     def features(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
-        """Run a batch of pictures, and pool at each wanted place.
+        """Run a batch of images, and pool at each wanted place.
 
         Parameters
         ----------
@@ -175,7 +175,7 @@ class Runner:
             return self._run(pixels, mean, std, pool)
 
     def _run(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
-        # Pictures lie in memory with their channels last:
+        # Images lie in memory with their channels last:
         # this permutation copies nothing.
         batch = send(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
         batch = normalise(batch, mean, std)

@@ -18,7 +18,7 @@ class PackedConv2d(nn.Conv2d):
     """A frozen convolution that keeps a second, packed copy of its weights.
 
     torch brings the weights into oneDNN's order anew for every batch: a third of the
-    time of ResNet-50 for a single picture, a tenth for eight. What packs them once is
+    time of ResNet-50 for a single image, a tenth for eight. What packs them once is
     private to torch, but what its own compiler uses when it builds weights in. The sums
     are those of oneDNN, which torch does not use for every small map, so the last
     digits may differ from those of a plain convolution.

@@ -1,4 +1,4 @@
-"""From a feature map to the features of a picture."""
+"""From a feature map to the features of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIECE = 2**20
 
 
 def pool(feature_map: Tensor, pooling: str | int) -> Tensor:
-    """Pool each picture's feature map to a vector.
+    """Pool each image's feature map to a vector.
 
     Parameters
     ----------
@@ -32,12 +32,12 @@ def pool(feature_map: Tensor, pooling: str | int) -> Tensor:
     """
     if feature_map.ndim == 2:
         return feature_map.float().clone()
-    pieces = torch.split(feature_map, _pictures_per_piece(feature_map))
+    pieces = torch.split(feature_map, _images_per_piece(feature_map))
     return torch.cat([_pool_piece(piece, pooling) for piece in pieces])
 
 
-def _pictures_per_piece(feature_map: Tensor) -> int:
-    """Return how many pictures of a map are pooled together: on a CPU, few.
+def _images_per_piece(feature_map: Tensor) -> int:
+    """Return how many images of a map are pooled together: on a CPU, few.
 
     The float32 copy of a large map as a whole comes as new pages from the operating
     system, which takes ten times as long as all of the arithmetic.

@@ -1,4 +1,4 @@
-"""Everything but the pictures that features depend on, as one record."""
+"""Everything but the images that features depend on, as one record."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pictures become features.
+    """How images become features.
 
     Parameters
     ----------
@@ -44,11 +44,11 @@ class Recipe:
     blocks : tuple of str
         After which of its blocks features are taken, side by side.
     preprocessing : Preprocessing
-        What the pictures go through first.
+        What the images go through first.
     pooling : str or int
         How feature maps become features; see `pool`.
     batch_size : int
-        Pictures that cross the network together.
+        Images that cross the network together.
     device : torch.device
         Where the network runs.
     dtype : torch.dtype
@@ -56,7 +56,7 @@ class Recipe:
     engine : {"torch", "compile", "openvino"}, default="torch"
         What runs it.
     decode : {"exact", "fast"}, default="exact"
-        Whether files may be decoded at a smaller scale. This changes the pictures, not
+        Whether files may be decoded at a smaller scale. This changes the images, not
         what is made of them, so it is no part of the fingerprints.
     """
 
@@ -72,7 +72,7 @@ class Recipe:
     decode: str = "exact"
 
     def scaled(self, source: ImageSource) -> ImageSource:
-        """Return the pictures at the scale at which they are to be decoded.
+        """Return the images at the scale at which they are to be decoded.
 
         Twice the size that the network sees is what resizing needs to stay sharp.
         """
@@ -90,7 +90,7 @@ class Recipe:
         return UnderWay(self.compute(pixels))
 
     def compute(self, pixels: Tensor) -> Tensor:
-        """Return the features of a batch of pictures.
+        """Return the features of a batch of images.
 
         Parameters
         ----------
@@ -113,7 +113,7 @@ class Recipe:
         if rows.shape != expected:
             raise ValueError(
                 f"The network makes features of shape {tuple(rows.shape)} of "
-                f"{len(pixels)} pictures; expected {expected}."
+                f"{len(pixels)} images; expected {expected}."
             )
         return rows
 
@@ -206,7 +206,7 @@ def recorded_blocks(
 
 
 def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
-    """Tell whether what a block gives for a picture can be pooled in this way."""
+    """Tell whether what a block gives for an image can be pooled in this way."""
     if len(shape) != 3:
         return len(shape) == 1
     return isinstance(pooling, str) or pooling <= min(shape[1:])

@@ -108,14 +108,14 @@ def last_step(steps: Mapping[str, nn.Module], path: str) -> str:
 def output_shapes(
     blocks: Mapping[str, nn.Module], size: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one picture's feature map after each block.
+    """Return the shape of one image's feature map after each block.
 
     Parameters
     ----------
     blocks : mapping of str to Module
         In evaluation mode, with or without numbers in them (torch's "meta" device).
     size : int
-        Height and width of the picture.
+        Height and width of the image.
 
     Returns
     -------
@@ -168,7 +168,7 @@ class Network:
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """A file of trained weights, and what a picture must go through for them.
+    """A file of trained weights, and what an image must go through for them.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class PretrainedWeights:
         of torchvision do), or a file on this machine, or ``None`` if the network is
         built with these weights in it.
     preprocessing : Preprocessing
-        What a picture went through when the weights were trained.
+        What an image went through when the weights were trained.
     categories : tuple of str, default=()
         Names of the classes, in the order of the logits.
     aliases : tuple of str, default=()
@@ -205,7 +205,7 @@ class Backbone:
         ``build(n_classes)`` makes a new `Network`; ``None`` is the usual number
         of classes.
     preprocessing : Preprocessing
-        What a picture goes through where there are no trained weights to say so.
+        What an image goes through where there are no trained weights to say so.
     weights : tuple of PretrainedWeights
         The first of them is what ``weights="imagenet"`` means.
     rename_keys : callable, default=None
@@ -275,7 +275,7 @@ class Backbone:
         head : Module, default=None
             From the last block's output to the logits.
         preprocessing : Preprocessing
-            What a picture goes through before the first block.
+            What an image goes through before the first block.
 
         Returns
         -------
@@ -287,7 +287,7 @@ class Backbone:
         TypeError
             If `blocks` is no dictionary of modules, or `preprocessing` no record.
         ValueError
-            If a name cannot serve as one, a block is empty, or a picture's features
+            If a name cannot serve as one, a block is empty, or an image's features
             would depend on the others in its batch (batch-norm without statistics).
         """
         if not isinstance(preprocessing, Preprocessing):
@@ -318,7 +318,7 @@ class Backbone:
         network : Network
             It becomes the backbone's own: on the CPU, in float32, frozen.
         preprocessing : Preprocessing
-            What a picture goes through before the first block.
+            What an image goes through before the first block.
 
         Returns
         -------
@@ -405,5 +405,5 @@ def _check_own_block(name: str, block: nn.Module) -> None:
         if isinstance(part, _BatchNorm) and part.running_mean is None:
             raise ValueError(
                 f"The block {name!r} has a batch-norm without running statistics: the "
-                "features of a picture would depend on the others in its batch."
+                "features of an image would depend on the others in its batch."
             )

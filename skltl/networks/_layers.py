@@ -70,10 +70,10 @@ class Layer(NamedTuple):
         Of the feature map there (the length of the vector, after a
         fully connected layer).
     stride : int or None
-        How many pixels of the picture one pixel of the feature map stands for; ``None``
+        How many pixels of the image one pixel of the feature map stands for; ``None``
         after a fully connected layer.
     n_features : int
-        Numbers per picture without pooling (``pooling="flatten"``) at the usual size.
+        Numbers per image without pooling (``pooling="flatten"``) at the usual size.
         With average or maximum pooling there are `channels` of them.
     """
 
@@ -101,7 +101,7 @@ class CutPoint(NamedTuple):
 
 
 def list_layers(backbone: str | Backbone) -> list[Layer]:
-    """List a backbone's main cut points, from the picture to the logits.
+    """List a backbone's main cut points, from the image to the logits.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     list of Layer
         Named tuples (name, aliases, path, channels, stride, n_features); a
         ``pandas.DataFrame`` of them is a readable table. Besides these, every torch
-        path between the picture and the last of them can be given as `layer`.
+        path between the image and the last of them can be given as `layer`.
 
     Raises
     ------
@@ -209,14 +209,14 @@ def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
 def block_shapes(
     backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one picture's feature map after each block.
+    """Return the shape of one image's feature map after each block.
 
     Parameters
     ----------
     backbone : Backbone
         Which network.
     size : int
-        Height and width of the picture, in pixels.
+        Height and width of the image, in pixels.
     wanted : tuple of str, default=None
         Blocks up to the last of which to go; ``None`` is all.
 
@@ -228,7 +228,7 @@ def block_shapes(
     Raises
     ------
     ValueError
-        If pictures of this size shrink to nothing on the way.
+        If images of this size shrink to nothing on the way.
     """
     blocks = skeleton(backbone).blocks
     some = cut(blocks, wanted or list(blocks))
@@ -243,19 +243,19 @@ def block_shapes(
 
 @found_once
 def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
-    """Return the blocks of the main cut points that pictures of a size get to.
+    """Return the blocks of the main cut points that images of a size get to.
 
     Parameters
     ----------
     backbone : Backbone
         Which network.
     size : int
-        Height and width of the picture, in pixels.
+        Height and width of the image, in pixels.
 
     Returns
     -------
     tuple of str
-        From the picture on. Small pictures shrink to nothing before the last.
+        From the image on. Small images shrink to nothing before the last.
     """
     reached = []
     for block in skeleton(backbone).cut_points.values():
@@ -275,12 +275,12 @@ def largest_map(backbone: Backbone, size: int) -> int:
     backbone : Backbone
         Which network.
     size : int
-        Height and width of the picture, in pixels.
+        Height and width of the image, in pixels.
 
     Returns
     -------
     int
-        For one picture; the same wherever the network is cut. The picture is a map,
+        For one image; the same wherever the network is cut. The image is a map,
         too. What lies within blocks is not counted.
     """
     reached = reached_main_blocks(backbone, size)
@@ -335,14 +335,14 @@ def _strides(
 ) -> dict[str, int]:
     """Return the stride at each block with a feature map.
 
-    It is what a larger picture adds in pixels for what it adds in the feature map; at
+    It is what a larger image adds in pixels for what it adds in the feature map; at
     one size alone, padding and rounding blur the ratio.
     """
     added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
     maps = {name: blocks[name] for name in shapes if len(shapes[name]) == 3}
     try:
         larger = output_shapes(maps, size + added)
-    except RuntimeError:  # a network for pictures of one size only
+    except RuntimeError:  # a network for images of one size only
         return {}
     return {
         name: round(added / (larger[name][1] - shapes[name][1]))

@@ -125,7 +125,7 @@ class TinyNet(nn.Module):
 
 def embedded_backbone() -> Backbone:
     """Describe ``tiny`` and where its weights lie."""
-    # Trained on parts of pictures of 64 pixels; whole ones are seen best a little
+    # Trained on parts of images of 64 pixels; whole ones are seen best a little
     # enlarged (see the training script).
     preprocessing = Preprocessing(crop_size=80)
     weights = PretrainedWeights(

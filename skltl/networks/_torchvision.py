@@ -311,7 +311,7 @@ def _as_network(model: nn.Module) -> Network:
 def _pretrained(name: str, weights: Any) -> PretrainedWeights:
     preprocessing = _preprocessing(weights)
     if name in GOOGLE:
-        # Trained on pictures scaled to [-1, 1]. torchvision normalises them like all
+        # Trained on images scaled to [-1, 1]. torchvision normalises them like all
         # others, and undoes that in `forward` when it has loaded these weights.
         preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     categories = tuple(weights.meta["categories"] or ())

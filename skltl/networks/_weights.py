@@ -313,7 +313,7 @@ def resolve_network(
     weights : PretrainedWeights or None
         ``None`` for random ones.
     preprocessing : Preprocessing
-        That of the weights, for pictures of this size.
+        That of the weights, for images of this size.
 
     Raises
     ------

@@ -103,19 +103,19 @@ def learned_map(
     weights: NDArray[np.floating[Any]],
     n_classes: int,
 ) -> NDArray[np.float64]:
-    """Learn which categories the network sees in the pictures of each class.
+    """Learn which categories the network sees in the images of each class.
 
     The expected empirical predictor [1]_: the probability of a class given a category,
-    from the probabilities of categories that the network gives for the pictures.
+    from the probabilities of categories that the network gives for the images.
 
     Parameters
     ----------
     probabilities : array of shape (n, n_categories)
-        Of the categories, for each picture.
+        Of the categories, for each image.
     targets : array of shape (n,)
-        Number of the class of each picture.
+        Number of the class of each image.
     weights : array of shape (n,)
-        Of the pictures.
+        Of the images.
     n_classes : int
         How many classes there are.
 
@@ -193,13 +193,13 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Joins categories to classes of your own. A dictionary gives for each class one
         category or several, by name, number, or WordNet number:
         ``{"dog": ["beagle", 235], "cat": "n02123045"}``; what else the network sees is
-        left out of account. ``"learn"`` takes them from labelled pictures [1]_.
+        left out of account. ``"learn"`` takes them from labelled images [1]_.
     image_size : int, default=None
         As for `CNNFeatureTransformer`.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape.
+        If given, ``X`` is an array (n, d), and each row is an image of this shape.
     batch_size : int or "auto", default="auto"
-        Pictures that cross the network together.
+        Images that cross the network together.
     device : str, default="auto"
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -210,7 +210,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     decode : {"exact", "fast"}, default="exact"
         As for `CNNFeatureTransformer`.
     n_jobs : int, default=None
-        Threads that decode pictures.
+        Threads that decode images.
     random_state : int, RandomState instance or None, default=None
         Of the weights, if they are random.
     verbose : int, default=0
@@ -233,7 +233,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     cut_points_ : list of CutPoint
         The only one: where the head begins.
     preprocessing_ : Preprocessing
-        What pictures go through before the network.
+        What images go through before the network.
     precision_ : {"float32", "bfloat16"}
         What the network computes in.
     engine_ : {"torch", "compile", "openvino"}
@@ -253,9 +253,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
     --------
     >>> import numpy as np
     >>> from skltl import PretrainedCNNClassifier
-    >>> pictures = np.zeros((2, 80, 80, 3), dtype=np.uint8)
-    >>> classifier = PretrainedCNNClassifier("tiny").fit(pictures)
-    >>> classifier.predict_top_k(pictures, k=3).shape
+    >>> images = np.zeros((2, 80, 80, 3), dtype=np.uint8)
+    >>> classifier = PretrainedCNNClassifier("tiny").fit(images)
+    >>> classifier.predict_top_k(images, k=3).shape
     (2, 3)
     """
 
@@ -317,17 +317,17 @@ class PretrainedCNNClassifier(NetworkClassifier):
 
     @fit_context
     def fit(self, X, y=None, sample_weight=None):
-        """Load the network; with ``class_map="learn"``, look at the pictures, too.
+        """Load the network; with ``class_map="learn"``, look at the images, too.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,), default=None
             Labels; used with ``class_map="learn"`` only, and else ignored but for their
             number.
         sample_weight : array of shape (n,), default=None
-            Weights of the pictures, likewise.
+            Weights of the images, likewise.
 
         Returns
         -------
@@ -367,11 +367,11 @@ class PretrainedCNNClassifier(NetworkClassifier):
         return self
 
     def predict_top_k(self, X, k=5):
-        """Return the k most probable classes of each picture, the best one first.
+        """Return the k most probable classes of each image, the best one first.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
         k : int, default=5
             How many, from 1 to the number of classes.
@@ -396,7 +396,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         return self.classes_[ranked[:, :k]]
 
     def _load(self, seed):
-        """Set what `fit` sets, as far as it does not depend on pictures."""
+        """Set what `fit` sets, as far as it does not depend on images."""
         backbone, weights, preprocessing = resolve_network(
             self.backbone, self.weights, self.image_size
         )
@@ -442,7 +442,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = self.class_map == "learn"
         tags.non_deterministic = self.weights is None and self.random_state is None
-        # How good it is, is not for these pictures to say: it learns nothing from them.
+        # How good it is, is not for these images to say: it learns nothing from them.
         tags.classifier_tags.poor_score = self.class_map != "learn"
         return tags
 

@@ -23,7 +23,7 @@ class StrategyAdvisor(ImageEstimator):
     """Advise on the way of transfer, by measuring instead of guessing.
 
     One pass of the network gives the features at every cut point. A linear classifier,
-    cross-validated at each, tells how near the pictures are to what the network knows:
+    cross-validated at each, tells how near the images are to what the network knows:
     if the last cut is the best, they are similar; if an earlier one is, they are not.
 
     Parameters
@@ -33,14 +33,14 @@ class StrategyAdvisor(ImageEstimator):
     weights : str, path or None, default="imagenet"
         As for `CNNFeatureTransformer`.
     cv : int, default=5
-        Folds, at least 2; fewer if a class has fewer pictures.
+        Folds, at least 2; fewer if a class has fewer images.
     max_images : int or None, default=2000
-        How many pictures are looked at, drawn by class; but of each class at least as
+        How many images are looked at, drawn by class; but of each class at least as
         many as there are folds. ``None`` is all.
     image_size : int, default=None
         As for `CNNFeatureTransformer`.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape.
+        If given, ``X`` is an array (n, d), and each row is an image of this shape.
     device : str, default="auto"
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -52,9 +52,9 @@ class StrategyAdvisor(ImageEstimator):
     cache : bool, str or path, default=None
         As for `CNNFeatureTransformer`. What is advised can then use the same features.
     n_jobs : int, default=None
-        Threads that decode pictures.
+        Threads that decode images.
     random_state : int, RandomState instance or None, default=None
-        Of the folds, of which pictures are looked at, and of the linear classifiers; of
+        Of the folds, of which images are looked at, and of the linear classifiers; of
         the weights, too, if they are random.
     verbose : int, default=0
         Whether a progress bar is shown.
@@ -64,7 +64,7 @@ class StrategyAdvisor(ImageEstimator):
     strategy_ : Strategy
         The advice: its `name`, its `reasons`, the `estimator`, and its costs.
     similarity_ : {"contained", "similar", "different"}
-        How near the pictures are to what the network knows.
+        How near the images are to what the network knows.
     layer_scores_ : dict of str to float
         Cross-validated accuracy of a linear classifier at each main cut point.
     layer_errors_ : dict of str to float
@@ -94,7 +94,7 @@ class StrategyAdvisor(ImageEstimator):
     n_images_, n_classes_, n_smallest_ : int
         The size of the data: images, classes, and images of the smallest class.
     n_looked_at_, n_folds_, n_repeats_ : int
-        How many pictures were looked at, in how many folds, drawn how many times.
+        How many images were looked at, in how many folds, drawn how many times.
 
     See Also
     --------
@@ -103,11 +103,11 @@ class StrategyAdvisor(ImageEstimator):
 
     Notes
     -----
-    Pictures are different if an earlier cut is ahead of the last one by a point (0.01)
+    Images are different if an earlier cut is ahead of the last one by a point (0.01)
     of accuracy or more; less than that is not worth leaving the last one for. This
     chooses a cut, it tests no hypothesis: of cuts that are equally good, an earlier one
     may be ahead by luck, all the more as it is the best of several. `lead_` says how
-    large luck may be. Up to 500 pictures, the cross-validation is repeated three times.
+    large luck may be. Up to 500 images, the cross-validation is repeated three times.
 
     Examples
     --------
@@ -177,7 +177,7 @@ class StrategyAdvisor(ImageEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,)
             Their labels.

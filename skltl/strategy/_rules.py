@@ -48,13 +48,13 @@ def _shown(value: Any) -> str:
 
 
 # Below either of them a data set counts as small: there is too little to change a
-# network by. With 16 pictures of each of 17 flowers fine-tuning gained nothing over a
+# network by. With 16 images of each of 17 flowers fine-tuning gained nothing over a
 # linear classifier, with 100 of each of 10 digits it did (see the user guide).
 LARGE_N_IMAGES = 1_000
 LARGE_N_PER_CLASS = 50
 
-# From here on, pictures that are unlike those of the pretraining may be learned from
-# scratch: that is as good from COCO's 118,000 pictures on [He2019]_.
+# From here on, images that are unlike those of the pretraining may be learned from
+# scratch: that is as good from COCO's 118,000 images on [He2019]_.
 VERY_LARGE_N_IMAGES = 100_000
 
 # By how much accuracy an earlier layer must be ahead of the last one to be chosen.
@@ -154,11 +154,11 @@ def recommend_strategy(
     Parameters
     ----------
     n_images : int
-        Labelled pictures that there are.
+        Labelled images that there are.
     n_classes : int
         Classes that are to be told apart.
     similarity : {"contained", "similar", "different"}
-        The classes are among the categories of the network; the pictures are like those
+        The classes are among the categories of the network; the images are like those
         that it was trained on; or they are not. `StrategyAdvisor` measures this.
     backbone : str or Backbone, default="resnet50"
         The network.
@@ -166,10 +166,10 @@ def recommend_strategy(
         Where to cut if not at the end; ``None`` is the main cut point at about two
         thirds of the depth.
     n_smallest : int, default=None
-        Pictures of the smallest class; ``None`` takes all classes for equal.
+        Images of the smallest class; ``None`` takes all classes for equal.
     class_map : dict, default=None
         For ``"contained"``: which categories the classes are; ``None`` is to be learned
-        from pictures.
+        from images.
     **parameters
         Further parameters of the estimator, such as `weights` and `image_shape`. The
         pretrained classifier leaves out those of training.
@@ -189,10 +189,10 @@ def recommend_strategy(
     Small and similar: a linear classifier on the last cut. Small and different: a
     linear support vector machine on an earlier one. Large and similar: all layers are
     fine-tuned, after the head. Large and different: fine-tuning with the top left out,
-    or, from 100,000 pictures on, training from scratch [He2019]_. These are the rules
+    or, from 100,000 images on, training from scratch [He2019]_. These are the rules
     of [CS231n]_; Yosinski et al. [Yosinski2014]_ measured what is behind them: the more
     two tasks differ, the less is gained from late layers. Small means less than 1,000
-    pictures or less than 50 of a class.
+    images or less than 50 of a class.
 
     References
     ----------
@@ -209,7 +209,7 @@ def recommend_strategy(
     >>> strategy.name
     'extract'
     >>> print(strategy.reasons[0])
-    300 pictures, 60 of the smallest class, are few: a network would learn them ...
+    300 images, 60 of the smallest class, are few: a network would learn them ...
     """
     numbers: dict[str, Any] = {"n_images": n_images, "n_classes": n_classes}
     if n_smallest is not None:
@@ -279,7 +279,7 @@ def _choose(
 ) -> tuple[str, tuple[str, ...]]:
     """Return the name of a box, and why it is that one."""
     is_large = relative_size(n_images, n_smallest) >= 1
-    have = f"{n_images:,} pictures, {n_smallest:,} of the smallest class,"
+    have = f"{n_images:,} images, {n_smallest:,} of the smallest class,"
     if similarity == "contained":
         return "as_is", (
             "The classes are among the categories that the network knows.",

@@ -55,7 +55,7 @@ def _can(name):
 class TransferClassifier(ClassifierMixin, ImageEstimator):
     """Take the way of transfer that suits the data.
 
-    It advises itself on the training pictures as `StrategyAdvisor` does, and then is
+    It advises itself on the training images as `StrategyAdvisor` does, and then is
     what was advised: the network as it is, a linear classifier on its features at the
     end or earlier, or a fine-tuned network.
 
@@ -76,7 +76,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
     image_size : int, default=None
         As for `CNNFeatureTransformer`.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is a picture of this shape.
+        If given, ``X`` is an array (n, d), and each row is an image of this shape.
     device : str, default="auto"
         As for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -89,7 +89,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         As for `CNNFeatureTransformer`. Without one, too, a linear classifier is fitted
         on the features that were measured, not on new ones.
     n_jobs : int, default=None
-        Threads that decode pictures.
+        Threads that decode images.
     random_state : int, RandomState instance or None, default=None
         Of everything random, in what measures and in what is fitted.
     verbose : int, default=0
@@ -181,7 +181,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `CNNFeatureTransformer` takes.
         y : array of shape (n,)
             Their labels.
@@ -233,11 +233,11 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         return self.estimator_.classes_
 
     def predict(self, X):
-        """Return the most probable class of each picture.
+        """Return the most probable class of each image.
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -253,7 +253,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns
@@ -268,7 +268,7 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
 
         Parameters
         ----------
-        X : sequence of n pictures, or array of shape (n, d) with `image_shape`
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
             Of any kind that `fit` takes.
 
         Returns

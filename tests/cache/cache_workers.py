@@ -22,8 +22,8 @@ from skltl import CNNFeatureTransformer, cache_info, clear_cache
 from skltl.cache import _lookup, _store
 from skltl.inference import Runner
 
-N_PICTURES = 3000
-N_PICTURES_TO_KILL = 10_000
+N_IMAGES = 3000
+N_IMAGES_TO_KILL = 10_000
 N_WORKERS = 4
 N_KILLS = 40
 
@@ -32,7 +32,7 @@ GROUP = 54_321
 USERS = (54_322, 54_323)
 
 
-def pictures(n):
+def images(n):
     return np.random.default_rng(0).integers(256, size=(n, 8, 8, 3), dtype=np.uint8)
 
 
@@ -73,15 +73,15 @@ def check_against(expected_file, folder, order, counts):
         return features(self, pixels, *others)
 
     Runner.features = counted
-    found = extract(pictures(N_PICTURES)[order], folder)
+    found = extract(images(N_IMAGES)[order], folder)
     np.testing.assert_array_equal(found, np.load(expected_file)[order])
     (counts / str(os.getpid())).write_text(str(n_crossed))
 
 
 def share(folder):
-    """Let workers extract the same pictures, in different orders, at once."""
+    """Let workers extract the same images, in different orders, at once."""
     expected = folder / "expected.npy"
-    child = in_child(lambda: np.save(expected, extract(pictures(N_PICTURES), None)))
+    child = in_child(lambda: np.save(expected, extract(images(N_IMAGES), None)))
     os.waitpid(child, 0)
     counts = folder / "counts"
     counts.mkdir()
@@ -91,7 +91,7 @@ def share(folder):
             check_against,
             expected,
             folder / "cache",
-            rng.permutation(N_PICTURES),
+            rng.permutation(N_IMAGES),
             counts,
         )
         for _ in range(N_WORKERS)
@@ -111,7 +111,7 @@ def kill(folder):
     rng = random.Random(0)
     n_alive, n_lost, faults, before = 0, 0, [], {}
     for _ in range(N_KILLS):
-        worker = in_child(extract, pictures(N_PICTURES_TO_KILL), folder / "cache")
+        worker = in_child(extract, images(N_IMAGES_TO_KILL), folder / "cache")
         time.sleep(rng.uniform(0.05, 0.5))
         committed = stored(folder)
         os.kill(worker, signal.SIGKILL)
@@ -123,13 +123,11 @@ def kill(folder):
         before = after
     found = folder / "found.npy"
     child = in_child(
-        lambda: np.save(found, extract(pictures(N_PICTURES_TO_KILL), folder / "cache"))
+        lambda: np.save(found, extract(images(N_IMAGES_TO_KILL), folder / "cache"))
     )
     os.waitpid(child, 0)
     expected = folder / "expected.npy"
-    child = in_child(
-        lambda: np.save(expected, extract(pictures(N_PICTURES_TO_KILL), None))
-    )
+    child = in_child(lambda: np.save(expected, extract(images(N_IMAGES_TO_KILL), None)))
     os.waitpid(child, 0)
     return {
         "killed": n_alive,
@@ -167,7 +165,7 @@ def share_as_users(folder, umask):
     os.chown(cache, USERS[0], GROUP)
     cache.chmod(0o2775)
     os.umask(umask)
-    X = pictures(30)
+    X = images(30)
 
     def fill(start, stop, pooling="avg"):
         n_crossed = 0
@@ -253,7 +251,7 @@ def plant(cache, statements):
 def planted(folder):
     """Use, list and clear caches in which a database has something planted."""
     whole, spoilt, cache = folder / "whole", folder / "spoilt", folder / "cache"
-    X = pictures(12)
+    X = images(12)
     expected = extract(X, None)
     extract(X[:6], whole)
     for name, statements in PLANTED.items():

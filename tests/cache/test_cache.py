@@ -1,4 +1,4 @@
-"""Each picture crosses the network once, and a hit gives the bits of a miss."""
+"""Each image crosses the network once, and a hit gives the bits of a miss."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ LAYERS = ["stem", "block1", "block2", "block3", "block4"]
 
 @pytest.fixture
 def crossed(monkeypatch):
-    """A list to which each pass appends how many pictures crossed the network."""
+    """A list to which each pass appends how many images crossed the network."""
     numbers = []
     features = Runner.features
 
@@ -61,10 +61,10 @@ def decoded(monkeypatch):
 
 
 @pytest.fixture
-def settled_files(picture_files, monkeypatch):
+def settled_files(image_files, monkeypatch):
     """Files that are recognised by their state, although they are young."""
     monkeypatch.setattr("skltl.images._identity.CLOCK_TICK", 0.0)
-    return picture_files
+    return image_files
 
 
 def transformer(folder, **parameters):
@@ -85,22 +85,22 @@ def transformer(folder, **parameters):
     ids=str,
 )
 def test_a_miss_and_a_hit_have_the_bits_of_no_cache(
-    parameters, precision, pictures, tmp_path, crossed
+    parameters, precision, images, tmp_path, crossed
 ):
     parameters = {**parameters, "precision": precision}
-    expected = transformer(None, **parameters).fit_transform(pictures)
+    expected = transformer(None, **parameters).fit_transform(images)
     crossed.clear()
 
-    miss = transformer(tmp_path, **parameters).fit_transform(pictures)
+    miss = transformer(tmp_path, **parameters).fit_transform(images)
     n_missed = sum(crossed)
-    hit = transformer(tmp_path, **parameters).fit_transform(pictures[::-1])[::-1]
+    hit = transformer(tmp_path, **parameters).fit_transform(images[::-1])[::-1]
 
     np.testing.assert_array_equal(miss, expected)
     np.testing.assert_array_equal(hit, expected)
-    assert n_missed == sum(crossed) == len(pictures)
+    assert n_missed == sum(crossed) == len(images)
 
 
-def test_a_search_over_all_cut_points_is_one_pass(pictures, tmp_path, crossed):
+def test_a_search_over_all_cut_points_is_one_pass(images, tmp_path, crossed):
     labels = np.arange(9) % 2
     grid = {
         "cnnfeaturetransformer__layer": [*LAYERS, ["block1", "block3"]],
@@ -110,16 +110,16 @@ def test_a_search_over_all_cut_points_is_one_pass(pictures, tmp_path, crossed):
     for cache in (None, tmp_path):
         crossed.clear()
         pipeline = make_pipeline(transformer(cache), LogisticRegression())
-        search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, labels)
+        search = GridSearchCV(pipeline, grid, cv=3).fit(images, labels)
         scores[cache] = search.cv_results_["mean_test_score"]
 
-    assert sum(crossed) == len(pictures)
+    assert sum(crossed) == len(images)
     np.testing.assert_array_equal(scores[None], scores[tmp_path])
 
 
-def test_whole_maps_and_finer_paths_record_what_was_asked_for(pictures, tmp_path):
-    transformer(tmp_path, layer="block1", pooling="flatten").fit_transform(pictures)
-    transformer(tmp_path, layer="block2.0").fit_transform(pictures)
+def test_whole_maps_and_finer_paths_record_what_was_asked_for(images, tmp_path):
+    transformer(tmp_path, layer="block1", pooling="flatten").fit_transform(images)
+    transformer(tmp_path, layer="block2.0").fit_transform(images)
 
     entries = cache_info(tmp_path).entries
 
@@ -129,7 +129,7 @@ def test_whole_maps_and_finer_paths_record_what_was_asked_for(pictures, tmp_path
     }
 
 
-def test_cut_points_that_small_pictures_do_not_reach_are_not_recorded(tmp_path):
+def test_cut_points_that_small_images_do_not_reach_are_not_recorded(tmp_path):
     digits = np.random.default_rng(0).random((5, 64))
     settings = {"layer": "block1", "image_shape": (8, 8), "image_size": 8}
 
@@ -145,29 +145,29 @@ def test_cut_points_that_small_pictures_do_not_reach_are_not_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["list", "pil", "floats", "tensor"])
-def test_the_same_pixels_are_the_same_picture(
-    kind, pictures, picture_files, tmp_path, crossed
+def test_the_same_pixels_are_the_same_image(
+    kind, images, image_files, tmp_path, crossed
 ):
-    transformer(tmp_path).fit_transform(picture_files)
+    transformer(tmp_path).fit_transform(image_files)
     forms = {
-        "list": list(pictures),
-        "pil": [Image.fromarray(picture) for picture in pictures],
-        "tensor": torch.from_numpy(pictures).permute(0, 3, 1, 2),
-        "floats": pictures / np.float32(255),
+        "list": list(images),
+        "pil": [Image.fromarray(image) for image in images],
+        "tensor": torch.from_numpy(images).permute(0, 3, 1, 2),
+        "floats": images / np.float32(255),
     }
 
     transformer(tmp_path).fit_transform(forms[kind])
 
     # Floats have other bits than the 8-bit pixels they came from.
-    assert sum(crossed) == len(pictures) * (1 + (kind == "floats"))
+    assert sum(crossed) == len(images) * (1 + (kind == "floats"))
 
 
-def test_a_picture_that_stands_twice_crosses_once(pictures, tmp_path, crossed):
-    twice = np.concatenate([pictures, pictures[::-1]])
+def test_an_image_that_stands_twice_crosses_once(images, tmp_path, crossed):
+    twice = np.concatenate([images, images[::-1]])
 
     features = transformer(tmp_path).fit_transform(twice)
 
-    assert sum(crossed) == len(pictures)
+    assert sum(crossed) == len(images)
     np.testing.assert_array_equal(features[:9], features[:8:-1])
     np.testing.assert_array_equal(features, transformer(None).fit_transform(twice))
 
@@ -184,16 +184,16 @@ def test_known_files_are_not_read_again(settled_files, tmp_path, decoded, crosse
 
 
 def test_files_just_written_are_read_again_but_cross_once(
-    picture_files, tmp_path, decoded, crossed
+    image_files, tmp_path, decoded, crossed
 ):
-    transformer(tmp_path).fit_transform(picture_files)
-    transformer(tmp_path).fit_transform(picture_files)
+    transformer(tmp_path).fit_transform(image_files)
+    transformer(tmp_path).fit_transform(image_files)
 
-    assert len(decoded) == 2 * len(picture_files)
-    assert sum(crossed) == len(picture_files)
+    assert len(decoded) == 2 * len(image_files)
+    assert sum(crossed) == len(image_files)
 
 
-def test_a_replaced_file_gives_the_features_of_the_new_picture(settled_files, tmp_path):
+def test_a_replaced_file_gives_the_features_of_the_new_image(settled_files, tmp_path):
     uncached = transformer(None).fit(settled_files)
     cached = transformer(tmp_path).fit(settled_files)
     cached.transform(settled_files)
@@ -223,7 +223,7 @@ def test_files_that_swap_names_swap_features(settled_files, tmp_path):
     np.testing.assert_array_equal(after[[1, 0, *range(2, 9)]], before)
 
 
-def test_a_copy_of_a_file_is_the_same_picture(settled_files, tmp_path, crossed):
+def test_a_copy_of_a_file_is_the_same_image(settled_files, tmp_path, crossed):
     transformer(tmp_path).fit_transform(settled_files[:1])
     copy = shutil.copy2(settled_files[0], tmp_path / "copy.png")
 
@@ -243,15 +243,15 @@ def test_a_copy_of_a_file_is_the_same_picture(settled_files, tmp_path, crossed):
     ],
     ids=str,
 )
-def test_other_parameters_are_another_recipe(other, pictures, tmp_path):
+def test_other_parameters_are_another_recipe(other, images, tmp_path):
     first = {"precision": "bfloat16", "batch_size": 8}
-    transformer(tmp_path, **first).fit_transform(pictures)
+    transformer(tmp_path, **first).fit_transform(images)
 
     found = transformer(tmp_path, **first).set_params(**other)
     expected = clone(found).set_params(cache=None)
 
     np.testing.assert_array_equal(
-        found.fit_transform(pictures), expected.fit_transform(pictures)
+        found.fit_transform(images), expected.fit_transform(images)
     )
     assert len(cache_info(tmp_path).entries) == 2 * len(LAYERS)
 
@@ -284,25 +284,25 @@ def torch_as_it_was():
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_settings_of_torch_that_change_the_bits_are_part_of_the_recipe(
-    change, precision, pictures, tmp_path
+    change, precision, images, tmp_path
 ):
-    transformer(tmp_path, precision=precision).fit_transform(pictures)
+    transformer(tmp_path, precision=precision).fit_transform(images)
     change()
 
-    found = transformer(tmp_path, precision=precision).fit_transform(pictures)
+    found = transformer(tmp_path, precision=precision).fit_transform(images)
 
-    expected = transformer(None, precision=precision).fit_transform(pictures)
+    expected = transformer(None, precision=precision).fit_transform(images)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_a_pillow_that_resizes_otherwise_is_another_recipe(
-    pictures, tmp_path, crossed, monkeypatch
+    images, tmp_path, crossed, monkeypatch
 ):
-    transformer(tmp_path).fit_transform(pictures)
+    transformer(tmp_path).fit_transform(images)
     monkeypatch.setattr("PIL.__version__", "99.0")
-    transformer(tmp_path).fit_transform(pictures)
+    transformer(tmp_path).fit_transform(images)
 
-    assert sum(crossed) == 2 * len(pictures)
+    assert sum(crossed) == 2 * len(images)
 
 
 def test_what_pillow_was_allowed_to_read_is_not_remembered_when_it_is_not(
@@ -317,7 +317,7 @@ def test_what_pillow_was_allowed_to_read_is_not_remembered_when_it_is_not(
         transformer(tmp_path).fit_transform(settled_files)
 
 
-def test_numbers_of_numpy_are_numbers(pictures, tmp_path, crossed):
+def test_numbers_of_numpy_are_numbers(images, tmp_path, crossed):
     for number in (int, np.int64):
         CNNFeatureTransformer(
             "tiny",
@@ -325,22 +325,22 @@ def test_numbers_of_numpy_are_numbers(pictures, tmp_path, crossed):
             pooling=number(2),
             batch_size=number(4),
             cache=tmp_path,
-        ).fit_transform(pictures)
+        ).fit_transform(images)
 
-    assert sum(crossed) == len(pictures)
+    assert sum(crossed) == len(images)
 
 
 @pytest.mark.parametrize("cache", ["", "a\0b", "~nobody-of-this-name/x", "\ud800"])
-def test_what_names_no_folder_is_refused(cache, pictures):
+def test_what_names_no_folder_is_refused(cache, images):
     with pytest.raises(ValueError, match="cache=.* names no folder"):
-        transformer(cache).fit(pictures)
+        transformer(cache).fit(images)
 
 
 @pytest.mark.parametrize("function", [cache_info, clear_cache])
 @pytest.mark.parametrize("cache", [False, None])
-def test_no_cache_has_no_contents(function, cache, tmp_path, monkeypatch, pictures):
+def test_no_cache_has_no_contents(function, cache, tmp_path, monkeypatch, images):
     monkeypatch.setenv("SKLTL_CACHE", str(tmp_path))
-    transformer(True).fit_transform(pictures)
+    transformer(True).fit_transform(images)
 
     with pytest.raises(ValueError, match="means no cache"):
         function(cache)
@@ -363,21 +363,19 @@ def own_backbone(name, bias=0.0, slope=0.1):
     return Backbone.from_blocks(name, blocks, preprocessing=Preprocessing(16))
 
 
-def test_own_networks_of_torchs_parts_are_known_by_content(pictures, tmp_path, crossed):
+def test_own_networks_of_torchs_parts_are_known_by_content(images, tmp_path, crossed):
     for name in ("first", "second"):
-        CNNFeatureTransformer(own_backbone(name), cache=tmp_path).fit_transform(
-            pictures
-        )
-    assert sum(crossed) == len(pictures)
+        CNNFeatureTransformer(own_backbone(name), cache=tmp_path).fit_transform(images)
+    assert sum(crossed) == len(images)
 
     for other in ({"bias": 0.5}, {"slope": 0.2}):
         network = own_backbone("first", **other)
-        found = CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
-        expected = CNNFeatureTransformer(network).fit_transform(pictures)
+        found = CNNFeatureTransformer(network, cache=tmp_path).fit_transform(images)
+        expected = CNNFeatureTransformer(network).fit_transform(images)
         np.testing.assert_array_equal(found, expected)
 
 
-def test_what_is_shared_inside_of_a_network_is_part_of_its_name(pictures, tmp_path):
+def test_what_is_shared_inside_of_a_network_is_part_of_its_name(images, tmp_path):
     found = []
     for shared in ("conv1", "conv2"):
         torch.manual_seed(0)
@@ -391,9 +389,9 @@ def test_what_is_shared_inside_of_a_network_is_part_of_its_name(pictures, tmp_pa
         torch.manual_seed(1)
         nn.init.normal_(block.conv1.weight)
         cached = CNNFeatureTransformer(network, cache=tmp_path)
-        found.append(cached.fit_transform(pictures))
+        found.append(cached.fit_transform(images))
         np.testing.assert_array_equal(
-            found[-1], CNNFeatureTransformer(network).fit_transform(pictures)
+            found[-1], CNNFeatureTransformer(network).fit_transform(images)
         )
     assert not np.array_equal(*found)
 
@@ -409,7 +407,7 @@ class Times(nn.Module):
         return self.multiply(batch)
 
 
-def test_own_code_is_never_taken_for_other_code(pictures, tmp_path, crossed):
+def test_own_code_is_never_taken_for_other_code(images, tmp_path, crossed):
     for factor in (1.0, 2.0):
         network = Backbone.from_blocks(
             "times",
@@ -417,15 +415,15 @@ def test_own_code_is_never_taken_for_other_code(pictures, tmp_path, crossed):
             preprocessing=Preprocessing(8),
         )
         cached = CNNFeatureTransformer(network, cache=tmp_path)
-        found = cached.fit_transform(pictures)
+        found = cached.fit_transform(images)
         # Clones share the record.
-        np.testing.assert_array_equal(clone(cached).fit_transform(pictures), found)
+        np.testing.assert_array_equal(clone(cached).fit_transform(images), found)
         np.testing.assert_array_equal(
-            found, CNNFeatureTransformer(network).fit_transform(pictures)
+            found, CNNFeatureTransformer(network).fit_transform(images)
         )
 
 
-def test_cuts_between_a_convolution_and_its_batch_norm_stay_apart(pictures, tmp_path):
+def test_cuts_between_a_convolution_and_its_batch_norm_stay_apart(images, tmp_path):
     """Alone, the second is computed with the first folded into it."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8)
@@ -440,19 +438,19 @@ def test_cuts_between_a_convolution_and_its_batch_norm_stay_apart(pictures, tmp_
         found = CNNFeatureTransformer(network, layer=layer, cache=tmp_path)
         expected = CNNFeatureTransformer(network, layer=layer)
         np.testing.assert_array_equal(
-            found.fit_transform(pictures), expected.fit_transform(pictures)
+            found.fit_transform(images), expected.fit_transform(images)
         )
 
 
 @pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)])
 def test_random_weights_that_nobody_can_draw_again_are_not_kept(
-    random_state, pictures, tmp_path
+    random_state, images, tmp_path
 ):
     random = transformer(tmp_path, weights=None, random_state=random_state)
 
-    first = random.fit_transform(pictures)
-    again = random.transform(pictures)
-    other = clone(random).fit(pictures).fit_transform(pictures)
+    first = random.fit_transform(images)
+    again = random.transform(images)
+    other = clone(random).fit(images).fit_transform(images)
 
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -460,18 +458,18 @@ def test_random_weights_that_nobody_can_draw_again_are_not_kept(
 
 
 def test_a_saved_transformer_holds_only_its_cut_and_can_use_the_cache(
-    pictures, tmp_path, crossed
+    images, tmp_path, crossed
 ):
-    fitted = transformer(tmp_path / "cache", layer="block2").fit(pictures)
+    fitted = transformer(tmp_path / "cache", layer="block2").fit(images)
     joblib.dump(fitted, tmp_path / "file")
-    joblib.dump(transformer(None, layer="block2").fit(pictures), tmp_path / "plain")
+    joblib.dump(transformer(None, layer="block2").fit(images), tmp_path / "plain")
     loaded = joblib.load(tmp_path / "file").set_params(cache=tmp_path / "cache")
 
-    first = loaded.transform(pictures)
-    again = fitted.transform(pictures)
+    first = loaded.transform(images)
+    again = fitted.transform(images)
 
     np.testing.assert_array_equal(first, again)
-    assert sum(crossed) == len(pictures)
+    assert sum(crossed) == len(images)
     sizes = [(tmp_path / name).stat().st_size for name in ("file", "plain")]
     assert sizes[0] - sizes[1] < 1000
     # What lies behind the cut is not in the file.
@@ -479,7 +477,7 @@ def test_a_saved_transformer_holds_only_its_cut_and_can_use_the_cache(
     assert [entry.layer for entry in entries] == LAYERS[:3]
 
 
-def test_weights_whose_head_is_broken_on_purpose_can_be_cached(pictures, tmp_path):
+def test_weights_whose_head_is_broken_on_purpose_can_be_cached(images, tmp_path):
     from safetensors.torch import save_file
     from torchvision.models import alexnet
 
@@ -491,33 +489,31 @@ def test_weights_whose_head_is_broken_on_purpose_can_be_cached(pictures, tmp_pat
         "alexnet", weights=tmp_path / "features_only.safetensors", cache=tmp_path
     )
 
-    found = cached.fit_transform(pictures)
+    found = cached.fit_transform(images)
 
     np.testing.assert_array_equal(
-        found, clone(cached).set_params(cache=None).fit_transform(pictures)
+        found, clone(cached).set_params(cache=None).fit_transform(images)
     )
 
 
-def test_the_first_unreadable_picture_is_named_and_the_others_are_kept(
-    pictures, tmp_path, crossed
+def test_the_first_unreadable_image_is_named_and_the_others_are_kept(
+    images, tmp_path, crossed
 ):
-    items = [*pictures[:4], "missing.png", *pictures[4:], "also missing.png"]
-    items[2] = tmp_path / "picture.png"
-    Image.fromarray(pictures[2]).save(items[2])
+    items = [*images[:4], "missing.png", *images[4:], "also missing.png"]
+    items[2] = tmp_path / "image.png"
+    Image.fromarray(images[2]).save(items[2])
 
     with pytest.raises(ImageReadError, match="Image 4 .'missing.png'."):
         transformer(tmp_path, batch_size=2).fit_transform(items)
-    transformer(tmp_path, batch_size=2).fit_transform(pictures)
+    transformer(tmp_path, batch_size=2).fit_transform(images)
 
-    assert sum(crossed) == len(pictures)
+    assert sum(crossed) == len(images)
 
 
-def test_the_folder_of_true_is_named_by_the_environment(
-    pictures, tmp_path, monkeypatch
-):
+def test_the_folder_of_true_is_named_by_the_environment(images, tmp_path, monkeypatch):
     monkeypatch.setenv("SKLTL_CACHE", str(tmp_path / "own"))
 
-    transformer(True).fit_transform(pictures)
+    transformer(True).fit_transform(images)
 
     assert cache_info().folder == tmp_path / "own"
     assert cache_info().n_bytes > 0
@@ -526,17 +522,17 @@ def test_the_folder_of_true_is_named_by_the_environment(
     assert cache_info().n_bytes == 0
 
 
-def test_without_a_cache_nothing_is_written(pictures, tmp_path, monkeypatch):
+def test_without_a_cache_nothing_is_written(images, tmp_path, monkeypatch):
     monkeypatch.setenv("SKLTL_CACHE", str(tmp_path))
 
     for cache in (None, False):
-        transformer(cache).fit_transform(pictures)
+        transformer(cache).fit_transform(images)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clearing_leaves_other_peoples_files(pictures, tmp_path):
-    transformer(tmp_path).fit_transform(pictures)
+def test_clearing_leaves_other_peoples_files(images, tmp_path):
+    transformer(tmp_path).fit_transform(images)
     others = [
         tmp_path / "holiday.sqlite",
         tmp_path / "skltl-results.sqlite",
@@ -551,30 +547,30 @@ def test_clearing_leaves_other_peoples_files(pictures, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
-def test_a_cache_that_is_cleared_while_in_use_is_begun_anew(pictures, tmp_path):
-    cached = transformer(tmp_path).fit(pictures)
-    expected = cached.transform(pictures)
+def test_a_cache_that_is_cleared_while_in_use_is_begun_anew(images, tmp_path):
+    cached = transformer(tmp_path).fit(images)
+    expected = cached.transform(images)
 
     clear_cache(tmp_path)
 
-    np.testing.assert_array_equal(cached.transform(pictures), expected)
-    assert cache_info(tmp_path).entries[0].n_images == len(pictures)
+    np.testing.assert_array_equal(cached.transform(images), expected)
+    assert cache_info(tmp_path).entries[0].n_images == len(images)
 
 
-def test_registered_names_are_no_part_of_the_recipe(pictures, tmp_path, crossed):
+def test_registered_names_are_no_part_of_the_recipe(images, tmp_path, crossed):
     register_backbone(own_backbone("own"), replace=True)
 
-    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(pictures)
+    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(images)
     register_backbone(own_backbone("own", bias=1.0), replace=True)
-    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(pictures)
+    CNNFeatureTransformer("own", cache=tmp_path).fit_transform(images)
 
-    assert sum(crossed) == 2 * len(pictures)
+    assert sum(crossed) == 2 * len(images)
 
 
-def test_other_weights_of_one_backbone_are_other_rows(pictures, tmp_path):
+def test_other_weights_of_one_backbone_are_other_rows(images, tmp_path):
     others = [{}, *({"weights": None, "random_state": seed} for seed in (0, 1, 1))]
     for parameters in others:
-        transformer(tmp_path, **parameters).fit_transform(pictures)
+        transformer(tmp_path, **parameters).fit_transform(images)
 
     entries = cache_info(tmp_path).entries
 
@@ -584,14 +580,14 @@ def test_other_weights_of_one_backbone_are_other_rows(pictures, tmp_path):
         assert len(set(networks)) == 3
 
 
-def test_an_entry_says_how_pictures_are_prepared_and_what_computes(pictures, tmp_path):
+def test_an_entry_says_how_images_are_prepared_and_what_computes(images, tmp_path):
     torch.manual_seed(0)
     blocks = OrderedDict(stem=nn.Conv2d(3, 4, 3))
     changed = Preprocessing(16, 20, "bicubic", mean=(0.5, 0.25, 0), std=(1, 2, 0.125))
     for preprocessing in (Preprocessing(16), changed):
         backbone = Backbone.from_blocks("own", blocks, preprocessing=preprocessing)
         CNNFeatureTransformer(backbone, cache=tmp_path, engine="torch").fit_transform(
-            pictures
+            images
         )
 
     entries = cache_info(tmp_path).entries
@@ -605,10 +601,10 @@ def test_an_entry_says_how_pictures_are_prepared_and_what_computes(pictures, tmp
     assert len({entry.network for entry in entries}) == len(entries) / 2
 
 
-def test_what_the_cache_holds_prints_as_a_table(pictures, tmp_path):
+def test_what_the_cache_holds_prints_as_a_table(images, tmp_path):
     for seed in range(5):
         random = transformer(tmp_path, weights=None, random_state=seed)
-        random.fit_transform(pictures)
+        random.fit_transform(images)
 
     head, names, *rows, end = repr(cache_info(tmp_path)).splitlines()
 
@@ -622,9 +618,9 @@ def test_what_the_cache_holds_prints_as_a_table(pictures, tmp_path):
     assert max(map(len, [head, names, *rows])) <= 200
 
 
-def test_a_table_has_no_odd_characters_of_names(pictures, tmp_path):
+def test_a_table_has_no_odd_characters_of_names(images, tmp_path):
     network = own_backbone("evil\x1b[31m\nname" + "x" * 1000)
-    CNNFeatureTransformer(network, cache=tmp_path).fit_transform(pictures)
+    CNNFeatureTransformer(network, cache=tmp_path).fit_transform(images)
 
     text = repr(cache_info(tmp_path))
 

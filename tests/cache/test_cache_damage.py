@@ -24,14 +24,14 @@ def transformer(folder, **parameters):
 
 
 @pytest.fixture
-def expected(pictures):
-    return transformer(None).fit_transform(pictures)
+def expected(images):
+    return transformer(None).fit_transform(images)
 
 
 @pytest.fixture
-def filled(pictures, tmp_path):
-    """A cache with the features of the pictures."""
-    transformer(tmp_path).fit_transform(pictures)
+def filled(images, tmp_path):
+    """A cache with the features of the images."""
+    transformer(tmp_path).fit_transform(images)
     return tmp_path
 
 
@@ -103,27 +103,27 @@ def make_foreign(path):
     ],
     ids=lambda damage: damage.__name__,
 )
-def test_damaged_files_cost_time_and_nothing_else(damage, filled, pictures, expected):
+def test_damaged_files_cost_time_and_nothing_else(damage, filled, images, expected):
     for path in databases(filled):
         damage(path)
 
-    first = transformer(filled).fit_transform(pictures)
-    again = transformer(filled).fit_transform(pictures)
+    first = transformer(filled).fit_transform(images)
+    again = transformer(filled).fit_transform(images)
 
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(again, expected)
     # The files that replaced them hold everything.
-    assert {entry.n_images for entry in cache_info(filled).entries} == {len(pictures)}
+    assert {entry.n_images for entry in cache_info(filled).entries} == {len(images)}
 
 
 @pytest.mark.parametrize("damage", [overwrite, make_foreign])
-def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, pictures):
+def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, images):
     for path in databases(filled):
         if "files" not in path.name and "claims" not in path.name:
             damage(path)
 
     with pytest.warns(CacheWarning, match="damaged file .* set aside as") as caught:
-        transformer(filled).fit_transform(pictures)
+        transformer(filled).fit_transform(images)
 
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -152,15 +152,15 @@ def damage_rows(folder, statement):
     ],
 )
 def test_a_row_that_does_not_fit_its_checksum_is_a_miss(
-    statement, filled, pictures, expected
+    statement, filled, images, expected
 ):
     damage_rows(filled, statement)
 
-    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
-    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
+    np.testing.assert_array_equal(transformer(filled).fit_transform(images), expected)
+    np.testing.assert_array_equal(transformer(filled).fit_transform(images), expected)
 
 
-def test_a_row_under_another_pictures_key_is_a_miss(filled, pictures, expected):
+def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
     """Whole and intact, but not where it belongs."""
     for path in filled.glob("skltl-features-*.sqlite"):
         connection = sqlite3.connect(path)
@@ -174,31 +174,29 @@ def test_a_row_under_another_pictures_key_is_a_miss(filled, pictures, expected):
         connection.commit()
         connection.close()
 
-    np.testing.assert_array_equal(transformer(filled).fit_transform(pictures), expected)
+    np.testing.assert_array_equal(transformer(filled).fit_transform(images), expected)
 
 
-def test_features_of_another_format_are_not_read(
-    filled, pictures, expected, monkeypatch
-):
+def test_features_of_another_format_are_not_read(filled, images, expected, monkeypatch):
     """An old one, or that of a version yet to come."""
     damage_rows(filled, "UPDATE rows SET value = zeroblob(length(value))")
     monkeypatch.setattr("skltl.inference._recipe.FORMAT", 0)
 
-    found = transformer(filled).fit_transform(pictures)
+    found = transformer(filled).fit_transform(images)
 
     np.testing.assert_array_equal(found, expected)
     assert len(cache_info(filled).entries) == 10
 
 
-def test_a_folder_that_cannot_be_made_gives_one_warning(pictures, expected, tmp_path):
+def test_a_folder_that_cannot_be_made_gives_one_warning(images, expected, tmp_path):
     (tmp_path / "file").write_text("")
 
     cached = transformer(tmp_path / "file" / "cache")
     with pytest.warns(
         CacheWarning, match="cannot be written .* not all are stored"
     ) as caught:
-        first = cached.fit_transform(pictures)
-    again = cached.fit_transform(pictures)  # a warning would be an error
+        first = cached.fit_transform(images)
+    again = cached.fit_transform(images)  # a warning would be an error
 
     assert len(caught) == 1
     assert str(tmp_path / "file" / "cache") in str(caught[0].message)
@@ -216,9 +214,9 @@ from skltl.cache._database import Database
 def extract(folder):
     return CNNFeatureTransformer(
         "tiny", image_size=32, pooling={pooling!r}, cache=folder
-    ).fit_transform(pictures)
+    ).fit_transform(images)
 
-pictures = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
+images = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
 folder = sys.argv[1]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -308,7 +306,7 @@ def test_a_folder_to_read_only_is_read(tmp_path, is_filled):
     assert warned.count("not all are stored") == (not is_filled)
 
 
-def test_the_least_recently_used_goes_first(pictures, tmp_path, monkeypatch):
+def test_the_least_recently_used_goes_first(images, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(256, size=(200, 8, 8, 3), dtype=np.uint8)
     transformer(tmp_path, pooling="max").fit_transform(noise)
     transformer(tmp_path).fit_transform(noise)
@@ -318,7 +316,7 @@ def test_the_least_recently_used_goes_first(pictures, tmp_path, monkeypatch):
     limit = cache_info(tmp_path).n_bytes - 1
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", str(limit / 1e9))
 
-    transformer(tmp_path, pooling="max").fit_transform(pictures)
+    transformer(tmp_path, pooling="max").fit_transform(images)
 
     info = cache_info(tmp_path)
     assert info.max_bytes == limit
@@ -328,42 +326,42 @@ def test_the_least_recently_used_goes_first(pictures, tmp_path, monkeypatch):
 
 
 def test_what_is_in_use_is_not_deleted_but_not_added_to(
-    pictures, tmp_path, monkeypatch, expected
+    images, tmp_path, monkeypatch, expected
 ):
-    transformer(tmp_path).fit_transform(pictures[:4])
+    transformer(tmp_path).fit_transform(images[:4])
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
 
     with pytest.warns(
         CacheWarning, match="limit of 1e-05 GB .* Raise SKLTL_CACHE_LIMIT"
     ):
-        found = transformer(tmp_path).fit_transform(pictures)
+        found = transformer(tmp_path).fit_transform(images)
 
     np.testing.assert_array_equal(found, expected)
     assert {entry.n_images for entry in cache_info(tmp_path).entries} == {4}
 
 
-def test_a_limit_that_is_no_number_is_named(pictures, tmp_path, monkeypatch):
+def test_a_limit_that_is_no_number_is_named(images, tmp_path, monkeypatch):
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "20 GB")
 
     with pytest.raises(ValueError, match="SKLTL_CACHE_LIMIT='20 GB' .* gigabytes"):
-        transformer(tmp_path).fit_transform(pictures)
+        transformer(tmp_path).fit_transform(images)
     assert list(tmp_path.iterdir()) == []  # before any work
 
 
 @pytest.mark.parametrize("text", ["inf", "", "1e400"])
-def test_a_limit_may_be_infinite(text, pictures, tmp_path, monkeypatch):
+def test_a_limit_may_be_infinite(text, images, tmp_path, monkeypatch):
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", text)
 
-    transformer(tmp_path).fit_transform(pictures)
+    transformer(tmp_path).fit_transform(images)
 
     assert len(cache_info(tmp_path).entries) == 5
 
 
 def test_files_that_may_not_be_deleted_cost_no_result(
-    pictures, expected, tmp_path, monkeypatch
+    images, expected, tmp_path, monkeypatch
 ):
     """As in a folder of several users, where each may delete only what is theirs."""
-    transformer(tmp_path, pooling="max").fit_transform(pictures)
+    transformer(tmp_path, pooling="max").fit_transform(images)
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
 
     def refuse(self, missing_ok=False):
@@ -372,16 +370,16 @@ def test_files_that_may_not_be_deleted_cost_no_result(
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.unlink", refuse)
         with pytest.warns(CacheWarning, match="reached its limit"):
-            found = transformer(tmp_path).fit_transform(pictures)
+            found = transformer(tmp_path).fit_transform(images)
         with pytest.warns(CacheWarning, match="could not be deleted"):
             clear_cache(tmp_path)
 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_locked_file_is_waited_for_once(filled, pictures, expected, monkeypatch):
+def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch):
     monkeypatch.setattr("skltl.cache._database.PATIENCE", 0.2)
-    other = np.concatenate([pictures, 255 - pictures])
+    other = np.concatenate([images, 255 - images])
     locks = [sqlite3.connect(path) for path in databases(filled)]
     for lock in locks:
         lock.execute("BEGIN EXCLUSIVE")
@@ -396,18 +394,18 @@ def test_a_locked_file_is_waited_for_once(filled, pictures, expected, monkeypatc
         lock.rollback()
         lock.close()
 
-    np.testing.assert_array_equal(found[: len(pictures)], expected)
+    np.testing.assert_array_equal(found[: len(images)], expected)
     assert len(caught) == 1
     assert seconds < 0.2 * (len(locks) + 1) + 10
 
 
-def test_claims_from_a_wrong_clock_are_not_believed(filled, pictures):
+def test_claims_from_a_wrong_clock_are_not_believed(filled, images):
     """Of a dead writer on a machine whose clock is an hour ahead."""
     (path,) = filled.glob("skltl-claims.sqlite")
     with closing(Database(path)) as database:
         an_hour_ahead = time.time() + 3600
-        database.claim([b"picture"], b"dead", an_hour_ahead, an_hour_ahead + 15)
+        database.claim([b"image"], b"dead", an_hour_ahead, an_hour_ahead + 15)
 
-        granted = database.claim([b"picture"], b"alive", time.time(), time.time() + 15)
+        granted = database.claim([b"image"], b"alive", time.time(), time.time() + 15)
 
-    assert granted == {b"picture"}
+    assert granted == {b"image"}

@@ -42,7 +42,7 @@ def expected(X):
 
 @pytest.fixture
 def filled(X, tmp_path):
-    """A cache with the features of the pictures."""
+    """A cache with the features of the images."""
     extract(X, tmp_path / "cache")
     return tmp_path / "cache"
 

@@ -53,7 +53,7 @@ def test_killed_writers_leave_a_sound_cache(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_workers_of_a_search_share_the_cache(backend, pictures, tmp_path):
+def test_workers_of_a_search_share_the_cache(backend, images, tmp_path):
     pipeline = make_pipeline(
         CNNFeatureTransformer("tiny", image_size=32, cache=tmp_path),
         LogisticRegression(),
@@ -62,10 +62,10 @@ def test_workers_of_a_search_share_the_cache(backend, pictures, tmp_path):
     labels = np.arange(9) % 2
 
     with parallel_config(backend):
-        search = GridSearchCV(pipeline, grid, cv=3, n_jobs=2).fit(pictures, labels)
+        search = GridSearchCV(pipeline, grid, cv=3, n_jobs=2).fit(images, labels)
     alone = GridSearchCV(
         pipeline.set_params(cnnfeaturetransformer__cache=None), grid, cv=3
-    ).fit(pictures, labels)
+    ).fit(images, labels)
 
     np.testing.assert_array_equal(
         search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"]

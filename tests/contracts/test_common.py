@@ -145,7 +145,7 @@ def test_further_public_checks_pass(check):
 
 
 @pytest.mark.parametrize("image_shape", [None, (8, 8)])
-def test_tags_tell_pictures_from_rows(image_shape):
+def test_tags_tell_images_from_rows(image_shape):
     tags = CNNFeatureTransformer("tiny", image_shape=image_shape).__sklearn_tags__()
 
     assert tags.input_tags.two_d_array is (image_shape is not None)

@@ -103,7 +103,7 @@ def test_displays_leave_global_generators_alone(digits):
     with plt.rc_context({"backend": "agg"}):
         GradCAMDisplay.from_estimator(pipeline, X[:2])
         GradCAMDisplay.from_estimator(tuned, X[:2])
-        PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=2)
+        PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=2)
         LayerScoresDisplay.from_estimator(pipeline, X, y, layers=["stem"], cv=2)
         StrategyDisplay.from_advisor(advisor)
         TrainingHistoryDisplay.from_estimator(tuned)

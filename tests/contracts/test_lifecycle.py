@@ -25,8 +25,8 @@ from skltl.exceptions import PrecisionWarning
 OTHER = {"layer": ["stem", "block2"], "pooling": "max", "image_size": 32}
 
 
-def test_a_clone_has_the_parameters_and_nothing_else(pictures):
-    fitted = CNNFeatureTransformer("tiny", **OTHER).fit(pictures)
+def test_a_clone_has_the_parameters_and_nothing_else(images):
+    fitted = CNNFeatureTransformer("tiny", **OTHER).fit(images)
 
     cloned = clone(fitted)
 
@@ -34,15 +34,15 @@ def test_a_clone_has_the_parameters_and_nothing_else(pictures):
     assert vars(cloned) == vars(CNNFeatureTransformer("tiny", **OTHER))
 
 
-def test_fitting_again_leaves_nothing_of_the_first_fit(pictures):
+def test_fitting_again_leaves_nothing_of_the_first_fit(images):
     rows = np.random.default_rng(0).random((5, 48))
     again = CNNFeatureTransformer("tiny", image_shape=(4, 4, 3)).fit(rows)
 
-    again.set_params(image_shape=None, **OTHER).fit(pictures)
+    again.set_params(image_shape=None, **OTHER).fit(images)
 
-    fresh = CNNFeatureTransformer("tiny", **OTHER).fit(pictures)
+    fresh = CNNFeatureTransformer("tiny", **OTHER).fit(images)
     assert vars(again).keys() == vars(fresh).keys()
-    np.testing.assert_array_equal(again.transform(pictures), fresh.transform(pictures))
+    np.testing.assert_array_equal(again.transform(images), fresh.transform(images))
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_fitting_again_leaves_nothing_of_the_first_fit(pictures):
     [copy.copy, copy.deepcopy, lambda fitted: pickle.loads(pickle.dumps(fitted))],
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_copies_of_a_fitted_estimator_are_fitted(pictures, copied):
-    fitted = CNNFeatureTransformer("tiny", **OTHER).fit(pictures)
+def test_copies_of_a_fitted_estimator_are_fitted(images, copied):
+    fitted = CNNFeatureTransformer("tiny", **OTHER).fit(images)
 
     np.testing.assert_array_equal(
-        copied(fitted).transform(pictures), fitted.transform(pictures)
+        copied(fitted).transform(images), fitted.transform(images)
     )
 
 
@@ -72,24 +72,24 @@ def test_a_fit_on_rows_that_fails_leaves_the_last_one():
     np.testing.assert_array_equal(fitted.transform(rows), expected)
 
 
-def test_a_first_fit_that_fails_leaves_the_estimator_unfitted(pictures):
+def test_a_first_fit_that_fails_leaves_the_estimator_unfitted(images):
     transformer = CNNFeatureTransformer("tiny", layer="block9")
 
     with pytest.raises(ValueError, match="block9"):
-        transformer.fit(pictures)
+        transformer.fit(images)
 
     with pytest.raises(NotFittedError):
-        transformer.transform(pictures)
+        transformer.transform(images)
 
 
-def test_a_fit_that_fails_leaves_the_last_one(pictures):
-    fitted = CNNFeatureTransformer("tiny").fit(pictures)
-    expected = fitted.transform(pictures)
+def test_a_fit_that_fails_leaves_the_last_one(images):
+    fitted = CNNFeatureTransformer("tiny").fit(images)
+    expected = fitted.transform(images)
 
     with pytest.raises(ValueError, match="block9"):
-        fitted.set_params(backbone="alexnet", layer="block9").fit(pictures)
+        fitted.set_params(backbone="alexnet", layer="block9").fit(images)
 
-    np.testing.assert_array_equal(fitted.transform(pictures), expected)
+    np.testing.assert_array_equal(fitted.transform(images), expected)
 
 
 SMALL = {"image_size": 32, "random_state": 0}
@@ -175,16 +175,16 @@ STEPS = {
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("order", [list(STEPS), list(STEPS)[::-1]], ids=["->", "<-"])
 def test_nothing_that_happens_to_an_estimator_changes_what_it_gives(
-    name, order, pictures
+    name, order, images
 ):
     make, outcome = ESTIMATORS[name]
-    fitted = make(pictures).fit(pictures, LABELS)
-    expected = outcome(fitted, pictures)
+    fitted = make(images).fit(images, LABELS)
+    expected = outcome(fitted, images)
 
     for step in order:
-        fitted = STEPS[step](fitted, pictures)
+        fitted = STEPS[step](fitted, images)
 
-        assert_array_equal(outcome(fitted, pictures), expected, err_msg=step)
+        assert_array_equal(outcome(fitted, images), expected, err_msg=step)
 
 
 @pytest.mark.parametrize(
@@ -200,18 +200,18 @@ def test_nothing_that_happens_to_an_estimator_changes_what_it_gives(
     ids=str,
 )
 @pytest.mark.parametrize("name", ["transformer", "pretrained", "tuned"])
-def test_what_a_network_is_counts_from_the_next_fit_on(name, changed, pictures):
+def test_what_a_network_is_counts_from_the_next_fit_on(name, changed, images):
     make, outcome = ESTIMATORS[name]
-    fitted = make(pictures).fit(pictures, LABELS)
+    fitted = make(images).fit(images, LABELS)
     if next(iter(changed)) not in fitted.get_params():
         pytest.skip("has no such parameter")
-    expected = outcome(fitted, pictures)
+    expected = outcome(fitted, images)
 
     fitted.set_params(**changed)
 
-    assert_array_equal(outcome(fitted, pictures), expected)
+    assert_array_equal(outcome(fitted, images), expected)
     loaded = pickle.loads(pickle.dumps(fitted))
-    assert_array_equal(outcome(loaded, pictures), expected)
+    assert_array_equal(outcome(loaded, images), expected)
 
 
 @pytest.mark.parametrize(
@@ -228,23 +228,23 @@ def test_what_a_network_is_counts_from_the_next_fit_on(name, changed, pictures):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["transformer", "pretrained", "tuned"])
-def test_a_wrong_parameter_is_refused_after_the_fit_too(name, wrong, pictures):
+def test_a_wrong_parameter_is_refused_after_the_fit_too(name, wrong, images):
     make, outcome = ESTIMATORS[name]
-    fitted = make(pictures).fit(pictures, LABELS)
+    fitted = make(images).fit(images, LABELS)
     if next(iter(wrong)) not in fitted.get_params():
         pytest.skip("has no such parameter")
 
     fitted.set_params(**wrong)
 
     with pytest.raises(ValueError, match=f"The '{next(iter(wrong))}' parameter of"):
-        outcome(fitted, pictures)
+        outcome(fitted, images)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_batch_size_of_a_pretrained_classifier_is_that_of_its_network(
-    batch_size, pictures
+    batch_size, images
 ):
-    classifier = PretrainedCNNClassifier("tiny", batch_size=batch_size).fit(pictures)
+    classifier = PretrainedCNNClassifier("tiny", batch_size=batch_size).fit(images)
     seen = []
     (first, *_) = classifier.network_.blocks.values()
 
@@ -261,7 +261,7 @@ def test_the_batch_size_of_a_pretrained_classifier_is_that_of_its_network(
         from skltl import release_memory
 
         release_memory()
-        classifier.predict(pictures)
+        classifier.predict(images)
     finally:
         first.__class__ = Watched.__base__
         release_memory()
@@ -270,9 +270,9 @@ def test_the_batch_size_of_a_pretrained_classifier_is_that_of_its_network(
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_labels_of_another_number_are_refused_before_any_image_is_read(name, pictures):
+def test_labels_of_another_number_are_refused_before_any_image_is_read(name, images):
     make, _ = ESTIMATORS[name]
-    estimator = clone(make(pictures))
+    estimator = clone(make(images))
     X = ["there is no such file.png"] * 9
 
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
@@ -281,10 +281,10 @@ def test_labels_of_another_number_are_refused_before_any_image_is_read(name, pic
 
 @pytest.mark.parametrize("name", ["transformer", "pretrained", "tuned"])
 def test_a_model_of_bfloat16_runs_in_float32_where_that_is_not_native(
-    name, pictures, monkeypatch
+    name, images, monkeypatch
 ):
     make, outcome = ESTIMATORS[name]
-    exact = make(pictures).set_params(precision="float32").fit(pictures, LABELS)
+    exact = make(images).set_params(precision="float32").fit(images, LABELS)
     fitted = exact.set_params(precision="auto")
     monkeypatch.setattr(fitted, "precision_", "bfloat16")
     saved = pickle.dumps(fitted)
@@ -294,30 +294,30 @@ def test_a_model_of_bfloat16_runs_in_float32_where_that_is_not_native(
 
     loaded = pickle.loads(saved)
     with pytest.warns(PrecisionWarning, match="computes in float32") as warned:
-        found = outcome(loaded, pictures)
+        found = outcome(loaded, images)
 
     assert len(warned) == 1
     exact.set_params(precision="float32")
-    assert_array_equal(found, outcome(exact, pictures))
+    assert_array_equal(found, outcome(exact, images))
 
 
-def test_a_model_of_float32_stays_there_where_bfloat16_is_native(pictures, monkeypatch):
-    fitted = CNNFeatureTransformer("tiny", precision="float32").fit(pictures)
-    expected = fitted.transform(pictures)
+def test_a_model_of_float32_stays_there_where_bfloat16_is_native(images, monkeypatch):
+    fitted = CNNFeatureTransformer("tiny", precision="float32").fit(images)
+    expected = fitted.transform(images)
     monkeypatch.setattr("skltl._parameters.has_native_bfloat16", lambda device: True)
 
     fitted.set_params(precision="auto")
 
-    assert_array_equal(fitted.transform(pictures), expected)
-    again = clone(fitted).fit(pictures)
+    assert_array_equal(fitted.transform(images), expected)
+    again = clone(fitted).fit(images)
     assert again.precision_ == "bfloat16"
 
 
-def test_a_saved_estimator_says_nothing_of_where_to_write(pictures, tmp_path):
+def test_a_saved_estimator_says_nothing_of_where_to_write(images, tmp_path):
     settings = {"cache": tmp_path / "cache", "verbose": 1}
-    fitted = CNNFeatureTransformer("tiny", **settings).fit(pictures)
+    fitted = CNNFeatureTransformer("tiny", **settings).fit(images)
     classifier = tuned().set_params(checkpoint=tmp_path / "fit", **settings)
-    classifier.fit(pictures, LABELS)
+    classifier.fit(images, LABELS)
 
     loaded, loaded_classifier = pickle.loads(pickle.dumps([fitted, classifier]))
 
@@ -339,9 +339,9 @@ def test_a_list_as_image_shape_stays_the_users_own():
     assert_array_equal(fitted.transform(rows), expected)
 
 
-def test_probabilities_of_an_image_are_the_same_alone(pictures):
-    fitted = PretrainedCNNClassifier("tiny", image_size=32).fit(pictures)
+def test_probabilities_of_an_image_are_the_same_alone(images):
+    fitted = PretrainedCNNClassifier("tiny", image_size=32).fit(images)
 
-    alone = [fitted.predict_proba(pictures[row : row + 1])[0] for row in range(3)]
+    alone = [fitted.predict_proba(images[row : row + 1])[0] for row in range(3)]
 
-    assert_array_equal(alone, fitted.predict_proba(pictures)[:3])
+    assert_array_equal(alone, fitted.predict_proba(images)[:3])

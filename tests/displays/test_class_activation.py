@@ -28,24 +28,22 @@ from skltl.networks import get_backbone, load_network, resolve_weights
 def halves():
     """Grey noise, and a bright red square on the left or the right side."""
     rng = np.random.default_rng(0)
-    pictures = rng.integers(90, 160, size=(24, 64, 64, 3), dtype=np.uint8)
+    images = rng.integers(90, 160, size=(24, 64, 64, 3), dtype=np.uint8)
     has_square = np.arange(24) % 3 > 0
     on_the_right = np.arange(24) % 3 == 2
-    for picture, is_there, right in zip(
-        pictures, has_square, on_the_right, strict=True
-    ):
+    for image, is_there, right in zip(images, has_square, on_the_right, strict=True):
         if is_there:
             left = 40 if right else 4
-            picture[22:42, left : left + 20] = (250, 20, 20)
-    return pictures, has_square.astype(int), on_the_right
+            image[22:42, left : left + 20] = (250, 20, 20)
+    return images, has_square.astype(int), on_the_right
 
 
 def test_a_linear_classifier_sees_a_thing_where_it_is(halves):
-    pictures, labels, on_the_right = halves
+    images, labels, on_the_right = halves
     pipeline = make_feature_pipeline("tiny", "softmax", layer="block3", image_size=64)
-    pipeline.fit(pictures, labels)
+    pipeline.fit(images, labels)
 
-    found = class_activation(pipeline, pictures[labels == 1])
+    found = class_activation(pipeline, images[labels == 1])
 
     sides = found.maps[:, :, :32].sum(axis=(1, 2)), found.maps[:, :, 32:].sum((1, 2))
     is_right = on_the_right[labels == 1]
@@ -57,20 +55,20 @@ def test_a_linear_classifier_sees_a_thing_where_it_is(halves):
 
 def test_for_averaged_features_maps_are_weighed_by_coefficients(halves):
     """Zhou et al. 2016: the class activation map of a network that ends so."""
-    pictures, labels, _ = halves
+    images, labels, _ = halves
     pipeline = make_feature_pipeline(
         "tiny", "softmax", layer="block3", image_size=64, precision="float32"
-    ).fit(pictures, labels)
+    ).fit(images, labels)
     scaler, linear = (step for _, step in pipeline.steps[1:])
     maps = CNNFeatureTransformer(
         "tiny", layer="block3", pooling="flatten", image_size=64, precision="float32"
-    ).fit_transform(pictures[:3])
+    ).fit_transform(images[:3])
     coefficients = linear.coef_[0] / scaler.scale_
     maps = maps.reshape(3, 192, 8, 8)
     expected = np.einsum("c,nchw->nhw", coefficients, maps).clip(min=0)
     expected /= expected.max(axis=(1, 2), keepdims=True)
 
-    found = class_activation(pipeline, pictures[:3], np.ones(3, dtype=int))
+    found = class_activation(pipeline, images[:3], np.ones(3, dtype=int))
 
     shown = torch.nn.functional.interpolate(
         torch.from_numpy(expected)[:, None], (64, 64), mode="bilinear"
@@ -79,47 +77,45 @@ def test_for_averaged_features_maps_are_weighed_by_coefficients(halves):
 
 
 def test_tuned_and_pretrained_networks_have_maps_too(halves, digits):
-    pictures, labels, _ = halves
-    tuned = classifier(image_shape=None, conv_channels=(8,)).fit(pictures, labels)
-    as_is = PretrainedCNNClassifier("tiny").fit(pictures)
-    mapped = PretrainedCNNClassifier("tiny", class_map="learn").fit(pictures, labels)
+    images, labels, _ = halves
+    tuned = classifier(image_shape=None, conv_channels=(8,)).fit(images, labels)
+    as_is = PretrainedCNNClassifier("tiny").fit(images)
+    mapped = PretrainedCNNClassifier("tiny", class_map="learn").fit(images, labels)
 
     for estimator, size in ((tuned, 32), (as_is, 80), (mapped, 80)):
-        found = class_activation(estimator, pictures[:2])
+        found = class_activation(estimator, images[:2])
         assert found.maps.shape == (2, size, size)
-        assert found.pictures.shape == (2, size, size, 3)
+        assert found.images.shape == (2, size, size, 3)
         assert np.isfinite(found.maps).all()
-        assert list(found.labels) == list(estimator.predict(pictures[:2]))
+        assert list(found.labels) == list(estimator.predict(images[:2]))
 
 
 def test_what_has_no_map_is_refused(halves):
-    pictures, labels, _ = halves
+    images, labels, _ = halves
     forest = make_pipeline(CNNFeatureTransformer("tiny"), RandomForestClassifier(3))
-    forest.fit(pictures, labels)
+    forest.fit(images, labels)
     vectors = make_feature_pipeline("alexnet", weights=None, layer="fc7", image_size=64)
-    vectors.set_params(feat__random_state=0).fit(pictures[:6], labels[:6])
+    vectors.set_params(feat__random_state=0).fit(images[:6], labels[:6])
 
     with pytest.raises(ValueError, match="RandomForestClassifier is not a linear"):
-        class_activation(forest, pictures)
+        class_activation(forest, images)
     with pytest.raises(ValueError, match="layer 'fc7' returns a vector of size 4096"):
-        class_activation(vectors, pictures[:2])
+        class_activation(vectors, images[:2])
     with pytest.raises(ValueError, match="neither a classifier of skltl"):
-        class_activation(RandomForestClassifier().fit([[0], [1]], [0, 1]), pictures)
+        class_activation(RandomForestClassifier().fit([[0], [1]], [0, 1]), images)
 
 
 def test_labels_that_are_no_classes_are_refused(halves):
-    pictures, labels, _ = halves
+    images, labels, _ = halves
     names = np.array(["cup", "key"])[labels]
-    pipeline = make_feature_pipeline("tiny", "svm", image_size=64).fit(pictures, names)
+    pipeline = make_feature_pipeline("tiny", "svm", image_size=64).fit(images, names)
 
-    assert (
-        class_activation(pipeline, pictures[:2], "key").labels.tolist() == ["key"] * 2
-    )
+    assert class_activation(pipeline, images[:2], "key").labels.tolist() == ["key"] * 2
     for wrong in (["cup", "keys"], [0, 1]):
         with pytest.raises(ValueError, match="is none of the classes"):
-            class_activation(pipeline, pictures[:2], wrong)
+            class_activation(pipeline, images[:2], wrong)
     with pytest.raises(ValueError, match="inconsistent numbers"):
-        class_activation(pipeline, pictures[:2], ["cup"])
+        class_activation(pipeline, images[:2], ["cup"])
 
 
 def normalized(images, preprocessing):
@@ -237,34 +233,34 @@ def test_the_score_is_the_classifiers_own_for_that_label(kind, labels, halves):
 
 
 @pytest.mark.parametrize("class_map", [None, CLASS_MAP], ids=["names", "mapped"])
-def test_a_pretrained_networks_score_is_that_of_the_named_class(class_map, pictures):
+def test_a_pretrained_networks_score_is_that_of_the_named_class(class_map, images):
     fitted = PretrainedCNNClassifier(
         "tiny", class_map=class_map, precision="float32"
-    ).fit(pictures)
-    wanted = np.resize(fitted.classes_[::-7], len(pictures)).tolist()
+    ).fit(images)
+    wanted = np.resize(fitted.classes_[::-7], len(images)).tolist()
 
-    found = class_activation(fitted, pictures, wanted)
-    of_predicted = class_activation(fitted, pictures)
+    found = class_activation(fitted, images, wanted)
+    of_predicted = class_activation(fitted, images)
 
-    expected = scores_of(fitted, pictures, wanted)
+    expected = scores_of(fitted, images, wanted)
     assert_allclose(found.scores, expected, rtol=1e-3, atol=1e-4)
-    best = fitted.decision_function(pictures).max(axis=1)
+    best = fitted.decision_function(images).max(axis=1)
     assert_allclose(of_predicted.scores, best, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("class_map", [None, CLASS_MAP], ids=["names", "mapped"])
-def test_a_pretrained_networks_map_is_that_of_the_named_class(class_map, pictures):
+def test_a_pretrained_networks_map_is_that_of_the_named_class(class_map, images):
     fitted = PretrainedCNNClassifier(
         "tiny", class_map=class_map, precision="float32"
-    ).fit(pictures)
-    feature_maps, rest = tiny_by_hand(pictures)
+    ).fit(images)
+    feature_maps, rest = tiny_by_hand(images)
     names = np.array(get_backbone("tiny").weights[0].categories)
     with torch.no_grad():
         best = rest(feature_maps).argmax(dim=1).numpy()
-    members = [[7, 1, 0]] * len(pictures) if class_map else best[:, None].tolist()
-    wanted = ["a"] * len(pictures) if class_map else names[best].tolist()
+    members = [[7, 1, 0]] * len(images) if class_map else best[:, None].tolist()
+    wanted = ["a"] * len(images) if class_map else names[best].tolist()
 
-    found = class_activation(fitted, pictures, wanted)
+    found = class_activation(fitted, images, wanted)
 
     for number, columns in enumerate(members):
         expected = map_by_hand(
@@ -276,15 +272,15 @@ def test_a_pretrained_networks_map_is_that_of_the_named_class(class_map, picture
     assert found.maps.max() > 0.9
 
 
-def test_a_pretrained_vgg_is_mapped_before_its_fully_connected_layers(pictures):
+def test_a_pretrained_vgg_is_mapped_before_its_fully_connected_layers(images):
     fitted = PretrainedCNNClassifier(
         "vgg11", weights=None, random_state=0, image_size=64, precision="float32"
-    ).fit(pictures)
+    ).fit(images)
     wanted = fitted.classes_[[5, 500, 999]].tolist()
 
-    found = class_activation(fitted, pictures[:3], wanted)
+    found = class_activation(fitted, images[:3], wanted)
 
-    expected = scores_of(fitted, pictures[:3], wanted)
+    expected = scores_of(fitted, images[:3], wanted)
     assert_allclose(found.scores, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -325,7 +321,7 @@ def test_maps_lie_over_what_the_network_sees(halves):
 
     preprocessing = pipeline[0].preprocessing_
     expected = [preprocessing.crop(image) for image in wide[:2]]
-    np.testing.assert_array_equal(found.pictures, expected)
+    np.testing.assert_array_equal(found.images, expected)
 
 
 def test_users_settings_of_torch_change_nothing(halves):
@@ -380,13 +376,13 @@ def test_features_of_several_layers_have_no_single_map(halves):
 )
 def test_decisions_between_pairs_are_not_taken_for_those_of_classes(halves, last):
     """Of three classes there are three pairs: the shapes do not tell."""
-    pictures, has_square, on_the_right = halves
+    images, has_square, on_the_right = halves
     pipeline = make_pipeline(CNNFeatureTransformer("tiny", image_size=32), last)
-    pipeline.fit(pictures, has_square + on_the_right)
+    pipeline.fit(images, has_square + on_the_right)
 
     for use in (
         FineTunedCNNClassifier.from_pipeline,
-        lambda fitted: class_activation(fitted, pictures[:2]),
+        lambda fitted: class_activation(fitted, images[:2]),
     ):
         with pytest.raises(ValueError, match="does not decide by one row"):
             use(pipeline)
@@ -397,33 +393,33 @@ def test_decisions_between_pairs_are_not_taken_for_those_of_classes(halves, last
     "last", [OneVsRestClassifier(LogisticRegression()), RidgeClassifier()]
 )
 def test_several_labels_of_an_image_are_not_taken_for_classes(halves, last, n_labels):
-    pictures, has_square, on_the_right = halves
+    images, has_square, on_the_right = halves
     labels = np.column_stack([has_square, on_the_right, 1 - has_square])[:, :n_labels]
     pipeline = make_pipeline(CNNFeatureTransformer("tiny", image_size=32), last)
-    pipeline.fit(pictures, labels)
+    pipeline.fit(images, labels)
 
     with pytest.raises(ValueError, match="does not decide by one row"):
         FineTunedCNNClassifier.from_pipeline(pipeline)
 
 
 def test_a_class_that_nothing_was_learned_of_does_not_spoil_the_others(halves):
-    pictures, has_square, on_the_right = halves
+    images, has_square, on_the_right = halves
     labels = has_square + on_the_right
     mapped = PretrainedCNNClassifier("tiny", class_map="learn", precision="float32")
-    mapped.fit(pictures, labels, sample_weight=(labels != 2).astype(float))
+    mapped.fit(images, labels, sample_weight=(labels != 2).astype(float))
 
-    found = class_activation(mapped, pictures[:6], labels[:6])
+    found = class_activation(mapped, images[:6], labels[:6])
 
-    decisions = mapped.decision_function(pictures[:6])[np.arange(6), labels[:6]]
+    decisions = mapped.decision_function(images[:6])[np.arange(6), labels[:6]]
     assert_allclose(found.scores, decisions, rtol=1e-4)
     assert (found.maps[labels[:6] < 2].max(axis=(1, 2)) > 0.5).all()
     assert (found.maps[labels[:6] == 2] == 0).all()
 
 
 def test_labels_may_stand_in_a_column(halves):
-    pictures, labels, _ = halves
-    pipeline = make_feature_pipeline("tiny", "svm", image_size=32).fit(pictures, labels)
+    images, labels, _ = halves
+    pipeline = make_feature_pipeline("tiny", "svm", image_size=32).fit(images, labels)
 
-    found = class_activation(pipeline, pictures[:3], labels[:3, None])
+    found = class_activation(pipeline, images[:3], labels[:3, None])
 
     assert found.labels.tolist() == labels[:3].tolist()

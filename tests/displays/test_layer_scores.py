@@ -30,12 +30,12 @@ def pipeline():
     return make_feature_pipeline("tiny", "softmax", image_size=32)
 
 
-def test_lines_are_the_scores_of_the_search_by_depth(pipeline, pictures):
+def test_lines_are_the_scores_of_the_search_by_depth(pipeline, images):
     grid = {
         "feat__layer": ["last", "stem", 2, ["stem", "block3"]],
         "softmax__C": [0.1, 10],
     }
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -52,8 +52,8 @@ def test_lines_are_the_scores_of_the_search_by_depth(pipeline, pictures):
     assert display.score_name == "accuracy"
 
 
-def test_what_is_drawn_is_what_is_held(pipeline, pictures):
-    search = GridSearchCV(pipeline, {"feat__layer": ALL}, cv=3).fit(pictures, LABELS)
+def test_what_is_drawn_is_what_is_held(pipeline, images):
+    search = GridSearchCV(pipeline, {"feat__layer": ALL}, cv=3).fit(images, LABELS)
     _, ax = plt.subplots()
 
     display = LayerScoresDisplay.from_search(search, ax=ax)
@@ -67,12 +67,12 @@ def test_what_is_drawn_is_what_is_held(pipeline, pictures):
     assert display.best_[0] in ax.get_title()
 
 
-def test_candidates_that_were_not_tried_leave_a_gap(pipeline, pictures):
+def test_candidates_that_were_not_tried_leave_a_gap(pipeline, images):
     grid = [
         {"feat__layer": ["stem", "block2"], "softmax__C": [1]},
         {"feat__layer": ["block1"], "softmax__C": [10]},
     ]
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -81,14 +81,14 @@ def test_candidates_that_were_not_tried_leave_a_gap(pipeline, pictures):
     assert np.isnan(display.scores["C=10"]).tolist() == [True, False, True]
 
 
-def test_one_of_several_metrics_is_chosen(pipeline, pictures):
+def test_one_of_several_metrics_is_chosen(pipeline, images):
     search = GridSearchCV(
         pipeline,
         {"feat__layer": ["stem", "block2"]},
         scoring=["accuracy", "f1_macro"],
         refit=False,
         cv=3,
-    ).fit(pictures, LABELS)
+    ).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search, metric="f1_macro")
 
@@ -101,11 +101,11 @@ def test_one_of_several_metrics_is_chosen(pipeline, pictures):
 
 
 def test_a_pipeline_is_scored_at_all_its_cut_points_in_one_pass(
-    pipeline, pictures, monkeypatch
+    pipeline, images, monkeypatch
 ):
     expected = [
         cross_val_score(
-            pipeline.set_params(feat__layer=layer), pictures, LABELS, cv=3
+            pipeline.set_params(feat__layer=layer), images, LABELS, cv=3
         ).mean()
         for layer in ALL
     ]
@@ -119,35 +119,35 @@ def test_a_pipeline_is_scored_at_all_its_cut_points_in_one_pass(
     monkeypatch.setattr(Runner, "features", counted)
     pipeline.set_params(feat__layer="last")
 
-    display = LayerScoresDisplay.from_estimator(pipeline, pictures, LABELS, cv=3)
+    display = LayerScoresDisplay.from_estimator(pipeline, images, LABELS, cv=3)
 
     assert display.layers == ALL
     np.testing.assert_array_equal(display.scores[""], expected)
-    assert sum(n_crossed) == len(pictures)
+    assert sum(n_crossed) == len(images)
     assert pipeline.get_params()["feat__cache"] is None
 
 
-def test_all_cut_points_are_those_that_small_pictures_get_to(pictures):
+def test_all_cut_points_are_those_that_small_images_get_to(images):
     pipeline = make_pipeline(
         CNNFeatureTransformer("vgg11", weights=None, random_state=0, image_size=8),
         LogisticRegression(),
     )
 
-    display = LayerScoresDisplay.from_estimator(pipeline, pictures, LABELS, cv=3)
+    display = LayerScoresDisplay.from_estimator(pipeline, images, LABELS, cv=3)
 
     assert display.layers == ["block1", "block2", "block3"]
 
 
-def test_estimators_without_a_network_are_refused(pictures):
+def test_estimators_without_a_network_are_refused(images):
     tree = DecisionTreeClassifier()
     search = GridSearchCV(tree, {"max_depth": [1, 2]}, cv=3).fit(
-        pictures.reshape(9, -1), LABELS
+        images.reshape(9, -1), LABELS
     )
 
     with pytest.raises(ValueError, match="no parameter 'layer' .* among max_depth"):
         LayerScoresDisplay.from_search(search)
     with pytest.raises(ValueError, match="no parameter 'layer'"):
-        LayerScoresDisplay.from_estimator(tree, pictures, LABELS)
+        LayerScoresDisplay.from_estimator(tree, images, LABELS)
 
 
 @pytest.mark.parametrize("n_lines", [1, 3, 12, 31])
@@ -171,7 +171,7 @@ def test_many_lines_and_long_names_are_drawn(n_lines):
     assert display.ax_.get_window_extent().width > display.figure_.bbox.width / 3
 
 
-def test_failed_fits_and_grids_without_a_layer_are_left_out(pipeline, pictures):
+def test_failed_fits_and_grids_without_a_layer_are_left_out(pipeline, images):
     grid = [
         {"softmax__C": [0.1]},
         {"feat__layer": ["stem", "block9"], "softmax__C": [0.1]},
@@ -180,7 +180,7 @@ def test_failed_fits_and_grids_without_a_layer_are_left_out(pipeline, pictures):
     search = GridSearchCV(pipeline, grid, cv=3, error_score=np.nan, refit=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        search.fit(pictures, LABELS)
+        search.fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -188,7 +188,7 @@ def test_failed_fits_and_grids_without_a_layer_are_left_out(pipeline, pictures):
     assert list(display.scores) == ["C=0.1"]
 
 
-def test_settings_of_one_name_are_told_apart(pictures):
+def test_settings_of_one_name_are_told_apart(images):
     pipeline = make_pipeline(
         CNNFeatureTransformer("tiny", image_size=32), DecisionTreeClassifier()
     )
@@ -198,7 +198,7 @@ def test_settings_of_one_name_are_told_apart(pictures):
         "decisiontreeclassifier__random_state": [0, 1],
         "decisiontreeclassifier__ccp_alpha": [1e-4, 1.00000001e-4],
     }
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -206,10 +206,10 @@ def test_settings_of_one_name_are_told_apart(pictures):
     assert display.best_[2] == search.best_score_
 
 
-def test_networks_stand_one_after_the_other(pipeline, pictures):
+def test_networks_stand_one_after_the_other(pipeline, images):
     pipeline.set_params(feat__weights=None, feat__random_state=0)
     grid = {"feat__backbone": ["tiny", "squeezenet1_1"], "feat__layer": ["stem", -1]}
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -221,11 +221,11 @@ def test_networks_stand_one_after_the_other(pipeline, pictures):
     ]
 
 
-def test_of_a_search_in_rounds_the_last_counts(pipeline, pictures):
+def test_of_a_search_in_rounds_the_last_counts(pipeline, images):
     from sklearn.experimental import enable_halving_search_cv  # noqa: F401
     from sklearn.model_selection import HalvingGridSearchCV
 
-    X, y = np.concatenate([pictures] * 6), np.concatenate([LABELS] * 6)
+    X, y = np.concatenate([images] * 6), np.concatenate([LABELS] * 6)
     search = HalvingGridSearchCV(
         pipeline, {"feat__layer": ALL}, cv=3, random_state=0, min_resources=18
     ).fit(X, y)
@@ -236,10 +236,10 @@ def test_of_a_search_in_rounds_the_last_counts(pipeline, pictures):
     assert display.best_[2] == search.best_score_
 
 
-def test_unknown_layers_and_bad_pictures_are_named_at_once(pipeline, pictures):
+def test_unknown_layers_and_bad_images_are_named_at_once(pipeline, images):
     with pytest.raises(ValueError, match="no layer 'blok2'.*block2"):
         LayerScoresDisplay.from_estimator(
-            pipeline, pictures, LABELS, layers=["block1", "blok2"]
+            pipeline, images, LABELS, layers=["block1", "blok2"]
         )
     with pytest.raises(ValueError, match="Image . .'missing.png'."):
         LayerScoresDisplay.from_estimator(
@@ -258,11 +258,11 @@ def test_what_cannot_be_drawn_is_refused():
 
 
 @pytest.mark.parametrize("order", [["block1", "block3"], ["block3", "block1"]])
-def test_the_star_is_what_the_search_has_chosen(order, pipeline, pictures):
+def test_the_star_is_what_the_search_has_chosen(order, pipeline, images):
     """Of two layers with equal scores, the search takes the first that was tried."""
     search = GridSearchCV(
         pipeline, {"feat__layer": order}, cv=3, scoring=lambda *_: 0.5
-    ).fit(pictures, LABELS)
+    ).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -274,7 +274,7 @@ def test_the_star_is_what_the_search_has_chosen(order, pipeline, pictures):
     assert star.get_xdata()[0] == display.layers.index(order[0])
 
 
-def test_the_metric_is_that_of_the_refit(pipeline, pictures):
+def test_the_metric_is_that_of_the_refit(pipeline, images):
     search = GridSearchCV(
         pipeline,
         {"feat__layer": ["block3", "block1"]},
@@ -284,7 +284,7 @@ def test_the_metric_is_that_of_the_refit(pipeline, pictures):
         },
         refit="constant",
         cv=3,
-    ).fit(pictures, LABELS)
+    ).fit(images, LABELS)
 
     of_refit = LayerScoresDisplay.from_search(search)
     other = LayerScoresDisplay.from_search(search, metric="depth")
@@ -294,14 +294,14 @@ def test_the_metric_is_that_of_the_refit(pipeline, pictures):
     assert other.best_ == ("block1", "", 1.0)
 
 
-def test_single_points_become_a_line_of_the_best(pipeline, pictures):
+def test_single_points_become_a_line_of_the_best(pipeline, images):
     search = RandomizedSearchCV(
         pipeline,
         {"feat__layer": ["stem", "block2"], "softmax__C": loguniform(1e-4, 10)},
         n_iter=8,
         cv=3,
         random_state=0,
-    ).fit(pictures, LABELS)
+    ).fit(images, LABELS)
     layers = search.cv_results_["param_feat__layer"]
     means = search.cv_results_["mean_test_score"]
 
@@ -317,20 +317,20 @@ def test_single_points_become_a_line_of_the_best(pipeline, pictures):
     assert settings in display.ax_.get_title()
 
 
-def test_numbers_in_names_have_three_digits(pipeline, pictures):
+def test_numbers_in_names_have_three_digits(pipeline, images):
     grid = {"feat__layer": ["stem", "block1"], "softmax__C": [1 / 3, 2e-7 / 3, 12]}
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
     assert set(display.scores) == {"C=0.333", "C=6.67e-08", "C=12"}
 
 
-def test_of_rounds_the_star_is_in_the_last(pipeline, pictures):
+def test_of_rounds_the_star_is_in_the_last(pipeline, images):
     from sklearn.experimental import enable_halving_search_cv  # noqa: F401
     from sklearn.model_selection import HalvingGridSearchCV
 
-    X, y = np.concatenate([pictures] * 6), np.concatenate([LABELS] * 6)
+    X, y = np.concatenate([images] * 6), np.concatenate([LABELS] * 6)
     search = HalvingGridSearchCV(
         pipeline, {"feat__layer": ALL[::-1]}, cv=3, random_state=0, min_resources=18,
         scoring=lambda *_: 0.5,
@@ -341,12 +341,12 @@ def test_of_rounds_the_star_is_in_the_last(pipeline, pictures):
     assert display.best_ == (search.best_params_["feat__layer"], "", 0.5)
 
 
-def test_estimators_of_one_kind_have_a_line_each(pictures):
+def test_estimators_of_one_kind_have_a_line_each(images):
     steps = [("feat", CNNFeatureTransformer("tiny", image_size=32))]
     pipeline = Pipeline([*steps, ("last", LogisticRegression())])
     lasts = [LogisticRegression(C=c) for c in (1e-6, 1.0)]
     grid = {"feat__layer": ["block1", "block4"], "last": lasts}
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -364,7 +364,7 @@ def test_estimators_of_one_kind_have_a_line_each(pictures):
         np.testing.assert_array_equal(display.scores[f"last={name}"], scores)
 
 
-def test_backbones_of_one_name_are_apart(pictures):
+def test_backbones_of_one_name_are_apart(images):
     def backbone(width):
         blocks = {
             "a": nn.Conv2d(3, width, 3, padding=1),
@@ -377,7 +377,7 @@ def test_backbones_of_one_name_are_apart(pictures):
     grid = {f"{name}__layer": ["a", "b"]}
     grid[f"{name}__backbone"] = [backbone(4), backbone(5)]
     pipeline.set_params(**{f"{name}__weights": "imagenet"})
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
@@ -390,7 +390,7 @@ def test_backbones_of_one_name_are_apart(pictures):
     )
 
 
-def test_a_step_that_is_exchanged_brings_its_own_network(pipeline, pictures):
+def test_a_step_that_is_exchanged_brings_its_own_network(pipeline, images):
     others = [
         CNNFeatureTransformer("tiny", image_size=32),
         CNNFeatureTransformer(
@@ -401,18 +401,18 @@ def test_a_step_that_is_exchanged_brings_its_own_network(pipeline, pictures):
         {"feat": others[:1], "feat__layer": ["block1"]},
         {"feat": others[1:], "feat__layer": ["fire2"]},
     ]
-    search = GridSearchCV(pipeline, grid, cv=3).fit(pictures, LABELS)
+    search = GridSearchCV(pipeline, grid, cv=3).fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search)
 
     assert display.layers == ["tiny block1", "squeezenet1_1 fire2"]
 
 
-def test_a_metric_named_score_is_one_of_several(pipeline, pictures):
+def test_a_metric_named_score_is_one_of_several(pipeline, images):
     scoring = {"score": "accuracy", "other": lambda one, X, y: -one.score(X, y)}
     grid = {"feat__layer": ["stem", "block2", "block4"]}
     search = GridSearchCV(pipeline, grid, scoring=scoring, refit="other", cv=3)
-    search.fit(pictures, LABELS)
+    search.fit(images, LABELS)
 
     display = LayerScoresDisplay.from_search(search, metric="score")
 

@@ -83,7 +83,7 @@ def test_an_advisors_data_are_drawn():
     display = StrategyDisplay.from_advisor(advisor)
 
     assert display.lead == advisor.lead_[0]
-    assert "100 pictures of 10 classes" in {t.get_text() for t in display.ax_.texts}
+    assert "100 images of 10 classes" in {t.get_text() for t in display.ax_.texts}
 
 
 def test_gains_are_differences_of_start_slope_and_asymptote():
@@ -121,7 +121,7 @@ def test_histories_are_drawn_by_epoch():
     assert display.ax_.get_xlabel() == "epoch"
 
 
-def test_any_classifiers_are_drawn_by_number_of_pictures():
+def test_any_classifiers_are_drawn_by_number_of_images():
     rows, labels = load_digits(return_X_y=True)
 
     display = TransferGainDisplay.from_estimators(
@@ -129,7 +129,7 @@ def test_any_classifiers_are_drawn_by_number_of_pictures():
         labels[:300], sizes=[0.5, 1.0],
     )  # fmt: skip
 
-    assert display.ax_.get_xlabel() == "number of training pictures"
+    assert display.ax_.get_xlabel() == "number of training images"
     assert display.steps[0].tolist() == [100, 200]
     assert all((scores > 0.5).all() for scores in display.scores)
 

@@ -15,8 +15,8 @@ from skltl import CNNFeatureTransformer
 
 
 @pytest.fixture
-def transformer(pictures):
-    return CNNFeatureTransformer("tiny", image_size=32, engine="torch").fit(pictures)
+def transformer(images):
+    return CNNFeatureTransformer("tiny", image_size=32, engine="torch").fit(images)
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def nothing_fits(monkeypatch):
 
 
 def test_features_in_a_file_are_the_same(
-    transformer, pictures, monkeypatch, tmp_path, request
+    transformer, images, monkeypatch, tmp_path, request
 ):
-    expected = transformer.transform(pictures)
+    expected = transformer.transform(images)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     request.getfixturevalue("nothing_fits")
-    features = transformer.transform(pictures)
+    features = transformer.transform(images)
 
     assert_array_equal(features, expected)
     assert features.flags.writeable
@@ -40,9 +40,9 @@ def test_features_in_a_file_are_the_same(
 
 
 @pytest.mark.usefixtures("nothing_fits")
-def test_other_processes_can_use_features_in_a_file(transformer, pictures):
-    features = np.repeat(transformer.transform(pictures), 20, axis=0)
-    large = transformer.transform(np.repeat(pictures, 20, axis=0))
+def test_other_processes_can_use_features_in_a_file(transformer, images):
+    features = np.repeat(transformer.transform(images), 20, axis=0)
+    large = transformer.transform(np.repeat(images, 20, axis=0))
     labels = np.arange(180) // 20 % 2
     model = LogisticRegression(C=0.01)
 
@@ -55,17 +55,17 @@ def test_other_processes_can_use_features_in_a_file(transformer, pictures):
 @pytest.mark.usefixtures("nothing_fits")
 @pytest.mark.parametrize("can_reserve", [True, False])
 def test_a_full_disk_is_a_warning_not_the_end(
-    can_reserve, transformer, pictures, monkeypatch
+    can_reserve, transformer, images, monkeypatch
 ):
-    expected = transformer.transform(pictures)
+    expected = transformer.transform(images)
     if not can_reserve:  # as on macOS and Windows
         monkeypatch.delattr(os, "posix_fallocate")
-        assert_array_equal(transformer.transform(pictures), expected)
+        assert_array_equal(transformer.transform(images), expected)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         with pytest.warns(RuntimeWarning, match=r"lies in memory.*File too large.*TMP"):
-            features = transformer.transform(pictures)
+            features = transformer.transform(images)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -73,8 +73,8 @@ def test_a_full_disk_is_a_warning_not_the_end(
 
 
 @pytest.mark.usefixtures("nothing_fits")
-def test_a_folder_that_is_not_there_is_a_warning(transformer, pictures, monkeypatch):
+def test_a_folder_that_is_not_there_is_a_warning(transformer, images, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
 
     with pytest.warns(RuntimeWarning, match="in '/nonexistent' .No such file"):
-        assert transformer.transform(pictures).shape[0] == len(pictures)
+        assert transformer.transform(images).shape[0] == len(images)

@@ -16,17 +16,17 @@ from skltl import CNNFeatureTransformer, make_feature_pipeline
 
 
 @pytest.fixture
-def transformer(pictures):
-    return CNNFeatureTransformer("tiny", layer=["stem", "block2"]).fit(pictures)
+def transformer(images):
+    return CNNFeatureTransformer("tiny", layer=["stem", "block2"]).fit(images)
 
 
-def test_joblib_gives_the_same_features(transformer, pictures, tmp_path):
+def test_joblib_gives_the_same_features(transformer, images, tmp_path):
     joblib.dump(transformer, tmp_path / "transformer.joblib")
 
     loaded = joblib.load(tmp_path / "transformer.joblib")
 
     np.testing.assert_array_equal(
-        loaded.transform(pictures), transformer.transform(pictures)
+        loaded.transform(images), transformer.transform(images)
     )
     assert loaded.get_params() == transformer.get_params()
     assert loaded.cut_points_ == transformer.cut_points_
@@ -34,7 +34,7 @@ def test_joblib_gives_the_same_features(transformer, pictures, tmp_path):
     assert loaded.backbone_ is transformer.backbone_
 
 
-def test_skops_needs_only_what_skltl_lists(pictures, tmp_path):
+def test_skops_needs_only_what_skltl_lists(images, tmp_path):
     pipeline = make_feature_pipeline(
         "tiny", "softmax", layer="block2", image_shape=(8, -1)
     )
@@ -51,15 +51,15 @@ def test_skops_needs_only_what_skltl_lists(pictures, tmp_path):
     )
 
 
-def test_skops_takes_weights_from_a_path(tmp_path, pictures):
+def test_skops_takes_weights_from_a_path(tmp_path, images):
     weights = Path(skltl.networks.__file__).with_name("tiny.safetensors")
-    transformer = CNNFeatureTransformer("tiny", weights=weights).fit(pictures)
+    transformer = CNNFeatureTransformer("tiny", weights=weights).fit(images)
     skops.io.dump(transformer, tmp_path / "transformer.skops")
 
     loaded = skops.io.load(tmp_path / "transformer.skops", trusted=skltl.SKOPS_TRUSTED)
 
     np.testing.assert_array_equal(
-        loaded.transform(pictures), transformer.transform(pictures)
+        loaded.transform(images), transformer.transform(images)
     )
 
 
@@ -97,36 +97,36 @@ def test_the_file_holds_only_the_blocks_up_to_the_cut(tmp_path):
     assert 14_714_688 * 4 < size < 60e6
 
 
-def test_saving_changes_nothing(transformer, pictures):
-    before = transformer.transform(pictures)
+def test_saving_changes_nothing(transformer, images):
+    before = transformer.transform(images)
 
     pickle.dumps(transformer)
 
-    np.testing.assert_array_equal(transformer.transform(pictures), before)
+    np.testing.assert_array_equal(transformer.transform(images), before)
 
 
 def test_a_fitted_transformer_keeps_its_weights_when_parameters_change(
-    transformer, pictures
+    transformer, images
 ):
     """What was fitted is saved, not what the parameters would give now."""
-    expected = transformer.transform(pictures)
+    expected = transformer.transform(images)
     transformer.set_params(backbone="resnet18", weights=None, layer="layer1")
 
     loaded = pickle.loads(pickle.dumps(transformer))
 
-    np.testing.assert_array_equal(loaded.transform(pictures), expected)
+    np.testing.assert_array_equal(loaded.transform(images), expected)
 
 
-def test_another_process_gives_the_same_features(transformer, pictures, tmp_path):
-    joblib.dump((transformer, pictures), tmp_path / "both.joblib")
+def test_another_process_gives_the_same_features(transformer, images, tmp_path):
+    joblib.dump((transformer, images), tmp_path / "both.joblib")
     code = (
         "import joblib, numpy, sys, torch\n"
         f"torch.set_num_threads({__import__('torch').get_num_threads()})\n"
-        f"transformer, pictures = joblib.load({str(tmp_path / 'both.joblib')!r})\n"
-        f"numpy.save({str(tmp_path / 'out.npy')!r}, transformer.transform(pictures))\n"
+        f"transformer, images = joblib.load({str(tmp_path / 'both.joblib')!r})\n"
+        f"numpy.save({str(tmp_path / 'out.npy')!r}, transformer.transform(images))\n"
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
 
     found = np.load(tmp_path / "out.npy")
-    np.testing.assert_array_equal(found, transformer.transform(pictures))
+    np.testing.assert_array_equal(found, transformer.transform(images))

@@ -70,24 +70,24 @@ NO_LABELS = {
 
 @pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
 @pytest.mark.parametrize("kind", LABELS)
-def test_labels_of_any_kind_come_back(pictures, classifier, kind):
-    labels = np.resize(LABELS[kind], len(pictures))
+def test_labels_of_any_kind_come_back(images, classifier, kind):
+    labels = np.resize(LABELS[kind], len(images))
 
-    pipeline = make_feature_pipeline("tiny", classifier).fit(pictures, labels)
+    pipeline = make_feature_pipeline("tiny", classifier).fit(images, labels)
 
-    assert set(pipeline.predict(pictures)) <= set(labels)
+    assert set(pipeline.predict(images)) <= set(labels)
     assert list(pipeline.classes_) == sorted(set(labels))
     if classifier != "ovr":  # scikit-learn's OneVsRestClassifier loses the type object
         assert pipeline.classes_.dtype == labels.dtype
 
 
-# What else is no label (NaN, several for one picture) is left to scikit-learn, whose
+# What else is no label (NaN, several for one image) is left to scikit-learn, whose
 # OneVsRestClassifier takes it.
 @pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
 @pytest.mark.parametrize("kind", NO_LABELS)
-def test_what_is_no_label_is_refused(pictures, classifier, kind):
+def test_what_is_no_label_is_refused(images, classifier, kind):
     with pytest.raises((ValueError, TypeError)):
-        make_feature_pipeline("tiny", classifier).fit(pictures, NO_LABELS[kind])
+        make_feature_pipeline("tiny", classifier).fit(images, NO_LABELS[kind])
 
 
 def test_unknown_classifiers_are_refused():
@@ -151,7 +151,7 @@ def test_a_generator_may_be_passed(digits):
 
 
 @pytest.mark.parametrize("C", [0.1, 1.0])
-def test_a_machine_that_is_regularized_less_converges(C, pictures):
+def test_a_machine_that_is_regularized_less_converges(C, images):
     """A ConvergenceWarning is an error here."""
     X, y = load_digits(return_X_y=True)
     pipeline = make_feature_pipeline(

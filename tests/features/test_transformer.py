@@ -36,13 +36,13 @@ BY_HAND = [
 
 @pytest.fixture
 def photos():
-    """Three pictures of the size of photographs, one of them upright."""
+    """Three images of the size of photographs, one of them upright."""
     rng = np.random.default_rng(0)
     sizes = [(400, 300), (300, 400), (333, 517)]
     small = [rng.integers(256, size=(8, 8, 3)).astype(np.uint8) for _ in sizes]
     return [
-        Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        for picture, size in zip(small, sizes, strict=True)
+        Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        for image, size in zip(small, sizes, strict=True)
     ]
 
 
@@ -114,35 +114,33 @@ def test_fully_connected_layers_give_their_4096_numbers(photos):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_picture_gets_the_same_bits_wherever_it_stands(pictures, precision):
-    transformer = CNNFeatureTransformer("tiny", precision=precision).fit(pictures)
-    together = transformer.transform(pictures)
-    order = np.random.default_rng(0).permutation(len(pictures))
+def test_an_image_gets_the_same_bits_wherever_it_stands(images, precision):
+    transformer = CNNFeatureTransformer("tiny", precision=precision).fit(images)
+    together = transformer.transform(images)
+    order = np.random.default_rng(0).permutation(len(images))
 
-    alone = np.concatenate([transformer.transform([picture]) for picture in pictures])
+    alone = np.concatenate([transformer.transform([image]) for image in images])
 
     assert together.dtype == alone.dtype == np.float32
     np.testing.assert_array_equal(alone, together)
-    np.testing.assert_array_equal(
-        transformer.transform(pictures[order]), together[order]
-    )
-    np.testing.assert_array_equal(transformer.transform(pictures[:5]), together[:5])
+    np.testing.assert_array_equal(transformer.transform(images[order]), together[order])
+    np.testing.assert_array_equal(transformer.transform(images[:5]), together[:5])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 50])
-def test_batch_size_changes_rounding_only(pictures, batch_size):
+def test_batch_size_changes_rounding_only(images, batch_size):
     def features(**parameters):
         transformer = CNNFeatureTransformer("tiny", precision="float32", **parameters)
-        return transformer.fit_transform(pictures)
+        return transformer.fit_transform(images)
 
     np.testing.assert_allclose(
         features(batch_size=batch_size), features(), rtol=1e-4, atol=1e-5
     )
 
 
-def test_bfloat16_is_near_float32(pictures):
+def test_bfloat16_is_near_float32(images):
     precise, fast = (
-        CNNFeatureTransformer("tiny", precision=precision).fit_transform(pictures)
+        CNNFeatureTransformer("tiny", precision=precision).fit_transform(images)
         for precision in ("float32", "bfloat16")
     )
 
@@ -150,29 +148,29 @@ def test_bfloat16_is_near_float32(pictures):
     assert not np.array_equal(fast, precise)
 
 
-def test_several_layers_in_one_pass_are_the_single_ones_side_by_side(pictures):
+def test_several_layers_in_one_pass_are_the_single_ones_side_by_side(images):
     layers = ["block3", "stem", "block1.0", -1]
 
-    together = CNNFeatureTransformer("tiny", layer=layers).fit_transform(pictures)
+    together = CNNFeatureTransformer("tiny", layer=layers).fit_transform(images)
 
     singly = [
-        CNNFeatureTransformer("tiny", layer=layer).fit_transform(pictures)
+        CNNFeatureTransformer("tiny", layer=layer).fit_transform(images)
         for layer in layers
     ]
     assert [features.shape[1] for features in singly] == [192, 32, 64, 288]
     np.testing.assert_array_equal(together, np.hstack(singly))
 
 
-def test_inputs_are_left_as_they_were(pictures):
-    before = pictures.copy()
-    pictures.flags.writeable = False
+def test_inputs_are_left_as_they_were(images):
+    before = images.copy()
+    images.flags.writeable = False
 
-    CNNFeatureTransformer("tiny").fit_transform(pictures)
+    CNNFeatureTransformer("tiny").fit_transform(images)
 
-    np.testing.assert_array_equal(pictures, before)
+    np.testing.assert_array_equal(images, before)
 
 
-def test_fit_decodes_no_picture():
+def test_fit_decodes_no_image():
     transformer = CNNFeatureTransformer("tiny")
 
     assert transformer.fit(["missing.jpg"]) is transformer
@@ -180,35 +178,33 @@ def test_fit_decodes_no_picture():
         transformer.transform(["missing.jpg"])
 
 
-def test_names_say_backbone_layer_and_number(pictures):
-    transformer = CNNFeatureTransformer("tiny", layer=["block1", "block4"]).fit(
-        pictures
-    )
+def test_names_say_backbone_layer_and_number(images):
+    transformer = CNNFeatureTransformer("tiny", layer=["block1", "block4"]).fit(images)
 
     names = transformer.get_feature_names_out()
 
     assert names[0] == "tiny_block1_0"
     assert names[64] == "tiny_block4_0"
     assert names[-1] == "tiny_block4_287"
-    assert len(names) == len(set(names)) == transformer.transform(pictures).shape[1]
+    assert len(names) == len(set(names)) == transformer.transform(images).shape[1]
 
 
 @pytest.mark.parametrize(("pooling", "n"), [("avg", 96), ("avgmax", 192), (2, 384)])
 @pytest.mark.parametrize(
     ("kind", "frame"), [("pandas", pd.DataFrame), ("polars", pl.DataFrame)]
 )
-def test_output_as_a_data_frame(picture_files, pooling, n, kind, frame):
+def test_output_as_a_data_frame(image_files, pooling, n, kind, frame):
     transformer = CNNFeatureTransformer("tiny", layer="block2", pooling=pooling)
 
-    table = transformer.set_output(transform=kind).fit_transform(picture_files)
+    table = transformer.set_output(transform=kind).fit_transform(image_files)
 
     assert isinstance(table, frame)
-    assert table.shape == (len(picture_files), n)
+    assert table.shape == (len(image_files), n)
     assert list(table.columns) == list(transformer.get_feature_names_out())
 
 
-def test_a_column_of_a_table_keeps_its_index(picture_files):
-    paths = pd.DataFrame({"path": [*map(str, picture_files)]}, index=list("abcdefghi"))
+def test_a_column_of_a_table_keeps_its_index(image_files):
+    paths = pd.DataFrame({"path": [*map(str, image_files)]}, index=list("abcdefghi"))
 
     table = (
         CNNFeatureTransformer("tiny")
@@ -229,7 +225,7 @@ def test_rows_know_their_columns():
         transformer.transform(rows.iloc[:, :47])
 
 
-def test_rows_are_the_pictures_that_they_hold():
+def test_rows_are_the_images_that_they_hold():
     rng = np.random.default_rng(0)
     images = rng.random((4, 8, 8, 3)).astype(np.float32)
 
@@ -251,21 +247,21 @@ def test_bytes_in_a_table_stay_bytes(kind):
     np.testing.assert_array_equal(from_table, transformer.fit_transform(rows))
 
 
-def test_autocast_does_not_overrule_the_precision(pictures):
-    transformer = CNNFeatureTransformer("tiny", precision="float32").fit(pictures)
-    expected = transformer.transform(pictures)
+def test_autocast_does_not_overrule_the_precision(images):
+    transformer = CNNFeatureTransformer("tiny", precision="float32").fit(images)
+    expected = transformer.transform(images)
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = transformer.transform(pictures)
+        found = transformer.transform(images)
 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_the_warning_about_the_range_points_at_the_users_line(pictures):
-    transformer = CNNFeatureTransformer("tiny").fit(pictures)
+def test_the_warning_about_the_range_points_at_the_users_line(images):
+    transformer = CNNFeatureTransformer("tiny").fit(images)
 
     with pytest.warns(ImageRangeWarning) as record:
-        transformer.transform(pictures.astype(float))
+        transformer.transform(images.astype(float))
 
     assert record[0].filename == __file__
 
@@ -277,53 +273,53 @@ def test_x_is_looked_at_before_weights_are_fetched():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_a_forked_child_does_not_hang(pictures):
-    transformer = CNNFeatureTransformer("tiny", engine="torch").fit(pictures)
-    expected = transformer.transform(pictures)
+def test_a_forked_child_does_not_hang(images):
+    transformer = CNNFeatureTransformer("tiny", engine="torch").fit(images)
+    expected = transformer.transform(images)
 
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        found = pool.map_async(transformer.transform, [pictures]).get(timeout=60)
+        found = pool.map_async(transformer.transform, [images]).get(timeout=60)
 
     np.testing.assert_allclose(found[0], expected, rtol=0.02, atol=0.02)
 
 
-def test_image_size_is_what_the_network_sees(pictures):
+def test_image_size_is_what_the_network_sees(images):
     def n_features(**parameters):
         transformer = CNNFeatureTransformer(
             "tiny", layer="block4", pooling="flatten", **parameters
         )
-        return transformer.fit_transform(pictures).shape[1]
+        return transformer.fit_transform(images).shape[1]
 
     assert n_features() == 288 * 5 * 5
     assert n_features(image_size=128) == 288 * 8 * 8
 
 
-def test_clones_share_one_network(pictures):
-    first = CNNFeatureTransformer("tiny", layer="block2").fit(pictures)
-    second = clone(first).fit(pictures[:1])
-    deeper = CNNFeatureTransformer("tiny", layer="block4").fit(pictures)
+def test_clones_share_one_network(images):
+    first = CNNFeatureTransformer("tiny", layer="block2").fit(images)
+    second = clone(first).fit(images[:1])
+    deeper = CNNFeatureTransformer("tiny", layer="block4").fit(images)
 
     def weight(transformer):
         return transformer.network_.blocks["stem.0"].weight
 
     assert weight(first) is weight(second)
-    assert clone(deeper).fit(pictures).network_ is deeper.network_
+    assert clone(deeper).fit(images).network_ is deeper.network_
 
 
-def test_setting_the_backbone_changes_the_network(pictures):
+def test_setting_the_backbone_changes_the_network(images):
     """As in a grid over backbones."""
-    transformer = CNNFeatureTransformer("tiny").fit(pictures)
+    transformer = CNNFeatureTransformer("tiny").fit(images)
 
-    transformer.set_params(backbone="squeezenet1_1", weights=None).fit(pictures)
+    transformer.set_params(backbone="squeezenet1_1", weights=None).fit(images)
 
-    assert transformer.transform(pictures).shape == (len(pictures), 512)
+    assert transformer.transform(images).shape == (len(images), 512)
 
 
-def test_random_state_makes_random_weights_repeatable(pictures):
+def test_random_state_makes_random_weights_repeatable(images):
     def features(random_state):
         return CNNFeatureTransformer(
             "tiny", weights=None, random_state=random_state
-        ).fit_transform(pictures)
+        ).fit_transform(images)
 
     # The test is about numpy's global generator, which only the legacy functions show.
     before = np.random.get_state()[1].copy()  # noqa: NPY002
@@ -334,9 +330,9 @@ def test_random_state_makes_random_weights_repeatable(pictures):
     np.testing.assert_array_equal(after, before)
 
 
-def test_not_fitted(pictures):
+def test_not_fitted(images):
     with pytest.raises(NotFittedError):
-        CNNFeatureTransformer("tiny").transform(pictures)
+        CNNFeatureTransformer("tiny").transform(images)
 
 
 @pytest.mark.parametrize(
@@ -364,18 +360,18 @@ def test_not_fitted(pictures):
         ({"n_jobs": 0}, "n_jobs"),
     ],
 )
-def test_parameters_are_checked(pictures, parameters, words):
+def test_parameters_are_checked(images, parameters, words):
     with pytest.raises(ValueError, match=words):
         CNNFeatureTransformer(**{"backbone": "tiny", **parameters}).fit(
-            pictures
-        ).transform(pictures)
+            images
+        ).transform(images)
 
 
-def test_progress_is_shown_when_asked_for(pictures, capsys):
-    CNNFeatureTransformer("tiny").fit_transform(pictures)
+def test_progress_is_shown_when_asked_for(images, capsys):
+    CNNFeatureTransformer("tiny").fit_transform(images)
     assert capsys.readouterr().err == ""
 
-    CNNFeatureTransformer("tiny", verbose=1).fit_transform(pictures)
+    CNNFeatureTransformer("tiny", verbose=1).fit_transform(images)
     assert "9/9" in capsys.readouterr().err
 
 
@@ -383,11 +379,11 @@ def test_html_shows_the_parameters():
     assert "squeezenet1_0" in CNNFeatureTransformer("squeezenet1_0")._repr_html_()
 
 
-def test_threads_fit_and_transform_at_once(pictures):
-    expected = CNNFeatureTransformer("tiny").fit_transform(pictures)
+def test_threads_fit_and_transform_at_once(images):
+    expected = CNNFeatureTransformer("tiny").fit_transform(images)
 
     found = joblib.Parallel(n_jobs=4, backend="threading")(
-        joblib.delayed(CNNFeatureTransformer("tiny").fit_transform)(pictures)
+        joblib.delayed(CNNFeatureTransformer("tiny").fit_transform)(images)
         for _ in range(8)
     )
 
@@ -395,7 +391,7 @@ def test_threads_fit_and_transform_at_once(pictures):
         np.testing.assert_array_equal(features, expected)
 
 
-def test_in_a_pipeline_of_paths(picture_files):
+def test_in_a_pipeline_of_paths(image_files):
     labels = ["a", "b"] * 4 + ["a"]
     pipeline = Pipeline(
         [
@@ -405,7 +401,7 @@ def test_in_a_pipeline_of_paths(picture_files):
         ]
     )
 
-    assert pipeline.fit(picture_files, labels).score(picture_files, labels) == 1
+    assert pipeline.fit(image_files, labels).score(image_files, labels) == 1
 
 
 @pytest.mark.parametrize(
@@ -421,7 +417,7 @@ def test_in_a_pipeline_of_paths(picture_files):
     ],
 )
 def test_the_automatic_batch_keeps_the_largest_map_in_the_cache(
-    backbone, image_size, precision, expected, pictures, monkeypatch
+    backbone, image_size, precision, expected, images, monkeypatch
 ):
     widths = []
     run = Runner.features
@@ -439,13 +435,13 @@ def test_the_automatic_batch_keeps_the_largest_map_in_the_cache(
             image_size=image_size,
             precision=precision,
             **settings,
-        ).fit_transform(pictures[:1])
+        ).fit_transform(images[:1])
 
     assert widths == [expected, expected]
 
 
 @pytest.mark.parametrize("kind", [torch.float64, "meta"])
-def test_random_weights_do_not_depend_on_torchs_defaults(kind, pictures):
+def test_random_weights_do_not_depend_on_torchs_defaults(kind, images):
     def features(seed):
         transformer = CNNFeatureTransformer(
             "squeezenet1_1",
@@ -454,7 +450,7 @@ def test_random_weights_do_not_depend_on_torchs_defaults(kind, pictures):
             image_size=32,
             layer="fire2",
         )
-        return transformer.fit_transform(pictures)
+        return transformer.fit_transform(images)
 
     try:
         if kind == "meta":
@@ -473,8 +469,8 @@ def test_random_weights_do_not_depend_on_torchs_defaults(kind, pictures):
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
-def test_batches_under_way_arrive_in_order(with_cache, pictures, tmp_path, monkeypatch):
-    items = [*pictures, *pictures[:3], *pictures[::-1]]
+def test_batches_under_way_arrive_in_order(with_cache, images, tmp_path, monkeypatch):
+    items = [*images, *images[:3], *images[::-1]]
     settings = {"batch_size": 2, "engine": "torch"}
     if with_cache:
         settings["cache"] = tmp_path
@@ -490,10 +486,10 @@ def test_batches_under_way_arrive_in_order(with_cache, pictures, tmp_path, monke
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_nearly_the_same(pictures):
+def test_a_gpu_gives_nearly_the_same(images):
     def features(device):
         transformer = CNNFeatureTransformer("tiny", device=device, precision="float32")
-        return transformer.fit_transform(pictures)
+        return transformer.fit_transform(images)
 
     np.testing.assert_allclose(features("cuda"), features("cpu"), rtol=0.01, atol=0.01)
 
@@ -501,14 +497,14 @@ def test_a_gpu_gives_nearly_the_same(pictures):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_batches_under_way_to_a_gpu_are_not_mixed_up(batch_size, pictures):
+def test_batches_under_way_to_a_gpu_are_not_mixed_up(batch_size, images):
     transformer = CNNFeatureTransformer("tiny", device="cuda", batch_size=batch_size)
-    transformer.fit(pictures)
-    many = np.concatenate([pictures] * 40)
+    transformer.fit(images)
+    many = np.concatenate([images] * 40)
 
     features = transformer.transform(many)
 
     one_by_one = np.concatenate(
-        [transformer.transform(pictures[i : i + 1]) for i in range(9)]
+        [transformer.transform(images[i : i + 1]) for i in range(9)]
     )
     np.testing.assert_array_equal(features, np.concatenate([one_by_one] * 40))

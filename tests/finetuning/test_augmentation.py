@@ -1,4 +1,4 @@
-"""Views of pictures: what they are, what they cost, and that they can be made again."""
+"""Views of images: what they are, what they cost, and that they can be made again."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from skltl.exceptions import ImageRangeWarning
 SHAKEN = v2.RandomAffine(degrees=20, translate=(0.1, 0.1))
 
 
-def flipped(picture):
-    return picture.flip(2)
+def flipped(image):
+    return image.flip(2)
 
 
 @pytest.fixture
 def crossed(monkeypatch):
-    """Count the pictures that cross frozen blocks."""
+    """Count the images that cross frozen blocks."""
     counts = []
     features = skltl.inference.Runner.features
 
@@ -36,8 +36,8 @@ def crossed(monkeypatch):
 def test_the_network_learns_from_the_variants(unfreeze, n_views, digits):
     """Mirrored by us or beforehand is the same.
 
-    Each picture is there twice, as it is and mirrored, because probe and
-    standardisation are taken from the pictures themselves.
+    Each image is there twice, as it is and mirrored, because probe and
+    standardisation are taken from the images themselves.
     """
     X, y = digits[0][:40], np.tile(digits[1][:40], 2)
     mirrored = X.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)
@@ -53,7 +53,7 @@ def test_the_network_learns_from_the_variants(unfreeze, n_views, digits):
     assert not np.allclose(losses(found), losses(other), rtol=5e-4)
 
 
-def test_the_probe_begins_with_the_pictures_themselves(digits):
+def test_the_probe_begins_with_the_images_themselves(digits):
     X, y = digits[0][:60], digits[1][:60]
     settings = {"head_epochs": 0, "unfreeze": None}
 
@@ -95,7 +95,7 @@ def test_what_is_held_out_is_not_changed(digits):
     X, y = digits[0][:100], digits[1][:100]
     settings = {"validation_fraction": 0.3, "head_lr": 1e-9, "backbone_lr": 1e-9}
 
-    found = classifier(augment=lambda picture: picture * 0, **settings).fit(X, y)
+    found = classifier(augment=lambda image: image * 0, **settings).fit(X, y)
 
     expected = classifier(**settings).fit(X, y)
     for kind in ("validation_loss", "validation_score"):
@@ -107,7 +107,7 @@ def test_what_is_held_out_is_not_changed(digits):
     assert losses(found)[0] > 2 * losses(expected)[0]
 
 
-def test_transforms_of_torchvision_serve_8_bit_pictures(pictures):
+def test_transforms_of_torchvision_serve_8_bit_images(images):
     augment = v2.Compose(
         [
             v2.RandomResizedCrop(32, scale=(0.5, 1), antialias=True),
@@ -117,35 +117,33 @@ def test_transforms_of_torchvision_serve_8_bit_pictures(pictures):
         ]
     )
 
-    fitted = classifier(image_shape=None, augment=augment).fit(pictures, [0, 1, 2] * 3)
+    fitted = classifier(image_shape=None, augment=augment).fit(images, [0, 1, 2] * 3)
 
-    assert fitted.predict_proba(pictures).shape == (9, 3)
+    assert fitted.predict_proba(images).shape == (9, 3)
 
 
 @pytest.mark.parametrize(
     ("augment", "error", "message"),
     [
         (v2.Resize(16), ValueError, r"shape \(3, 16, 16\) for one of shape \(3, 32,"),
-        (lambda picture: picture.numpy(), TypeError, "it gave ndarray"),
-        (lambda picture: picture.long(), TypeError, "it gave torch.int64"),
+        (lambda image: image.numpy(), TypeError, "it gave ndarray"),
+        (lambda image: image.long(), TypeError, "it gave torch.int64"),
     ],
 )
-def test_variants_that_no_network_can_take_are_refused(
-    augment, error, message, pictures
-):
+def test_variants_that_no_network_can_take_are_refused(augment, error, message, images):
     with pytest.raises(error, match=message):
-        classifier(image_shape=None, augment=augment).fit(pictures, [0, 1, 2] * 3)
+        classifier(image_shape=None, augment=augment).fit(images, [0, 1, 2] * 3)
 
 
 @pytest.mark.parametrize("n_views", [1, None])
-def test_variants_that_are_normalised_twice_are_told(n_views, pictures):
+def test_variants_that_are_normalised_twice_are_told(n_views, images):
     augment = v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.2] * 3)]
     )
     fine_tuned = classifier(image_shape=None, augment=augment, n_views=n_views)
 
     with pytest.warns(ImageRangeWarning, match="should lie in"):
-        fine_tuned.fit(pictures, [0, 1, 2] * 3)
+        fine_tuned.fit(images, [0, 1, 2] * 3)
 
 
 def test_views_are_cached_too(digits, tmp_path, crossed):

@@ -54,11 +54,11 @@ def data(digits):
 
 
 @pytest.fixture
-def image_files(pictures, tmp_path):
+def image_files(images, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    paths = [folder / f"{number}.png" for number in range(len(pictures))]
-    for path, image in zip(paths, pictures, strict=True):
+    paths = [folder / f"{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
     return paths
 
@@ -266,7 +266,7 @@ def test_a_fit_of_an_exchanged_image_begins_anew(image_files, tmp_path):
     assert losses(fitted) == losses(expected)
 
 
-def test_a_copy_of_the_images_is_the_same_data(image_files, tmp_path, pictures):
+def test_a_copy_of_the_images_is_the_same_data(image_files, tmp_path, images):
     settings = {"image_shape": None, "layer": "block2", "finetune_epochs": 0}
     folder, labels = tmp_path / "fit", np.arange(len(image_files)) % 2
     interrupt(classifier(checkpoint=folder, **settings), image_files, labels)

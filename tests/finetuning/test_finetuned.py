@@ -169,7 +169,7 @@ def test_only_batch_norms_may_learn(digits):
     assert changed == {"BatchNorm2d"}
 
 
-def test_from_scratch_statistics_of_batch_norms_follow_the_pictures(digits):
+def test_from_scratch_statistics_of_batch_norms_follow_the_images(digits):
     scratch = classifier(weights=None, unfreeze="all", head_epochs=0)
 
     fitted = scratch.fit(digits[0][:60], digits[1][:60])
@@ -212,7 +212,7 @@ def test_a_cache_makes_a_second_fit_run_no_frozen_block(
     assert losses(again) == losses(expected) != losses(found)
 
 
-def test_rates_may_fall_towards_the_picture(digits):
+def test_rates_may_fall_towards_the_image(digits):
     before = tiny_blocks("block3")
 
     fitted = classifier(
@@ -323,7 +323,7 @@ def test_early_stopping_keeps_the_best_epoch(digits):
 
 @pytest.fixture
 def held_out(monkeypatch):
-    """Note which pictures each fit holds out."""
+    """Note which images each fit holds out."""
     noted = []
 
     def noting(*parts):
@@ -357,7 +357,7 @@ def test_of_each_class_the_same_share_is_held_out(digits, held_out):
     assert np.bincount(y[held_out[0]]).tolist() == [16, 4]
 
 
-def test_too_few_pictures_to_hold_some_out_are_told(digits):
+def test_too_few_images_to_hold_some_out_are_told(digits):
     X, y = digits[0][:20], digits[1][:20]
 
     with pytest.raises(ValueError, match=r"validation_fraction=0.9 cannot .* 20 pict"):
@@ -448,7 +448,7 @@ def test_searches_and_pipelines(digits):
     assert cross_val_score(clone(pipeline), X, y, cv=2, n_jobs=2).shape == (2,)
 
 
-def test_pictures_and_labels_that_do_not_fit_are_refused(digits):
+def test_images_and_labels_that_do_not_fit_are_refused(digits):
     X, y = digits[0][:10], digits[1][:10].astype(object)
 
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):

@@ -171,7 +171,7 @@ def test_callbacks_see_the_same_whether_a_fit_is_interrupted_or_not(
     [
         {"random_state": None, "early_stopping": True},
         {"random_state": None, "weights": None, "unfreeze": "all"},
-        {"random_state": None, "augment": lambda picture: picture.flip(2)},
+        {"random_state": None, "augment": lambda image: image.flip(2)},
     ],
     ids=["held out", "random weights", "augment"],
 )
@@ -196,15 +196,15 @@ def test_a_checkpoint_of_another_augmentation_is_not_used(
     augmented = {
         name: classifier(checkpoint=tmp_path, augment=augment)
         for name, augment in (
-            ("same", lambda picture: picture),
-            ("black", lambda picture: picture * 0),
+            ("same", lambda image: image),
+            ("black", lambda image: image * 0),
         )
     }
 
     interrupted_after(2, lambda: augmented["same"].fit(X, y), monkeypatch)
     found = augmented["black"].fit(X, y)
 
-    alone = classifier(augment=lambda picture: picture * 0).fit(X, y)
+    alone = classifier(augment=lambda image: image * 0).fit(X, y)
     assert losses(found) == losses(alone)
 
 

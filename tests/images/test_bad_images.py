@@ -1,4 +1,4 @@
-"""Pictures that cannot be read are all found, with their reasons."""
+"""Images that cannot be read are all found, with their reasons."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from skltl import find_bad_images
 
 
-def test_bad_pictures_are_listed_in_order(picture_files, tmp_path):
+def test_bad_images_are_listed_in_order(image_files, tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     nan = np.full((4, 4), np.nan)
     five = np.zeros((5, 4, 5), np.uint8)
-    items = [*picture_files, tmp_path / "empty.jpg", None, nan, "missing.jpg", five]
+    items = [*image_files, tmp_path / "empty.jpg", None, nan, "missing.jpg", five]
 
     bad = find_bad_images(items)
 
@@ -32,10 +32,10 @@ def test_bad_pictures_are_listed_in_order(picture_files, tmp_path):
         assert words in found.reason
 
 
-def test_nothing_bad_among_good_pictures(picture_files):
-    assert find_bad_images(picture_files) == []
+def test_nothing_bad_among_good_images(image_files):
+    assert find_bad_images(image_files) == []
 
 
-def test_what_is_no_list_of_pictures_is_an_error():
+def test_what_is_no_list_of_images_is_an_error():
     with pytest.raises(TypeError, match="put it in a list"):
         find_bad_images("flower.jpg")

@@ -1,4 +1,4 @@
-"""Batches keep order and size, and hold few pictures at a time."""
+"""Batches keep order and size, and hold few images at a time."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ import pytest
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import BATCHES_AHEAD, PICTURES_A_TURN, pictures_a_turn
+from skltl.images._batches import BATCHES_AHEAD, IMAGES_A_TURN, images_a_turn
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):
@@ -28,21 +28,21 @@ def batches_of(source, size, batch_size, n_threads, in_turns=False):
         yield from iter_batches(crops, batch_size)
 
 
-def test_batches_have_one_size_and_keep_the_order(pictures):
-    batches = list(batches_of(read_images(pictures), 40, batch_size=4, n_threads=3))
+def test_batches_have_one_size_and_keep_the_order(images):
+    batches = list(batches_of(read_images(images), 40, batch_size=4, n_threads=3))
 
     assert [len(batch.pixels) for batch in batches] == [4, 4, 4]
     assert [position for batch in batches for position in batch.positions] == [
         *range(9)
     ]
     assert (batches[-1].pixels[1:] == 0).all()
-    middle = pictures[:, :, 4:44]
+    middle = images[:, :, 4:44]
     together = np.concatenate([batch.pixels for batch in batches])[:9]
     np.testing.assert_array_equal(together, middle)
 
 
-class CountingPictures:
-    """A sequence that knows how many of its pictures were read, and how many live."""
+class CountingImages:
+    """A sequence that knows how many of its images were read, and how many live."""
 
     def __init__(self, n):
         self.n = n
@@ -58,12 +58,12 @@ class CountingPictures:
     def __getitem__(self, index):
         with self.lock:
             self.n_read += 1
-            picture = Tracked((8, 8, 3), np.uint8)
-            self.alive.add(picture)
+            image = Tracked((8, 8, 3), np.uint8)
+            self.alive.add(image)
             self.n_most_alive = max(self.n_most_alive, len(self.alive))
             self.threads.add(threading.current_thread().name)
         time.sleep(0.001)
-        return picture
+        return image
 
 
 class Tracked(np.ndarray):
@@ -72,8 +72,8 @@ class Tracked(np.ndarray):
     __hash__ = object.__hash__
 
 
-def test_few_pictures_are_decoded_ahead_and_none_is_kept():
-    items = CountingPictures(500)
+def test_few_images_are_decoded_ahead_and_none_is_kept():
+    items = CountingImages(500)
     batches = batches_of(ImageSource(items), 8, 10, n_threads=4)
 
     for number, _ in enumerate(batches, start=1):
@@ -83,13 +83,13 @@ def test_few_pictures_are_decoded_ahead_and_none_is_kept():
     assert items.n_most_alive <= 10 * (1 + BATCHES_AHEAD)
 
 
-def test_in_turns_nothing_is_decoded_while_pictures_are_used():
-    items = CountingPictures(150)
+def test_in_turns_nothing_is_decoded_while_images_are_used():
+    items = CountingImages(150)
     crops = iter_crops(
         ImageSource(items), range(150), Preprocessing(8), 10, 4, in_turns=True
     )
     turn = 70  # whole batches
-    assert 0 <= turn - PICTURES_A_TURN < 10
+    assert 0 <= turn - IMAGES_A_TURN < 10
 
     n_read = []
     with closing(crops):
@@ -114,20 +114,20 @@ def test_in_turns_nothing_is_decoded_while_pictures_are_used():
         (2500, 8, 2, 8),  # a batch is needed in any case
     ],
 )
-def test_a_turn_is_many_pictures_but_at_most_256_megabytes(
+def test_a_turn_is_many_images_but_at_most_256_megabytes(
     size, batch_size, n_threads, n_expected
 ):
-    n_pictures = pictures_a_turn(size, batch_size, n_threads)
+    n_images = images_a_turn(size, batch_size, n_threads)
 
-    assert n_pictures == n_expected
-    assert n_pictures % batch_size == 0
-    n_bytes = n_pictures * np.zeros((size, size, 3), np.float32).nbytes
-    assert n_bytes <= 2**28 or n_pictures == batch_size
+    assert n_images == n_expected
+    assert n_images % batch_size == 0
+    n_bytes = n_images * np.zeros((size, size, 3), np.float32).nbytes
+    assert n_bytes <= 2**28 or n_images == batch_size
 
 
 @pytest.mark.parametrize("n_threads", [1, 4])
 def test_so_many_threads_decode(n_threads):
-    items = CountingPictures(60)
+    items = CountingImages(60)
 
     list(batches_of(ImageSource(items), 8, 10, n_threads))
 
@@ -135,8 +135,8 @@ def test_so_many_threads_decode(n_threads):
 
 
 @pytest.mark.parametrize("in_turns", [False, True])
-def test_the_first_unreadable_picture_is_named_and_threads_end(pictures, in_turns):
-    items = [*pictures, "missing.png", *pictures, "also missing.png"]
+def test_the_first_unreadable_image_is_named_and_threads_end(images, in_turns):
+    items = [*images, "missing.png", *images, "also missing.png"]
 
     with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
         list(batches_of(read_images(items), 8, 4, 4, in_turns))
@@ -145,8 +145,8 @@ def test_the_first_unreadable_picture_is_named_and_threads_end(pictures, in_turn
 
 
 @pytest.mark.parametrize("in_turns", [False, True])
-def test_a_caller_may_stop_early(pictures, in_turns):
-    batches = batches_of(read_images(pictures), 8, 2, 2, in_turns)
+def test_a_caller_may_stop_early(images, in_turns):
+    batches = batches_of(read_images(images), 8, 2, 2, in_turns)
     next(batches)
     batches.close()
 

@@ -1,4 +1,4 @@
-"""What files and PIL pictures decode to, and which are refused with a reason."""
+"""What files and PIL images decode to, and which are refused with a reason."""
 
 import io
 import os
@@ -18,31 +18,31 @@ def decoded(item):
 
 
 @pytest.fixture
-def picture(pictures):
-    return Image.fromarray(pictures[0])
+def image(images):
+    return Image.fromarray(images[0])
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("extension", [".jpg", ".dat", ""])
-def test_files_are_recognised_by_content(picture, tmp_path, file_format, extension):
-    path = tmp_path / f"picture{extension}"
+def test_files_are_recognised_by_content(image, tmp_path, file_format, extension):
+    path = tmp_path / f"image{extension}"
     options = {"lossless": True} if file_format == "WEBP" else {}
-    picture.save(path, format=file_format, **options)
+    image.save(path, format=file_format, **options)
 
-    np.testing.assert_array_equal(decoded(path), np.asarray(picture))
+    np.testing.assert_array_equal(decoded(path), np.asarray(image))
 
 
-def test_jpeg_is_what_pillow_decodes(picture, tmp_path):
-    picture.save(tmp_path / "picture.jpg")
+def test_jpeg_is_what_pillow_decodes(image, tmp_path):
+    image.save(tmp_path / "image.jpg")
 
-    by_hand = np.asarray(Image.open(tmp_path / "picture.jpg").convert("RGB"))
+    by_hand = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB"))
 
-    np.testing.assert_array_equal(decoded(tmp_path / "picture.jpg"), by_hand)
+    np.testing.assert_array_equal(decoded(tmp_path / "image.jpg"), by_hand)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "HSV"])
-def test_colour_modes_become_rgb(picture, mode):
-    converted = picture.convert(mode)
+def test_colour_modes_become_rgb(image, mode):
+    converted = image.convert(mode)
 
     pixels = decoded(converted)
 
@@ -55,19 +55,19 @@ def test_transparent_pixels_are_laid_on_white(mode):
     grey = Image.new("L", (4, 4), 100)
     half = Image.new("L", (4, 4), 128)
     layers = [grey] * (3 if mode == "RGBA" else 1)
-    picture = Image.merge(mode, [*layers, half])
+    image = Image.merge(mode, [*layers, half])
 
     expected = 255 + (100 - 255) * 128 / 255
 
-    np.testing.assert_allclose(decoded(picture), expected, atol=1)
+    np.testing.assert_allclose(decoded(image), expected, atol=1)
 
 
 def test_transparent_colour_of_a_palette_is_white(tmp_path):
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, 10, 20, 30])
-    picture.save(tmp_path / "picture.gif", transparency=1)
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "image.gif", transparency=1)
 
-    assert (decoded(tmp_path / "picture.gif") == 255).all()
+    assert (decoded(tmp_path / "image.gif") == 255).all()
 
 
 @pytest.mark.parametrize("extension", ["png", "tif"])
@@ -120,10 +120,10 @@ def test_sixteen_bit_files_and_arrays_give_the_same_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(picture, tmp_path, orientation):
+def test_exif_orientation_is_applied(image, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
 
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
 
@@ -131,22 +131,22 @@ def test_exif_orientation_is_applied(picture, tmp_path, orientation):
     assert (decoded(tmp_path / "turned.png").shape[0] == 48) == (orientation >= 5)
 
 
-def test_odd_metadata_is_no_reason_to_refuse_a_picture(picture, tmp_path):
+def test_odd_metadata_is_no_reason_to_refuse_an_image(image, tmp_path):
     """The camera's maker as a fraction, which cannot be written again."""
     entries = struct.pack("<HHII", 0x10F, 5, 1, 38) + struct.pack(
         "<HHIHH", 0x112, 3, 1, 6, 0
     )
     directory = struct.pack("<H", 2) + entries + bytes(4) + struct.pack("<II", 7, 2)
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory
-    picture.save(tmp_path / "odd.png", exif=exif)
+    image.save(tmp_path / "odd.png", exif=exif)
 
-    expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
 
     np.testing.assert_array_equal(decoded(tmp_path / "odd.png"), expected)
 
 
-def test_a_picture_whose_file_was_closed_is_named(picture_files):
-    with Image.open(picture_files[0]) as closed:
+def test_an_image_whose_file_was_closed_is_named(image_files):
+    with Image.open(image_files[0]) as closed:
         pass
 
     with pytest.raises(ImageReadError, match="Image 0 could not be read"):
@@ -169,13 +169,13 @@ def test_first_frame_of_an_animation(tmp_path):
     np.testing.assert_array_equal(decoded(tmp_path / "film.gif"), np.asarray(frames[0]))
 
 
-def test_picture_from_a_file_is_left_as_it_was(picture):
-    before = picture.copy()
+def test_image_from_a_file_is_left_as_it_was(image):
+    before = image.copy()
 
-    decoded(picture)
+    decoded(image)
 
-    assert picture.mode == before.mode
-    assert picture.tobytes() == before.tobytes()
+    assert image.mode == before.mode
+    assert image.tobytes() == before.tobytes()
 
 
 def eps(_):
@@ -202,17 +202,17 @@ def empty(_):
     return b""
 
 
-def half_a_jpeg(picture):
-    return encoded(picture, "JPEG")[:400]
+def half_a_jpeg(image):
+    return encoded(image, "JPEG")[:400]
 
 
-def half_a_png(picture):
-    content = encoded(picture, "PNG")
+def half_a_png(image):
+    content = encoded(image, "PNG")
     return content[: len(content) // 2]
 
 
-def png_with_a_wrong_checksum(picture):
-    content = bytearray(encoded(picture, "PNG"))
+def png_with_a_wrong_checksum(image):
+    content = bytearray(encoded(image, "PNG"))
     content[len(content) // 2] ^= 0xFF
     return bytes(content)
 
@@ -221,9 +221,9 @@ def float_tiff(_):
     return encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
 
 
-def encoded(picture, file_format):
+def encoded(image, file_format):
     buffer = io.BytesIO()
-    picture.save(buffer, file_format)
+    image.save(buffer, file_format)
     return buffer.getvalue()
 
 
@@ -234,14 +234,12 @@ def encoded(picture, file_format):
         *(png_with_a_wrong_checksum, float_tiff),
     ],
 )
-def test_unreadable_files_are_named(picture, tmp_path, content):
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(content(picture))
+def test_unreadable_files_are_named(image, tmp_path, content):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(content(image))
 
-    with pytest.raises(
-        ImageReadError, match=r"picture\.jpg.* could not be read"
-    ) as info:
-        read_images([picture, path])[1]
+    with pytest.raises(ImageReadError, match=r"image\.jpg.* could not be read") as info:
+        read_images([image, path])[1]
 
     assert info.value.index == 1
     assert info.value.path == str(path)
@@ -249,13 +247,13 @@ def test_unreadable_files_are_named(picture, tmp_path, content):
 
 
 def test_eps_starts_no_program(tmp_path, monkeypatch):
-    (tmp_path / "picture.png").write_bytes(eps(None))
+    (tmp_path / "image.png").write_bytes(eps(None))
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     with pytest.raises(ImageReadError):
-        decoded(tmp_path / "picture.png")
+        decoded(tmp_path / "image.png")
 
     assert not (tmp_path / "started").exists()
 
@@ -283,12 +281,12 @@ def pixels_or_error(path):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_damage_anywhere_is_an_error_that_names_the_file_or_a_picture(
-    picture, tmp_path, seed
+def test_damage_anywhere_is_an_error_that_names_the_file_or_an_image(
+    image, tmp_path, seed
 ):
     rng = np.random.default_rng(seed)
     file_format = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"][seed % 6]
-    content = np.frombuffer(encoded(picture, file_format), np.uint8).copy()
+    content = np.frombuffer(encoded(image, file_format), np.uint8).copy()
     content[rng.integers(len(content), size=20)] = rng.integers(256, size=20)
     path = tmp_path / "damaged"
     path.write_bytes(content.tobytes()[: rng.integers(20, len(content) + 1)])

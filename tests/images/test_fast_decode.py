@@ -11,16 +11,16 @@ from skltl.images import read_images
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Large pictures with soft shapes, as JPEG and PNG files."""
+    """Large images with soft shapes, as JPEG and PNG files."""
     rng = np.random.default_rng(0)
     paths = []
     for number, (name, size) in enumerate(
         [("wide.jpg", (1600, 900)), ("high.jpg", (700, 1200)), ("same.png", (900, 900))]
     ):
         soft = rng.integers(256, size=(12, 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(soft).resize(size, Image.Resampling.BICUBIC)
+        image = Image.fromarray(soft).resize(size, Image.Resampling.BICUBIC)
         paths.append(tmp_path / f"{number}_{name}")
-        picture.save(paths[-1], quality=90)
+        image.save(paths[-1], quality=90)
     return paths
 
 
@@ -36,7 +36,7 @@ def photographs(tmp_path):
 def test_no_side_gets_too_short(least_side, shapes, photographs):
     source = read_images(photographs).reduced_to(least_side)
 
-    found = [picture.shape[:2] for picture in source]
+    found = [image.shape[:2] for image in source]
 
     for shape, expected, full in zip(
         found, shapes, ((900, 1600), (1200, 700), (900, 900)), strict=True

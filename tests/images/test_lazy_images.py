@@ -23,8 +23,8 @@ def opened(image, file_format, **options):
 
 
 @pytest.fixture
-def image(pictures):
-    return Image.fromarray(pictures[0])
+def image(images):
+    return Image.fromarray(images[0])
 
 
 def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
@@ -167,10 +167,10 @@ class MeetingPlace(io.BytesIO):
         return super().read(*size)
 
 
-def test_images_are_decoded_at_the_same_time(pictures):
+def test_images_are_decoded_at_the_same_time(images):
     files = []
-    for picture in pictures[:3]:
-        content = encoded(Image.fromarray(picture), "PNG").getvalue()
+    for image in images[:3]:
+        content = encoded(Image.fromarray(image), "PNG").getvalue()
         files.append(MeetingPlace(content))
     lazy = [Image.open(file) for file in files]
     barrier = threading.Barrier(3)
@@ -179,8 +179,8 @@ def test_images_are_decoded_at_the_same_time(pictures):
 
     crops = list(iter_crops(read_images(lazy), range(3), Preprocessing(40), 3, 3))
 
-    for crop, picture in zip(crops, pictures, strict=False):
-        np.testing.assert_array_equal(crop.pixels, picture[:, 4:44])
+    for crop, image in zip(crops, images, strict=False):
+        np.testing.assert_array_equal(crop.pixels, image[:, 4:44])
 
 
 def test_two_images_may_share_one_file(image):

@@ -19,23 +19,23 @@ class OwnPath(os.PathLike):
 
 
 @pytest.mark.parametrize("kind", [str, Path, lambda path: np.str_(str(path)), OwnPath])
-def test_kinds_of_path(pictures, picture_files, kind):
-    pixels = read_images([kind(picture_files[2])])[0]
+def test_kinds_of_path(images, image_files, kind):
+    pixels = read_images([kind(image_files[2])])[0]
 
-    np.testing.assert_array_equal(pixels, pictures[2])
+    np.testing.assert_array_equal(pixels, images[2])
 
 
 @pytest.mark.parametrize("name", ["Blüte 花.png", "with space.png", "no_extension"])
-def test_names_of_files(pictures, picture_files, name):
-    path = picture_files[0].rename(picture_files[0].with_name(name))
+def test_names_of_files(images, image_files, name):
+    path = image_files[0].rename(image_files[0].with_name(name))
 
-    np.testing.assert_array_equal(read_images([path])[0], pictures[0])
+    np.testing.assert_array_equal(read_images([path])[0], images[0])
 
 
-def test_links_are_followed(pictures, picture_files, tmp_path):
-    (tmp_path / "link").symlink_to(picture_files[0])
+def test_links_are_followed(images, image_files, tmp_path):
+    (tmp_path / "link").symlink_to(image_files[0])
 
-    np.testing.assert_array_equal(read_images([tmp_path / "link"])[0], pictures[0])
+    np.testing.assert_array_equal(read_images([tmp_path / "link"])[0], images[0])
 
 
 def missing(folder):
@@ -66,7 +66,7 @@ def device(_):
 
 
 def nul_byte(_):
-    return "picture\0.png"
+    return "image\0.png"
 
 
 def empty(_):
@@ -86,8 +86,8 @@ def empty(_):
         (empty, "path is empty"),
     ],
 )
-def test_what_is_no_file_is_named(picture_files, tmp_path, path, reason):
-    source = read_images([picture_files[0], path(tmp_path)])
+def test_what_is_no_file_is_named(image_files, tmp_path, path, reason):
+    source = read_images([image_files[0], path(tmp_path)])
 
     with pytest.raises(ImageReadError, match=f"Image 1 .*{reason}"):
         source[1]

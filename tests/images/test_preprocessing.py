@@ -1,4 +1,4 @@
-"""Pictures reach the network as torchvision's own transforms would bring them."""
+"""Images reach the network as torchvision's own transforms would bring them."""
 
 import numpy as np
 import pytest
@@ -31,46 +31,46 @@ def prepared(items, preprocessing):
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "convnext_tiny"])
 def test_equal_to_torchvision(name, size):
     noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
-    picture = Image.fromarray(noise.astype(np.uint8))
+    image = Image.fromarray(noise.astype(np.uint8))
     weights = models.get_model_weights(name).IMAGENET1K_V1
 
-    ours = prepared([picture], get_backbone(name).preprocessing)[0]
+    ours = prepared([image], get_backbone(name).preprocessing)[0]
 
-    torch.testing.assert_close(ours, weights.transforms()(picture), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, weights.transforms()(image), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-def test_floats_are_resized_like_bytes(pictures, dtype):
+def test_floats_are_resized_like_bytes(images, dtype):
     preprocessing = Preprocessing(24, resize_size=30)
     scale = 257 if dtype is np.uint16 else 1 / 255
-    finer = (pictures.astype(float) * scale).astype(dtype)
+    finer = (images.astype(float) * scale).astype(dtype)
 
     # Pillow rounds bytes after each of its two passes, half a step of 1/255 each time,
     # and its weights for bytes are fixed-point numbers.
     step = 1.01 / 255 / min(preprocessing.std)
     torch.testing.assert_close(
         prepared(finer, preprocessing),
-        prepared(pictures, preprocessing),
+        prepared(images, preprocessing),
         rtol=0,
         atol=step,
     )
 
 
-def test_a_picture_is_the_same_beside_floats(pictures):
+def test_an_image_is_the_same_beside_floats(images):
     preprocessing = Preprocessing(24)
 
-    alone = prepared([pictures[0]], preprocessing)
-    beside = prepared([pictures[0], pictures[1] / 255], preprocessing)
+    alone = prepared([images[0]], preprocessing)
+    beside = prepared([images[0], images[1] / 255], preprocessing)
 
     assert torch.equal(alone[0], beside[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1), (2, 60_000)])
-def test_very_long_pictures_give_their_middle(shape):
+def test_very_long_images_give_their_middle(shape):
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
-    picture = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] == 1 else ramp, shape)
+    image = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] == 1 else ramp, shape)
 
-    crop = Preprocessing(32, resize_size=256).crop(read_images([picture])[0])
+    crop = Preprocessing(32, resize_size=256).crop(read_images([image])[0])
 
     assert crop.shape == (32, 32, 3)
     np.testing.assert_allclose(crop, 127, atol=2)

@@ -193,10 +193,10 @@ def test_texts_that_are_no_paths_are_named(text, words):
     assert info.value.path == text
 
 
-def test_a_file_with_a_pattern_in_its_name_is_read(pictures, picture_files):
-    path = picture_files[0].rename(picture_files[0].with_name("a[1]*.png"))
+def test_a_file_with_a_pattern_in_its_name_is_read(images, image_files):
+    path = image_files[0].rename(image_files[0].with_name("a[1]*.png"))
 
-    np.testing.assert_array_equal(read_images([path])[0], pictures[0])
+    np.testing.assert_array_equal(read_images([path])[0], images[0])
     with pytest.raises(TypeError, match="single path"):
         read_images(str(path))
 
@@ -296,10 +296,10 @@ def test_a_long_image_shape_is_shortened():
         lambda paths: pa.array(paths, pa.large_string()),
     ],
 )
-def test_arrow_texts_are_paths(make, pictures, picture_files):
-    source = read_images(make([str(path) for path in picture_files]))
+def test_arrow_texts_are_paths(make, images, image_files):
+    source = read_images(make([str(path) for path in image_files]))
 
-    np.testing.assert_array_equal(source[5], pictures[5])
+    np.testing.assert_array_equal(source[5], images[5])
 
 
 def test_masked_rows_are_refused_as_masked_images_are():

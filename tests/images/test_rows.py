@@ -1,4 +1,4 @@
-"""Rows of numbers become pictures as ``numpy.reshape`` would have it."""
+"""Rows of numbers become images as ``numpy.reshape`` would have it."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from skltl.images import read_images
 
 
-def test_digits_are_the_pictures_scikit_learn_ships():
+def test_digits_are_the_images_scikit_learn_ships():
     digits = load_digits()
 
     source = read_images(digits.data, image_shape=(8, 8))
@@ -35,11 +35,11 @@ def test_colour_rows(image_shape, expected):
     [
         ((8, 8), "does not fit rows of 63 numbers"),
         ((-1, 8), "does not fit rows of 63 numbers"),
-        ((63,), "not the shape of a picture"),
-        ((-1, -1), "not the shape of a picture"),
-        ((0, 63), "not the shape of a picture"),
-        ((7.0, 9), "not the shape of a picture"),
-        ((7, 3, 3, 1), "not the shape of a picture"),
+        ((63,), "not the shape of an image"),
+        ((-1, -1), "not the shape of an image"),
+        ((0, 63), "not the shape of an image"),
+        ((7.0, 9), "not the shape of an image"),
+        ((7, 3, 3, 1), "not the shape of an image"),
     ],
 )
 def test_shapes_that_do_not_fit(image_shape, words):

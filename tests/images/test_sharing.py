@@ -19,8 +19,8 @@ from skltl.images._sharing import (
 
 
 @pytest.fixture
-def image(pictures):
-    return Image.fromarray(pictures[0])
+def image(images):
+    return Image.fromarray(images[0])
 
 
 def peak_of(n_pixels, bytes_per_pixel, n_threads=6):

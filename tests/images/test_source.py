@@ -23,7 +23,7 @@ KINDS = {
     "pandas column": lambda arrays, paths: pd.DataFrame({"path": map(str, paths)}),
     "polars series": lambda arrays, paths: pl.Series([str(path) for path in paths]),
     "polars column": lambda arrays, paths: pl.DataFrame({"path": [*map(str, paths)]}),
-    "pictures": lambda arrays, paths: [Image.fromarray(array) for array in arrays],
+    "images": lambda arrays, paths: [Image.fromarray(array) for array in arrays],
     "array": lambda arrays, paths: arrays,
     "channels first": lambda arrays, paths: arrays.transpose(0, 3, 1, 2),
     "fortran order": lambda arrays, paths: np.asfortranarray(arrays),
@@ -57,28 +57,28 @@ def _object_array(arrays):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_x_hold_the_same_pictures(pictures, picture_files, kind):
-    source = read_images(KINDS[kind](pictures, picture_files))
+def test_kinds_of_x_hold_the_same_images(images, image_files, kind):
+    source = read_images(KINDS[kind](images, image_files))
 
-    assert len(source) == len(pictures)
-    for pixels, picture in zip(source, pictures, strict=True):
-        assert pixels.shape == picture.shape
+    assert len(source) == len(images)
+    for pixels, image in zip(source, images, strict=True):
+        assert pixels.shape == image.shape
         scale = 255 if pixels.dtype == np.uint8 else 1
-        expected = picture / 255
+        expected = image / 255
         np.testing.assert_allclose(
             pixels / scale, expected, atol=COARSE.get(kind, 1e-6)
         )
 
 
-def test_readonly_memmap_is_accepted_and_left_alone(pictures, tmp_path):
-    np.save(tmp_path / "pictures.npy", pictures)
-    mapped = np.load(tmp_path / "pictures.npy", mmap_mode="r")
+def test_readonly_memmap_is_accepted_and_left_alone(images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
 
-    np.testing.assert_array_equal(read_images(mapped)[4], pictures[4])
+    np.testing.assert_array_equal(read_images(mapped)[4], images[4])
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1), (5, 1, 6, 7)])
-def test_grey_pictures_get_three_equal_channels(shape):
+def test_grey_images_get_three_equal_channels(shape):
     grey = np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
 
     pixels = read_images(grey)[3]
@@ -88,7 +88,7 @@ def test_grey_pictures_get_three_equal_channels(shape):
     )
 
 
-def test_bool_pictures_are_black_and_white():
+def test_bool_images_are_black_and_white():
     stripes = np.zeros((2, 4, 5), dtype=bool)
     stripes[:, ::2] = True
 
@@ -98,16 +98,16 @@ def test_bool_pictures_are_black_and_white():
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64])
 def test_rgba_arrays_are_laid_on_white(dtype):
     white = 255 if dtype is np.uint8 else 1
-    picture = np.zeros((1, 4, 4, 4), dtype=dtype)
-    picture[:, :, 2:, 3] = white
+    image = np.zeros((1, 4, 4, 4), dtype=dtype)
+    image[:, :, 2:, 3] = white
 
-    pixels = read_images(picture)[0]
+    pixels = read_images(image)[0]
 
     assert (pixels[:, :2] == white).all()
     assert (pixels[:, 2:] == 0).all()
 
 
-def test_pictures_of_different_sizes():
+def test_images_of_different_sizes():
     items = [np.zeros((4, 9, 3), np.uint8), np.zeros((7, 5), np.uint8)]
 
     assert [pixels.shape for pixels in read_images(items)] == [(4, 9, 3), (7, 5, 3)]
@@ -134,7 +134,7 @@ def test_where_both_axes_may_be_channels_the_kind_of_array_decides(
         assert (pixels[0] == 0).all()
 
 
-def test_the_channel_axis_is_decided_for_all_pictures_together():
+def test_the_channel_axis_is_decided_for_all_images_together():
     first = [np.zeros((3, 8, 9), np.uint8), np.zeros((3, 8, 3), np.uint8)]
 
     assert [pixels.shape for pixels in read_images(first)] == [(8, 9, 3), (8, 3, 3)]
@@ -155,12 +155,12 @@ SQUARE = np.zeros((4, 4, 3), np.uint8)
     ("X", "error", "words"),
     [
         ("flower.jpg", TypeError, "single path; put it in a list"),
-        (Image.new("RGB", (4, 4)), ValueError, "single picture.*Reshape your data"),
-        (SQUARE, ValueError, "single colour picture.*Reshape your data"),
-        (torch.zeros(3, 8, 8), ValueError, "single colour picture"),
+        (Image.new("RGB", (4, 4)), ValueError, "single image.*Reshape your data"),
+        (SQUARE, ValueError, "single colour image.*Reshape your data"),
+        (torch.zeros(3, 8, 8), ValueError, "single colour image"),
         ({"a": SQUARE}, TypeError, "got dict"),
         ({"a.jpg"}, TypeError, "got set"),
-        ((picture for picture in [SQUARE]), TypeError, "got generator"),
+        ((image for image in [SQUARE]), TypeError, "got generator"),
         (Dataset(), TypeError, "got Dataset"),
         (torch.utils.data.DataLoader(Dataset()), TypeError, "got DataLoader"),
         (None, TypeError, "got NoneType"),
@@ -192,11 +192,11 @@ SQUARE = np.zeros((4, 4, 3), np.uint8)
             ImageReadError,
             "Image 1 .*can be the channels",
         ),
-        ([np.zeros((8, 9, 3)), np.zeros((3, 8, 9))], ValueError, "in all pictures"),
+        ([np.zeros((8, 9, 3)), np.zeros((3, 8, 9))], ValueError, "in all images"),
         ([SQUARE, np.ma.masked_array(SQUARE)], ImageTypeError, "Image 1 .*masked"),
     ],
 )
-def test_what_is_no_batch_of_pictures_is_refused(X, error, words):
+def test_what_is_no_batch_of_images_is_refused(X, error, words):
     with pytest.raises(error, match=words):
         read_images(X)
 
@@ -225,20 +225,20 @@ def test_errors_survive_the_way_back_from_a_worker_process():
     assert str(error) == "Image 3 ('a.jpg') could not be read: it is empty."
 
 
-def test_a_picture_not_yet_loaded_may_stand_at_many_places(picture_files, pictures):
-    with Image.open(picture_files[0]) as lazy:
+def test_an_image_not_yet_loaded_may_stand_at_many_places(image_files, images):
+    with Image.open(image_files[0]) as lazy:
         source = read_images([lazy] * 60)
         crops = list(iter_crops(source, range(60), Preprocessing(40), 60, n_threads=8))
 
     assert len(crops) == 60
     for crop in crops:
-        np.testing.assert_array_equal(crop.pixels, pictures[0][:, 4:44])
+        np.testing.assert_array_equal(crop.pixels, images[0][:, 4:44])
 
 
 def walked(source):
-    pictures = list(source)
+    images = list(source)
     source.warn_of_odd_range()
-    return pictures
+    return images
 
 
 def test_floats_outside_0_and_1_are_warned_of_once_with_their_range():
@@ -251,8 +251,8 @@ def test_floats_outside_0_and_1_are_warned_of_once_with_their_range():
     assert len(record) == 1
 
 
-def test_a_picture_not_yet_loaded_may_stand_in_many_sources(picture_files, pictures):
-    lazy = [Image.open(path) for path in picture_files]
+def test_an_image_not_yet_loaded_may_stand_in_many_sources(image_files, images):
+    lazy = [Image.open(path) for path in image_files]
     barrier = threading.Barrier(4)
     found = []
 
@@ -270,11 +270,11 @@ def test_a_picture_not_yet_loaded_may_stand_in_many_sources(picture_files, pictu
 
     assert len(found) == 4
     for read in found:
-        np.testing.assert_array_equal(read, pictures)
+        np.testing.assert_array_equal(read, images)
 
 
 @pytest.mark.parametrize("dtype", [">u2", "<u2", ">f4", ">f8"])
-def test_rows_of_any_byte_order_hold_the_same_pictures(dtype):
+def test_rows_of_any_byte_order_hold_the_same_images(dtype):
     values = np.arange(12).reshape(1, 12) * 5000
     scale = 65535 if dtype[1] == "u" else 1
 

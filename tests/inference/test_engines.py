@@ -53,10 +53,10 @@ def transformer(engine, **parameters):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)]
 )
-def test_engines_agree_with_torch(engine, precision, tolerance, pictures):
-    expected = transformer("torch").fit_transform(pictures)
+def test_engines_agree_with_torch(engine, precision, tolerance, images):
+    expected = transformer("torch").fit_transform(images)
 
-    found = transformer(engine, precision=precision).fit_transform(pictures)
+    found = transformer(engine, precision=precision).fit_transform(images)
 
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
     assert np.abs(found - expected).max() > 0 or engine == "compile"
@@ -65,29 +65,29 @@ def test_engines_agree_with_torch(engine, precision, tolerance, pictures):
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 @engines
-def test_a_picture_gets_the_same_bits_wherever_it_stands(engine, pictures):
-    fitted = transformer(engine, precision="bfloat16").fit(pictures)
-    expected = fitted.transform(pictures)
+def test_an_image_gets_the_same_bits_wherever_it_stands(engine, images):
+    fitted = transformer(engine, precision="bfloat16").fit(images)
+    expected = fitted.transform(images)
 
-    assert_array_equal(fitted.transform(pictures[4:5]), expected[4:5])
-    assert_array_equal(fitted.transform(pictures[::-1]), expected[::-1])
+    assert_array_equal(fitted.transform(images[4:5]), expected[4:5])
+    assert_array_equal(fitted.transform(images[::-1]), expected[::-1])
     several = transformer(
         engine, precision="bfloat16", layer=["stem", "block2", "last"]
-    ).fit_transform(pictures)
+    ).fit_transform(images)
     assert_array_equal(several[:, -expected.shape[1] :], expected)
 
 
 @openvino
 @pytest.mark.parametrize("pooling", ["avg", "flatten", 2])
-def test_openvino_keeps_the_order_of_the_cuts_that_are_asked_for(pooling, pictures):
+def test_openvino_keeps_the_order_of_the_cuts_that_are_asked_for(pooling, images):
     layers = ["block2", "stem", "last"]
     several = transformer("openvino", layer=layers, pooling=pooling)
 
-    found = several.fit_transform(pictures)
+    found = several.fit_transform(images)
 
     for engine, tolerance in (("openvino", 0), ("torch", 1e-5)):
         one_by_one = [
-            transformer(engine, layer=layer, pooling=pooling).fit_transform(pictures)
+            transformer(engine, layer=layer, pooling=pooling).fit_transform(images)
             for layer in layers
         ]
         expected = np.concatenate(one_by_one, axis=1)
@@ -95,42 +95,42 @@ def test_openvino_keeps_the_order_of_the_cuts_that_are_asked_for(pooling, pictur
 
 
 @openvino
-def test_auto_takes_openvino_on_a_cpu(pictures):
-    assert transformer("auto").fit(pictures).engine_ == "openvino"
-    assert transformer("torch").fit(pictures).engine_ == "torch"
+def test_auto_takes_openvino_on_a_cpu(images):
+    assert transformer("auto").fit(images).engine_ == "openvino"
+    assert transformer("torch").fit(images).engine_ == "torch"
 
 
-def test_what_is_fitted_says_when_another_engine_runs(pictures, monkeypatch):
-    fitted = transformer("torch").fit(pictures)
-    expected = fitted.transform(pictures)
+def test_what_is_fitted_says_when_another_engine_runs(images, monkeypatch):
+    fitted = transformer("torch").fit(images)
+    expected = fitted.transform(images)
     fitted.engine = "auto"
     fitted.engine_ = "openvino"  # of another machine
     monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
 
     with pytest.warns(EngineWarning, match="fitted with engine='openvino', which can"):
-        found = pickle.loads(pickle.dumps(fitted)).transform(pictures)
+        found = pickle.loads(pickle.dumps(fitted)).transform(images)
 
     assert_array_equal(found, expected)
     with pytest.raises(EngineError, match=r"pip install 'skltl\[openvino\]'"):
-        transformer("openvino").fit(pictures)
+        transformer("openvino").fit(images)
 
 
 @openvino
-def test_features_of_engines_are_kept_apart(pictures, tmp_path):
-    first = transformer("torch", cache=tmp_path).fit_transform(pictures)
+def test_features_of_engines_are_kept_apart(images, tmp_path):
+    first = transformer("torch", cache=tmp_path).fit_transform(images)
     n_bytes = cache_info(tmp_path).n_bytes
 
-    second = transformer("openvino", cache=tmp_path).fit_transform(pictures)
+    second = transformer("openvino", cache=tmp_path).fit_transform(images)
 
     assert cache_info(tmp_path).n_bytes > n_bytes
     assert not np.array_equal(first, second)
     for engine, expected in (("torch", first), ("openvino", second)):
-        found = transformer(engine, cache=tmp_path).fit_transform(pictures)
+        found = transformer(engine, cache=tmp_path).fit_transform(images)
         assert_array_equal(found, expected)
 
 
 @openvino
-def test_classifiers_run_on_engines_too(pictures):
+def test_classifiers_run_on_engines_too(images):
     labels = list("abc") * 3
     for kind in (
         lambda engine: PretrainedCNNClassifier("tiny", engine=engine),
@@ -140,11 +140,11 @@ def test_classifiers_run_on_engines_too(pictures):
         ),
     ):  # fmt: skip
         expected, found = (
-            kind(engine).set_params(precision="float32").fit(pictures, labels)
+            kind(engine).set_params(precision="float32").fit(images, labels)
             for engine in ("torch", "openvino")
         )
         assert_allclose(
-            found.predict_proba(pictures), expected.predict_proba(pictures), atol=1e-3
+            found.predict_proba(images), expected.predict_proba(images), atol=1e-3
         )
 
 
@@ -154,14 +154,14 @@ def test_forked_children_do_not_wait_for_threads_that_are_not_there():
     code = """
 import os, sys, numpy as np, warnings
 from skltl import CNNFeatureTransformer
-pictures = np.zeros((2, 48, 48, 3), dtype=np.uint8)
-fitted = CNNFeatureTransformer("tiny", device="cpu").fit(pictures)
+images = np.zeros((2, 48, 48, 3), dtype=np.uint8)
+fitted = CNNFeatureTransformer("tiny", device="cpu").fit(images)
 assert fitted.engine_ == "openvino"
-fitted.transform(pictures)
+fitted.transform(images)
 child = os.fork()
 if child == 0:
     warnings.simplefilter("ignore")
-    os._exit(0 if fitted.transform(pictures).shape[0] == 2 else 1)
+    os._exit(0 if fitted.transform(images).shape[0] == 2 else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -176,37 +176,37 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     ],
     ids=["parametrized", "unusual"],
 )
-def test_what_openvino_may_not_know_is_run_by_torch(layer, pictures):
+def test_what_openvino_may_not_know_is_run_by_torch(layer, images):
     blocks = {"one": layer}
     backbone = Backbone.from_blocks("one", blocks, preprocessing=Preprocessing(8))
 
-    fitted = CNNFeatureTransformer(backbone, device="cpu").fit(pictures)
+    fitted = CNNFeatureTransformer(backbone, device="cpu").fit(images)
 
     assert fitted.engine_ == "torch"
-    assert np.isfinite(fitted.transform(pictures)).all()
+    assert np.isfinite(fitted.transform(images)).all()
 
 
 @openvino
 @pytest.mark.parametrize("name", ["densenet121", "mobilenet_v3_small", "convnext_tiny"])
-def test_usual_networks_are_run_by_openvino(name, pictures):
+def test_usual_networks_are_run_by_openvino(name, images):
     settings = {"weights": None, "random_state": 0, "image_size": 64, "device": "cpu"}
-    fitted = CNNFeatureTransformer(name, **settings).fit(pictures)
+    fitted = CNNFeatureTransformer(name, **settings).fit(images)
 
     assert fitted.engine_ == "openvino"
 
 
 @openvino
-def test_the_users_default_device_does_not_matter(pictures):
-    expected = transformer("openvino").fit_transform(pictures)
+def test_the_users_default_device_does_not_matter(images):
+    expected = transformer("openvino").fit_transform(images)
 
     with torch.device("meta"):
-        found = transformer("openvino", batch_size=8).fit_transform(pictures)
+        found = transformer("openvino", batch_size=8).fit_transform(images)
 
     assert_array_equal(found, expected)
 
 
 @openvino
-def test_code_of_ones_own_is_run_by_torch_unless_openvino_is_asked_for(pictures):
+def test_code_of_ones_own_is_run_by_torch_unless_openvino_is_asked_for(images):
     class Odd(nn.Module):
         def forward(self, batch):
             return torch.special.bessel_j0(batch.float())  # unknown to OpenVINO
@@ -215,20 +215,20 @@ def test_code_of_ones_own_is_run_by_torch_unless_openvino_is_asked_for(pictures)
     backbone = Backbone.from_blocks("odd", blocks, preprocessing=Preprocessing(8))
 
     settings = {"device": "cpu", "precision": "float32"}
-    fitted = CNNFeatureTransformer(backbone, **settings).fit(pictures)
+    fitted = CNNFeatureTransformer(backbone, **settings).fit(images)
 
     assert fitted.engine_ == "torch"
-    assert np.isfinite(fitted.transform(pictures)).all()
+    assert np.isfinite(fitted.transform(images)).all()
     asked = CNNFeatureTransformer(backbone, engine="openvino", **settings)
     with pytest.raises(EngineError, match=r"engine='torch' runs all.*aten::special"):
-        asked.fit(pictures).transform(pictures)
+        asked.fit(images).transform(images)
 
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=openvino)])
 def test_workers_of_a_search_share_the_cores(engine):
     code = """
 import sys, threading, joblib, numpy as np
-def threads(picture, engine):
+def threads(image, engine):
     import torch
     from skltl import CNNFeatureTransformer
     fitted = CNNFeatureTransformer("tiny", engine=engine, device="cpu")
@@ -237,7 +237,7 @@ def threads(picture, engine):
         def __getitem__(self, index):
             seen.add(threading.get_ident())
             return super().__getitem__(index)
-    fitted.fit_transform(picture.view(Watched))
+    fitted.fit_transform(image.view(Watched))
     counts = [torch.get_num_threads()]
     if engine == "openvino":
         (runner,) = fitted.network_._runners.values()
@@ -245,8 +245,8 @@ def threads(picture, engine):
         model = request.get_compiled_model()
         counts.append(model.get_property("INFERENCE_NUM_THREADS"))
     return {*counts, len(seen - {threading.get_ident()})}
-pictures = np.zeros((200, 48, 48, 3), dtype=np.uint8)
-jobs = (joblib.delayed(threads)(pictures, sys.argv[1]) for _ in range(2))
+images = np.zeros((200, 48, 48, 3), dtype=np.uint8)
+jobs = (joblib.delayed(threads)(images, sys.argv[1]) for _ in range(2))
 share = max(joblib.cpu_count() // 2, 1)
 found = joblib.Parallel(n_jobs=2)(jobs)
 assert found == [{share}] * 2, found

@@ -55,28 +55,28 @@ def registry(monkeypatch):
     ids=["another layer", "a subclass", "another width"],
 )
 def test_a_pickle_by_name_is_not_loaded_into_another_network(
-    registry, pictures, other, difference
+    registry, images, other, difference
 ):
     register_backbone(two_blocks())
-    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(pictures))
+    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(images))
     register_backbone(other(), replace=True)
 
     with pytest.raises(WeightsError, match=difference):
         pickle.loads(saved)
 
 
-def test_a_pickle_by_name_sees_settings_that_change_no_shape(registry, pictures):
+def test_a_pickle_by_name_sees_settings_that_change_no_shape(registry, images):
     register_backbone(two_blocks(lambda: nn.LeakyReLU(0.1)))
-    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(pictures))
+    saved = pickle.dumps(CNNFeatureTransformer("mine").fit(images))
     register_backbone(two_blocks(lambda: nn.LeakyReLU(0.5)), replace=True)
 
     with pytest.raises(WeightsError, match=r"negative_slope .* was 0.1, and is 0.5"):
         pickle.loads(saved)
 
 
-def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, pictures):
+def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, images):
     register_backbone(two_blocks())
-    fitted = CNNFeatureTransformer("mine").fit(pictures)
+    fitted = CNNFeatureTransformer("mine").fit(images)
     state = fitted.__getstate__()
     del state["network_"]["structure"][0][2]["padding_mode"]
 
@@ -86,27 +86,27 @@ def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, pictures):
     loaded = CNNFeatureTransformer()
     loaded.__setstate__(state)
 
-    assert_array_equal(loaded.transform(pictures), fitted.transform(pictures))
+    assert_array_equal(loaded.transform(images), fitted.transform(images))
 
 
-def test_a_file_of_another_format_is_refused(pictures):
-    state = CNNFeatureTransformer("tiny").fit(pictures).__getstate__()
+def test_a_file_of_another_format_is_refused(images):
+    state = CNNFeatureTransformer("tiny").fit(images).__getstate__()
     del state["_format"]
 
     with pytest.raises(ValueError, match="another version of skltl.* Fit it again"):
         CNNFeatureTransformer().__setstate__(state)
 
 
-def test_a_backbone_made_with_replace_is_another_one(pictures):
+def test_a_backbone_made_with_replace_is_another_one(images):
     mine = two_blocks()
     sigmoid = dataclasses.replace(mine, build=two_blocks(nn.Sigmoid).build)
 
-    features = CNNFeatureTransformer(mine, layer="stem").fit_transform(pictures)
-    others = CNNFeatureTransformer(sigmoid, layer="stem").fit_transform(pictures)
+    features = CNNFeatureTransformer(mine, layer="stem").fit_transform(images)
+    others = CNNFeatureTransformer(sigmoid, layer="stem").fit_transform(images)
 
     assert mine != sigmoid
     expected = CNNFeatureTransformer(two_blocks(nn.Sigmoid), layer="stem")
-    assert_allclose(others, expected.fit_transform(pictures), rtol=1e-6)
+    assert_allclose(others, expected.fit_transform(images), rtol=1e-6)
     assert np.abs(others - features).max() > 0.1
 
 
@@ -119,75 +119,71 @@ def test_a_copy_of_a_backbone_is_the_same_one():
     )
 
 
-def test_a_backbone_of_ones_own_is_saved_once(pictures):
+def test_a_backbone_of_ones_own_is_saved_once(images):
     wide = Backbone.from_blocks(
         "wide",
         {"stem": nn.Conv2d(3, 256, 3), "block1": nn.Conv2d(256, 256, 3)},
         preprocessing=Preprocessing(16),
     )
     n_bytes = sum(one.nbytes for one in wide.own_network.state().values())
-    fitted = CNNFeatureTransformer(wide).fit(pictures)
+    fitted = CNNFeatureTransformer(wide).fit(images)
 
     saved = pickle.dumps(fitted)
 
     assert len(saved) < 1.1 * n_bytes
-    assert_array_equal(
-        pickle.loads(saved).transform(pictures), fitted.transform(pictures)
-    )
+    assert_array_equal(pickle.loads(saved).transform(images), fitted.transform(images))
 
 
-def test_other_weights_of_a_backbone_of_ones_own_are_saved_with_it(pictures, tmp_path):
+def test_other_weights_of_a_backbone_of_ones_own_are_saved_with_it(images, tmp_path):
     mine = two_blocks()
     state = {key: value + 0.25 for key, value in mine.own_network.state().items()}
     save_file(state, tmp_path / "other.safetensors")
     fitted = CNNFeatureTransformer(mine, weights=tmp_path / "other.safetensors")
-    expected = fitted.fit_transform(pictures)
+    expected = fitted.fit_transform(images)
 
-    assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(pictures), expected)
+    assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(images), expected)
 
 
-def test_a_weights_file_that_is_exchanged_is_loaded_again(pictures, tmp_path):
+def test_a_weights_file_that_is_exchanged_is_loaded_again(images, tmp_path):
     path = tmp_path / "weights.safetensors"
     mine = two_blocks()
     state = mine.own_network.state()
     transformer = CNNFeatureTransformer(mine, weights=path)
     save_file(state, path)
-    before = transformer.fit_transform(pictures)
+    before = transformer.fit_transform(images)
     stat = path.stat()
     save_file({key: value * 2 for key, value in state.items()}, tmp_path / "other")
     shutil.copyfile(tmp_path / "other", path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    after = transformer.fit_transform(pictures)
+    after = transformer.fit_transform(images)
 
     expected = CNNFeatureTransformer(mine, weights=tmp_path / "other.safetensors")
     (tmp_path / "other").rename(tmp_path / "other.safetensors")
-    assert_array_equal(after, expected.fit_transform(pictures))
+    assert_array_equal(after, expected.fit_transform(images))
     assert np.abs(after - before).max() > 0.1
 
 
-def everything_is_used(backbone, pictures):
+def everything_is_used(backbone, images):
     """Let each kind of estimator load, prepare and look at a backbone."""
-    labels = np.arange(len(pictures)) % 2
-    CNNFeatureTransformer(backbone, layer=["stem", "block1"]).fit_transform(pictures)
-    CNNFeatureTransformer(backbone, weights=None, random_state=0).fit_transform(
-        pictures
-    )
-    PretrainedCNNClassifier(backbone).fit(pictures).predict(pictures)
+    labels = np.arange(len(images)) % 2
+    CNNFeatureTransformer(backbone, layer=["stem", "block1"]).fit_transform(images)
+    CNNFeatureTransformer(backbone, weights=None, random_state=0).fit_transform(images)
+    PretrainedCNNClassifier(backbone).fit(images).predict(images)
     FineTunedCNNClassifier(backbone, head_epochs=1, finetune_epochs=1).fit(
-        pictures, labels
-    ).predict(pictures)
-    StrategyAdvisor(backbone, cv=2).fit(pictures, labels)
+        images, labels
+    ).predict(images)
+    StrategyAdvisor(backbone, cv=2).fit(images, labels)
 
 
-def test_a_dropped_backbone_is_gone_with_its_weights(pictures):
+def test_a_dropped_backbone_is_gone_with_its_weights(images):
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
     backbone = two_blocks(head=head)
     weight = next(iter(backbone.own_network.state().values()))
     dropped = [weakref.ref(backbone), weakref.ref(weight)]
     token = backbone.token
 
-    everything_is_used(backbone, pictures)
+    everything_is_used(backbone, images)
     del backbone, weight
     gc.collect()
 
@@ -221,13 +217,13 @@ def test_a_backbone_of_ones_own_is_in_memory_once_until_it_runs():
     assert fitted.network_.blocks["stem.0"] is own
 
 
-def test_unseeded_random_networks_are_not_kept(pictures):
+def test_unseeded_random_networks_are_not_kept(images):
     release_memory()
-    labels = np.arange(len(pictures)) % 2
+    labels = np.arange(len(images)) % 2
     for _ in range(3):
         FineTunedCNNClassifier(
             "tiny", weights=None, image_size=32, head_epochs=1, finetune_epochs=0
-        ).fit(pictures, labels)
+        ).fit(images, labels)
 
     assert not _loading._networks
     assert not _loading._prefixes
@@ -237,33 +233,33 @@ def runners_of(fitted):
     return fitted.network_._runners.values()
 
 
-def test_what_is_kept_for_later_is_bounded(pictures):
+def test_what_is_kept_for_later_is_bounded(images):
     release_memory()
     for layer in ["stem", "block1", "block2", "block3", "block4"]:
-        fitted = CNNFeatureTransformer("tiny", layer=layer).fit(pictures)
-        fitted.transform(pictures)
+        fitted = CNNFeatureTransformer("tiny", layer=layer).fit(images)
+        fitted.transform(images)
     del fitted
     gc.collect()
 
     assert len(_loading._prefixes) == len(_loading._held_prefixes) == 2
 
 
-def test_each_estimator_keeps_its_prepared_network(pictures):
+def test_each_estimator_keeps_its_prepared_network(images):
     layers = ["stem", "block1", "block2", "block3", "block4"]
-    fitted = [CNNFeatureTransformer("tiny", layer=one).fit(pictures) for one in layers]
+    fitted = [CNNFeatureTransformer("tiny", layer=one).fit(images) for one in layers]
     for one in fitted:
-        one.transform(pictures)
+        one.transform(images)
     before = [list(runners_of(one)) for one in fitted]
 
     for one in fitted:
-        one.transform(pictures)
+        one.transform(images)
 
     assert [list(runners_of(one)) for one in fitted] == before
 
 
-def test_release_memory_frees_what_is_prepared(pictures):
-    fitted = CNNFeatureTransformer("tiny").fit(pictures)
-    expected = fitted.transform(pictures)
+def test_release_memory_frees_what_is_prepared(images):
+    fitted = CNNFeatureTransformer("tiny").fit(images)
+    expected = fitted.transform(images)
     runner = weakref.ref(next(iter(runners_of(fitted))))
 
     release_memory()
@@ -271,12 +267,12 @@ def test_release_memory_frees_what_is_prepared(pictures):
 
     assert runner() is None
     assert not _loading._prefixes
-    assert_array_equal(fitted.transform(pictures), expected)
+    assert_array_equal(fitted.transform(images), expected)
 
 
-def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(pictures):
-    random = CNNFeatureTransformer("tiny", weights=None).fit(pictures)
-    random.transform(pictures)
+def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(images):
+    random = CNNFeatureTransformer("tiny", weights=None).fit(images)
+    random.transform(images)
     runner = weakref.ref(next(iter(runners_of(random))))
 
     del random
@@ -285,7 +281,7 @@ def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(pictures)
     assert runner() is None
 
 
-def test_a_network_that_notes_things_is_saved_as_it_is(registry, pictures):
+def test_a_network_that_notes_things_is_saved_as_it_is(registry, images):
     class Noting(nn.Conv2d):
         def forward(self, batch):
             self.seen = batch.shape
@@ -295,7 +291,7 @@ def test_a_network_that_notes_things_is_saved_as_it_is(registry, pictures):
     own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
     list_layers(own)
 
-    CNNFeatureTransformer(own).fit_transform(pictures)
+    CNNFeatureTransformer(own).fit_transform(images)
 
     assert not hasattr(own.own_network.blocks["stem"], "seen")
 
@@ -306,12 +302,12 @@ def head(activation):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
 
 
-def test_a_pickle_by_name_is_not_loaded_into_another_head(registry, pictures):
+def test_a_pickle_by_name_is_not_loaded_into_another_head(registry, images):
     register_backbone(two_blocks(head=head(nn.ReLU)))
-    fitted = PretrainedCNNClassifier("mine").fit(pictures)
+    fitted = PretrainedCNNClassifier("mine").fit(images)
     saved = pickle.dumps(fitted)
     loaded = pickle.loads(saved)
-    assert_array_equal(loaded.predict_proba(pictures), fitted.predict_proba(pictures))
+    assert_array_equal(loaded.predict_proba(images), fitted.predict_proba(images))
     register_backbone(two_blocks(head=head(nn.Sigmoid)), replace=True)
 
     with pytest.raises(WeightsError, match="another network here"):
@@ -328,15 +324,13 @@ def built(n_classes):
 
 
 def test_a_record_with_a_function_is_not_loaded_into_another_network(
-    pictures, monkeypatch
+    images, monkeypatch
 ):
     weights = (PretrainedWeights("own", None, Preprocessing(16)),)
     record = Backbone("built", built, Preprocessing(16), weights)
-    fitted = CNNFeatureTransformer(record).fit(pictures)
+    fitted = CNNFeatureTransformer(record).fit(images)
     saved = pickle.dumps(fitted)
-    assert_array_equal(
-        pickle.loads(saved).transform(pictures), fitted.transform(pictures)
-    )
+    assert_array_equal(pickle.loads(saved).transform(images), fitted.transform(images))
     monkeypatch.setitem(ACTIVATION, 0, nn.Sigmoid)
 
     with pytest.raises(WeightsError, match="'act.' was a ReLU, .* is a Sigmoid"):
@@ -346,7 +340,7 @@ def test_a_record_with_a_function_is_not_loaded_into_another_network(
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model."])
 @pytest.mark.parametrize("name", ["model", "stem"])
 def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
-    wrapper, name, pictures, tmp_path
+    wrapper, name, images, tmp_path
 ):
     blocks = {name: nn.Conv2d(3, 4, 3)}
     own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
@@ -355,8 +349,8 @@ def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
 
     found = CNNFeatureTransformer(own, weights=tmp_path / "w.safetensors")
 
-    expected = 2 * CNNFeatureTransformer(own).fit_transform(pictures)
-    assert_allclose(found.fit_transform(pictures), expected, rtol=1e-5, atol=1e-5)
+    expected = 2 * CNNFeatureTransformer(own).fit_transform(images)
+    assert_allclose(found.fit_transform(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weights_file_is_read_as_it_is(tmp_path):

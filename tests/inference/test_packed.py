@@ -119,7 +119,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
-def test_other_cuts_change_no_bit_before_own_code(with_cache, pictures, tmp_path):
+def test_other_cuts_change_no_bit_before_own_code(with_cache, images, tmp_path):
     torch.manual_seed(0)
     first = [nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1)]
     blocks = {"a": nn.Sequential(*first), "own": Twice(), "b": nn.Conv2d(64, 32, 1)}
@@ -127,13 +127,13 @@ def test_other_cuts_change_no_bit_before_own_code(with_cache, pictures, tmp_path
     backbone = Backbone.from_blocks("twice", blocks, preprocessing=Preprocessing(16))
     settings = {"device": "cpu", "precision": "float32", "engine": "torch"}
     transformer = CNNFeatureTransformer(backbone, batch_size=1, layer="b", **settings)
-    alone = transformer.fit_transform(pictures)
+    alone = transformer.fit_transform(images)
 
     transformer.set_params(cache=tmp_path if with_cache else None)
-    both = transformer.set_params(layer=["a", "b"]).fit_transform(pictures)
+    both = transformer.set_params(layer=["a", "b"]).fit_transform(images)
 
     assert_array_equal(both[:, 64:], alone)
-    assert_array_equal(transformer.set_params(layer="b").fit_transform(pictures), alone)
+    assert_array_equal(transformer.set_params(layer="b").fit_transform(images), alone)
 
 
 def test_bfloat16_runs_where_onednn_cannot_multiply_it():
@@ -166,15 +166,15 @@ class Growing(nn.Module):
         return self.conv(batch)
 
 
-def test_weights_that_own_code_changes_are_used(pictures):
+def test_weights_that_own_code_changes_are_used(images):
     preprocessing = Preprocessing(16, mean=(0, 0, 0), std=(1, 1, 1))
     blocks = {"one": Growing()}
     backbone = Backbone.from_blocks("growing", blocks, preprocessing=preprocessing)
     fitted = CNNFeatureTransformer(backbone, device="cpu", precision="float32").fit(
-        pictures
+        images
     )
 
-    first, second = fitted.transform(pictures), fitted.transform(pictures)
+    first, second = fitted.transform(images), fitted.transform(images)
 
     calls = torch.from_numpy(second / first).mean()
     assert calls > 1.1  # by two calls of one batch each, at least

@@ -67,28 +67,28 @@ def test_layers_are_described(backbone):
     assert resolve_layer(backbone, "stem.1").block == "stem.1"
 
 
-def test_features_are_those_of_the_modules(backbone, blocks, pictures):
+def test_features_are_those_of_the_modules(backbone, blocks, images):
     register_backbone(backbone)
     options = {"image_size": 40, "precision": "float32"}
 
     features = CNNFeatureTransformer("mine", layer="block1", **options).fit_transform(
-        pictures
+        images
     )
 
     for block in blocks.values():
         block.eval()
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    centre = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    centre = torch.tensor(images[:, :, 4:44]).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         by_hand = blocks["block1"](blocks["stem"]((centre - mean) / std)).mean((2, 3))
     np.testing.assert_allclose(features, by_hand, rtol=1e-4, atol=1e-6)
 
 
-def test_the_users_modules_are_copied_and_not_changed(backbone, blocks, pictures):
+def test_the_users_modules_are_copied_and_not_changed(backbone, blocks, images):
     before = {key: value.clone() for key, value in blocks["stem"].state_dict().items()}
 
-    CNNFeatureTransformer(backbone).fit_transform(pictures)
+    CNNFeatureTransformer(backbone).fit_transform(images)
 
     assert blocks["stem"].training
     assert blocks["stem"][0].weight.requires_grad
@@ -96,10 +96,10 @@ def test_the_users_modules_are_copied_and_not_changed(backbone, blocks, pictures
         assert torch.equal(value, before[key])
 
 
-def test_random_weights_are_not_the_users(backbone, pictures):
+def test_random_weights_are_not_the_users(backbone, images):
     def features(**parameters):
         transformer = CNNFeatureTransformer(backbone, **parameters)
-        return transformer.fit_transform(pictures)
+        return transformer.fit_transform(images)
 
     seeded = features(weights=None, random_state=1)
 
@@ -107,17 +107,17 @@ def test_random_weights_are_not_the_users(backbone, pictures):
     assert np.abs(seeded - features()).max() > 1e-3
 
 
-def test_a_record_goes_to_worker_processes(backbone, pictures):
+def test_a_record_goes_to_worker_processes(backbone, images):
     transformer = CNNFeatureTransformer(backbone)
 
     parallel = joblib.Parallel(n_jobs=2)
     found = parallel(
-        joblib.delayed(transformer.fit_transform)(pictures) for _ in range(2)
+        joblib.delayed(transformer.fit_transform)(images) for _ in range(2)
     )
 
     for features in found:
         np.testing.assert_allclose(
-            features, transformer.fit_transform(pictures), rtol=1e-2
+            features, transformer.fit_transform(images), rtol=1e-2
         )
 
 
@@ -140,7 +140,7 @@ def test_names_of_blocks_are_checked(name):
         )
 
 
-def test_a_batch_norm_is_folded_only_where_the_order_is_known(pictures):
+def test_a_batch_norm_is_folded_only_where_the_order_is_known(images):
     """In a module of the user's own, what is defined last need not run last."""
 
     class NormFirst(nn.Module):
@@ -161,16 +161,16 @@ def test_a_batch_norm_is_folded_only_where_the_order_is_known(pictures):
     )
 
     features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(
-        pictures
+        images
     )
 
-    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    batch = torch.tensor(images[:, :, 4:44]).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         by_hand = module.eval()(batch).mean((2, 3))
     np.testing.assert_allclose(features, by_hand, rtol=1e-5)
 
 
-def test_a_unit_that_inherits_but_runs_otherwise_is_not_folded(pictures):
+def test_a_unit_that_inherits_but_runs_otherwise_is_not_folded(images):
     class PreActivation(BasicBlock):
         def forward(self, batch):
             return batch + self.conv2(self.bn1(self.conv1(self.bn2(batch).relu())))
@@ -182,25 +182,25 @@ def test_a_unit_that_inherits_but_runs_otherwise_is_not_folded(pictures):
     backbone = Backbone.from_blocks("odd", blocks, preprocessing=preprocessing)
 
     features = CNNFeatureTransformer(backbone, precision="float32").fit_transform(
-        pictures
+        images
     )
 
-    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+    batch = torch.tensor(images[:, :, 4:44]).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         by_hand = blocks["unit"].eval()(blocks["stem"](batch)).mean((2, 3))
     np.testing.assert_allclose(features, by_hand, rtol=1e-4, atol=1e-5)
 
 
-def by_hand(blocks, pictures):
-    """Run modules on the middle of the pictures, scaled to [0, 1] only."""
-    batch = torch.tensor(pictures[:, :, 4:44]).permute(0, 3, 1, 2) / 255
+def by_hand(blocks, images):
+    """Run modules on the middle of the images, scaled to [0, 1] only."""
+    batch = torch.tensor(images[:, :, 4:44]).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         for block in blocks:
             batch = block.eval()(batch)
     return batch.mean((2, 3)).numpy()
 
 
-def features_of(blocks, pictures):
+def features_of(blocks, images):
     names = [f"block{number}" for number in range(len(blocks))]
     backbone = Backbone.from_blocks(
         "odd",
@@ -208,7 +208,7 @@ def features_of(blocks, pictures):
         preprocessing=Preprocessing(40, mean=(0,) * 3, std=(1,) * 3),
     )
     transformer = CNNFeatureTransformer(backbone, precision="float32")
-    return transformer.fit_transform(pictures)
+    return transformer.fit_transform(images)
 
 
 def with_statistics(norm):
@@ -264,22 +264,22 @@ def normalised_weights():
         normalised_weights,
     ],
 )
-def test_odd_networks_give_what_their_modules_give(pictures, make):
+def test_odd_networks_give_what_their_modules_give(images, make):
     torch.manual_seed(0)
     blocks = make()
 
-    found = features_of(blocks, pictures)
+    found = features_of(blocks, images)
 
-    np.testing.assert_allclose(found, by_hand(blocks, pictures), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, by_hand(blocks, images), rtol=1e-4, atol=1e-5)
 
 
-def test_networks_in_half_precision_are_run_in_full(pictures):
+def test_networks_in_half_precision_are_run_in_full(images):
     torch.manual_seed(0)
     blocks = [nn.Conv2d(3, 6, 3).bfloat16()]
 
-    found = features_of(blocks, pictures)
+    found = features_of(blocks, images)
 
-    expected = by_hand([blocks[0].float()], pictures)
+    expected = by_hand([blocks[0].float()], images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -294,22 +294,22 @@ class Scale(nn.Module):
         return batch * self.factor
 
 
-def test_two_networks_of_one_name_are_two(pictures):
-    small, large = (features_of([Scale(factor)], pictures) for factor in (1, 100))
+def test_two_networks_of_one_name_are_two(images):
+    small, large = (features_of([Scale(factor)], images) for factor in (1, 100))
 
     np.testing.assert_allclose(large, 100 * small, rtol=1e-5)
 
 
-def test_hooks_of_a_sequence_are_kept(pictures):
+def test_hooks_of_a_sequence_are_kept(images):
     sequence = nn.Sequential(nn.Conv2d(3, 4, 3))
     sequence.register_forward_hook(lambda module, args, output: output * 0)
 
-    assert (features_of([sequence], pictures) == 0).all()
+    assert (features_of([sequence], images) == 0).all()
 
 
-def test_a_saved_estimator_is_not_loaded_into_another_network(backbone, pictures):
+def test_a_saved_estimator_is_not_loaded_into_another_network(backbone, images):
     register_backbone(backbone)
-    saved = pickle.dumps(CNNFeatureTransformer("mine", layer="block1").fit(pictures))
+    saved = pickle.dumps(CNNFeatureTransformer("mine", layer="block1").fit(images))
     blocks = {"stem": nn.Conv2d(3, 6, 3), "block1": nn.Conv2d(6, 8, 5)}
     other = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
     register_backbone(other, replace=True)
@@ -332,9 +332,9 @@ class Tokens(nn.Module):
     ("module", "words"),
     [(FirstOnly(), "expected \\(8, 3\\)"), (Tokens(), "expected a map")],
 )
-def test_outputs_that_are_no_features_are_refused(pictures, module, words):
+def test_outputs_that_are_no_features_are_refused(images, module, words):
     with pytest.raises(ValueError, match=words):
-        features_of([module], pictures)
+        features_of([module], images)
 
 
 def test_a_network_for_one_size_only_has_no_strides():
@@ -373,14 +373,12 @@ def test_an_own_backbone_may_be_replaced(backbone, blocks):
     assert get_backbone("mine") is other
 
 
-def test_a_record_that_is_also_registered_is_saved_with_the_estimator(
-    backbone, pictures
-):
+def test_a_record_that_is_also_registered_is_saved_with_the_estimator(backbone, images):
     register_backbone(backbone)
-    saved = pickle.dumps(CNNFeatureTransformer(backbone).fit(pictures))
+    saved = pickle.dumps(CNNFeatureTransformer(backbone).fit(images))
     _registry._REGISTERED.clear()
 
-    assert pickle.loads(saved).transform(pictures).shape == (len(pictures), 8)
+    assert pickle.loads(saved).transform(images).shape == (len(images), 8)
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
@@ -391,7 +389,7 @@ def test_a_norm_without_statistics_is_refused(kind):
         Backbone.from_blocks("odd", {"norm": norm}, preprocessing=Preprocessing(8))
 
 
-def test_random_weights_need_a_way_to_draw_them(pictures):
+def test_random_weights_need_a_way_to_draw_them(images):
     class Scale(nn.Module):
         def __init__(self):
             super().__init__()
@@ -405,7 +403,7 @@ def test_random_weights_need_a_way_to_draw_them(pictures):
     )
 
     with pytest.raises(ValueError, match="Scale in 'scale'.*reset_parameters"):
-        CNNFeatureTransformer(backbone, weights=None).fit(pictures)
+        CNNFeatureTransformer(backbone, weights=None).fit(images)
 
 
 def test_a_copy_from_another_process_is_the_same_backbone(backbone, blocks):
@@ -418,30 +416,30 @@ def test_a_copy_from_another_process_is_the_same_backbone(backbone, blocks):
     assert other != backbone
 
 
-def test_weights_of_another_head_serve_its_blocks(backbone, blocks, tmp_path, pictures):
+def test_weights_of_another_head_serve_its_blocks(backbone, blocks, tmp_path, images):
     state = nn.ModuleDict({**blocks, "head": nn.Linear(5, 7)}).state_dict()
     torch.save(state, tmp_path / "weights.pt")
 
     found = CNNFeatureTransformer(
         backbone, weights=tmp_path / "weights.pt"
-    ).fit_transform(pictures)
+    ).fit_transform(images)
 
-    expected = CNNFeatureTransformer(backbone).fit_transform(pictures)
+    expected = CNNFeatureTransformer(backbone).fit_transform(images)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_saved_estimator_remembers_an_unregistered_network(backbone, pictures):
-    fitted = CNNFeatureTransformer(backbone).fit(pictures)
-    expected = fitted.transform(pictures)
+def test_a_saved_estimator_remembers_an_unregistered_network(backbone, images):
+    fitted = CNNFeatureTransformer(backbone).fit(images)
+    expected = fitted.transform(images)
     fitted.set_params(backbone="resnet18")
 
     loaded = pickle.loads(pickle.dumps(fitted))
 
-    np.testing.assert_array_equal(loaded.transform(pictures), expected)
+    np.testing.assert_array_equal(loaded.transform(images), expected)
 
 
-def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):
-    """As on a GPU: here a block refuses more than two pictures at a time."""
+def test_a_batch_that_does_not_fit_the_memory_is_halved(images):
+    """As on a GPU: here a block refuses more than two images at a time."""
 
     class SmallMemory(nn.Module):
         def forward(self, batch):
@@ -453,13 +451,13 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(pictures):
         "small", {"block": SmallMemory()}, preprocessing=Preprocessing(8)
     )
 
-    halved = CNNFeatureTransformer(backbone, batch_size=8).fit_transform(pictures)
+    halved = CNNFeatureTransformer(backbone, batch_size=8).fit_transform(images)
 
-    small = CNNFeatureTransformer(backbone, batch_size=2).fit_transform(pictures)
+    small = CNNFeatureTransformer(backbone, batch_size=2).fit_transform(images)
     np.testing.assert_array_equal(halved, small)
 
 
-def test_a_single_picture_that_does_not_fit_is_an_error(pictures):
+def test_a_single_image_that_does_not_fit_is_an_error(images):
     class NoMemory(nn.Module):
         def forward(self, batch):
             if (
@@ -475,7 +473,7 @@ def test_a_single_picture_that_does_not_fit_is_an_error(pictures):
     )
 
     with pytest.raises(torch.OutOfMemoryError, match="no room at all"):
-        CNNFeatureTransformer(backbone).fit_transform(pictures)
+        CNNFeatureTransformer(backbone).fit_transform(images)
 
 
 def test_an_unregistered_name_says_what_to_do():

@@ -392,8 +392,8 @@ def test_random_weights_are_those_of_torchvision_for_the_seed(state):
         assert torch.equal(value, state[key])
 
 
-def test_google_networks_see_what_torchvision_makes_them_see(tmp_path, pictures):
-    """With trained weights torchvision rescales pictures inside of ``forward``."""
+def test_google_networks_see_what_torchvision_makes_them_see(tmp_path, images):
+    """With trained weights torchvision rescales images inside of ``forward``."""
     torch.manual_seed(0)
     model = models.googlenet(
         weights=None, aux_logits=False, init_weights=False, transform_input=True
@@ -404,9 +404,9 @@ def test_google_networks_see_what_torchvision_makes_them_see(tmp_path, pictures)
     seen = []
     model.inception5b.register_forward_hook(lambda *args: seen.append(args[2].clone()))
 
-    features = transformer.fit_transform(pictures)
+    features = transformer.fit_transform(images)
     with torch.inference_mode():
-        model(torch.stack([transforms(Image.fromarray(p)) for p in pictures]))
+        model(torch.stack([transforms(Image.fromarray(p)) for p in images]))
 
     by_hand = seen[0].mean((2, 3)).numpy()
     scale = np.abs(by_hand).max()

@@ -21,11 +21,11 @@ from skltl.exceptions import WeightsError
 from skltl.networks import get_backbone, imagenet_names, load_network, resolve_weights
 
 
-def by_hand(pictures):
+def by_hand(images):
     """Return the logits of the tiny network, run by torch alone."""
     backbone = get_backbone("tiny")
     network = load_network(backbone, resolve_weights(backbone, "imagenet"))
-    crops = np.stack([backbone.preprocessing.crop(picture) for picture in pictures])
+    crops = np.stack([backbone.preprocessing.crop(image) for image in images])
     mean, std = (
         torch.tensor(numbers).view(3, 1, 1)
         for numbers in (backbone.preprocessing.mean, backbone.preprocessing.std)
@@ -39,20 +39,20 @@ def tiny(**parameters):
     return PretrainedCNNClassifier("tiny", precision="float32", **parameters)
 
 
-def test_logits_and_probabilities_are_the_networks_own(pictures):
-    expected = by_hand(pictures)
+def test_logits_and_probabilities_are_the_networks_own(images):
+    expected = by_hand(images)
 
-    fitted = tiny().fit(pictures)
+    fitted = tiny().fit(images)
 
     order = np.argsort(fitted.categories_)
-    found = fitted.decision_function(pictures)
+    found = fitted.decision_function(images)
     assert_allclose(found, expected[:, order], rtol=1e-3, atol=1e-4)
     proba = torch.from_numpy(expected).softmax(dim=1).numpy()
-    found = fitted.predict_proba(pictures)
+    found = fitted.predict_proba(images)
     assert_allclose(found, proba[:, order], rtol=1e-3, atol=1e-6)
     best = expected.argmax(axis=1)
-    assert_array_equal(fitted.predict(pictures), fitted.categories_[best])
-    top = fitted.predict_top_k(pictures, k=3)
+    assert_array_equal(fitted.predict(images), fitted.categories_[best])
+    top = fitted.predict_top_k(images, k=3)
     assert_array_equal(top, fitted.categories_[np.argsort(-expected, axis=1)[:, :3]])
     assert_array_equal(fitted.classes_, np.sort(fitted.categories_))
 
@@ -76,28 +76,28 @@ def test_wordnets_numbers_stand_in_the_order_of_the_logits():
     assert names["n15075141"] == "toilet tissue"
 
 
-def test_a_class_map_adds_probabilities_up(pictures):
-    names = tiny().fit(pictures).categories_
+def test_a_class_map_adds_probabilities_up(images):
+    names = tiny().fit(images).categories_
     number = next(n for n, name in imagenet_names().items() if name == names[7])
-    proba = torch.from_numpy(by_hand(pictures)).double().softmax(dim=1)
+    proba = torch.from_numpy(by_hand(images)).double().softmax(dim=1)
     everything = proba.numpy()
 
-    fitted = tiny(class_map={"b": [names[3], 5], "a": number}).fit(pictures)
+    fitted = tiny(class_map={"b": [names[3], 5], "a": number}).fit(images)
 
     shares = np.stack([everything[:, 7], everything[:, [3, 5]].sum(axis=1)], axis=1)
     expected = shares / shares.sum(axis=1, keepdims=True)
     assert fitted.classes_.tolist() == ["a", "b"]
-    found = fitted.predict_proba(pictures)
+    found = fitted.predict_proba(images)
     assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
-    assert set(fitted.predict(pictures)) <= {"a", "b"}
+    assert set(fitted.predict(images)) <= {"a", "b"}
 
 
-def test_a_learned_map_is_the_expected_empirical_predictor(pictures):
+def test_a_learned_map_is_the_expected_empirical_predictor(images):
     y = np.array(["x", "y", "z"] * 3)
     weights = np.arange(1.0, 10)
-    proba = torch.from_numpy(by_hand(pictures)).double().softmax(dim=1).numpy()
+    proba = torch.from_numpy(by_hand(images)).double().softmax(dim=1).numpy()
 
-    fitted = tiny(class_map="learn").fit(pictures, y, sample_weight=weights)
+    fitted = tiny(class_map="learn").fit(images, y, sample_weight=weights)
 
     expected = np.zeros((200, 3))
     for number, name in enumerate("xyz"):
@@ -106,7 +106,7 @@ def test_a_learned_map_is_the_expected_empirical_predictor(pictures):
     expected /= expected.sum(axis=1, keepdims=True)
     assert_allclose(fitted.class_map_, expected, rtol=1e-3, atol=1e-6)
     assert_allclose(
-        fitted.predict_proba(pictures), proba @ expected, rtol=1e-3, atol=1e-5
+        fitted.predict_proba(images), proba @ expected, rtol=1e-3, atol=1e-5
     )
     assert fitted.classes_.tolist() == ["x", "y", "z"]
 
@@ -128,28 +128,28 @@ def test_a_learned_map_is_the_expected_empirical_predictor(pictures):
         ({"a": "goldfsh", "b": 2}, "goldfish"),
     ],
 )
-def test_maps_that_do_not_fit_are_refused(class_map, message, pictures):
+def test_maps_that_do_not_fit_are_refused(class_map, message, images):
     with pytest.raises(ValueError, match=message):
-        tiny(class_map=class_map).fit(pictures)
+        tiny(class_map=class_map).fit(images)
 
 
-def test_a_fit_that_fails_changes_nothing(pictures):
-    fitted = tiny().fit(pictures)
-    expected = fitted.predict(pictures)
+def test_a_fit_that_fails_changes_nothing(images):
+    fitted = tiny().fit(images)
+    expected = fitted.predict(images)
 
     with pytest.raises(ValueError, match="is no category"):
-        fitted.set_params(class_map={"a": "nothing", "b": 1}).fit(pictures)
+        fitted.set_params(class_map={"a": "nothing", "b": 1}).fit(images)
 
-    assert_array_equal(fitted.predict(pictures), expected)
+    assert_array_equal(fitted.predict(images), expected)
 
 
-def test_heads_with_a_map_before_them_serve(pictures, tmp_path):
+def test_heads_with_a_map_before_them_serve(images, tmp_path):
     """SqueezeNet's head is a convolution: what lies before it is no vector."""
     model = get_model("squeezenet1_1", weights=None, num_classes=7).eval()
     path = tmp_path / "seven.safetensors"
     save_file(model.state_dict(), path)
     preprocessing = get_backbone("squeezenet1_1").preprocessing
-    crops = np.stack([preprocessing.crop(picture) for picture in pictures])
+    crops = np.stack([preprocessing.crop(image) for image in images])
     mean, std = (
         torch.tensor(numbers).view(3, 1, 1)
         for numbers in (preprocessing.mean, preprocessing.std)
@@ -160,17 +160,17 @@ def test_heads_with_a_map_before_them_serve(pictures, tmp_path):
 
     fitted = PretrainedCNNClassifier(
         "squeezenet1_1", weights=path, precision="float32"
-    ).fit(pictures)
+    ).fit(images)
 
     assert fitted.classes_.tolist() == list(range(7))  # nobody knows their names
-    assert_allclose(fitted.decision_function(pictures), expected, rtol=1e-3, atol=1e-4)
+    assert_allclose(fitted.decision_function(images), expected, rtol=1e-3, atol=1e-4)
     assert_array_equal(
-        pickle.loads(pickle.dumps(fitted)).predict_proba(pictures),
-        fitted.predict_proba(pictures),
+        pickle.loads(pickle.dumps(fitted)).predict_proba(images),
+        fitted.predict_proba(images),
     )
 
 
-def test_networks_of_ones_own_need_a_head(pictures):
+def test_networks_of_ones_own_need_a_head(images):
     blocks = {"stem": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())}
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     with_head, without = (
@@ -178,12 +178,12 @@ def test_networks_of_ones_own_need_a_head(pictures):
         for one in (head, None)
     )
 
-    fitted = PretrainedCNNClassifier(with_head).fit(pictures)
+    fitted = PretrainedCNNClassifier(with_head).fit(images)
 
-    assert set(fitted.predict(pictures)) <= {0, 1, 2}
-    assert pickle.loads(pickle.dumps(fitted)).predict(pictures).shape == (9,)
+    assert set(fitted.predict(images)) <= {0, 1, 2}
+    assert pickle.loads(pickle.dumps(fitted)).predict(images).shape == (9,)
     with pytest.raises(WeightsError, match="'mine' with these weights has no head"):
-        PretrainedCNNClassifier(without).fit(pictures)
+        PretrainedCNNClassifier(without).fit(images)
 
 
 @pytest.mark.parametrize(
@@ -198,25 +198,25 @@ def test_networks_of_ones_own_need_a_head(pictures):
     ids=["pickle", "joblib", "skops"],
 )
 @pytest.mark.parametrize("class_map", [None, "learn"])
-def test_a_saved_classifier_is_the_same(saved, class_map, pictures, tmp_path):
-    fitted = tiny(class_map=class_map).fit(pictures, list("abc") * 3)
+def test_a_saved_classifier_is_the_same(saved, class_map, images, tmp_path):
+    fitted = tiny(class_map=class_map).fit(images, list("abc") * 3)
 
     loaded = saved(fitted, tmp_path)
 
-    assert_array_equal(loaded.predict_proba(pictures), fitted.predict_proba(pictures))
+    assert_array_equal(loaded.predict_proba(images), fitted.predict_proba(images))
     assert_array_equal(loaded.classes_, fitted.classes_)
 
 
-def test_top_k_and_unfitted_classifiers(pictures):
+def test_top_k_and_unfitted_classifiers(images):
     with pytest.raises(NotFittedError):
-        tiny().predict_top_k(pictures)
+        tiny().predict_top_k(images)
     with pytest.raises(ValueError, match="k=201 must be an integer from 1 to 200"):
-        tiny().fit(pictures).predict_top_k(pictures, k=201)
+        tiny().fit(images).predict_top_k(images, k=201)
 
 
-def test_it_works_in_cross_validation(pictures):
+def test_it_works_in_cross_validation(images):
     learner = clone(tiny(class_map="learn"))
 
-    scores = cross_val_score(learner, np.concatenate([pictures] * 2), list("abc") * 6)
+    scores = cross_val_score(learner, np.concatenate([images] * 2), list("abc") * 6)
 
     assert np.isfinite(scores).all()

@@ -50,7 +50,7 @@ def digits():
 
 @pytest.fixture
 def crossed(monkeypatch):
-    """Count the pictures that cross a network."""
+    """Count the images that cross a network."""
     counts = []
     features = skltl.inference.Runner.features
 
@@ -104,7 +104,7 @@ def test_advice_costs_one_pass(digits, crossed):
     assert sum(crossed) == 100
 
 
-def test_no_more_pictures_are_looked_at_than_asked(digits, crossed):
+def test_no_more_images_are_looked_at_than_asked(digits, crossed):
     advisor = StrategyAdvisor("tiny", max_images=60, **ROWS).fit(*digits)
 
     assert sum(crossed) == advisor.n_looked_at_
@@ -113,8 +113,8 @@ def test_no_more_pictures_are_looked_at_than_asked(digits, crossed):
 
 
 @pytest.fixture(scope="module")
-def known_pictures():
-    """Pictures of noise, and what the network takes them for."""
+def known_images():
+    """Images of noise, and what the network takes them for."""
     rng = np.random.default_rng(0)
     noise = rng.integers(256, size=(400, 80, 80, 3), dtype=np.uint8)
     means = np.linspace(0.2, 1, 400).reshape(-1, 1, 1, 1)
@@ -128,8 +128,8 @@ def known_pictures():
 
 
 @pytest.mark.parametrize("are_numbers", [False, True], ids=["names", "wordnet"])
-def test_classes_that_the_network_knows_are_noticed(are_numbers, known_pictures):
-    X, y = known_pictures
+def test_classes_that_the_network_knows_are_noticed(are_numbers, known_images):
+    X, y = known_images
     if are_numbers:
         numbers = {name: number for number, name in imagenet_names().items()}
         y = np.array([numbers[name] for name in y])
@@ -155,7 +155,7 @@ def test_a_file_with_another_head_knows_no_categories(tmp_path):
     assert advisor.similarity_ != "contained"
 
 
-def test_rare_classes_keep_enough_pictures(digits, crossed):
+def test_rare_classes_keep_enough_images(digits, crossed):
     X, _ = digits
     y = np.array([0] * 90 + [1] * 5 + [2] * 5)
 

@@ -1,4 +1,4 @@
-"""Displays of pictures show the right pictures, in the right order."""
+"""Displays of images show the right images, in the right order."""
 
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ def test_the_worst_mistakes_come_first():
     proba[np.arange(300), y] = -1
     margins = of_true - proba.max(axis=1)
 
-    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=7)
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=7)
 
     worst = np.argsort(margins, kind="stable")[:7]
     assert_array_equal(display.y_true, y[worst])
@@ -52,37 +52,37 @@ def test_the_worst_mistakes_come_first():
 def test_decisions_serve_where_there_are_no_probabilities():
     pipeline, X, y = digits_pipeline("svm")
 
-    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=3)
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=3)
 
     assert_array_equal(display.margins, np.sort(display.margins))
     assert len(display.axes_) == 3
 
 
-def test_maps_lie_over_the_pictures():
+def test_maps_lie_over_the_images():
     pipeline, X, _ = digits_pipeline("softmax")
     expected = class_activation(pipeline, X[:4])
 
     display = GradCAMDisplay.from_estimator(pipeline, X[:4], n_columns=2)
 
     assert_array_equal(display.labels, pipeline.predict(X[:4]))
-    for ax, picture, seen, label in zip(
-        display.axes_, expected.pictures, expected.maps, expected.labels, strict=True
+    for ax, image, seen, label in zip(
+        display.axes_, expected.images, expected.maps, expected.labels, strict=True
     ):
         below, above = ax.get_images()
-        assert_allclose(below.get_array(), picture)
+        assert_allclose(below.get_array(), image)
         assert_allclose(above.get_array(), seen)
         assert ax.get_title() == str(label)
 
 
-def test_pictures_are_read_as_the_estimator_reads_them():
+def test_images_are_read_as_the_estimator_reads_them():
     pipeline, X, y = digits_pipeline("softmax")
     table = pd.DataFrame(X)
     wrapped = make_pipeline(FunctionTransformer(), pipeline)
 
-    of_array = PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=2)
-    of_table = PredictionGridDisplay.from_estimator(wrapped, table, y, n_pictures=2)
+    of_array = PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=2)
+    of_table = PredictionGridDisplay.from_estimator(wrapped, table, y, n_images=2)
 
-    for first, second in zip(of_array.pictures, of_table.pictures, strict=True):
+    for first, second in zip(of_array.images, of_table.images, strict=True):
         assert_array_equal(first, second)
 
 
@@ -93,8 +93,8 @@ def test_wrong_labels_and_numbers_are_refused():
         PredictionGridDisplay.from_estimator(pipeline, X, y + 1)
     with pytest.raises(ValueError, match="inconsistent numbers"):
         PredictionGridDisplay.from_estimator(pipeline, X, y[:5])
-    with pytest.raises(ValueError, match="n_pictures=0"):
-        PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=0)
+    with pytest.raises(ValueError, match="n_images=0"):
+        PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=0)
     with pytest.raises(ValueError, match="0 columns"):
         GradCAMDisplay.from_estimator(pipeline, X[:2], n_columns=0)
 
@@ -120,7 +120,7 @@ def test_margins_are_differences_between_two_classes(n_classes, kind):
         of_true = of_class.pop(label)
         expected.append(of_true - max(of_class.values()))
 
-    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_pictures=10)
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=10)
 
     assert_allclose(display.margins, np.sort(expected)[:10], rtol=1e-6, atol=1e-9)
     if kind == "svm":
@@ -166,7 +166,7 @@ def test_mistakes_come_first_whatever_threshold_a_classifier_has():
     n_wrong = (strict.predict(rows[40:] / 16) != labels[40:]).sum()
 
     display = PredictionGridDisplay.from_estimator(
-        strict, rows[40:] / 16, labels[40:], n_pictures=12
+        strict, rows[40:] / 16, labels[40:], n_images=12
     )
 
     assert n_wrong > 12
@@ -177,9 +177,9 @@ def test_mistakes_come_first_whatever_threshold_a_classifier_has():
     "name", ["$10-$20", r"a$\b_$", "soft-coated wheaten terrier" * 2]
 )
 def test_any_label_is_a_title_that_fits(name):
-    pictures = np.zeros((6, 8, 8, 3), dtype=np.uint8)
-    grid = PredictionGridDisplay(pictures, [name] * 6, [name, "a"] * 3, [0.1] * 6)
-    maps = GradCAMDisplay(pictures, np.ones((6, 8, 8)), [name] * 6)
+    images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    grid = PredictionGridDisplay(images, [name] * 6, [name, "a"] * 3, [0.1] * 6)
+    maps = GradCAMDisplay(images, np.ones((6, 8, 8)), [name] * 6)
 
     for display in (grid.plot(), maps.plot()):
         display.figure_.canvas.draw()
