@@ -1,4 +1,4 @@
-"""What all estimators on images share: reading ``X``, tags, pickling. Nothing else."""
+"""Base class of the estimators whose ``X`` is images: input, tags and persistence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike, fspath
 
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
@@ -21,67 +21,57 @@ from skltl.images import (
     tensor_to_array,
 )
 from skltl.inference import prefix_from_state, prefix_state
-from skltl.networks import CutPoint, is_module, is_registered
+from skltl.networks import CutPoint, is_module, is_registered, versions
 
-# Raised when what a saved estimator holds changes.
+# Version of the format of a saved estimator, raised when its state changes.
 STATE_FORMAT = 1
 
-# What a fitted estimator needs no more. A file that somebody else has made must not
-# decide where features are written, nor a training script how talkative a service is.
+# Attributes that describe the ``X`` of `fit`.
+INPUT_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "_fitted_image_shape")
+
+# Parameters that a fitted estimator does not save. A file from somebody else must not
+# decide where features are written, nor a training script how verbose a service is.
 LEFT_OUT_OF_FILES = {"cache": None, "checkpoint": None, "verbose": 0}
 
-MOST_CHARACTERS = 400
+MAX_MESSAGE_LENGTH = 400
 
 
 class ImageEstimator(BaseEstimator):
-    """Base of the estimators whose ``X`` is images.
+    """Base class of the estimators whose ``X`` is images.
 
-    With `image_shape`, ``X`` is an ordinary table of numbers and everything
-    scikit-learn promises for tables holds, `n_features_in_` included. Without, ``X`` is
-    a sequence of images.
+    With `image_shape`, ``X`` is an ordinary table and everything that scikit-learn
+    promises for tables holds, `n_features_in_` included. Otherwise ``X`` is a sequence
+    of images.
 
-    A pickled estimator is self-contained and plain: the weights up to the cut as numpy
-    arrays, records as dictionaries. It loads on a machine without a GPU. Once fitted,
-    it is saved without `cache`, `checkpoint` and `verbose`.
+    A pickled estimator is self-contained and plain: weights as numpy arrays, configs as
+    dictionaries. It loads on a machine without a GPU.
     """
 
     def _read_images(self, X, y=None, *, reset):
-        """Recognise ``X``, as long as `y`; nothing is decoded yet."""
-        if reset:
-            shape = self.image_shape  # a list is the user's, and may change
-            self._fitted_image_shape = None if shape is None else tuple(shape)
-        image_shape = self._fitted_image_shape
-        if image_shape is None:
-            if reset:  # what a fit on rows has left
-                self.__dict__.pop("n_features_in_", None)
-                self.__dict__.pop("feature_names_in_", None)
-            source = read_images(X)
-        else:
-            check_not_masked(X)
-            X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
-            rows = validate_data(self, X, reset=reset, dtype="numeric")
-            source = read_images(rows, image_shape=image_shape)
-        if y is not None:
-            check_consistent_length(source, y)
+        if not reset:
+            return read_images_of(self, X)
+        source, attributes = read_images_for_fit(self, X, y)
+        set_input_attributes(self, attributes)
         return source
 
     def _validate_params(self):
-        """Check the parameters as scikit-learn does; say no more than people read."""
+        """Validate the parameters; the message is short enough to be read."""
         _refuse_live_objects(self.get_params(deep=False), type(self).__name__)
         try:
             super()._validate_params()
         except InvalidParameterError as error:
-            raise InvalidParameterError(shorten(str(error), MOST_CHARACTERS)) from None
+            message = shorten(str(error), MAX_MESSAGE_LENGTH)
+            raise InvalidParameterError(message) from None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        has_rows = self.image_shape is not None
-        tags.input_tags.two_d_array = has_rows
-        tags.input_tags.three_d_array = not has_rows
-        tags.input_tags.string = not has_rows
+        is_table = self.image_shape is not None
+        tags.input_tags.two_d_array = is_table
+        tags.input_tags.three_d_array = not is_table
+        tags.input_tags.string = not is_table
         return tags
 
-    # In memory a copy has everything, unlike a file.
+    # Unlike a file, a copy in memory keeps everything.
 
     def __copy__(self):
         copied = type(self).__new__(type(self))
@@ -98,27 +88,24 @@ class ImageEstimator(BaseEstimator):
         state = dict(super().__getstate__())
         if _is_fitted(state):
             state["_format"] = STATE_FORMAT
+            state["_versions"] = versions()
             _leave_out(state)
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
             state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
             state["cut_points_"] = [list(point) for point in self.cut_points_]
             state["preprocessing_"] = asdict(self.preprocessing_)
-            del state["backbone_"]  # a part of the network's state
-            state.pop("_recorder", None)  # more of the network than the cut needs
+            del state["backbone_"]  # part of the state of the network
+            state.pop("_recorder", None)  # deeper than the truncated network
         for name in ("weights", "cache"):
-            if isinstance(state.get(name), PathLike):  # paths differ between systems
+            if isinstance(state.get(name), PathLike):  # path classes are per system
                 state[name] = fspath(state[name])
         return state
 
     def __setstate__(self, state):
         state = dict(state)
-        if state.pop("_format", None) != STATE_FORMAT and _is_fitted(state):
-            raise ValueError(
-                f"This {type(self).__name__} was saved by another version of skltl, "
-                "whose files this one does not read. Fit it again."
-            )
-        if _is_fitted(state):  # whoever has made the file
+        if _is_fitted(state):  # the file may not come from `__getstate__`
+            _check_format(state, type(self).__name__)
             _leave_out(state)
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
@@ -128,23 +115,74 @@ class ImageEstimator(BaseEstimator):
         super().__setstate__(state)
 
 
+def read_images_of(estimator, X):
+    """Return ``X`` as the image source that a fitted estimator expects.
+
+    No image is decoded.
+    """
+    return _read(estimator, X, estimator._fitted_image_shape, reset=False)
+
+
+def read_images_for_fit(estimator, X, y=None):
+    """Return ``X`` as an image source, and the attributes that `fit` sets for it.
+
+    The estimator is not changed: a `fit` that fails later leaves the one before. See
+    `set_input_attributes`.
+    """
+    reader = clone(estimator)
+    shape = estimator.image_shape  # a list belongs to the user, who may change it
+    reader._fitted_image_shape = None if shape is None else tuple(shape)
+    source = _read(reader, X, reader._fitted_image_shape, reset=True)
+    if y is not None:
+        check_consistent_length(source, y)
+    found = vars(reader)
+    return source, {name: found[name] for name in INPUT_ATTRIBUTES if name in found}
+
+
+def set_input_attributes(estimator, attributes):
+    """Set the attributes that describe the ``X`` of `fit`; drop those of an old one."""
+    for name in INPUT_ATTRIBUTES:
+        vars(estimator).pop(name, None)
+    vars(estimator).update(attributes)
+
+
+def _read(estimator, X, image_shape, *, reset):
+    if image_shape is None:
+        return read_images(X)
+    check_not_masked(X)
+    X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
+    table = validate_data(estimator, X, reset=reset, dtype="numeric")
+    return read_images(table, image_shape=image_shape)
+
+
 def _leave_out(state):
     left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
     state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
 
 
+def _check_format(state, class_name):
+    """Raise an error for a state in another format; drop what is said of its origin."""
+    found, origin = state.pop("_format", None), state.pop("_versions", {})
+    if found != STATE_FORMAT:
+        raise ValueError(
+            f"This {class_name} was saved by skltl {origin.get('skltl', '0.1')} in "
+            f"format {found}, and skltl {versions()['skltl']} reads format "
+            f"{STATE_FORMAT}. Load it with that version, or fit it again."
+        )
+
+
 def _is_fitted(state):
-    """Tell from an estimator's state, as scikit-learn does, whether it is fitted."""
+    """Return whether an estimator is fitted, by the rule of scikit-learn."""
     return any(name.endswith("_") and not name.startswith("_") for name in state)
 
 
 def _refuse_live_objects(params, estimator_name):
-    """Refuse networks and weights in memory, with words on what to pass instead."""
+    """Raise an error that says what to pass instead of a module or a state dict."""
     if is_module(params.get("backbone")):
         raise InvalidParameterError(
             f"The 'backbone' parameter of {estimator_name} must be a name or a "
-            f"Backbone, not a module ({type(params['backbone']).__name__}). Make one "
-            "of your network's blocks: skltl.Backbone.from_blocks(name, blocks, "
+            f"Backbone, not a module ({type(params['backbone']).__name__}). Build a "
+            "Backbone from its blocks: skltl.Backbone.from_blocks(name, blocks, "
             "preprocessing=...)."
         )
     if isinstance(params.get("weights"), Mapping):
@@ -156,9 +194,9 @@ def _refuse_live_objects(params, estimator_name):
 
 
 def _with_numpy_types(X):
-    """Turn a table of one of pandas' own types (UInt8, Arrow's) into the numpy type.
+    """Convert a table of one extension type (pandas' UInt8, Arrow's) to numpy's.
 
-    scikit-learn makes floats of them, and uint8 would lose the meaning of its 255.
+    scikit-learn converts extension types to float, which would lose the range of uint8.
     """
     types = set(getattr(X, "dtypes", ())) if hasattr(X, "iloc") else set()
     numpy_type = getattr(next(iter(types)), "numpy_dtype", None) if types else None
