@@ -1,4 +1,4 @@
-"""The three classical classifiers on frozen features, ready to fit."""
+"""Pipelines of frozen features and a linear classifier."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from skltl.features._transformer import CNNFeatureTransformer
 
 
 def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
-    """Make a pipeline of frozen features, scaling and a linear classifier.
+    """Construct a pipeline of frozen features, scaling and a linear classifier.
 
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     classifier : {"svm", "softmax", "ovr"} or estimator, default="svm"
-        A linear support vector machine, multinomial logistic regression, one binary
-        logistic regression per class, or any classifier or regressor of your own.
-        ``"softmax"`` and ``"ovr"`` have `predict_proba`, ``"svm"`` has not. ``"ovr"``
-        takes several labels per image, too, as an indicator matrix; the others take
-        one.
+        A linear support vector machine, multinomial logistic regression, one-vs-rest
+        logistic regression, or any classifier or regressor. ``"softmax"`` and
+        ``"ovr"`` have `predict_proba`, ``"svm"`` does not. ``"ovr"`` also supports
+        multilabel targets as an indicator matrix.
     **parameters
-        Further parameters of `CNNFeatureTransformer`. `random_state` is that of the
-        classifier, too: of one of your own, where it has left its `random_state` at
-        ``None``.
+        Further parameters of `CNNFeatureTransformer`. `random_state` is passed to the
+        classifier, too, unless the given estimator sets its own.
 
     Returns
     -------
     Pipeline
-        Its steps are ``"feat"``, ``"scale"`` and the classifier, named ``"svm"``,
-        ``"softmax"``, ``"ovr"``, or ``"classifier"`` for one of your own.
+        The steps are ``"feat"``, ``"scale"`` and the classifier: ``"svm"``,
+        ``"softmax"``, ``"ovr"``, or ``"classifier"`` for a given estimator.
 
     Raises
     ------
@@ -43,11 +41,11 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
 
     Notes
     -----
-    Features have hundreds to thousands of dimensions, more than a small set has
-    images, so the classifiers are regularised more than scikit-learn's defaults
-    (``C=1``): with standardised features ``C=0.01`` for the support vector machine and
-    ``C=0.1`` for logistic regression were best or near it on flowers and digits. Search
-    over ``svm__C`` (``ovr__estimator__C``) in decades when in doubt.
+    Features often have more dimensions than a small data set has images, so the
+    classifiers are regularized more strongly than by scikit-learn's default ``C=1``.
+    With standardized features, ``C=0.01`` for the support vector machine and ``C=0.1``
+    for logistic regression were the best or close to it on flowers and digits. When in
+    doubt, search over ``svm__C`` (``ovr__estimator__C``) on a logarithmic grid.
 
     Examples
     --------
@@ -70,7 +68,7 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
 
 
 def _seeded(estimator, random_state):
-    """Set `random_state` of an estimator, and of those in it, where it is None."""
+    """Set each `random_state` that is None, of an estimator and of those in it."""
     unset = {
         name: random_state
         for name, value in estimator.get_params().items()
@@ -80,7 +78,7 @@ def _seeded(estimator, random_state):
 
 
 CLASSIFIERS = {
-    # Regularized less, it needs more than scikit-learn's 1000 iterations to converge.
+    # With less regularization, it needs more than 1000 iterations to converge.
     "svm": LinearSVC(C=0.01, max_iter=10_000),
     "softmax": LogisticRegression(C=0.1, max_iter=1000),
     "ovr": OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)),

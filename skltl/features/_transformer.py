@@ -5,9 +5,13 @@ from __future__ import annotations
 from numbers import Integral
 from os import PathLike, fspath
 
-from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._estimator import (
+    read_images_for_fit,
+    read_images_of,
+    set_input_attributes,
+)
 from skltl._parameters import DTYPES, resolve_device, resolve_threads
 from skltl._random import draw_seed
 from skltl._sklearn import (
@@ -38,113 +42,118 @@ from skltl.networks import (
 
 
 class CNNFeatureTransformer(FeatureEstimator):
-    """Turn images into the features of a pretrained ConvNet.
+    """Extract features from images with a frozen pretrained ConvNet.
 
-    The network is frozen, cut at any of its layers, and what it gives there is pooled
-    to one row of numbers per image: ready for a linear classifier, which is the
+    The network is truncated at any of its layers, and the feature map of that layer is
+    pooled to one feature vector per image. A linear classifier on such features is the
     method of choice for a few hundred images [1]_ [2]_. Nothing is learned in `fit`.
 
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: any of :func:`~skltl.list_backbones`, or a record of your own.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     weights : str, path or None, default="imagenet"
-        ``"imagenet"``: torchvision's ``IMAGENET1K_V1`` (for ``"tiny"`` and for your own
-        networks, the weights they come with); any other name of torchvision's weights,
-        such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt`` or ``.pth`` file with a
-        state dict, whose head may have another number of classes; or ``None`` for
-        random weights. The older ImageNet weights are the default because newer
-        recipes, with better accuracy on ImageNet, give worse features to linear
-        classifiers [2]_.
+        ``"imagenet"`` loads torchvision's ``IMAGENET1K_V1`` weights (for ``"tiny"`` and
+        for your own networks, the weights they come with). Any other name of
+        torchvision's weights, such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt``
+        or ``.pth`` file with a state dict, whose head may have another number of
+        classes; or ``None`` for random weights. The older ImageNet weights are the
+        default because newer training recipes, although more accurate on ImageNet,
+        give worse features for linear classifiers [2]_.
     layer : str, int or list of them, default="last"
-        Where the network is cut: a name of :func:`~skltl.list_layers`, any torch path
-        such as ``"layer3.2"``, the number of a main cut point (negative: from the end),
-        or ``"last"``, the last convolutional one. For several, the features stand side
-        by side, all from one pass.
+        Layer at which the network is truncated: a name of :func:`~skltl.list_layers`,
+        any torch path such as ``"layer3.2"``, the index of a main layer (negative:
+        from the end), or ``"last"``, the last convolutional one. The features of
+        several layers are concatenated; they take a single forward pass.
     pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        How a feature map becomes a row: the average or maximum of each channel, both,
-        all of its numbers, or averages over a grid with so many rows and columns.
+        How a feature map becomes a feature vector: the average or the maximum of each
+        channel, both, all values, or averages over a grid of `pooling` x `pooling`
+        cells.
     image_size : int, default=None
-        Height and width in pixels of what the network sees, from 1 to 10,000; ``None``
-        is the size it was trained on.
+        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
+        the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is an image of this shape, in
-        the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1, -1)``.
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``,
+        ``(1, -1)``.
     batch_size : int or "auto", default="auto"
-        Images that cross the network together. ``"auto"`` is 128 on a GPU and at most
-        8 on a CPU: fewer for networks with large maps (for VGG-16, 2 in bfloat16 and 1
-        in float32), which then stay in the processor's cache. Results depend on it in
-        the last digits, so every batch has exactly this size; out of memory on a GPU,
-        it is halved.
+        Number of images per forward pass. ``"auto"`` is 128 on a GPU and at most 8 on
+        a CPU: fewer for networks with large feature maps (for VGG-16, 2 in bfloat16
+        and 1 in float32), which then stay in the processor's cache. Features depend on
+        it in the last digits, so every batch is padded to exactly this size. If a GPU
+        runs out of memory, it is halved.
     device : str, default="auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
         is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the network computes in. ``"auto"`` is bfloat16 where the device multiplies
+        Data type of the computation. ``"auto"`` is bfloat16 where the device supports
         it natively, else float32. Features are float32 in any case.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What runs the frozen network: torch as it is, torch's compiler (needs a C++
-        compiler; seconds to minutes for the first batch), or OpenVINO, the fastest on
-        CPUs with AMX (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on a
-        CPU where it is installed, for networks of usual layers, else torch. See
+        What runs the frozen network: eager torch, torch's compiler (needs a C++
+        compiler, and seconds to minutes for the first batch), or OpenVINO, the fastest
+        on CPUs with AMX (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on
+        a CPU where it is installed, for networks of standard layers, else torch. See
         :ref:`the user guide <engines>`.
     decode : {"exact", "fast"}, default="exact"
-        ``"fast"`` lets JPEG files be decoded at a half, a quarter or an eighth of their
-        size, never under twice the size that the network sees: several times faster
-        for large photographs, with features that differ a little.
+        ``"fast"`` decodes JPEG files at a half, a quarter or an eighth of their size,
+        never below twice the input size of the network: several times faster for large
+        photographs, with slightly different features.
     cache : bool, str or path, default=None
-        Where features are kept for the next time: a folder, or ``True`` for one in the
-        user's cache directory (or that in the environment variable ``SKLTL_CACHE``).
-        ``None`` and ``False`` keep nothing. One pass over an image then serves all
-        main cut points, clones, folds, processes and later runs; see
+        Folder in which features are stored. ``True`` is a folder in the user's cache
+        directory, or that of the environment variable ``SKLTL_CACHE``; ``None`` and
+        ``False`` store nothing. One forward pass per image then serves all main
+        layers, clones, folds, processes and later runs; see
         :ref:`the user guide <caching>`.
     n_jobs : int, default=None
-        Threads that decode images; ``None`` is as many as torch uses, -1 is one for
-        each core.
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
     random_state : int, RandomState instance or None, default=None
-        Of the weights, if they are random: those that torch draws after
+        Controls the random weights of ``weights=None``: those that torch draws after
         ``torch.manual_seed(random_state)``.
     verbose : int, default=0
-        Whether a progress bar is shown.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
     backbone_ : Backbone
-        The record of the network.
+        The network's description.
     network_ : FrozenPrefix
-        The network up to the cut.
+        The truncated network.
     cut_points_ : list of CutPoint
-        For each of `layer`, its name and the block it lies behind.
+        Name of each layer, and the block that it is the output of.
     preprocessing_ : Preprocessing
-        What images go through before the network.
+        Resizing, cropping and normalization.
     pooling_ : {"avg", "max", "avgmax", "flatten"} or int
-        How feature maps become features.
+        The pooling that was fitted.
     precision_ : {"float32", "bfloat16"}
-        What the network computes in. An estimator that was fitted in bfloat16 computes
-        in float32, with a warning, where bfloat16 is not native.
+        Data type of the computation. Where bfloat16 is not native, a saved estimator
+        that was fitted in it computes in float32, with a warning.
     engine_ : {"torch", "compile", "openvino"}
-        What ran the network where this was fitted, and runs it where it can.
+        The engine that was fitted. Where it is not available, torch is used, with a
+        warning.
     n_features_in_ : int
-        Numbers in a row of ``X``. Only with `image_shape`.
-    feature_names_in_ : array of shape (`n_features_in_`,)
-        Names of the columns of ``X``, if it had any. Only with `image_shape`.
+        Number of features seen during :term:`fit`. Only with `image_shape`.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of features seen during :term:`fit`. Defined only when ``X`` has feature
+        names that are all strings. Only with `image_shape`.
 
     See Also
     --------
     make_feature_pipeline : This transformer and a linear classifier.
-    list_layers : The cut points of a backbone.
-    find_bad_images : Find images that cannot be read, beforehand.
+    list_layers : The layers of a backbone.
+    find_bad_images : Find images that cannot be read.
 
     Notes
     -----
-    What a network gives is settled in `fit`: `backbone`, `weights`, `layer`, `pooling`,
-    `image_size` and `image_shape` that are set later count from the next `fit` on. All
-    other parameters count at once.
+    `fit` fixes the network: `backbone`, `weights`, `layer`, `pooling`, `image_size` and
+    `image_shape` that are set later take effect at the next `fit`. All other parameters
+    take effect immediately.
 
-    An image gets the same bits alone, in any batch and in any order, on one machine
-    with the same versions, device, number of threads and batch size: every forward pass
-    has the same shape. The first use of a network in a process loads and prepares it
-    (batch-norms folded into convolutions, channels last); all clones share it.
+    On one machine, with the same versions, device, number of threads and batch size,
+    the features of an image are the same bit for bit, alone, in any batch and in any
+    order: every forward pass has the same shape. The first use of a network in a
+    process loads and prepares it (batch normalization folded into convolutions,
+    channels last); all clones share it.
 
     References
     ----------
@@ -229,24 +238,25 @@ class CNNFeatureTransformer(FeatureEstimator):
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Paths, PIL images, arrays or tensors, or one array of images. Only its
-            kind is looked at; no image is decoded.
+            Paths, PIL images, arrays or tensors, or one array of images. Only the
+            type is checked; no image is decoded.
         y : array of shape (n,), default=None
-            Ignored, but for its length.
+            Ignored, except for its length.
 
         Returns
         -------
         CNNFeatureTransformer
-            The transformer itself.
+            Fitted transformer.
 
         Raises
         ------
         UnknownBackboneError, UnknownLayerError, WeightsError
-            If `backbone`, `layer` or `weights` name something that is not there.
+            If `backbone`, `layer` or `weights` cannot be found.
         TypeError, ValueError
             If ``X`` is not a sequence of images, or `y` has another length.
         """
-        clone(self)._read_images(X, y, reset=True)  # is `X` all right, before any work
+        # Nothing is set before the end: a `fit` that fails leaves the one before.
+        _, input_attributes = read_images_for_fit(self, X, y)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         backbone, weights, preprocessing = resolve_network(
@@ -265,8 +275,7 @@ class CNNFeatureTransformer(FeatureEstimator):
             recorder = _load_recorder(backbone, weights, seed, recorded)
         network = load_prefix(backbone, weights, seed, blocks)
         engine = resolve_engine(self.engine, device, network.blocks)
-        # Only now does anything change: a fit that fails leaves the one before.
-        self._read_images(X, reset=True)
+        set_input_attributes(self, input_attributes)
         self.backbone_ = backbone
         self.cut_points_ = cut_points
         self.network_ = network
@@ -279,26 +288,27 @@ class CNNFeatureTransformer(FeatureEstimator):
         return self
 
     def transform(self, X):
-        """Return the features of each image.
+        """Extract the features of images.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `fit` takes.
+            Any type that `fit` accepts.
 
         Returns
         -------
-        array of shape (n, n_features_out), float32
-            A DataFrame if `set_output` says so. Beyond 2 GiB it lies in a file of the
-            system's temporary folder, which ends with it.
+        ndarray of shape (n, n_features_out), float32
+            Features. Above 2 GiB the array is backed by a temporary file that is
+            removed when the array is garbage-collected.
 
         Raises
         ------
         ImageReadError
-            For the first image that cannot be read; it names its index and path.
+            For the first image that cannot be read; the message names its index and
+            path.
         """
         check_is_fitted(self)
-        source = self._read_images(X, reset=False)
+        source = read_images_of(self, X)
         return extract_features(
             source,
             self._recipe(),
@@ -309,13 +319,13 @@ class CNNFeatureTransformer(FeatureEstimator):
         )
 
     def _fitted_parameters(self):
-        """Return what describes the fitted network, whatever was set since."""
+        """Return the parameters of the fitted network, whatever was set since."""
         found = {
             "layer": self.cut_points_[0].name,
             "pooling": self.pooling_,
             "image_shape": self._fitted_image_shape,
         }
-        if self._fitted_weights is None:  # random ones: who knows how to draw them
+        if self._fitted_weights is None:  # random weights cannot be named
             own = self._own_backbone()
             return found | {"backbone": own, "weights": "imagenet", "image_size": None}
         size = self.preprocessing_.crop_size
@@ -328,7 +338,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         }
 
     def _recipe(self):
-        """Say how images become features, and those that are stored."""
+        """Return how images become features, those that a cache stores included."""
         blocks = tuple(cut_point.block for cut_point in self.cut_points_)
         network = self.network_
         if self._cache_folder() is not None:
@@ -356,28 +366,28 @@ def _plain(weights):
 
 
 def _resolve_layers(backbone, layer):
-    """Find the cut points that a `layer` parameter names, each of them once."""
+    """Return the layers that a `layer` parameter names, each of them once."""
     layers = layer if isinstance(layer, (list, tuple)) else [layer]
     is_name = [isinstance(one, (str, Integral)) for one in layers]
     if not all(is_name) or any(isinstance(one, bool) for one in layers):
         raise InvalidParameterError(
-            "The 'layer' parameter of CNNFeatureTransformer must be a name, a number "
+            "The 'layer' parameter of CNNFeatureTransformer must be a name, an index "
             f"or a list of them. Got {shorten(repr(layer))} instead."
         )
     cut_points = [resolve_layer(backbone, one) for one in layers]
     n_blocks = len({cut_point.block for cut_point in cut_points})
     if not cut_points or n_blocks < len(cut_points):
         raise ValueError(
-            f"layer={layer!r} must name at least one cut point, and none of them twice."
+            f"layer={layer!r} must name at least one layer, and none of them twice."
         )
     return cut_points
 
 
 def _load_recorder(backbone, weights, seed, blocks):
-    """Load the network as far as a cache records it, or ``None``.
+    """Load the network up to the last layer that a cache stores, or ``None``.
 
     The fully connected layers of some published weights hold NaN on purpose: they
-    cannot be recorded, but need not be.
+    cannot be stored.
     """
     try:
         return load_prefix(backbone, weights, seed, blocks)
@@ -386,15 +396,15 @@ def _load_recorder(backbone, weights, seed, blocks):
 
 
 def _check_output(cut_point, shape, pooling):
-    """Refuse cut points whose output cannot be pooled as asked."""
+    """Raise an error for a layer whose output cannot be pooled."""
     if can_pool(shape, pooling):
         return
     if len(shape) != 3:
         raise ValueError(
             f"The output of layer {cut_point.name!r} for an image has shape {shape}; "
-            "expected a map (c, h, w) or a vector (d,)."
+            "expected a feature map (c, h, w) or a vector (d,)."
         )
     raise ValueError(
-        f"pooling={pooling} is a grid finer than the map of {shape[1]} x {shape[2]} at "
-        f"layer {cut_point.name!r}."
+        f"pooling={pooling} is a finer grid than the feature map of {shape[1]} x "
+        f"{shape[2]} at layer {cut_point.name!r}."
     )

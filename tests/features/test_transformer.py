@@ -340,7 +340,7 @@ def test_not_fitted(images):
     [
         ({"backbone": "resnet51"}, "'resnet50'"),
         ({"layer": "block9"}, "'block[1-4]'"),
-        ({"layer": []}, "at least one cut point"),
+        ({"layer": []}, "at least one layer"),
         ({"layer": ["block4", "last"]}, "none of them twice"),
         ({"layer": [None]}, "'layer'"),
         (
