@@ -112,7 +112,7 @@ def fine_tuning(**parameters):
         **parameters,
     }
     classifier = FineTunedCNNClassifier("tiny", **settings).fit(X, y)
-    losses = [epoch["train_loss"] for epoch in classifier.history_]
+    losses = [epoch["loss"] for epoch in classifier.history_]
     return [losses, classifier.predict_proba(X[:50])]
 
 
@@ -148,7 +148,7 @@ def strategy(is_advisor):
     except (TypeError, ValueError):  # 0.1.0 takes the parameters themselves
         estimator = kind("tiny", **parameters, random_state=0).fit(X, y)
     if is_advisor:
-        return [[float(score) for score in estimator.layer_scores_["score"]]]
+        return [list(estimator.layer_scores_.values())]
     return [estimator.predict(X)]
 
 
