@@ -9,6 +9,7 @@ import ast
 import io
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,10 @@ ALLOWED = {
     r"off-the-shelf": "the title of a paper",
 }
 
-# First words of docstrings that are neither noun phrases nor imperatives.
+# First words of docstrings, and of the descriptions of parameters and attributes, that
+# are neither noun phrases nor imperatives.
 FRAGMENTS = {"Of", "Its", "Which", "Where", "What", "Who", "Whose", "Likewise", "How"}
+DESCRIPTION = re.compile(r"^[\w`*, ]+ : .*\n\s+(.*)$", re.MULTILINE)
 
 
 def is_ours(path):
@@ -115,6 +118,7 @@ def blanked(text):
     return re.sub(r"\S", " ", text)
 
 
+@cache
 def prose_of(path):
     """Return a file's text with all code replaced by blanks, line by line."""
     text = path.read_text()
@@ -160,45 +164,46 @@ def found_in(prose, words):
             yield line, " ".join(match[0].split()), better
 
 
+@cache
 def compiled(pattern):
     """Match whole words, in any case, across lines."""
     spaced = pattern.replace(" ?", "\0").replace(" ", r"\s+").replace("\0", " ?")
     return re.compile(rf"(?<!\w)(?:{spaced})(?!\w)", re.IGNORECASE)
 
 
-def complaint(path, found):
-    """Write one line for each word that was found."""
-    return "\n".join(
+def assert_nothing(found, path):
+    """Fail with one line for each word that was found in a file."""
+    lines = [
         f"{name_of(path)}:{line}: {word!r} -> {better}"
         for line, word, better in sorted(found)
-    )
+    ]
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *CODE], ids=name_of)
 def test_prose_uses_the_terms_of_the_field(path):
-    found = list(found_in(prose_of(path), BANNED))
-
-    assert not found, "\n" + complaint(path, found)
+    assert_nothing(found_in(prose_of(path), BANNED), path)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *CODE], ids=name_of)
 def test_prose_is_american_english(path):
-    found = list(found_in(prose_of(path), BRITISH))
-
-    assert not found, "\n" + complaint(path, found)
+    assert_nothing(found_in(prose_of(path), BRITISH), path)
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
-def test_docstrings_begin_with_a_noun_phrase_or_an_imperative(path):
+def test_descriptions_begin_with_a_noun_phrase_or_an_imperative(path):
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            words = (ast.get_docstring(node) or "").split()
-            if words and words[0] in FRAGMENTS:
-                line = getattr(node, "lineno", 1)
-                found.append((line, " ".join(words[:5]), "a noun phrase, or a verb"))
+            text = ast.get_docstring(node) or ""
+            for beginning in (text, *DESCRIPTION.findall(text)):
+                words = beginning.split()[:5]
+                if words and words[0].strip(",.:") in FRAGMENTS:
+                    line = getattr(node, "lineno", 1)
+                    found.append((line, " ".join(words), "a noun phrase, or a verb"))
 
-    assert not found, "\n" + complaint(path, found)
+    assert_nothing(found, path)
 
 
 @pytest.mark.parametrize(
