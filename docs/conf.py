@@ -2,7 +2,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The documentation is that of the source beside it, installed or not.
+# Document the source in this repository, even if another version is installed.
 sys.path.insert(0, str(ROOT))
 
 from skltl import __version__  # noqa: E402
@@ -20,13 +20,13 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
-# Single backticks in docstrings are names: links where there is a page, else code.
+# Single backticks are names: links where a page exists, otherwise code.
 default_role = "py:obj"
 
 autosummary_generate = True
-# Types stand in the docstrings.
+# The docstrings contain the types.
 autodoc_typehints = "none"
-# The page of a class lists its members itself (see _templates).
+# The template of a class page lists the members (see _templates).
 numpydoc_show_class_members = False
 
 sphinx_gallery_conf = {
@@ -45,6 +45,6 @@ html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 2,
 }
-html_sidebars = {"development": [], "changelog": []}
+html_sidebars = {"development": [], "related": [], "changelog": []}
 html_copy_source = False
 html_show_sourcelink = False

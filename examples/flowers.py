@@ -1,17 +1,18 @@
 """
-The classical task, end to end: flowers, or any folder of class folders
-=======================================================================
+Image classification from a folder of class folders
+===================================================
 
-Three linear classifiers on the features of a frozen network, and the network fine-tuned
-on the same images; a table of accuracies and times, and figures.
+Compare three linear classifiers on the features of a frozen network with the fine-tuned
+network. The script prints the recommended strategy and a table of accuracies and times,
+and saves figures.
 
     python flowers.py --data DIR --backbone vgg16
     python flowers.py --data DIR --backbone squeezenet1_0 --weights FILE --figures OUT
     python flowers.py --data DIR --backbone squeezenet1_0 --weights FILE --gain
 
-``DIR`` has one folder of images for each class, such as the 17 or 102 flowers of the
-University of Oxford. A third of the images of each class is kept for testing. The
-linear classifiers find the features in a cache: the advisor has computed them.
+``DIR`` contains one folder of images per class, for example the 17 or 102 flower
+categories of the University of Oxford. A third of the images of each class is used for
+testing. The features are computed by the advisor and cached for the linear classifiers.
 """
 
 import argparse
@@ -39,20 +40,20 @@ mpl.use("Agg")  # figures go to files
 
 
 def read_folders(folder):
-    """Return paths and labels of a folder of class folders, without bad images."""
+    """Return the paths and labels of a folder of class folders, without bad images."""
     paths = sorted(str(path) for path in Path(folder).glob("*/*") if path.is_file())
     if not paths:
-        raise SystemExit(f"{folder} has no folders with images.")
+        raise SystemExit(f"{folder} contains no folders of images.")
     bad = find_bad_images(paths)
     for image in bad:
-        print(f"left out: {image.path} ({image.reason})")
+        print(f"skipped: {image.path} ({image.reason})")
     left_out = {image.index for image in bad}
     paths = [path for index, path in enumerate(paths) if index not in left_out]
     return np.array(paths), np.array([Path(path).parent.name for path in paths])
 
 
 def timed_row(name, classifier, train, test):
-    """Fit and score; return a row of the table."""
+    """Fit and score a classifier; return a row of the table."""
     start = time.perf_counter()
     classifier.fit(*train)
     seconds = time.perf_counter() - start
@@ -62,7 +63,7 @@ def timed_row(name, classifier, train, test):
 
 
 def save_figures(folder, advisor, linear, tuned, X_test, y_test):
-    """Draw what there is to see."""
+    """Save all figures."""
     folder.mkdir(parents=True, exist_ok=True)
     first = np.unique(y_test, return_index=True)[1][:12]
     figures = {
@@ -80,7 +81,7 @@ def save_figures(folder, advisor, linear, tuned, X_test, y_test):
 
 
 def compare_with_scratch(arguments, train):
-    """Train all layers, from the pretrained weights and from random ones."""
+    """Train all layers, from pretrained and from random weights."""
     settings = {
         "unfreeze": "all",
         "head_init": "random",
@@ -108,14 +109,14 @@ def compare_with_scratch(arguments, train):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", required=True, help="a folder of class folders")
+    parser.add_argument("--data", required=True, help="folder of class folders")
     parser.add_argument("--backbone", default="vgg16")
-    parser.add_argument("--weights", default="imagenet", help="a file, or a name")
+    parser.add_argument("--weights", default="imagenet", help="file, or name")
     parser.add_argument("--figures", default="flowers_figures", type=Path)
-    parser.add_argument("--cache", help="a folder for features; none if not given")
+    parser.add_argument("--cache", help="folder for cached features (default: none)")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument(
-        "--gain", action="store_true", help="compare with training from scratch instead"
+        "--gain", action="store_true", help="compare with training from scratch"
     )
     arguments = parser.parse_args()
 
@@ -132,7 +133,7 @@ def main():
 
 
 def compare(arguments, train, test, cache):
-    """Measure, fit, print and draw."""
+    """Recommend a strategy, compare the classifiers, and save figures."""
     network = {"weights": arguments.weights}
     features = {**network, "cache": cache}
     start = time.perf_counter()

@@ -2,20 +2,20 @@
 Features of a ConvNet and a linear model
 ========================================
 
-A few images per class are not enough to train a ConvNet, but they are enough for a
-linear classifier on the features of one that was trained on something else. Here the
-images are handwritten digits, 10 of each for training, and the network is ``tiny``,
-which comes with skltl and has only ever seen photographs of animals and things.
+A few images per class are not enough to train a ConvNet, but they are enough to train a
+linear classifier on the features of a pretrained one. In this example, the images are
+handwritten digits, 10 per class for training. The network is ``"tiny"``, which is
+included in skltl and was pretrained on photographs of animals and objects.
 
-The digits lie in rows of 64 numbers from 0 to 16; ``image_shape=(8, 8)`` says that each
-row is an image. They are little like the photographs, so the network is cut early,
-after ``block3``: later layers know more about photographs, and less about strokes of a
-pen. Eight pixels need not be enlarged to the usual 80, ``image_size=32`` is enough.
+The digits are rows of 64 values from 0 to 16; with ``image_shape=(8, 8)`` each row is
+reshaped to an image. Since digits differ from photographs, the network is truncated at
+an early layer, ``block3``: later layers are more specific to the pretraining data. For
+images of 8 x 8 pixels, ``image_size=32`` is sufficient instead of the default 80.
 """
 
 # %%
-# Three linear classifiers, on raw pixels and on features
-# -------------------------------------------------------
+# Three linear classifiers on raw pixels and on features
+# ------------------------------------------------------
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
@@ -42,5 +42,5 @@ for classifier in ("svm", "softmax", "ovr"):
 
 # %%
 # Each pipeline is an ordinary scikit-learn estimator: ``fit``, ``predict``,
-# ``cross_val_score`` and ``GridSearchCV`` work as always, and images can be file
-# paths just as well as rows.
+# ``cross_val_score`` and ``GridSearchCV`` work as usual. The images may also be a list
+# of file paths.

@@ -1,16 +1,17 @@
 """
-Your own backbone
-=================
+Custom backbones
+================
 
-Any torch network that is a sequence of blocks can be a backbone: cut at each of them,
-saved with what uses it, searched over. Here a small one learns the digits from 0 to 4,
-and what it has learned serves to tell those from 5 to 9 apart.
+Any torch network that is a sequence of blocks can be used as a backbone. In this
+example, a small network is trained on the digits from 0 to 4, and its features are used
+to classify the digits from 5 to 9.
 """
 
 # %%
-# A network of one's own
-# ----------------------
-# Blocks under names, and a head. How it was trained is its own affair.
+# Train a network
+# ---------------
+# The network consists of named blocks and a head. It can be trained in any way; here
+# with a plain torch loop.
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ for _ in range(60):
     optimizer.step()
 
 # %%
-# It becomes a backbone with what images go through before it.
+# A `~skltl.Backbone` consists of the blocks, the head, and the preprocessing of images.
 
 preprocessing = Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1))
 backbone = Backbone.from_blocks("mine", blocks, head, preprocessing=preprocessing)
@@ -63,18 +64,19 @@ for layer in list_layers(backbone):
     print(layer.name, layer.channels, layer.stride)
 
 # %%
-# As it is
-# --------
-# It tells the digits apart that it knows.
+# Use it as a pretrained classifier
+# ---------------------------------
+# With its own head, the network classifies the digits that it was trained on.
 
 as_is = PretrainedCNNClassifier(backbone, image_shape=(8, 8))
 as_is.fit(rows[known] / 16)
 print(f"{(as_is.predict(rows[known] / 16) == labels[known]).mean():.3f}")
 
 # %%
-# Digits that it has never seen
-# -----------------------------
-# Its features tell these apart, too; which of its blocks does it best?
+# Transfer to other classes
+# -------------------------
+# The features of each block are evaluated on the digits from 5 to 9, with 100 images
+# for training.
 
 X_train, X_test, y_train, y_test = train_test_split(
     rows[~known] / 16, labels[~known], train_size=100, random_state=0
@@ -89,7 +91,7 @@ for name, pipeline in pipelines.items():
     print(f"{name}: {pipeline.score(X_test, y_test):.3f}")
 
 # %%
-# Where does it look? The map is laid over the image.
+# Grad-CAM shows the regions of the images that contribute to the predicted class.
 
 some = np.array([np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)])
 GradCAMDisplay.from_estimator(pipelines["top"], X_test[some], n_columns=5)

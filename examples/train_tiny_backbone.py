@@ -1,13 +1,12 @@
-"""Train ``tiny``, the backbone shipped with skltl, on Tiny-ImageNet-200.
+"""Train ``tiny``, the backbone included in skltl, on Tiny-ImageNet-200.
 
-Tiny-ImageNet-200 has 200 of ImageNet's classes, 500 training images of 64 x 64 pixels
-for each, and 50 for validation. Get it as a folder holding ``train`` and
-``val``, then::
+Tiny-ImageNet-200 has 200 classes of ImageNet, each with 500 training images and 50
+validation images of 64 x 64 pixels. Given a folder with ``train`` and ``val``, run::
 
     python examples/train_tiny_backbone.py tiny-imagenet-200 tiny.safetensors
 
-It takes an hour or more on two processor cores, and 3 GB of memory. Everything
-random comes from ``--seed``; the number of threads changes the last digits.
+Training takes an hour or more on two processor cores, and 3 GB of memory. ``--seed``
+controls all randomness; the number of threads changes the last digits.
 """
 
 import argparse
@@ -28,17 +27,17 @@ from torch.nn.functional import (
 
 from skltl.networks._tiny import TinyNet
 
-# ImageNet's channel means and deviations, as in torchvision's own recipes.
+# Channel means and standard deviations of ImageNet, as in torchvision.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 BATCH_SIZE = 128
-PEAK_RATE = 0.2
+PEAK_LEARNING_RATE = 0.2
 WEIGHT_DECAY = 2.5e-4
 SMALLEST_ZOOM = 0.75
-# Training zooms in, so things look larger than in whole images; enlarging these makes
-# up for it: "Fixing the train-test resolution discrepancy", Touvron, Vedaldi, Douze and
-# Jegou, NeurIPS, 2019.
+# Random zoom makes objects appear larger in training than in whole images; a larger
+# test size compensates for it: "Fixing the train-test resolution discrepancy", Touvron,
+# Vedaldi, Douze and Jegou, NeurIPS, 2019.
 VAL_SIZE = 80
 
 
@@ -55,7 +54,7 @@ def read_images(paths):
 
 
 def read_data(folder):
-    """Return images and class numbers of the training and validation folders."""
+    """Return images and class indices of the training and validation sets."""
     classes = sorted(path.name for path in (folder / "train").iterdir())
     train = [
         (path, number)
@@ -73,14 +72,14 @@ def read_data(folder):
     ]
 
 
-def normalised(images):
-    """Turn uint8 images into the network's input."""
+def normalized(images):
+    """Convert uint8 images to the input of the network."""
     batch = (images.float() / 255 - MEAN) / STD
     return batch.contiguous(memory_format=torch.channels_last)
 
 
 def augmented(batch, generator):
-    """Zoom into a random part of each image, and mirror every second one."""
+    """Apply a random zoom and a random horizontal flip to each image."""
     n = len(batch)
     zoom = torch.empty(n).uniform_(SMALLEST_ZOOM, 1, generator=generator)
     shift = torch.empty(n, 2).uniform_(-1, 1, generator=generator) * (1 - zoom)[:, None]
@@ -94,7 +93,7 @@ def augmented(batch, generator):
 
 
 def parameter_groups(network):
-    """Decay the weights of convolutions and the linear layer, nothing else."""
+    """Apply weight decay to the weights of convolutions and the linear layer only."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim == 1]
     return [
@@ -104,13 +103,13 @@ def parameter_groups(network):
 
 
 def train(network, images, targets, n_epochs, generator, report):
-    """SGD with Nesterov momentum and a one-cycle rate, in bfloat16."""
+    """Train with Nesterov momentum and a one-cycle learning rate, in bfloat16."""
     n_steps = len(images) // BATCH_SIZE
     optimizer = torch.optim.SGD(
-        parameter_groups(network), lr=PEAK_RATE, momentum=0.9, nesterov=True
+        parameter_groups(network), lr=PEAK_LEARNING_RATE, momentum=0.9, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=n_epochs * n_steps, pct_start=0.2
+        optimizer, PEAK_LEARNING_RATE, total_steps=n_epochs * n_steps, pct_start=0.2
     )
     for epoch in range(n_epochs):
         network.train()
@@ -118,7 +117,7 @@ def train(network, images, targets, n_epochs, generator, report):
         losses = []
         for step in range(n_steps):
             chosen = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-            batch = augmented(normalised(images[chosen]), generator)
+            batch = augmented(normalized(images[chosen]), generator)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = network(batch.contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), targets[chosen])
@@ -132,22 +131,22 @@ def train(network, images, targets, n_epochs, generator, report):
 
 @torch.inference_mode()
 def accuracy(network, images, targets):
-    """Share of enlarged images whose likeliest class is the true one."""
+    """Return the top-1 accuracy on images enlarged to the test size."""
     network.eval()
     n_right = 0
     for first in range(0, len(images), 250):
         part = slice(first, first + 250)
-        batch = interpolate(normalised(images[part]), VAL_SIZE, mode="bilinear")
+        batch = interpolate(normalized(images[part]), VAL_SIZE, mode="bilinear")
         predicted = network(batch).argmax(1)
         n_right += int((predicted == targets[part]).sum())
     return n_right / len(images)
 
 
 def main():
-    """Train, measure, save."""
+    """Train, evaluate and save the network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder with train and val")
-    parser.add_argument("out", type=Path, help="weights file to write (.safetensors)")
+    parser.add_argument("data", type=Path, help="folder that contains train and val")
+    parser.add_argument("out", type=Path, help="output file (.safetensors)")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
 """
-Large photographs: exact and fast decoding
-==========================================
+Exact and fast decoding of large JPEG files
+===========================================
 
-JPEG files of 12 megapixels, decoded as they are and at a smaller scale, and how far the
-features are apart.
+Throughput for JPEG files of 12 megapixels, decoded in full and at a reduced scale, and
+the distance between the resulting features.
 
     python bench_decode.py --backbone tiny
 """
@@ -24,7 +24,7 @@ SIZE = (4000, 3000)
 
 
 def write_photographs(folder, n):
-    """Write parts of scikit-learn's photographs, enlarged, with noise."""
+    """Write enlarged crops of the sample photographs of scikit-learn, with noise."""
     rng = np.random.default_rng(0)
     photographs = load_sample_images().images
     paths = []
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,18 +1,19 @@
 """
-From JPEG files to features: images per second
-==============================================
+Throughput of feature extraction from JPEG files
+================================================
 
-``CNNFeatureTransformer`` with each engine, and in float32, against a hand-written
-``DataLoader`` loop and other packages, which compute in float32; and against the bound
-of the machine: the forward pass alone on images in memory at its best batch size, and
-decoding with all cores, which share the cores. All are estimates with noise: a share of
-the bound may come out above 1.
+Images per second of ``CNNFeatureTransformer`` with each engine, and in float32,
+compared with a manual ``DataLoader`` loop and other packages, which compute in float32.
+The upper bound is the throughput at which the forward pass alone, on images in memory
+at its best batch size, and decoding on all cores would share the cores. All values are
+noisy estimates: the fraction of the bound may exceed 1.
 
     pip install "skltl[bench,openvino]"
     python bench_features.py --data DIR --backbones squeezenet1_0 resnet18
 
-``DIR`` has one folder of images for each class; weights are random. What is not
-installed is left out. Rows are interleaved, and the best of several rounds counts.
+``DIR`` contains one folder of images per class; weights are random. Packages that are
+not installed are skipped. Methods are interleaved, and the best of several rounds is
+reported.
 """
 
 import argparse
@@ -31,7 +32,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def forward_only(fitted, batch_size):
-    """Return a function that sends images in memory through the network alone."""
+    """Return a function that runs the network on images in memory."""
     fitted.set_params(batch_size=batch_size)
     recipe = fitted._recipe()
     size = recipe.preprocessing.crop_size
@@ -45,7 +46,7 @@ def forward_only(fitted, batch_size):
 
 
 def decode_only(fitted, paths, n_threads):
-    """Return a function that decodes, resizes and crops, and does nothing else."""
+    """Return a function that only decodes, resizes and crops."""
 
     def run():
         preprocessing, everything = fitted.preprocessing_, range(len(paths))
@@ -62,7 +63,7 @@ def best_rates(jobs, counts, rounds):
     """Return images per second, the best of several rounds, interleaved."""
     best = dict.fromkeys(jobs, float("inf"))
     for run in jobs.values():
-        run()  # loads, converts, compiles
+        run()  # load, convert, compile
     for _ in range(rounds):
         for name, run in jobs.items():
             start = time.perf_counter()
@@ -95,11 +96,11 @@ def measure(backbone, paths, engines, rounds):
     limits["decode"] = decode_only(fitted, paths, torch.get_num_threads())
     counts["decode"] = len(paths)
     rates = best_rates({**jobs, **limits}, counts, rounds)
-    by_hand = max(rates[name] for name in jobs if name.startswith("by hand"))
+    by_hand = max(rates[name] for name in jobs if name.startswith("manual loop"))
     rows = []
     for name in jobs:
         row = {"network": backbone, "way": name, "images/s": rates[name]}
-        row["times by hand"] = rates[name] / by_hand
+        row["speedup"] = rates[name] / by_hand
         row |= dict.fromkeys(("forward", "batch", "decode", "of bound", "first, s"), "")
         if name in engines:
             row |= share_of_bound(name, rates)
@@ -109,7 +110,7 @@ def measure(backbone, paths, engines, rounds):
 
 
 def share_of_bound(engine, rates):
-    """Compare a rate with what forward pass and decoding allow on the same cores."""
+    """Compare a throughput with the upper bound of forward pass and decoding."""
     best = max(BATCH_SIZES, key=lambda size: rates[f"{engine} forward {size}"])
     forward, decode = rates[f"{engine} forward {best}"], rates["decode"]
     bound = 1 / (1 / forward + 1 / decode)
@@ -123,14 +124,14 @@ def share_of_bound(engine, rates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", required=True, help="a folder of class folders")
+    parser.add_argument("--data", required=True, help="folder of class folders")
     parser.add_argument("--backbones", nargs="+", default=["squeezenet1_0", "resnet18"])
     parser.add_argument(
         "--engines", nargs="+", choices=ENGINES, default=["torch", "openvino"]
     )
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
 
     paths, _ = read_folders(arguments.data)

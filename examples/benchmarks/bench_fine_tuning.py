@@ -1,20 +1,20 @@
 """
-Fine-tuning: the estimator against the loop that tutorials write
-================================================================
+Fine-tuning compared with a manual training loop
+================================================
 
-The same images and the same epochs (25 for the head, 10 with the last block
-unfrozen), in two ways:
+The same images and the same numbers of epochs (25 for the head, 10 with the last block
+unfrozen) for
 
-- a loop by hand, as the well-known tutorials write it: a ``DataLoader``, the whole
-  network in every epoch, SGD with momentum, the block at a tenth of the head's rate,
-  float32;
+- a manual loop as in common tutorials: a ``DataLoader``, the whole network in every
+  epoch, SGD with momentum, a tenth of the head's learning rate for the block, float32;
 - ``FineTunedCNNClassifier``.
 
     python bench_fine_tuning.py --data DIR --backbone resnet18
     python bench_fine_tuning.py --data DIR --backbone squeezenet1_0 --weights FILE
 
-``DIR`` has one folder of images for each class. Random weights serve for times; with
-real ones the accuracies on the images that are held out can be compared.
+``DIR`` contains one folder of images per class. Random weights are sufficient to
+measure times; with pretrained weights, the accuracies on held-out images can be
+compared.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HEAD_RATE, BLOCK_RATE = 0.01, 0.001
 
 
 class ImageFiles(Dataset):
-    """What tutorials write: decode, resize, crop, normalise, one image at a time."""
+    """Decode, resize, crop and normalize one image at a time, as in tutorials."""
 
     transform = v2.Compose(
         [
@@ -63,16 +63,16 @@ class ImageFiles(Dataset):
 
 
 class ByHand:
-    """The loop of the tutorials.
+    """The training loop of common tutorials.
 
     Parameters
     ----------
     backbone : {"vgg16", "resnet18", "squeezenet1_0"}
-        The network; what comes before its classifier is kept.
+        The network, of which the layers before the classifier are used.
     weights : path or None
-        A safetensors file.
+        Path of a safetensors file; ``None`` for random weights.
     n_workers : int
-        Processes that decode.
+        Number of decoding processes.
     """
 
     def __init__(self, backbone, weights, n_workers):
@@ -91,7 +91,7 @@ class ByHand:
         self.layers, self.n_features, self.n_workers = layers, n_features, n_workers
 
     def fit(self, paths, labels):
-        """Train the head, then the last block with it."""
+        """Train the head, then the last block together with the head."""
         self.classes_, targets = np.unique(labels, return_inverse=True)
         head = nn.Linear(self.n_features, len(self.classes_))
         self.model = nn.Sequential(
@@ -106,7 +106,7 @@ class ByHand:
         return self
 
     def _train(self, paths, targets, groups, n_epochs):
-        """Train for some epochs; return the seconds of each."""
+        """Train for some epochs; return the duration of each in seconds."""
         optimizer = torch.optim.SGD(groups, lr=HEAD_RATE, momentum=0.9)
         loader = DataLoader(
             ImageFiles(paths, targets), 32, shuffle=True, num_workers=self.n_workers
@@ -125,7 +125,7 @@ class ByHand:
 
     @torch.no_grad()
     def score(self, paths, labels):
-        """Return the share of the images that are told right."""
+        """Return the accuracy."""
         self.model.eval()
         targets = np.searchsorted(self.classes_, labels)
         loader = DataLoader(ImageFiles(paths, targets), 32)
@@ -134,7 +134,7 @@ class ByHand:
 
 
 def compare(arguments, paths, labels, seed):
-    """Fit both on one split; return a row of the table for each."""
+    """Fit both methods on one split; return a row of the table for each."""
     n_classes = len(np.unique(labels))
     sizes = [n * n_classes for n in (arguments.per_class, 8)]
     split = StratifiedShuffleSplit(
@@ -154,7 +154,7 @@ def compare(arguments, paths, labels, seed):
     by_hand = ByHand(arguments.backbone, arguments.weights, arguments.workers)
     rows = []
     ours = FineTunedCNNClassifier(arguments.backbone, unfreeze=1, **settings)
-    for name, classifier in {"skltl": ours, "by hand": by_hand}.items():
+    for name, classifier in {"skltl": ours, "manual loop": by_hand}.items():
         start = time.perf_counter()
         classifier.fit(learned, labels[train])
         seconds = time.perf_counter() - start
@@ -174,7 +174,7 @@ def compare(arguments, paths, labels, seed):
 
 
 def epoch_seconds(classifier):
-    """Return the seconds of the epochs of both stages."""
+    """Return the durations of the epochs of both stages in seconds."""
     if isinstance(classifier, ByHand):
         return classifier.seconds
     return [
@@ -185,13 +185,13 @@ def epoch_seconds(classifier):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", required=True, help="a folder of class folders")
+    parser.add_argument("--data", required=True, help="folder of class folders")
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--weights", help="a safetensors file; random if not given")
-    parser.add_argument("--per-class", type=int, default=16, help="images learned")
-    parser.add_argument("--seeds", type=int, default=1, help="splits of the data")
-    parser.add_argument("--workers", type=int, default=2, help="that decode, by hand")
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--weights", help="safetensors file (default: random)")
+    parser.add_argument("--per-class", type=int, default=16, help="training images")
+    parser.add_argument("--seeds", type=int, default=1, help="number of splits")
+    parser.add_argument("--workers", type=int, default=2, help="of the manual loop")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
 
     paths, labels = read_folders(arguments.data)
@@ -200,9 +200,9 @@ def main():
     ours, by_hand = zip(*pairs, strict=True)
     ratios = [b["seconds"] / a["seconds"] for a, b in pairs]
     figures = {
-        "times faster, median": float(np.median(ratios)),
+        "speedup, median": float(np.median(ratios)),
         "accuracy, skltl": float(np.mean([row["accuracy"] for row in ours])),
-        "accuracy, by hand": float(np.mean([row["accuracy"] for row in by_hand])),
+        "accuracy, manual loop": float(np.mean([row["accuracy"] for row in by_hand])),
     }
     for name, value in figures.items():
         print(f"{name}: {value:.3f}")

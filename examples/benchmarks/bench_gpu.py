@@ -1,10 +1,9 @@
 """
-A GPU: from arrays in memory to features
-========================================
+Throughput of feature extraction on a GPU
+=========================================
 
-Images per second of ``CNNFeatureTransformer`` from 8-bit images in memory, against
-the forward pass alone on a batch that lies on the GPU already, at the best of several
-batch sizes.
+Images per second of ``CNNFeatureTransformer`` from 8-bit images in memory, compared
+with the forward pass alone on a batch in GPU memory, for several batch sizes.
 
     python bench_gpu.py --backbone resnet50
 """
@@ -23,7 +22,7 @@ BATCH_SIZES = (32, 64, 128, 256, 512)
 
 
 def forward_rate(fitted, batch_size, device, seconds):
-    """Return images/s of the network alone."""
+    """Return the throughput of the forward pass in images per second."""
     recipe = fitted.set_params(batch_size=batch_size)._recipe()
     size = recipe.preprocessing.crop_size
     shape = (batch_size, size, size, 3)
@@ -41,7 +40,7 @@ def forward_rate(fitted, batch_size, device, seconds):
 
 
 def end_to_end_rate(fitted, images, rounds):
-    """Return images/s from arrays to features, the best of several rounds."""
+    """Return the throughput from arrays to features, the best of several rounds."""
     fitted.transform(images[: 2 * fitted.batch_size])
     best = 0.0
     for _ in range(rounds):
@@ -74,7 +73,7 @@ def measure(engine, images, arguments):
 
 
 def wait_for(device):
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished all kernels."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -87,14 +86,16 @@ def main():
     engines = {"nargs": "+", "choices": ENGINES, "default": ["torch", "compile"]}
     parser.add_argument("--engines", **engines)
     parser.add_argument("--images", type=int, default=8192)
-    parser.add_argument("--side", type=int, default=256, help="of the images, pixels")
+    parser.add_argument(
+        "--side", type=int, default=256, help="height and width of the images"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("There is no GPU that torch can use.")
+        raise SystemExit("torch finds no GPU.")
 
     shape = (arguments.images, arguments.side, arguments.side, 3)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

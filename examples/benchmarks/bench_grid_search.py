@@ -1,21 +1,21 @@
 """
-A search over cut points: how often the network runs, and what it costs
-=======================================================================
+Cost of a search over layers with and without a cache
+=====================================================
 
-``GridSearchCV`` over 5 cut points, 3 values of C and 5 folds, in four ways:
+``GridSearchCV`` over 5 layers, 3 values of C and 5 folds, with four methods:
 
 (a) no cache;
-(b) scikit-learn's ``Pipeline(memory=...)``;
-(c) skltl's cache, empty at first;
-(d) the same cache again, in which everything is there.
+(b) ``Pipeline(memory=...)`` of scikit-learn;
+(c) the cache of skltl, initially empty;
+(d) the same cache, filled.
 
-Beside the seconds in all stand those less the classifiers' own time, and the images
-that crossed the network: they are counted, those that only fill up a batch left out.
+The table contains the total time, the time without scalers and classifiers, and the
+number of images that went through the network, not counting padding.
 
     python bench_grid_search.py --data DIR --backbone squeezenet1_0 --weights FILE
 
-``DIR`` has one folder of images for each class. Without it, noise is classified by a
-network with random weights, which takes the same time.
+``DIR`` contains one folder of images per class. Without it, images of noise are
+generated, which take the same time.
 """
 
 import argparse
@@ -40,7 +40,7 @@ FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
 
 
 class Crossings:
-    """Count the images that cross a network."""
+    """Count the images that go through a network."""
 
     def __init__(self):
         self.n = 0
@@ -54,7 +54,7 @@ class Crossings:
 
 
 def read_folders(folder):
-    """Return paths and labels of a folder of class folders."""
+    """Return the paths and labels of a folder of class folders."""
     paths = sorted(path for path in Path(folder).glob("*/*") if path.is_file())
     if not paths:
         raise SystemExit(f"{folder} has no folders of images")
@@ -62,7 +62,7 @@ def read_folders(folder):
 
 
 def write_noise(folder, n=300, n_classes=5, size=(500, 375)):
-    """Write JPEG files of coloured noise; the colour is the class."""
+    """Write JPEG files of color noise, with one color per class."""
     rng = np.random.default_rng(0)
     paths, labels = [], np.arange(n) % n_classes
     for number, label in enumerate(labels):
@@ -74,14 +74,14 @@ def write_noise(folder, n=300, n_classes=5, size=(500, 375)):
 
 
 def evenly(layers, n=5):
-    """Choose so many of the cut points with a feature map, the last one included."""
+    """Choose `n` evenly spaced layers with a feature map, including the last."""
     names = [layer.name for layer in layers if layer.stride is not None]
     chosen = np.linspace(0, len(names) - 1, min(n, len(names))).round().astype(int)
     return [names[index] for index in chosen]
 
 
 def timed(kind):
-    """Make an estimator class that counts the seconds of its own fits and uses."""
+    """Return a subclass of an estimator that measures the time of its methods."""
 
     class Timed(kind):
         seconds = 0.0
@@ -100,7 +100,7 @@ def timed(kind):
 
     for name in {"fit", "transform", "predict"} & set(dir(kind)):
         setattr(Timed, name, wrapped(name))
-    # Of the module, so that joblib can store what the class has made.
+    # A name in this module, so that joblib can pickle instances of the class.
     Timed.__name__ = Timed.__qualname__ = f"Timed{kind.__name__}"
     return Timed
 
@@ -110,7 +110,7 @@ TimedLinearSVC = timed(LinearSVC)
 
 
 def search(transformer, layers, memory=None):
-    """Return the search that all ways run."""
+    """Return the search, which is the same for all methods."""
     scaler, svm = TimedStandardScaler(), TimedLinearSVC()
     steps = [("feat", transformer), ("scale", scaler), ("svm", svm)]
     grid = {"feat__layer": layers, "svm__C": C}
@@ -134,12 +134,12 @@ def run(way, search, X, y, crossings):
 
 
 def compare_searches(make_transformer, layers, paths, labels, folder):
-    """Run the search in the four ways; return the rows of the table and the ratios."""
+    """Run the search with all methods; return the rows of the table and ratios."""
     crossings = Crossings()
     plain = make_transformer().fit(paths)
-    plain.transform(paths[:1])  # the network is loaded once, before anything is timed
+    plain.transform(paths[:1])  # load the network before the measurements
     passes, cold = [], []
-    for number in range(3):  # interleaved: machines have moods
+    for number in range(3):  # interleaved, since the load of a machine varies
         start = time.perf_counter()
         plain.transform(paths)
         passes.append(time.perf_counter() - start)
@@ -173,11 +173,11 @@ def compare_searches(make_transformer, layers, paths, labels, folder):
 
 
 def time_warm_reads(folder, n_arrays=20_000, n_files=5_000):
-    """Return how many images a second come from a warm cache."""
+    """Return the throughput of a filled cache in images per second."""
     rng = np.random.default_rng(0)
     arrays = rng.integers(256, size=(n_arrays, 8, 8), dtype=np.uint8)
     paths, _ = write_noise(folder, n_files, size=(40, 30))
-    time.sleep(2.5)  # files just written are not yet known by their state
+    time.sleep(2.5)  # new files are not identified by their state yet
     figures = {}
     for name, X in {"arrays": arrays, "files": paths}.items():
         cached = CNNFeatureTransformer(
@@ -195,11 +195,11 @@ def time_warm_reads(folder, n_arrays=20_000, n_files=5_000):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", help="a folder of class folders")
+    parser.add_argument("--data", help="folder of class folders")
     parser.add_argument("--backbone", default="squeezenet1_0")
-    parser.add_argument("--weights", help="a file, or a name; random if not given")
+    parser.add_argument("--weights", help="file, or name (default: random)")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
 
     def make_transformer(cache=None):

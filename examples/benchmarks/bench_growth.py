@@ -1,11 +1,11 @@
 """
-How cost grows with the number of images, and what the first one costs
-========================================================================
+Scaling with the number of images, and latency of the first image
+=================================================================
 
-Seconds for each image and peak memory for 100, 1,000 and 10,000 of them (a folder's
-images, repeated): both should be flat. Then, in a new process each: the import, the
-first ``transform`` of one image, that of a clone, and of one image afterwards, with
-the automatic batch size and with batches of one.
+Time per image and peak memory for 100, 1,000 and 10,000 images (the images of a
+folder, repeated); both should be constant. Then, in a new process: the time of the
+import, of the first ``transform`` of one image, of the first of a clone, and of a later
+one, with the default batch size and with ``batch_size=1``.
 
     python bench_growth.py --data DIR --backbone squeezenet1_0
 """
@@ -18,7 +18,7 @@ import sys
 from bench_grid_search import read_folders
 from reporting import print_table, write_json
 
-# What a new process measures; prints JSON.
+# Code that is run in a new process and prints JSON.
 GROWTH = """
 import json, resource, sys, time
 from skltl import CNNFeatureTransformer
@@ -66,7 +66,7 @@ print(json.dumps(seconds))
 
 
 def run(code, paths, *arguments):
-    """Run code in a new process; return what it printed."""
+    """Run code in a new process; return its decoded output."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments],
         input=json.dumps(paths),
@@ -79,16 +79,16 @@ def run(code, paths, *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", required=True, help="a folder of class folders")
+    parser.add_argument("--data", required=True, help="folder of class folders")
     parser.add_argument("--backbone", default="squeezenet1_0")
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--counts", nargs="*", type=int, default=[100, 1_000, 10_000])
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--json", help="output file for the figures")
     arguments = parser.parse_args()
 
     paths, _ = read_folders(arguments.data)
     network = (arguments.backbone, arguments.engine)
-    unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of `ru_maxrss` in bytes
     growth = []
     for count in arguments.counts:
         many = (paths * (count // len(paths) + 1))[:count]

@@ -1,16 +1,15 @@
 """
-The accuracies that README and user guide quote
-===============================================
+Accuracies in README and user guide
+===================================
 
-Flowers, digits and ImageNet images with the ImageNet weights of SqueezeNet 1.0, in
-float32, by the layer at which the network is truncated::
+Accuracies on flowers, digits and ImageNet images with the ImageNet weights of
+SqueezeNet 1.0, in float32, by the layer at which the network is truncated::
 
     python examples/benchmarks/figures.py --data DIR
     python examples/benchmarks/figures.py --data DIR --fine-tuning
 
-``DIR`` is the folder that ``SKLTL_TEST_DATA`` names for the tests. With
-``--fine-tuning``, which takes half an hour, the tables of the page on fine-tuning
-follow.
+``DIR`` is the folder that ``SKLTL_TEST_DATA`` names for the tests. ``--fine-tuning``
+adds the tables of the page on fine-tuning, which takes half an hour.
 """
 
 import argparse
@@ -48,12 +47,12 @@ LAYERS = [layer.name for layer in list_layers(BACKBONE)]
 
 
 def linear_svm():
-    """Return the classifier of `make_feature_pipeline`, for features."""
+    """Return the scaler and classifier of `make_feature_pipeline`."""
     return make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
 
 
 def accuracies_by_layer(settings, X, y, splits, **more):
-    """Return the mean accuracy of a linear SVM at each layer, from one pass."""
+    """Return the mean accuracy of a linear SVM at each layer, from one forward pass."""
     transformer = CNNFeatureTransformer(BACKBONE, layer=LAYERS, **settings, **more)
     features = transformer.fit_transform(X)
     widths = [layer.channels for layer in list_layers(BACKBONE)]
@@ -62,7 +61,7 @@ def accuracies_by_layer(settings, X, y, splits, **more):
 
 
 def print_by_layer(settings, flowers, digits):
-    """Print the table of README and of the page on features."""
+    """Print the table in README and on the page on features."""
     on_flowers = accuracies_by_layer(settings, *flowers, FOLDS)
     on_digits = accuracies_by_layer(settings, *digits, DIGIT_SPLITS, image_shape=(8, 8))
     rows = [
@@ -84,7 +83,7 @@ def print_classifiers(settings, flowers):
 
 
 def print_imagenet(settings, folder):
-    """Print how many of the ImageNet images are recognised."""
+    """Print the top-1 and top-5 counts on the ImageNet images."""
     with (folder / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     classifier = PretrainedCNNClassifier(BACKBONE, **settings)
@@ -97,7 +96,7 @@ def print_imagenet(settings, folder):
 
 
 def print_advice(settings, X, y):
-    """Print what is advised for 100 digits, and the accuracies on 1,000 others."""
+    """Print the strategy for 100 digits, and the accuracies on 1,000 others."""
     for size in (96, 224):
         more = {**settings, "image_shape": (8, 8), "image_size": size}
         splits = StratifiedShuffleSplit(
@@ -158,7 +157,7 @@ def print_fine_tuning_on_digits(settings, X, y):
 
 
 def main():
-    """Print what was asked for."""
+    """Print the requested tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Other ways to make features of images, each used as its documentation says.
+"""Feature extraction with other packages, each used as documented.
 
-All networks get random weights: nothing is downloaded, and speed does not depend on
-them.
+All networks have random weights: nothing is downloaded, and the throughput does not
+depend on them.
 """
 
 import warnings
@@ -19,7 +19,7 @@ BATCH_SIZE = 32
 
 
 def by_hand(backbone, paths, n_workers=0):
-    """Do what people write: torchvision's transforms, a DataLoader, float32."""
+    """Use a manual loop: torchvision's transforms, a ``DataLoader``, float32."""
     model = torchvision.models.get_model(backbone).eval()
     layers = model.features if hasattr(model, "features") else None
     if layers is None:
@@ -49,16 +49,17 @@ def with_embetter(backbone, paths):
 
     with mock.patch.object(timm, "create_model", untrained):
         encoder = TimmEncoder(backbone)
-    encoder.model.eval()  # it forgets to; batch-norms would follow the images
+    # Not done by embetter: batch normalization would depend on the images.
+    encoder.model.eval()
     pipeline = make_pipeline(ImageLoader(), encoder)
     return lambda: pipeline.fit_transform(paths)
 
 
 def with_img2vec(backbone, paths):
-    """Use ``Img2Vec.get_vec`` for 32 images at a time."""
+    """Use ``Img2Vec.get_vec`` on 32 images at a time."""
     from img2vec_pytorch import Img2Vec, img_to_vec
 
-    name = {"vgg16": "vgg16_bn"}.get(backbone, backbone)  # the only VGG-16 it has
+    name = {"vgg16": "vgg16_bn"}.get(backbone, backbone)  # its only VGG-16
     if not hasattr(img_to_vec, name):
         return None
 
@@ -128,7 +129,7 @@ def with_timm(backbone, paths, n_workers=0):
 
 
 class Transformed(Dataset):
-    """Files, opened and transformed one by one."""
+    """Image files, opened and transformed one by one."""
 
     def __init__(self, paths, transform):
         self.paths, self.transform = paths, transform
@@ -140,9 +141,9 @@ class Transformed(Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
-# The package that must be installed, and the numbers of workers to try.
+# Required package, and numbers of workers to compare.
 PEERS = {
-    "by hand": (by_hand, "torchvision", (0, 2)),
+    "manual loop": (by_hand, "torchvision", (0, 2)),
     "embetter": (with_embetter, "embetter", ()),
     "img2vec_pytorch": (with_img2vec, "img2vec_pytorch", ()),
     "fastai": (with_fastai, "fastai", (0, 2)),
@@ -151,13 +152,13 @@ PEERS = {
 
 
 def peers(backbone, paths):
-    """Return a function for each way that is installed and has the network."""
+    """Return a function for each installed package that provides the network."""
     ways = {}
     for name, (make, package, workers) in PEERS.items():
         if find_spec(package) is None:
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages that use what is deprecated
+            warnings.simplefilter("ignore")  # deprecation warnings of the packages
             for n in workers or [None]:
                 run = make(backbone, paths, *([] if n is None else [n]))
                 label = name if n is None else f"{name}, {n} workers"

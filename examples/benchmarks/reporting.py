@@ -1,4 +1,4 @@
-"""What all benchmarks print and write: the figures, and where they come from."""
+"""Output of the benchmarks: figures, and the conditions of the measurement."""
 
 import json
 import os
@@ -10,7 +10,7 @@ PACKAGES = ["skltl", "torch", "torchvision", "scikit-learn", "numpy", "pillow"]
 
 
 def conditions():
-    """Return the machine and the versions that figures depend on."""
+    """Return the machine and the versions on which the figures depend."""
     return {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -20,7 +20,7 @@ def conditions():
 
 
 def print_table(rows):
-    """Print a list of dictionaries with the same keys as a table."""
+    """Print a list of dictionaries with equal keys as a table."""
     columns = list(rows[0])
     cells = [[_text(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -30,7 +30,7 @@ def print_table(rows):
 
 
 def write_json(path, figures):
-    """Write figures and their conditions beside each other."""
+    """Write the figures and the conditions of the measurement as JSON."""
     content = {"conditions": conditions(), "figures": figures}
     Path(path).write_text(json.dumps(content, indent=2))
 
