@@ -14,13 +14,13 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
+from skltl.finetuning._fitting import _foundation
 from tiny_classifier import classifier, losses, saved_state
 from torchvision.transforms import v2
 
 from skltl import Backbone, Preprocessing
 from skltl.exceptions import CheckpointWarning
 from skltl.finetuning._checkpoint import MAGIC, Checkpoint, _digest, _views, description
-from skltl.finetuning._fitting import _foundation
 
 
 class Interruption(Exception):
