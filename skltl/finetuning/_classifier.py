@@ -96,9 +96,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     finetune_epochs : int, default=10
         Number of epochs of the second stage.
     head_init : {"probe", "random"} or FrozenEstimator, default="probe"
-        Initial weights of the head. With ``"probe"``, a head with a single linear layer
-        is initialized with scikit-learn's logistic regression on the frozen features
-        [1]_. ``FrozenEstimator(classifier)`` is a fitted linear classifier, or a fitted
+        Initial weights of the head. ``"probe"`` initializes a head with a single linear
+        layer with scikit-learn's logistic regression on the frozen features [1]_.
+        ``FrozenEstimator(classifier)`` holds a fitted linear classifier, or a fitted
         pipeline of a ``StandardScaler`` and a linear classifier.
     head_lr : float or "auto", default="auto"
         Peak learning rate of the head; ``"auto"`` is 0.01 for SGD, 0.001 for AdamW.
@@ -106,8 +106,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Peak learning rate of the backbone; ``"auto"`` is 0.01 for SGD, which suits a
         head that was initialized with a probe [1]_, and 0.0001 for AdamW.
     backbone_lr_decay : float, default=1.0
-        Factor between the learning rates of a group of blocks and of the next one, in
-        (0, 1]. Below 1, layers near the image are trained with lower learning rates.
+        Factor by which the learning rate decreases from each group of blocks to the one
+        before it, in (0, 1].
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
         Optimizer. SGD has a Nesterov momentum of 0.9, which ``schedule="one_cycle"``
         varies from 0.95 to 0.85 and back, inversely to the learning rate. ``"auto"`` is
@@ -147,7 +147,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Device, as for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Data type of matrix products and convolutions; ``"auto"`` is bfloat16 where the
-        device has native support. Parameters are float32.
+        device supports it natively. Parameters are float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
         Engine of frozen blocks, as for `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
@@ -155,21 +155,21 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     cache : bool, str or path, default=None
         Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
-        Folder in which the state is saved after each epoch. After an interruption, the
-        same call resumes there and gives the same result. A call with other images,
-        labels, parameters or versions does not. The file is deleted at the end. If it
-        cannot be written, training goes on with a warning.
+        Folder in which the state is saved after each epoch, and deleted at the end.
+        After an interruption, the same call resumes there and gives the same result; a
+        call with other images, labels, parameters or versions starts over. If the state
+        cannot be saved, there is a warning and training goes on.
     warm_start : bool, default=False
-        Whether `fit` starts from the result of the previous `fit`, which must have had
-        the same classes and layers.
+        Whether `fit` starts from the result of the previous `fit`, with the same
+        classes and layers.
     n_jobs : int, default=None
         Number of decoding threads, as for `CNNFeatureTransformer`.
     random_state : int, RandomState instance or None, default=None
         Controls random weights, the initialization of the head, shuffling,
         augmentation, the validation split and dropout.
     verbose : int, default=0
-        Whether progress bars are shown. With scikit-learn 1.9 or later, callbacks are
-        supported as well: ``set_callbacks(ProgressBar())``.
+        Whether progress bars are shown. The callbacks of scikit-learn 1.9 are supported
+        as well: ``set_callbacks(ProgressBar())``.
 
     Attributes
     ----------
@@ -362,8 +362,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         sample_weight : array of shape (n,), default=None
             Weights of the images in the loss.
         groups : array of shape (n,), default=None
-            Group labels, such as the patient of each image. A group is held out as a
-            whole, or not at all.
+            Groups of images, such as patients, that are held out as a whole.
 
         Returns
         -------
@@ -384,29 +383,23 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         new.classes_, targets = encode_labels(y, len(source))
         labels, class_weight = new.classes_[targets], self.class_weight
         weights = example_weights(sample_weight, class_weight, new.classes_, targets)
-        requested_seed = draw_seed(self.random_state)
-        seed = fresh_seed() if requested_seed is None else requested_seed
-        arrays = (labels, sample_weight, groups)
         with training_context(resolve_device(self.device)):
-            new._load_network(seed)
-            with self._open_checkpoint(new, source, arrays, requested_seed) as saving:
-                if saving is not None and saving.saved is not None:
-                    seed = saving.saved["seed"]
-                    new._load_network(seed)
-                share = (self.validation_fraction, self.early_stopping)
-                examples = split_examples(targets, weights, groups, *share, seed)
+            arrays = (labels, sample_weight, groups)
+            seed, opened = self._load_network_and_checkpoint(new, source, arrays)
+            with opened as checkpoint:
+                examples = split_examples(new, targets, weights, groups, seed)
                 network = self._build_network(new, seed)
                 new.history_, new.best_validation_score_ = [], None
-                fitted = partial(new._fitted_attributes, network)
                 metadata = {"sample_weight": sample_weight, "groups": groups}
+                fitted = partial(new._fitted_attributes, network)
                 callbacks = Callbacks(self, X, y, metadata, len(new.stages_), fitted)
                 inputs = build_inputs(new, source, network, seed)
                 config = training_config(new, self._is_warm(), seed)
                 trainer = Trainer(network, inputs, examples, config, new.history_)
-                score = trainer.run(new.stages_, saving, callbacks)
+                score = trainer.run(new.stages_, checkpoint, callbacks)
                 new.best_validation_score_ = score
-        self.__dict__.pop("n_features_in_", None)  # of an earlier fit on rows
-        self.__dict__.pop("feature_names_in_", None)
+        for name in ("n_features_in_", "feature_names_in_"):  # an earlier fit on rows
+            self.__dict__.pop(name, None)
         self.__dict__.update(fitted())
         callbacks.end_fit()
         return self
@@ -482,7 +475,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         return transformer
 
     def transform(self, X):
-        """Return the features of the fine-tuned network, the inputs of the head.
+        """Return the pooled features of the fine-tuned network.
 
         Parameters
         ----------
@@ -527,15 +520,32 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         cloned.augment = copy.deepcopy(self.augment)
         return cloned
 
+    def _load_network_and_checkpoint(self, new, source, arrays):
+        """Return the seed of the fit, and its checkpoint or a context without one."""
+        requested_seed = draw_seed(self.random_state)
+        seed = fresh_seed() if requested_seed is None else requested_seed
+        new._load_network(seed)
+        if self.checkpoint is None:
+            return seed, nullcontext()
+        folder = fspath(self.checkpoint)
+        if not folder or "\0" in folder:
+            raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
+        name = fingerprint(self, new, source, arrays, requested_seed)
+        checkpoint = Checkpoint(folder, name)
+        if checkpoint.saved is not None:
+            seed = checkpoint.saved["seed"]
+            new._load_network(seed)
+        return seed, checkpoint
+
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""
         self.backbone_, weights, self.preprocessing_ = resolve_network(
             self.backbone, self.weights, self.image_size
         )
         layer = resolve_layer(self.backbone_, self.layer)
+        self.cut_points_, self.pooling_ = [layer], self.pooling
         # Random weights without a `random_state` are never requested again.
         is_shared = self.random_state is not None
-        self.cut_points_, self.pooling_ = [layer], self.pooling
         self.network_ = load_prefix(
             self.backbone_, weights, seed, [layer.block], is_shared
         )
@@ -547,15 +557,6 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         device = resolve_device(self.device)
         self.precision_ = self._fitted_precision(device)
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
-
-    def _open_checkpoint(self, new, source, arrays, seed):
-        """Return the checkpoint of this fit, or a context without one."""
-        if self.checkpoint is None:
-            return nullcontext()
-        folder = fspath(self.checkpoint)
-        if not folder or "\0" in folder:
-            raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
-        return Checkpoint(folder, fingerprint(self, new, source, arrays, seed))
 
     def _is_warm(self):
         """Return whether the fit starts from the result of the previous one."""

@@ -125,17 +125,17 @@ def _scale_to_one(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def split_examples(
+    estimator: Any,
     targets: NDArray[np.int64],
     weights: NDArray[np.float64],
     groups: Any,
-    fraction: float | None,
-    is_needed: bool,
     seed: int,
 ) -> Examples:
     """Hold out validation images, and scale the training weights to a mean of 1.
 
     So scaled, weights do not change the effective learning rate.
     """
+    fraction, is_needed = estimator.validation_fraction, estimator.early_stopping
     training, validation = hold_out(targets, groups, fraction, is_needed, seed)
     if not weights[training].sum() > 0:
         raise ValueError("The weights of all training images are zero.")
@@ -188,8 +188,8 @@ def _hold_out_groups(
     n_folds = min(MAX_FOLDS, n_groups, int(np.bincount(targets).min()))
     if n_folds < 2:
         raise ValueError(
-            f"groups: there are {n_groups} groups and {np.bincount(targets).min()} "
-            "images of the rarest class, too few to hold some out."
+            "groups: too few to hold some out, with a total of "
+            f"{n_groups} and {np.bincount(targets).min()} images of the rarest class."
         )
     # As many folds as come closest to the fraction, but neither none nor all.
     n_held_out = min(max(round(fraction * n_folds), 1), n_folds - 1)
@@ -245,9 +245,8 @@ class StoredInputs:
 class OnTheFlyInputs(ImageSource):
     """Inputs that are computed from crops (n, h, w, 3) whenever they are needed.
 
-    View 0 of an image is the image itself. Any other number is an augmented view, the
-    same at any time: augmentation is seeded with the position and this number. As an
-    `ImageSource`, each image is followed by its views.
+    View 0 of an image is the image itself; any other number seeds an augmented view. As
+    an `ImageSource`, each image is followed by its views.
     """
 
     def __init__(

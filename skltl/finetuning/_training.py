@@ -58,7 +58,7 @@ MAX_GRADIENT_NORM = 1.0
 
 SHOWN_IN_PROGRESS = ("loss", "score", "validation_score")
 
-EpochRecord: TypeAlias = dict[str, Any]
+Metrics: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Trainer:
         inputs: Inputs,
         examples: Examples,
         config: TrainingConfig,
-        history: list[EpochRecord],
+        history: list[Metrics],
     ) -> None:
         self._network = network.to(config.device)
         self._all_inputs = inputs
@@ -175,13 +175,13 @@ class Trainer:
             disable=not self._config.verbose,
         ) as progress:
             while not self._is_done():
-                record = self._train_epoch()
-                self._history.append(record)
+                metrics = self._train_epoch()
+                self._history.append(metrics)
                 if self._config.patience is not None:
                     self._n_epochs_since_best += 1
-                    self._keep_if_best(record)
+                    self._keep_if_best(metrics)
                 progress.set_postfix(
-                    {key: record[key] for key in SHOWN_IN_PROGRESS if key in record}
+                    {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
                 )
                 progress.update()
                 self._is_stopped = callbacks.end_epoch()
@@ -200,8 +200,8 @@ class Trainer:
             or self._is_stopped
         )
 
-    def _train_epoch(self) -> EpochRecord:
-        """Train for one epoch; return its record, with the initial learning rates."""
+    def _train_epoch(self) -> Metrics:
+        """Train for one epoch; return its metrics, with the initial learning rates."""
         start = time.perf_counter()
         config, examples = self._config, self._examples
         seed = derived_seed(config.seed, "epoch", self._number, self._n_epochs)
@@ -301,9 +301,9 @@ class Trainer:
             found[group["name"]] = max(found[group["name"]], group["lr"])
         return found
 
-    def _keep_if_best(self, record: EpochRecord) -> None:
+    def _keep_if_best(self, metrics: Metrics) -> None:
         """Keep the weights if the score rose, or the loss fell at the same score."""
-        score, loss = record["validation_score"], record["validation_loss"]
+        score, loss = metrics["validation_score"], metrics["validation_loss"]
         is_higher = score > self._best_score
         if is_higher or (score == self._best_score and loss < self._best_loss):
             self._best_score, self._best_loss = float(score), float(loss)
