@@ -10,7 +10,6 @@ from numbers import Integral, Real
 from os import PathLike, fspath
 
 import torch
-from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -378,7 +377,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         TrainingError
             If the loss becomes infinite or NaN.
         """
-        new = clone(self)  # so that a fit that fails leaves `self` unchanged
+        # A fit that fails leaves `self` unchanged.
+        new = type(self)(**self.get_params())
         source = new._read_images(X, y, reset=True)
         new.classes_, targets = encode_labels(y, len(source))
         labels, class_weight = new.classes_[targets], self.class_weight
@@ -398,8 +398,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 trainer = Trainer(network, inputs, examples, config, new.history_)
                 score = trainer.run(new.stages_, checkpoint, callbacks)
                 new.best_validation_score_ = score
-        for name in ("n_features_in_", "feature_names_in_"):  # an earlier fit on rows
-            self.__dict__.pop(name, None)
+        for name in ("n_features_in_", "feature_names_in_"):
+            self.__dict__.pop(name, None)  # of an earlier fit on rows
         self.__dict__.update(fitted())
         callbacks.end_fit()
         return self

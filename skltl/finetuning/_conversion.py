@@ -194,8 +194,8 @@ def _check_decisions(
         or not np.array_equal(bare.predict(points), bare.classes_[number.astype(int)])
     ):
         raise ValueError(
-            f"{type(classifier).__name__} does not decide by one linear function for "
-            "each class, as the last layer of a network does. LogisticRegression, "
+            f"{type(classifier).__name__} does not decide by one row of coefficients "
+            "for each class, as the last layer of a network does. LogisticRegression, "
             "LinearSVC and OneVsRestClassifier (with one label per image) do."
         )
 

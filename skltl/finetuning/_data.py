@@ -67,7 +67,7 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     classes, targets = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"y contains only one class, {classes.tolist()[0]!r}: a classifier needs "
+            f"y has one class only, {classes.tolist()[0]!r}: a classifier needs "
             "at least two classes."
         )
     return classes, targets.astype(np.int64)
@@ -87,7 +87,7 @@ def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
         (label,) = labels[wrong[:1]].tolist()  # as plain Python prints it
         known = [str(one)[:30] for one in classes]
         raise ValueError(
-            f"{reprlib.repr(label)} is not a class of this classifier. "
+            f"{reprlib.repr(label)} is none of the classes of this classifier. "
             f"{nearest(str(label)[:30], known)}"
         )
     return np.asarray(columns)

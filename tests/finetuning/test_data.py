@@ -41,7 +41,7 @@ def test_invalid_images_and_labels_are_refused(digits):
         classifier().fit(X, [*y[:9], None])
     with pytest.raises(ValueError, match="continuous"):
         classifier().fit(X, np.linspace(0, 1, 10))
-    with pytest.raises(ValueError, match="y contains only one class, 3"):
+    with pytest.raises(ValueError, match="y has one class only, 3"):
         classifier().fit(X, np.full(10, 3))
     with pytest.raises(NotFittedError):
         classifier().predict(X)
