@@ -2,9 +2,16 @@
 
 from skltl.finetuning._classifier import FineTunedCNNClassifier
 from skltl.finetuning._conversion import head_of_pipeline, parts_of_pipeline, unwrapped
-from skltl.finetuning._data import decode_crops
-from skltl.finetuning._labels import columns_of, encode_labels, example_weights
-from skltl.finetuning._network_classifier import NetworkClassifier, TunedNetwork
+from skltl.finetuning._data import (
+    columns_of,
+    decode_crops,
+    encode_labels,
+    example_weights,
+)
+from skltl.finetuning._prediction import NetworkClassifier
+
+# The former base class of the classifier, which displays still ask for.
+TunedNetwork = FineTunedCNNClassifier
 
 __all__ = [
     "FineTunedCNNClassifier",

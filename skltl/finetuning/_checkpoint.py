@@ -1,4 +1,4 @@
-"""Checkpoints: the file from which an interrupted fit continues, and its name."""
+"""Checkpoints: the file from which an interrupted fit resumes, and its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import IO, Any
 
 import numpy as np
@@ -24,71 +24,50 @@ from torch import Tensor
 
 from skltl._caller import level_of_the_user
 from skltl.exceptions import CheckpointWarning
-from skltl.finetuning._data import Views
-from skltl.finetuning._network import Foundation
-from skltl.images import ImageSource, content_key, file_digest
+from skltl.finetuning._data import OnTheFlyInputs
+from skltl.images import ImageSource, Preprocessing, content_key, file_digest
 from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, versions
 
-# On these a fit does not depend, or they are told apart in another way.
-LEFT_OUT = (
+# A fit does not depend on these, or they are digested separately.
+NOT_DIGESTED = (
     *("augment", "head_init", "cache", "checkpoint", "n_jobs"),
     *("random_state", "verbose"),
 )
 
-# What a transform of an installed package does is seen from some augmented views only.
+# Transforms of installed packages are pickled by name: what they do shows in some
+# augmented views.
 N_VIEWS = 8
 
 
 def fingerprint(
     classifier: Any,
+    new: Any,
     source: ImageSource,
     arrays: Iterable[NDArray[Any] | None],
-    foundation: Foundation,
     seed: int | None,
 ) -> str:
-    """Name all that a fit depends on.
+    """Return a digest of all that a fit depends on.
 
-    Parameters
-    ----------
-    classifier : FineTunedCNNClassifier
-        Its parameters, and with a warm start what it has learned.
-    source : ImageSource
-        The images, by their content.
-    arrays : iterable of array or None
-        What else there is for each image: labels, weights, groups.
-    foundation : Foundation
-        The network; left out if it is random and nobody can draw it again.
-    seed : int or None
-        The same for the same `random_state`; ``None`` if that is ``None``.
-
-    Returns
-    -------
-    str
-        Hexadecimal digits.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be told what `augment` does.
+    `new` holds the network with which the fit begins, `arrays` the labels, sample
+    weights and groups. Without a seed, random weights are left out: they are drawn
+    differently in each fit, and an interrupted one resumes with its own.
     """
     digest = blake2b(repr((seed, sorted(versions().items()))).encode(), digest_size=16)
-    params = classifier.get_params().items()
-    digest.update(
-        repr(sorted(one for one in params if one[0] not in LEFT_OUT)).encode()
-    )
-    digest.update(repr(foundation.preprocessing).encode())
-    digest.update(repr(structure(foundation.blocks)).encode())
+    params = sorted(classifier.get_params().items())
+    digest.update(repr([one for one in params if one[0] not in NOT_DIGESTED]).encode())
+    blocks = new.network_.blocks
+    digest.update(repr((new.preprocessing_, structure(blocks))).encode())
     for position in range(len(source)):
-        digest.update(_image(source, position))
+        digest.update(_content(source, position))
     for array in arrays:
-        digest.update(repr(None if array is None else array.tolist()).encode())
+        values = None if array is None else np.asarray(array).tolist()
+        digest.update(repr(values).encode())
     digest.update(description(classifier.head_init, "head_init"))
     if classifier.augment is not None:
         digest.update(description(classifier.augment, "augment"))
-        digest.update(_views(classifier.augment, source, foundation))
+        digest.update(view_content(classifier.augment, source, new.preprocessing_))
     if classifier.weights is not None or seed is not None:
-        digests = prefix_digests(foundation.backbone, foundation.blocks)
-        digest.update(b"".join(digests.values()))
+        digest.update(b"".join(prefix_digests(new.backbone_, blocks).values()))
     if classifier.warm_start and hasattr(classifier, "head_"):
         for module in (*classifier.network_.blocks.values(), classifier.head_):
             for weights in module.state_dict().values():
@@ -96,33 +75,30 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def _image(source: ImageSource, position: int) -> bytes:
-    """Name an image by its content, of a file by all of its bytes."""
+def _content(source: ImageSource, position: int) -> bytes:
+    """Return a digest of an image's content, for a file of all of its bytes."""
     path = source.path(position)
     if path is None:
         return content_key(source[position])
-    return file_digest(path) or b""  # the error comes when it is read
+    return file_digest(path) or b""  # unreadable: decoding it raises later
 
 
-def _views(augment: Any, source: ImageSource, foundation: Foundation) -> bytes:
-    """Return the contents of augmented views of some images."""
+def view_content(
+    augment: Any, source: ImageSource, preprocessing: Preprocessing
+) -> bytes:
+    """Return digests of augmented views of some images."""
     found = b""
     for number, position in enumerate(np.linspace(0, len(source) - 1, N_VIEWS)):
-        crop = foundation.preprocessing.crop(source[int(position)])
-        view = Views(crop[None], augment, N_VIEWS, seed=0).view(0, 1 + number)
-        found += content_key(view)
+        crop = preprocessing.crop(source[int(position)])
+        inputs = OnTheFlyInputs(crop[None], augment, N_VIEWS, seed=0)
+        found += content_key(inputs.view(0, 1 + number))
     return found
 
 
 def description(value: Any, name: str) -> bytes:
-    """Describe a parameter that may be an object or a function, by all it consists of.
+    """Pickle a parameter together with the code of the functions it consists of.
 
-    The same in other processes; never loaded again.
-
-    Raises
-    ------
-    ValueError
-        If it holds what cannot be described, such as an open file.
+    Equal in all processes, and never loaded.
     """
     content = io.BytesIO()
     try:
@@ -132,38 +108,37 @@ def description(value: Any, name: str) -> bytes:
         RecursionError,
     ) as error:
         raise ValueError(
-            f"checkpoint: it cannot be told what {name}={type(value).__name__} does, "
-            "so an interrupted fit with another one might be taken for this one. Use "
-            f"functions and objects that can be pickled. ({error})"
+            f"checkpoint: {name}={type(value).__name__} cannot be identified, so the "
+            "checkpoint of a fit with another one might be used. Use functions and "
+            f"objects that can be pickled. ({error})"
         ) from error
     return content.getvalue()
 
 
-# Packages that are pickled by name wherever they are installed, not only in the folders
-# of installed packages. What they do is seen from the augmented views.
+# Packages that are pickled by name wherever they are installed; see also `N_VIEWS`.
 BY_NAME = {"torch", "torchvision", "skltl", "numpy", "PIL", "builtins"}
 
 
 class _Describer(pickle.Pickler):
-    """Pickles what a value consists of, the code of the user's own functions included.
+    """Pickler that includes the code of functions and classes.
 
-    Functions and classes of installed packages are pickled by name.
+    Except of those of installed packages, which are pickled by name.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
-        # Whether two equal texts are one object is a matter of chance: no memory.
+        # No memo: whether two equal strings are one object is a matter of chance.
         self.fast = True
-        self._described: set[int] = set()  # functions that call themselves
+        self._described: set[int] = set()  # for recursive functions
 
     def persistent_id(self, value: Any) -> Any:
-        """Return what stands for a set, whose order is another in each process."""
+        """Replace sets, whose order differs between processes, and modules."""
         if type(value) in (set, frozenset):
             return sorted(description(one, "a set") for one in value)
         return value.__name__ if isinstance(value, ModuleType) else None
 
     def reducer_override(self, value: Any) -> Any:
-        """Return what stands for such an object; others are pickled as usual."""
+        """Replace tensors, code, functions and classes; others are pickled as usual."""
         if isinstance(value, Tensor):
             array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             kind = (str(value.dtype), tuple(value.shape))
@@ -180,7 +155,7 @@ class _Describer(pickle.Pickler):
 
 
 def _function(function: FunctionType) -> tuple[Any, ...]:
-    """Return what a function consists of, and the globals that it uses."""
+    """Return the code of a function, and all values that it uses."""
     enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
     defaults = (function.__defaults__, function.__kwdefaults__)
     known = function.__globals__
@@ -197,7 +172,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _class(value: type) -> tuple[Any, ...]:
-    """Return what a class consists of, as far as it says what its objects do."""
+    """Return the methods and the plain attributes of a class."""
     parts = {
         name: getattr(part, "__func__", getattr(part, "fget", part))
         for name, part in vars(value).items()
@@ -212,7 +187,7 @@ def _class(value: type) -> tuple[Any, ...]:
 
 
 def _is_installed(value: Any) -> bool:
-    """Tell whether a function or class is of Python or of an installed package."""
+    """Return whether a function or class belongs to Python or an installed package."""
     if (value.__module__ or "").partition(".")[0] in BY_NAME:
         return True
     if isinstance(value, FunctionType):
@@ -226,65 +201,57 @@ def _is_installed(value: Any) -> bool:
     )
 
 
-# Before the state come these bytes and a digest of it: torch does not notice a bit that
-# has changed, and would go on with another model.
-MAGIC = b"skltl checkpoint 1\n"
+# The file begins with these bytes and a digest of the state: torch does not notice a
+# flipped bit, and training would go on with another model.
+MAGIC = b"skltl checkpoint 2\n"
 DIGEST_BYTES = 32
 
-# Of the same data and parameters, at the same time.
-MOST_FITS = 1000
+# Fits with the same data and parameters that run at the same time.
+MAX_FITS = 1000
 
-# Of the state that a fit saves.
-KEYS = {"seed", "stage", "is_stopped", "layers", "training", "best", "history"}
+STATE_TYPES: dict[str, Any] = {
+    "seed": int,
+    "stage": int,
+    "n_epochs": int,
+    "is_stopped": bool,
+    "network": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "best_score": float,
+    "best_loss": float,
+    "best_weights": (dict, NoneType),
+    "n_epochs_since_best": int,
+    "history": list,
+}
 
 
 class Checkpoint:
-    """A file that is whole at any time, or a place without one.
+    """The file in which a fit keeps its state; whole at any time.
 
-    Used as a context manager: until its end the file is this fit's alone. Another one
-    of the same data and parameters that runs meanwhile has a file of its own, so that
-    fits without a `random_state` do not become one and the same model.
-
-    Parameters
-    ----------
-    folder : str, path or None
-        Where the file lies; the folder is made. ``None`` keeps nothing.
-    fingerprint : str
-        Of all that the fit depends on: the beginning of the file's name, so that the
-        fits of a search do not get in each other's way.
-
-    Attributes
-    ----------
-    saved : dict or None
-        The state from which to go on.
-
-    Raises
-    ------
-    ValueError
-        If nothing can be written there, or what is there cannot be read.
+    Locked until `close`, the end of the context: another fit with the same data and
+    parameters that runs meanwhile has a file of its own, so that fits without a
+    `random_state` do not end as the same model. `saved` is the state of an interrupted
+    fit, or ``None``.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str) -> None:
-        self._path: Path | None = None
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
         self._lock: FileLock | None = None
         self._has_warned = False
         self.saved: dict[str, Any] | None = None
-        if folder is None:
-            return
         try:
             name = f"skltl-fit-{fingerprint}"
-            self._path, self._lock = _free_place(Path(folder).expanduser(), name)
-            self._unfinished(self._path).touch()
-            self._unfinished(self._path).unlink()
+            self._path, self._lock = _lock_file(Path(folder).expanduser(), name)
+            self._unfinished_path().touch()
+            self._unfinished_path().unlink()
         except OSError as error:
             self.close()
             raise ValueError(
-                f"checkpoint={str(folder)!r} is no folder that files can be written to "
-                f"({error.strerror})."
+                f"checkpoint={str(folder)!r} is not a folder in which files can be "
+                f"written ({error.strerror})."
             ) from error
         if self._path.exists():
             try:
-                self.saved = self._read(self._path)
+                self.saved = self._read()
             except ValueError:
                 self.close()
                 raise
@@ -296,31 +263,29 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Let other fits have the file."""
+        """Release the lock."""
         if self._lock is not None:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink()
             self._lock.release()
 
-    def saved_for(self, n_stages: int) -> dict[str, Any] | None:
-        """Return the state from which to go on with a plan of so many stages."""
+    def state_for(self, n_stages: int) -> dict[str, Any] | None:
+        """Return the state from which a fit with `n_stages` stages resumes, if any."""
         if self.saved is not None and not 0 <= self.saved["stage"] < n_stages:
             raise self._unreadable()
         return self.saved
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save the state in place of the one before, all or nothing.
+        """Replace the saved state, all or nothing.
 
-        What cannot be saved is no reason to lose the fit: a warning tells of it, once.
+        If that fails the fit goes on, with one warning.
         """
-        if self._path is None:
-            return
         content = io.BytesIO()
         torch.save(state, content)
-        unfinished = self._unfinished(self._path)
+        unfinished = self._unfinished_path()
         try:
             with unfinished.open("wb") as file:
-                file.write(MAGIC + _digest(content.getbuffer()))
+                file.write(MAGIC + digest_of(content.getbuffer()))
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -333,60 +298,59 @@ class Checkpoint:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Say which file it is if its state does not fit where it is put back."""
+        """Name the file if its state does not fit where it is restored."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             raise self._unreadable() from e
 
     def clear(self) -> None:
-        """Delete the file, and what killed fits have left: the fit is done."""
-        if self._path is None:
-            return
+        """Delete the file of a finished fit, and what killed fits have left."""
         try:
             self._path.unlink(missing_ok=True)
             for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
                 left.unlink(missing_ok=True)
         except OSError as error:
             warnings.warn(
-                f"The fit is done, but its checkpoint {str(self._path)!r} cannot be "
-                f"deleted ({error.strerror}). Delete it: the same fit would begin with "
-                "it.",
+                f"The fit is finished, but its checkpoint {str(self._path)!r} cannot "
+                f"be deleted ({error.strerror}). Delete it: the same fit would resume "
+                "from it.",
                 CheckpointWarning,
                 stacklevel=level_of_the_user(),
             )
 
-    def _unfinished(self, path: Path) -> Path:
-        """Name a file of this process and thread."""
-        return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
+    def _unfinished_path(self) -> Path:
+        """Return a path for this process and thread."""
+        name = f".{os.getpid()}-{threading.get_ident()}.unfinished"
+        return self._path.with_suffix(name)
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        """Return what was saved last. Nothing in the file is ever executed."""
+    def _read(self) -> dict[str, Any]:
+        """Return the saved state; no code in the file is executed."""
         try:
-            found = path.read_bytes()
+            found = self._path.read_bytes()
         except OSError as error:
             raise self._unreadable() from error
         start = len(MAGIC) + DIGEST_BYTES
         content = memoryview(found)[start:]
-        if found[:start] != MAGIC + _digest(content):
+        if found[:start] != MAGIC + digest_of(content):
             raise self._unreadable()
         try:
             state: Any = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
         except TORCH_FILE_ERRORS as error:
-            # torch's own words advise to load such files all the same.
+            # torch's own message advises to load such files nevertheless.
             raise self._unreadable() from error
-        if not isinstance(state, dict) or state.keys() != KEYS:
+        if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys():
             raise self._unreadable()
-        if {type(state[key]) for key in ("seed", "stage")} != {int}:
+        if not all(isinstance(state[key], kind) for key, kind in STATE_TYPES.items()):
             raise self._unreadable()
         return state
 
     def _unreadable(self) -> ValueError:
         return ValueError(
-            f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, of "
-            "another version, or would need code to be run. Delete it to begin anew."
+            f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, was "
+            "written by another version, or contains code. Delete it to start over."
         )
 
     def _warn(self, error: OSError) -> None:
@@ -395,22 +359,22 @@ class Checkpoint:
         self._has_warned = True
         warnings.warn(
             f"The state of this fit could not be saved to {str(self._path)!r} "
-            f"({error.strerror}). The fit goes on; if it is interrupted, it can go on "
-            "from the last state that was saved, if any. Make room, or choose another "
+            f"({error.strerror}). The fit goes on; if it is interrupted, it resumes "
+            "from the last saved state, if any. Free disk space or choose another "
             "folder.",
             CheckpointWarning,
             stacklevel=level_of_the_user(),
         )
 
 
-def _free_place(folder: Path, name: str) -> tuple[Path, FileLock | None]:
-    """Lock a file that no other fit uses, one with a saved state if there is one.
+def _lock_file(folder: Path, name: str) -> tuple[Path, FileLock | None]:
+    """Lock a file that no other fit uses, preferably one with a saved state.
 
-    Where files cannot be locked, as on some network drives, it is used without.
+    Where files cannot be locked, as on some network drives, none is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     interrupted = sorted(folder.glob(f"{name}-*.checkpoint"))
-    new = [folder / f"{name}-{number}.checkpoint" for number in range(MOST_FITS)]
+    new = [folder / f"{name}-{number}.checkpoint" for number in range(MAX_FITS)]
     for path in (*interrupted, *new):
         lock = FileLock(path.with_suffix(".lock"), blocking=False)
         try:
@@ -423,17 +387,18 @@ def _free_place(folder: Path, name: str) -> tuple[Path, FileLock | None]:
     return (interrupted or new)[0], None
 
 
-def _digest(content: Any) -> bytes:
+def digest_of(content: Any) -> bytes:
+    """Return the digest that precedes the state in a file."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power failure, where folders can be synchronised."""
+    """Make a new file name survive a power failure, where that is possible."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # not all file systems can
+        with suppress(OSError):  # not supported by all file systems
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

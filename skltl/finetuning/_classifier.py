@@ -3,164 +3,204 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
 
+import torch
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 
-from skltl._parameters import DTYPES
+from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
-from skltl.finetuning._conversion import check_free, head_of_pipeline, parts_of_pipeline
-from skltl.finetuning._fitting import RATES, run_fit
-from skltl.finetuning._network_classifier import (
-    FITTED_BY_BOTH,
+from skltl.exceptions import shorten
+from skltl.features import CNNFeatureTransformer, FeatureEstimator, extract_features
+from skltl.finetuning._checkpoint import Checkpoint, fingerprint
+from skltl.finetuning._conversion import (
     SHARED_PARAMETERS,
-    TunedNetwork,
+    check_not_determined,
+    copy_attributes,
+    head_of_pipeline,
+    linear_head,
+    parts_of_pipeline,
 )
-from skltl.finetuning._stages import CallbackSupportMixin
-from skltl.inference import ENGINES, POOLINGS
-from skltl.networks import Backbone
+from skltl.finetuning._data import (
+    build_inputs,
+    encode_labels,
+    example_weights,
+    split_examples,
+)
+from skltl.finetuning._network import (
+    Pool,
+    build_head,
+    count_frozen,
+    group_blocks,
+    has_batch_norms,
+    head_from_state,
+    head_specs,
+    head_state,
+    split_network,
+)
+from skltl.finetuning._prediction import NetworkClassifier
+from skltl.finetuning._training import (
+    PEAK_LRS,
+    Callbacks,
+    CallbackSupportMixin,
+    Stage,
+    Trainer,
+    plan_stages,
+    training_config,
+    training_context,
+)
+from skltl.inference import ENGINES, POOLINGS, can_pool, load_prefix, resolve_engine
+from skltl.networks import Backbone, resolve_layer, resolve_network
 
 
-class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
+class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClassifier):
     """Fine-tune a pretrained ConvNet in two stages.
 
-    First new layers are put on the frozen network and trained alone; then all of the
-    network, or its last blocks, are trained with them. What frozen blocks give for an
-    image is computed once, so an epoch costs only what learns.
+    First a new head is trained on the frozen network, then all of the network, or its
+    last blocks, are trained with it. The activations of frozen blocks are computed once
+    and stored, so that the cost of an epoch depends on the trained layers only.
 
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: any of :func:`~skltl.list_backbones`, or a record of your own.
+        Name of one of :func:`~skltl.list_backbones`, or a `Backbone` of your own.
     weights : str, path or None, default="imagenet"
-        As for `CNNFeatureTransformer`. ``None`` (random weights) with
-        ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
+        Pretrained weights, as for `CNNFeatureTransformer`. ``None`` (random weights)
+        with ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
     layer : str or int, default="last"
-        Where the network is cut and the new layers begin.
+        Layer at which the network is truncated and the head is attached, as for
+        `CNNFeatureTransformer`.
     pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        How the last feature map becomes features.
+        Pooling of the last feature map, as for `CNNFeatureTransformer`.
     conv_channels : tuple of int, default=()
-        New 3 x 3 convolutions before the pooling: how many channels each has.
+        Numbers of channels of 3 x 3 convolutions in the head, before the pooling.
     hidden_units : tuple of int, default=()
-        New fully connected layers after the pooling: how many units each has.
+        Numbers of units of hidden layers in the head, after the pooling.
     dropout : float, default=0.0
-        Share of the units, or features, that are left out in a step, in [0, 1).
+        Dropout probability in the head, in [0, 1).
     unfreeze : str, int or None, default="all"
-        What of the pretrained network learns in the second stage: ``"all"``; the last
-        so many of the parts between main cut points; the part of this name and all
-        after it; the weights and biases of batch-norms (``"batch_norm"``); or nothing
-        (``None``).
+        Layers of the backbone that are trained in the second stage: ``"all"``; an int
+        for this many of the last groups of blocks, which end in main layers; a layer's
+        name for this one and all after it; ``"batch_norm"`` for the weights and biases
+        of batch-norms; ``None`` for no layer.
     head_epochs : int, default=25
-        Passes over the images in the first stage.
+        Number of epochs of the first stage.
     finetune_epochs : int, default=10
-        Passes over the images in the second stage.
+        Number of epochs of the second stage.
     head_init : {"probe", "random"} or FrozenEstimator, default="probe"
-        A head that is one linear layer may begin as scikit-learn's logistic regression
-        on the frozen features [1]_, as random, or as a linear classifier that is fitted
-        already: ``FrozenEstimator(classifier)``, also of a pipeline of a
-        ``StandardScaler`` and a classifier.
+        Initial weights of the head. ``"probe"`` initializes a head with a single linear
+        layer with scikit-learn's logistic regression on the frozen features [1]_.
+        ``FrozenEstimator(classifier)`` holds a fitted linear classifier, or a fitted
+        pipeline of a ``StandardScaler`` and a linear classifier.
     head_lr : float or "auto", default="auto"
-        Highest rate of the new layers: 0.01 with SGD, 0.001 with AdamW.
+        Peak learning rate of the head; ``"auto"`` is 0.01 for SGD, 0.001 for AdamW.
     backbone_lr : float or "auto", default="auto"
-        Highest rate of the pretrained layers: 0.01 with SGD, where head and network
-        start from where they should be [1]_; 0.0001 with AdamW.
+        Peak learning rate of the backbone; ``"auto"`` is 0.01 for SGD, which suits a
+        head that was initialized with a probe [1]_, and 0.0001 for AdamW.
     backbone_lr_decay : float, default=1.0
-        By which factor the rate falls from each part between main cut points to the one
-        before it, towards the image; in (0, 1].
+        Factor by which the learning rate decreases from each group of blocks to the one
+        before it, in (0, 1].
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
-        SGD has Nesterov momentum: of 0.9, but with ``schedule="one_cycle"`` it falls
-        from 0.95 to 0.85 and rises again, against the rate. ``"auto"`` is AdamW for
-        ConvNeXt and EfficientNet v2, else SGD.
+        Optimizer. SGD has a Nesterov momentum of 0.9, which ``schedule="one_cycle"``
+        varies from 0.95 to 0.85 and back, inversely to the learning rate. ``"auto"`` is
+        AdamW for ConvNeXt and EfficientNet v2, else SGD.
     weight_decay : float, default=0.0001
-        Of weights, not of biases and batch-norms.
+        Weight decay. Biases and parameters of batch-norms have none.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
-        How the rates change over a stage.
+        Learning rate schedule of each stage.
     augment : callable, default=None
-        Makes a random variant of an image, such as a ``torchvision.transforms.v2``
-        transform: from a tensor (3, h, w) of what the network sees, before it is
-        normalised, to one of the same shape. It draws from torch's generator, which is
-        seeded for each variant.
+        Data augmentation, such as a ``torchvision.transforms.v2`` transform: a function
+        from an input image of the network, a tensor (3, h, w) before normalization, to
+        a tensor of the same shape. Torch's generator is seeded for each call.
     n_views : int or None, default=8
-        How many variants of each image there are with `augment`: frozen blocks run on
-        each of them once. ``None`` makes a new one whenever an image is seen, and the
-        frozen blocks run in every epoch.
+        Number of augmented views of each image. Frozen blocks run on each of them once.
+        ``None`` draws a new view each time: frozen blocks run in every epoch.
     label_smoothing : float, default=0.0
-        Share of each label that is spread over all classes, in [0, 1).
+        Label smoothing, in [0, 1).
     class_weight : dict or "balanced", default=None
         Weights of the classes in the loss, as in scikit-learn.
     validation_fraction : float, default=None
-        Share of the images of each class that are held out, to look after each epoch
-        how well they are told apart; ``None`` is none of them, or a tenth with
-        `early_stopping`. Groups, if `fit` gets them, are held out as a whole.
+        Fraction of the images of each class that are held out for validation after each
+        epoch. ``None`` holds out none, or a tenth with `early_stopping`.
     early_stopping : bool, default=False
-        Whether a stage ends when the score on the images held out has not risen for
-        `patience` epochs. The numbers of its best epoch are kept.
+        Whether a stage ends when the validation score has not increased for `patience`
+        epochs, and the weights of its best epoch are kept.
     patience : int, default=5
-        How many epochs.
+        Number of epochs without a higher validation score before a stage ends.
     image_size : int, default=None
-        Height and width in pixels of what the network sees; ``None`` is the size it was
-        trained on.
+        Height and width of the network's input in pixels, from 1 to 10,000. ``None`` is
+        the size with which the weights were trained.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is an image of this shape.
+        Shape of the image in each row of ``X``, an array (n, d), as for
+        `CNNFeatureTransformer`.
     batch_size : int, default=32
-        Images in a step.
+        Number of images per step.
     device : str, default="auto"
-        As for `CNNFeatureTransformer`.
+        Device, as for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What products are computed in; parameters stay float32.
+        Data type of matrix products and convolutions; ``"auto"`` is bfloat16 where the
+        device supports it natively. Parameters are float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        As for `CNNFeatureTransformer`.
+        Engine of frozen blocks, as for `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        As for `CNNFeatureTransformer`.
+        Decoding of JPEG files, as for `CNNFeatureTransformer`.
     cache : bool, str or path, default=None
-        Where to keep what frozen blocks give, as for `CNNFeatureTransformer`.
+        Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
-        A folder in which the state is kept after each epoch. After an interruption, the
-        same call goes on where it was, and ends with the same bits. Another call does
-        not: other images, labels, parameters or versions. The file is deleted at the
-        end. If it cannot be written, a warning tells so and the fit goes on.
+        Folder in which the state is saved after each epoch, and deleted at the end.
+        After an interruption, the same call resumes there and gives the same result; a
+        call with other images, labels, parameters or versions starts over. If the state
+        cannot be saved, there is a warning and training goes on.
     warm_start : bool, default=False
-        Whether `fit` begins with what the fit before has learned, of the same classes.
+        Whether `fit` starts from the result of the previous `fit`, with the same
+        classes and layers.
     n_jobs : int, default=None
-        Threads that decode images.
+        Number of decoding threads, as for `CNNFeatureTransformer`.
     random_state : int, RandomState instance or None, default=None
-        Of everything random: new layers, order of the images, dropout.
+        Controls random weights, the initialization of the head, shuffling,
+        augmentation, the validation split and dropout.
     verbose : int, default=0
-        Whether progress bars are shown. From scikit-learn 1.9 on, its callbacks are
-        understood, too: ``set_callbacks(ProgressBar())``.
+        Whether progress bars are shown. The callbacks of scikit-learn 1.9 are supported
+        as well: ``set_callbacks(ProgressBar())``.
 
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
-        The labels.
+        Sorted class labels.
     backbone_ : Backbone
-        The record of the network.
+        Specification of the backbone.
     network_ : FrozenPrefix
-        The tuned network up to the cut.
+        Fine-tuned network up to `layer`.
     head_ : Module
-        The new layers.
+        Head.
     cut_points_ : list of CutPoint
-        The only one: where the new layers begin.
+        One element: the layer at which the head is attached.
     preprocessing_ : Preprocessing
-        What images go through before the network.
+        Preprocessing of the images.
     pooling_ : {"avg", "max", "avgmax", "flatten"} or int
-        How the feature map at the cut becomes features.
+        Pooling of the last feature map.
     precision_ : {"float32", "bfloat16"}
-        What products are computed in. An estimator that was fitted in bfloat16 computes
-        in float32, with a warning, where bfloat16 is not native.
+        Data type of products. Where bfloat16 is not native, an estimator that was
+        fitted in bfloat16 computes in float32, with a warning.
     engine_ : {"torch", "compile", "openvino"}
-        What ran the frozen blocks where this was fitted, and runs them where it can.
+        Engine that ran the frozen blocks in `fit`; used wherever it is available.
     stages_ : list of Stage
-        What learned in each stage, and at which rate.
+        Name, number of epochs, number of frozen blocks and peak learning rates of each
+        stage.
     history_ : list of dict
-        One plain record for each epoch: stage, epoch, loss, score, rates, seconds.
+        For each epoch a dictionary of stage, epoch, loss, score, learning rates and
+        seconds; if images are held out, also of validation loss and validation score.
     n_epochs_ : int
-        Epochs in all.
+        Total number of epochs.
     best_validation_score_ : float or None
-        With `early_stopping`, the accuracy on the images held out of the epoch that was
-        kept, which is that of this classifier.
+        Validation accuracy of the weights that early stopping kept.
 
     See Also
     --------
@@ -204,7 +244,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
             StrOptions({"auto"}),
         ],
         "backbone_lr_decay": [Interval(Real, 0, 1, closed="right")],
-        "optimizer": [StrOptions({"auto", *RATES})],
+        "optimizer": [StrOptions({"auto", *PEAK_LRS})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
         "augment": [callable, None],
@@ -310,91 +350,301 @@ class FineTunedCNNClassifier(CallbackSupportMixin, TunedNetwork):
 
     @fit_context
     def fit(self, X, y, sample_weight=None, groups=None):
-        """Train the new layers, then the blocks that are to learn.
+        """Train the head, then the unfrozen layers with it.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `CNNFeatureTransformer` takes.
+            Images of any kind that `CNNFeatureTransformer` supports.
         y : array of shape (n,)
-            What they show: labels of any type that can be sorted.
+            Class labels, of any type that can be sorted.
         sample_weight : array of shape (n,), default=None
             Weights of the images in the loss.
         groups : array of shape (n,), default=None
-            Which images belong together (of one plant, one patient): all or none of
-            them are held out.
+            Groups of images, such as patients, that are held out as a whole.
 
         Returns
         -------
         FineTunedCNNClassifier
-            The classifier itself.
+            Fitted classifier.
 
         Raises
         ------
         UnknownBackboneError, UnknownLayerError, WeightsError
-            If `backbone`, `layer` or `weights` name something that is not there.
+            If `backbone`, `layer` or `weights` do not exist.
         ImageReadError
-            For the first image that cannot be read.
+            If an image cannot be read.
         TrainingError
             If the loss becomes infinite or NaN.
         """
-        fit = run_fit(self, X, y, sample_weight, groups)
-        # Only now does anything change: a fit that fails leaves the one before.
-        self._read_images(X, reset=True)
-        self.__dict__.update(fit.attributes())
-        fit.progress.end()
+        # A fit that fails leaves `self` unchanged.
+        new = type(self)(**self.get_params())
+        source = new._read_images(X, y, reset=True)
+        new.classes_, targets = encode_labels(y, len(source))
+        labels, class_weight = new.classes_[targets], self.class_weight
+        weights = example_weights(sample_weight, class_weight, new.classes_, targets)
+        with training_context(resolve_device(self.device)):
+            arrays = (labels, sample_weight, groups)
+            seed, opened = self._load_network_and_checkpoint(new, source, arrays)
+            with opened as checkpoint:
+                examples = split_examples(new, targets, weights, groups, seed)
+                network = self._build_network(new, seed)
+                new.history_, new.best_validation_score_ = [], None
+                metadata = {"sample_weight": sample_weight, "groups": groups}
+                fitted = partial(new._fitted_attributes, network)
+                callbacks = Callbacks(self, X, y, metadata, len(new.stages_), fitted)
+                inputs = build_inputs(new, source, network, seed)
+                config = training_config(new, self._is_warm(), seed)
+                trainer = Trainer(network, inputs, examples, config, new.history_)
+                score = trainer.run(new.stages_, checkpoint, callbacks)
+                new.best_validation_score_ = score
+        for name in ("n_features_in_", "feature_names_in_"):
+            self.__dict__.pop(name, None)  # of an earlier fit on rows
+        self.__dict__.update(fitted())
+        callbacks.end_fit()
         return self
 
     @classmethod
     def from_pipeline(cls, pipeline, **parameters):
-        """Make a classifier from frozen features and a linear classifier.
+        """Convert a pipeline of frozen features and a linear classifier.
 
-        It predicts what the pipeline does; probabilities are the softmax of the same
-        decisions. Its `fit`, and that of its clones, begins there (`head_init`), with
-        the second stage: ``head_epochs=0``.
+        The classifier predicts what the pipeline predicts; probabilities are the
+        softmax of its decisions. `fit`, also of clones, starts from this head
+        (`head_init`) with the second stage (``head_epochs=0``).
 
         Parameters
         ----------
         pipeline : Pipeline
-            Fitted: a `CNNFeatureTransformer` with one cut point, a ``StandardScaler``
-            or none, and a linear classifier.
+            Fitted pipeline of a `CNNFeatureTransformer` with a single layer, optionally
+            a ``StandardScaler``, and a linear classifier.
         **parameters
             Further parameters of the classifier, such as `unfreeze`.
 
         Returns
         -------
         FineTunedCNNClassifier
-            Fitted.
+            Fitted classifier.
 
         Raises
         ------
         ValueError
-            If the pipeline is made of something else, or a parameter says otherwise.
+            If the pipeline has other steps, or determines one of the parameters.
         """
         transformer, scaler, classifier = parts_of_pipeline(pipeline)
-        check_free(parameters)
-        shared = {
-            name: value
-            for name, value in transformer.get_params(deep=False).items()
-            if name in SHARED_PARAMETERS
-        }
+        check_not_determined(parameters)
+        shared = {name: getattr(transformer, name) for name in SHARED_PARAMETERS}
         shared |= transformer._fitted_parameters()
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
-        # A copy: the user's pipeline may be fitted again.
+        # A copy, since the pipeline may be fitted again.
         linear = FrozenEstimator(copy.deepcopy(linear))
-        begin = {"head_init": linear, "head_epochs": 0}
-        made = cls(**{**shared, **begin, **parameters})
+        defaults = {"head_init": linear, "head_epochs": 0}
+        made = cls(**{**shared, **defaults, **parameters})
         head = head_of_pipeline(transformer.pooling_, scaler, classifier)
-        for name in FITTED_BY_BOTH:
-            if hasattr(transformer, name):
-                setattr(made, name, getattr(transformer, name))
+        copy_attributes(transformer, made)
         if isinstance(made.backbone, Backbone):
             made.backbone_ = made.backbone
-        made._fitted_image_shape = transformer._fitted_image_shape
         made.classes_ = classifier.classes_
         made.head_ = head.double().eval().requires_grad_(False)
         made.stages_, made.history_, made.n_epochs_ = [], [], 0
         made.best_validation_score_ = None
         return made
+
+    def to_transformer(self):
+        """Convert the fine-tuned network up to `layer` to a transformer.
+
+        Returns
+        -------
+        CNNFeatureTransformer
+            Fitted transformer whose features are those of `transform`. Its `backbone`
+            is a `Backbone` with the fine-tuned weights, so that clones, and another
+            `fit`, give the same features.
+        """
+        check_is_fitted(self)
+        backbone = self._own_backbone()
+        parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
+        parameters |= {"backbone": backbone, "weights": "imagenet"}
+        parameters |= {"layer": self.cut_points_[0].name, "pooling": self.pooling_}
+        # The input size of the fine-tuned network is that of its backbone.
+        parameters |= {"image_size": None, "image_shape": self._fitted_image_shape}
+        transformer = CNNFeatureTransformer(**parameters)
+        copy_attributes(self, transformer)
+        transformer.backbone_, transformer._recorder = backbone, None
+        transformer._fitted_weights = "imagenet"
+        return transformer
+
+    def transform(self, X):
+        """Return the pooled features of the fine-tuned network.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n, n_features), float32
+            Features, pooled as those of `CNNFeatureTransformer`.
+        """
+        check_is_fitted(self)
+        source = self._read_images(X, reset=False)
+        block = self.cut_points_[0].block
+        config = self._make_recipe(
+            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling_
+        )
+        threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
+        return extract_features(source, config, [block], threads, verbose)
+
+    def get_params(self, deep=True):
+        """Return the parameters.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Ignored: some of torchvision's transforms have an unrelated `get_params`.
+
+        Returns
+        -------
+        dict
+            Parameter names and values.
+        """
+        return super().get_params(deep=False)
+
+    def __sklearn_clone__(self):
+        # `clone` would call `get_params` of a transform in `augment`. Not `copy.copy`,
+        # which gives a copy that holds the fitted network.
+        bare = type(self).__new__(type(self))
+        bare.__dict__ = {**vars(self), "augment": None}
+        cloned = super(FineTunedCNNClassifier, bare).__sklearn_clone__()
+        cloned.augment = copy.deepcopy(self.augment)
+        return cloned
+
+    def _load_network_and_checkpoint(self, new, source, arrays):
+        """Return the seed of the fit, and its checkpoint or a context without one."""
+        requested_seed = draw_seed(self.random_state)
+        seed = fresh_seed() if requested_seed is None else requested_seed
+        new._load_network(seed)
+        if self.checkpoint is None:
+            return seed, nullcontext()
+        folder = fspath(self.checkpoint)
+        if not folder or "\0" in folder:
+            raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
+        name = fingerprint(self, new, source, arrays, requested_seed)
+        checkpoint = Checkpoint(folder, name)
+        if checkpoint.saved is not None:
+            seed = checkpoint.saved["seed"]
+            new._load_network(seed)
+        return seed, checkpoint
+
+    def _load_network(self, seed):
+        """Set the attributes of the pretrained network up to `layer`."""
+        self.backbone_, weights, self.preprocessing_ = resolve_network(
+            self.backbone, self.weights, self.image_size
+        )
+        layer = resolve_layer(self.backbone_, self.layer)
+        self.cut_points_, self.pooling_ = [layer], self.pooling
+        # Random weights without a `random_state` are never requested again.
+        is_shared = self.random_state is not None
+        self.network_ = load_prefix(
+            self.backbone_, weights, seed, [layer.block], is_shared
+        )
+        if not can_pool(self._map_shape(), self.pooling):
+            raise ValueError(
+                f"pooling={self.pooling} cannot be applied to the output of layer "
+                f"{layer.name!r}, of shape {self._map_shape()} for an image."
+            )
+        device = resolve_device(self.device)
+        self.precision_ = self._fitted_precision(device)
+        self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
+
+    def _is_warm(self):
+        """Return whether the fit starts from the result of the previous one."""
+        return self.warm_start and hasattr(self, "head_")
+
+    def _build_network(self, new, seed):
+        """Build the head, plan the stages, and split the network accordingly."""
+        head = build_head(
+            new._map_shape(),
+            self.pooling,
+            tuple(self.conv_channels),
+            tuple(self.hidden_units),
+            self.dropout,
+            len(new.classes_),
+            seed,
+        )
+        if not isinstance(self.head_init, str):
+            fitted = self.head_init.estimator
+            head = linear_head(fitted, self.pooling, head, new.classes_)
+        if self._is_warm():
+            self._check_same_network(new, head)
+            new.network_ = self.network_
+            head = copy.deepcopy(self.head_).float().requires_grad_(True)
+        blocks, (layer,) = new.network_.blocks, new.cut_points_
+        n_frozen = count_frozen(new.backbone_, blocks, layer, self.unfreeze)
+        new.stages_ = plan_stages(new, len(blocks), n_frozen)
+        n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
+        groups = group_blocks(new.backbone_, blocks, layer)
+        network = split_network(blocks, groups, n_frozen, head)
+        is_from_scratch = self.weights is None and has_batch_norms([network.tuned])
+        if is_from_scratch and self.batch_size == 1:
+            raise ValueError(
+                "batch_size=1: batch-norms that are trained from scratch need at least "
+                "2 images per step."
+            )
+        return network
+
+    def _check_same_network(self, new, head):
+        """Raise if a warm start would continue with another network."""
+        compared = {
+            "classes": (self.classes_.tolist(), new.classes_.tolist()),
+            "backbone": (self.backbone_, new.backbone_),
+            "layer": (self.cut_points_[0].name, new.cut_points_[0].name),
+            "preprocessing": (self.preprocessing_, new.preprocessing_),
+            "head": (head_specs(self.head_), head_specs(head)),
+        }
+        for name, (previous, current) in compared.items():
+            if previous != current:
+                raise ValueError(
+                    f"warm_start=True requires the same {name} as in the previous fit: "
+                    f"{shorten(str(previous), 150)}, not {shorten(str(current), 150)}."
+                )
+
+    def _fitted_attributes(self, network):
+        """Return the attributes as if the fit ended now."""
+        prefix, head = network.finished()
+        kept = {
+            name: value
+            for name, value in vars(self).items()
+            if name.endswith("_") or name == "_fitted_image_shape"
+        }
+        history = list(self.history_)
+        changed = {"network_": prefix, "head_": head, "history_": history}
+        return {**kept, **changed, "n_epochs_": len(history)}
+
+    @property
+    def _pooling(self):
+        """Pooling that runs with the network, as the first layer of the head."""
+        return self.head_[0].pooling if isinstance(self.head_[0], Pool) else "flatten"
+
+    def _run_head(self, rows):
+        """Return the logits; in float64 they do not depend on the batch."""
+        features = rows.double()
+        if not isinstance(self.head_[0], Pool):
+            features = features.reshape(len(rows), *self._map_shape())
+        with torch.inference_mode():
+            return self.head_(features)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "head_" in state:
+            state["head_"] = head_state(self.head_)
+            state["stages_"] = [asdict(stage) for stage in self.stages_]
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        if "head_" in state:
+            state["head_"] = head_from_state(state["head_"])
+            state["stages_"] = [Stage(**stage) for stage in state["stages_"]]
+        super().__setstate__(state)

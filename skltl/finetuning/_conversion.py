@@ -1,4 +1,4 @@
-"""From a pipeline of frozen features and a linear classifier to a network's head."""
+"""Conversion of a pipeline with a linear classifier to the head of a network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,22 @@ from torch import nn
 
 from skltl._random import torch_defaults
 from skltl.features import CNNFeatureTransformer
-from skltl.finetuning._network import Pool, Standardise, set_linear
+from skltl.finetuning._data import abbreviate
+from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
 
-# What a pipeline of frozen features and a linear classifier leaves no choice about.
-FIXED_BY_A_PIPELINE = (
+# Parameters that a transformer and a classifier with the same network share.
+SHARED_PARAMETERS = (
+    *("backbone", "weights", "layer", "pooling", "image_size", "image_shape"),
+    *("device", "precision", "engine", "decode", "n_jobs"),
+)
+SHARED_ATTRIBUTES = (
+    *("backbone_", "cut_points_", "network_", "preprocessing_", "pooling_"),
+    *("precision_", "engine_", "n_features_in_", "feature_names_in_"),
+    "_fitted_image_shape",
+)
+
+# Parameters of a classifier that its pipeline determines.
+DETERMINED = (
     "backbone",
     "weights",
     "layer",
@@ -34,18 +46,27 @@ FIXED_BY_A_PIPELINE = (
 )
 
 
-def check_free(parameters: Iterable[str]) -> None:
-    """Refuse parameters of a classifier that a pipeline leaves no choice about."""
-    fixed = sorted(set(parameters) & set(FIXED_BY_A_PIPELINE))
-    if fixed:
-        raise ValueError(f"The pipeline says already what {', '.join(fixed)} shall be.")
+def check_not_determined(parameters: Iterable[str]) -> None:
+    """Raise if any of the parameters is determined by the pipeline."""
+    determined = sorted(set(parameters) & set(DETERMINED))
+    if determined:
+        raise ValueError(
+            f"{', '.join(determined)}: determined by the pipeline and cannot be set."
+        )
+
+
+def copy_attributes(fitted: Any, other: Any) -> None:
+    """Copy the fitted attributes that transformer and classifier share."""
+    for name in SHARED_ATTRIBUTES:
+        if hasattr(fitted, name):
+            setattr(other, name, getattr(fitted, name))
 
 
 def unwrapped(estimator: Any) -> Any:
-    """Return the fitted estimator inside of searches and other wrappers.
+    """Return the fitted estimator inside of wrappers.
 
-    These are searches (`best_estimator_`), a `TransferClassifier` (`estimator_`),
-    scikit-learn's ``FrozenEstimator``, and pipelines of a single step.
+    These are searches (`best_estimator_`), `TransferClassifier` (`estimator_`),
+    ``FrozenEstimator`` and pipelines with a single step.
     """
     inner = getattr(estimator, "best_estimator_", None)
     if inner is None and hasattr(estimator, "strategy_"):
@@ -59,17 +80,11 @@ def unwrapped(estimator: Any) -> Any:
 
 
 def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
-    """Return a fitted pipeline's transformer, scaler (or ``None``) and classifier.
-
-    Raises
-    ------
-    ValueError
-        If it has other steps, or the transformer has several cut points.
-    """
+    """Return a fitted pipeline's transformer, scaler (or ``None``) and classifier."""
     if not isinstance(pipeline, Pipeline):
         raise ValueError(
-            f"A fitted Pipeline is expected, not {type(pipeline).__name__}. Of a "
-            "search pass its best_estimator_."
+            f"Expected a fitted Pipeline, got {type(pipeline).__name__}. Of a search, "
+            "pass its best_estimator_."
         )
     check_is_fitted(pipeline)
     steps = _steps(pipeline)
@@ -77,9 +92,9 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
         raise ValueError(
-            "The pipeline must be a CNNFeatureTransformer, a StandardScaler or none, "
-            "and a linear classifier; it is "
-            f"{', '.join(type(step).__name__ for step in steps) or 'empty'}."
+            "The steps of the pipeline must be a CNNFeatureTransformer, optionally a "
+            "StandardScaler, and a linear classifier, got "
+            f"{', '.join(type(step).__name__ for step in steps) or 'none'}."
         )
     if len(first.cut_points_) > 1:
         names = [cut_point.name for cut_point in first.cut_points_]
@@ -92,34 +107,51 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
 
 
 def _steps(pipeline: Pipeline) -> list[Any]:
-    """Return the steps of a pipeline that do something."""
+    """Return the steps of a pipeline, without those that pass their input through."""
     steps = [step for _, step in pipeline.steps]
     return [step for step in steps if step is not None and step != "passthrough"]
 
 
 def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Sequential:
-    """Build the head that computes what a scaler and a linear classifier do.
-
-    Raises
-    ------
-    ValueError
-        If the classifier is not linear, or puts its coefficients together in another
-        way than one row for each class.
-    """
+    """Build the head that is equivalent to a scaler and a linear classifier."""
     coef, intercept = _coefficients(classifier)
     n_features = coef.shape[1]
     _check_decisions(classifier, coef, intercept)
     with torch_defaults():
-        standardise = Standardise(n_features).double()
-        # Without weights at first: drawing some would advance torch's generator.
+        standardize = Standardize(n_features).double()
+        # On the meta device: initial weights would advance torch's generator.
         linear = nn.Linear(n_features, max(2, len(coef)), device="meta").double()
     linear.to_empty(device="cpu")
     if scaler is not None and scaler.with_mean:
-        standardise.mean.copy_(torch.from_numpy(scaler.mean_))
+        standardize.mean.copy_(torch.from_numpy(scaler.mean_))
     if scaler is not None and scaler.with_std:
-        standardise.scale.copy_(torch.from_numpy(scaler.scale_))
+        standardize.scale.copy_(torch.from_numpy(scaler.scale_))
     set_linear(linear, coef, intercept)
-    return nn.Sequential(Pool(pooling), standardise, linear)
+    return nn.Sequential(Pool(pooling), standardize, linear)
+
+
+def linear_head(
+    fitted: Any, pooling: str | int, expected: nn.Sequential, classes: NDArray[Any]
+) -> nn.Sequential:
+    """Build the trainable head that is equivalent to `head_init`, a fitted estimator.
+
+    Its classes, and the layers of the `expected` head, must be those of the fit.
+    """
+    scaler, linear = fitted if isinstance(fitted, Pipeline) else (None, fitted)
+    head = head_of_pipeline(pooling, scaler, linear)
+    if not np.array_equal(classes, fitted.classes_):
+        raise ValueError(
+            f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
+            f"classifier are {abbreviate(fitted.classes_)}."
+        )
+    layers, expected_layers = head_specs(head), head_specs(expected)
+    if layers != expected_layers:
+        raise ValueError(
+            "head_init: the fitted classifier is not the head that pooling, "
+            f"conv_channels, hidden_units and dropout define: {layers} instead of "
+            f"{expected_layers}."
+        )
+    return head.float().requires_grad_(True)
 
 
 def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -128,8 +160,7 @@ def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     each = [classifier] if binary is None else binary  # one-vs-rest has one per class
     if not (is_classifier(classifier) and all(hasattr(one, "coef_") for one in each)):
         raise ValueError(
-            f"{type(classifier).__name__} is not a linear classifier: it has no coef_ "
-            "to begin with."
+            f"{type(classifier).__name__} is not a linear classifier: it has no coef_."
         )
     coef = np.vstack([np.atleast_2d(one.coef_) for one in each])
     intercept = np.hstack(
@@ -141,7 +172,11 @@ def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
 def _check_decisions(
     classifier: Any, coef: NDArray[Any], intercept: NDArray[Any]
 ) -> None:
-    """Refuse what is linear in pieces only, such as one-vs-one or multilabel ones."""
+    """Raise if decisions are not those of one linear function for each class.
+
+    As with one-vs-one and multilabel classifiers, which may have as many coefficients:
+    three classes have three pairs.
+    """
     # Near the origin, where intercepts decide, and far away, where coefficients do.
     points = np.random.default_rng(0).normal(size=(64, coef.shape[1]))
     points[32:] *= 1e3
@@ -152,7 +187,6 @@ def _check_decisions(
     found = found.reshape(64, -1)
     is_binary = expected.shape[1] == 1
     number = expected[:, 0] > 0 if is_binary else expected.argmax(axis=1)
-    # Three pairs of three classes, or three labels of one image, have the same shape.
     if (
         found.shape != expected.shape
         or not np.allclose(found, expected, atol=1e-4)
@@ -161,15 +195,15 @@ def _check_decisions(
     ):
         raise ValueError(
             f"{type(classifier).__name__} does not decide by one row of coefficients "
-            "for each class, as a network's last layer does. LogisticRegression, "
-            "LinearSVC and OneVsRestClassifier (with one label an image) do."
+            "for each class, as the last layer of a network does. LogisticRegression, "
+            "LinearSVC and OneVsRestClassifier (with one label per image) do."
         )
 
 
 def _without_names(classifier: Any) -> Any:
-    """Return a shallow copy that does not ask for the names of its features.
+    """Return a shallow copy that does not require feature names.
 
-    A pipeline under ``set_output(transform="pandas")`` fits it on named columns.
+    With ``set_output(transform="pandas")`` it was fitted on named columns.
     """
     bare = copy.copy(classifier)
     vars(bare).pop("feature_names_in_", None)

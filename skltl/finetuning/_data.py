@@ -1,84 +1,177 @@
-"""What the trainable blocks are trained on: hold-out, augmented views, activations."""
+"""Training data: labels, hold-out, augmented views, inputs of trained layers."""
 
 from __future__ import annotations
 
+import copy
+import reprlib
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
-from sklearn.utils import check_consistent_length
+from sklearn.utils import assert_all_finite, check_consistent_length
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from skltl._large_arrays import new_array
+from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
+from skltl._sklearn import check_sample_weight
 from skltl.features import extract_features
+from skltl.finetuning._network import SplitNetwork
 from skltl.images import ImageSource, Preprocessing, as_float, iter_crops, normalise
-from skltl.inference import Recipe
-from skltl.networks import block_shapes
+from skltl.inference import FrozenPrefix
+from skltl.inference import Recipe as ExtractionConfig
+from skltl.networks import block_shapes, nearest
 
-# What early stopping looks at, if nothing else is said.
-USUAL_SHARE = 0.1
+# The fraction that early stopping holds out by default.
+DEFAULT_FRACTION = 0.1
 
-# Groups are dealt out to so many parts, of which some are held out.
-N_PARTS = 20
+# Groups are distributed over at most this many folds, some of which are held out.
+MAX_FOLDS = 20
 
-Positions = NDArray[np.int64]
+Positions: TypeAlias = NDArray[np.int64]
+
+Augmentation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labels and weights of all images, and which of them are held out."""
+
+    targets: NDArray[np.int64]  # (n,) positions in the sorted classes
+    weights: NDArray[np.float32]  # (n,) 1 on average over the training images
+    training: Positions
+    validation: Positions
+
+
+def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the sorted classes, and the position of each of `n` labels among them."""
+    if y is None:
+        raise ValueError(
+            "The classifier requires y to be passed, but the target y is None."
+        )
+    labels = column_or_1d(y, warn=True)
+    check_consistent_length(range(n), labels)
+    if labels.dtype.kind == "O" and any(map(_is_missing, labels)):
+        raise ValueError("Input y contains NaN or None.")
+    assert_all_finite(labels, input_name="y")
+    check_classification_targets(labels)
+    classes, targets = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"y has one class only, {classes.tolist()[0]!r}: a classifier needs "
+            "at least two classes."
+        )
+    return classes, targets.astype(np.int64)
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or type(label).__name__ == "NAType" or label != label
+
+
+def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
+    """Return the position of each label among a classifier's sorted classes."""
+    labels = column_or_1d(labels)
+    columns = np.searchsorted(classes, labels) if len(labels) else np.zeros(0, int)
+    columns = np.minimum(columns, len(classes) - 1)
+    wrong = np.flatnonzero(classes[columns] != labels)
+    if len(wrong):
+        (label,) = labels[wrong[:1]].tolist()  # as plain Python prints it
+        known = [str(one)[:30] for one in classes]
+        raise ValueError(
+            f"{reprlib.repr(label)} is none of the classes of this classifier. "
+            f"{nearest(str(label)[:30], known)}"
+        )
+    return np.asarray(columns)
+
+
+def abbreviate(labels: NDArray[Any]) -> str:
+    """Format labels for a message, the first six if there are many."""
+    some = ", ".join(repr(one)[:40] for one in labels.tolist()[:6])
+    return f"[{some}{', ...' if len(labels) > 6 else ''}]"
+
+
+def example_weights(
+    sample_weight: Any,
+    class_weight: Any,
+    classes: NDArray[Any],
+    targets: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return the product of sample weight and class weight for each image."""
+    weights = check_sample_weight(
+        sample_weight, targets, dtype=np.float64, ensure_non_negative=True
+    )
+    # Only ratios count. Scaled first, so that products and sums do not overflow.
+    weights = _scale_to_one(weights)
+    of_classes = compute_sample_weight(class_weight, classes[targets])
+    weights = weights * _scale_to_one(of_classes)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("class_weight must be finite and non-negative.")
+    return np.asarray(weights)
+
+
+def _scale_to_one(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide weights by the largest one."""
+    largest = max(float(weights.max()), float(np.finfo(np.float64).tiny))
+    return np.asarray(weights / largest)
+
+
+def split_examples(
+    estimator: Any,
+    targets: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    groups: Any,
+    seed: int,
+) -> Examples:
+    """Hold out validation images, and scale the training weights to a mean of 1.
+
+    So scaled, weights do not change the effective learning rate.
+    """
+    fraction, is_needed = estimator.validation_fraction, estimator.early_stopping
+    training, validation = hold_out(targets, groups, fraction, is_needed, seed)
+    if not weights[training].sum() > 0:
+        raise ValueError("The weights of all training images are zero.")
+    if len(validation) and not weights[validation].sum() > 0:
+        raise ValueError("The weights of all validation images are zero.")
+    weights = weights / weights[training].mean()
+    return Examples(targets, weights.astype(np.float32), training, validation)
 
 
 def hold_out(
     targets: NDArray[np.int64],
     groups: Any,
-    share: float | None,
+    fraction: float | None,
     is_needed: bool,
     seed: int,
 ) -> tuple[Positions, Positions]:
-    """Part the images into those to learn from, and those to look how it goes.
+    """Return the positions of training and validation images, stratified by class.
 
-    Parameters
-    ----------
-    targets : array of shape (n,)
-        Numbers of the classes; of each, the same share is held out.
-    groups : array of shape (n,), or None
-        What must not be parted; then the shares are as near as whole groups allow.
-    share : float or None
-        Of the images, in (0, 1); ``None`` is none, or a tenth if that is needed.
-    is_needed : bool
-        Whether some must be held out.
-    seed : int
-        Of the choice.
-
-    Returns
-    -------
-    training, validation : array of int
-        Positions.
-
-    Raises
-    ------
-    ValueError
-        If there are too few images or groups for that.
+    Groups are never split; the validation set is then as close to the fraction as whole
+    groups allow. Without a fraction, nothing is held out unless it `is_needed`.
     """
     if groups is not None:
         check_consistent_length(targets, groups)
     everything = np.arange(len(targets))
-    if share is None:
-        share = USUAL_SHARE if is_needed else 0.0
-    if not share:
+    if fraction is None:
+        fraction = DEFAULT_FRACTION if is_needed else 0.0
+    if not fraction:
         return everything, everything[:0]
     if groups is not None:
-        return _by_group(targets, column_or_1d(groups), share, seed)
+        return _hold_out_groups(targets, column_or_1d(groups), fraction, seed)
     counts = np.bincount(targets)
-    n_held_out = max(round(share * len(targets)), len(counts))
+    n_held_out = max(round(fraction * len(targets)), len(counts))
     if counts.min() < 2 or len(targets) - n_held_out < len(counts):
         raise ValueError(
-            f"validation_fraction={share} cannot hold out images of each class and "
-            f"leave some to learn from: there are {len(targets)} images of "
+            f"validation_fraction={fraction} cannot hold out images of each class and "
+            f"leave some for training: there are {len(targets)} images of "
             f"{len(counts)} classes, {counts.min()} of the rarest."
         )
     training, validation = train_test_split(
@@ -87,324 +180,266 @@ def hold_out(
     return training, validation
 
 
-def _by_group(
-    targets: NDArray[np.int64], groups: NDArray[Any], share: float, seed: int
+def _hold_out_groups(
+    targets: NDArray[np.int64], groups: NDArray[Any], fraction: float, seed: int
 ) -> tuple[Positions, Positions]:
+    """Hold out whole groups: those of the first of several stratified folds."""
     n_groups = len(np.unique(groups))
-    n_parts = min(N_PARTS, n_groups, int(np.bincount(targets).min()))
-    if n_parts < 2:
+    n_folds = min(MAX_FOLDS, n_groups, int(np.bincount(targets).min()))
+    if n_folds < 2:
         raise ValueError(
-            f"groups: there are {n_groups} of them, or a class has a single image: "
-            "too few to hold some out."
+            "groups: too few to hold some out, with a total of "
+            f"{n_groups} and {np.bincount(targets).min()} images of the rarest class."
         )
-    parts = StratifiedGroupKFold(n_parts, shuffle=True, random_state=seed)
-    # As many parts as come nearest to the share, but neither none nor all.
-    n_held_out = min(max(round(share * n_parts), 1), n_parts - 1)
-    dealt = [part for _, part in parts.split(targets, targets, groups)]
-    validation = np.sort(np.concatenate(dealt[:n_held_out]))
+    # As many folds as come closest to the fraction, but neither none nor all.
+    n_held_out = min(max(round(fraction * n_folds), 1), n_folds - 1)
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    folds = [fold for _, fold in splitter.split(targets, targets, groups)]
+    validation = np.sort(np.concatenate(folds[:n_held_out]))
     training = np.setdiff1d(np.arange(len(targets)), validation)
-    if len(validation) == 0 or len(np.unique(targets[training])) < len(
-        np.unique(targets)
-    ):
+    n_left = len(np.unique(targets[training]))
+    if len(validation) == 0 or n_left < len(np.unique(targets)):
         raise ValueError(
-            f"groups: with validation_fraction={share} the groups that are left hold "
-            "not all of the classes. Groups must not be the classes themselves."
+            f"groups: with validation_fraction={fraction} the training groups do not "
+            "contain all classes. Groups must not be the classes themselves."
         )
     return training, validation
-
-
-Augment = Callable[[Tensor], Tensor]
-
-
-class Views(ImageSource):
-    """Images and random variants of them; a source in which these stand side by side.
-
-    View 0 of an image is the image itself. Any other number names one variant, the
-    same at any time: the augmentation runs with a seed made of it.
-
-    Parameters
-    ----------
-    crops : array of shape (n, h, w, 3)
-        The images, as the network sees them; uint8 or float32.
-    augment : callable or None
-        From an image (3, h, w) to a variant of the same shape.
-    n_views : int
-        Variants of each image that the source has, besides the image.
-    seed : int
-        Of the variants.
-    """
-
-    def __init__(
-        self, crops: NDArray[Any], augment: Augment | None, n_views: int, seed: int
-    ) -> None:
-        super().__init__(crops)
-        self._crops = crops
-        self._augment = augment
-        self._n_views = n_views
-        self._seed = seed
-
-    @property
-    def n_images(self) -> int:
-        """Count the images, without their variants."""
-        return len(self._crops)
-
-    def __len__(self) -> int:
-        return self.n_images * (1 + self._n_views)
-
-    def decode(self, index: int) -> NDArray[Any]:
-        """Return view ``index`` of all views of all images, in order."""
-        return self.view(*divmod(index, 1 + self._n_views))
-
-    def path(self, index: int) -> str | None:
-        """Return ``None``: variants are no files."""
-        return None
-
-    def view(self, position: int, number: int) -> NDArray[Any]:
-        """Return a view of an image (h, w, 3), of the image's dtype or float32."""
-        crop: NDArray[Any] = self._crops[position]
-        if number == 0 or self._augment is None:
-            return crop
-        image = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
-        seed = derived_seed(self._seed, "view", int(position), int(number))
-        with own_random_state(as_int(seed)):
-            variant = self._augment(image)
-        _check(variant, image, position)
-        variant = variant.detach().cpu().permute(1, 2, 0).contiguous()
-        if variant.dtype == torch.uint8:
-            return np.asarray(variant.numpy())
-        pixels: NDArray[np.float32] = variant.float().numpy()
-        self._widen_seen_range(float(pixels.min()), float(pixels.max()))
-        return pixels
 
 
 def decode_crops(
     source: ImageSource, preprocessing: Preprocessing, n_threads: int
 ) -> NDArray[Any]:
-    """Decode all images, resized and cropped: (n, h, w, 3).
-
-    8-bit ones stay 8-bit if all of them are.
-    """
+    """Decode, resize and crop all images: (n, h, w, 3), uint8 if all of them are."""
     size, everything = preprocessing.crop_size, range(len(source))
     array = new_array((len(source), size, size, 3), np.uint8)
     with closing(iter_crops(source, everything, preprocessing, 8, n_threads)) as crops:
         for crop in crops:
             if crop.pixels.dtype != array.dtype and array.dtype == np.uint8:
-                seen = array
+                decoded = array
                 array = new_array(array.shape, np.float32)
-                for row, pixels in enumerate(seen[: crop.position]):
-                    array[row] = as_float(pixels)
+                for position, pixels in enumerate(decoded[: crop.position]):
+                    array[position] = as_float(pixels)
             is_float = array.dtype != np.uint8
             array[crop.position] = as_float(crop.pixels) if is_float else crop.pixels
     source.warn_of_odd_range()
     return array
 
 
-def draw_views(
-    rng: np.random.Generator, n: int, n_views: int | None
-) -> NDArray[np.int64]:
-    """Draw a number of a view for each of n images.
-
-    Parameters
-    ----------
-    rng : Generator
-        Of the numbers.
-    n : int
-        How many are wanted.
-    n_views : int or None
-        Variants that there are of each image; ``None`` is as many as one likes.
-
-    Returns
-    -------
-    array of shape (n,)
-        0 where there are no variants, else 1 and above.
-    """
-    if n_views == 0:
-        return np.zeros(n, dtype=np.int64)
-    return rng.integers(1, 2**31 if n_views is None else 1 + n_views, size=n)
-
-
-def _check(variant: Any, image: Tensor, position: int) -> None:
-    """Refuse what `augment` gave, if the network cannot take it."""
-    if not isinstance(variant, Tensor):
-        raise TypeError(
-            f"augment must give a tensor (3, h, w), it gave {type(variant).__name__}."
-        )
-    if variant.shape != image.shape:
-        raise ValueError(
-            f"augment gave an image of shape {tuple(variant.shape)} for one of shape "
-            f"{tuple(image.shape)}, which is what the network sees. Let it crop and "
-            "resize to this size, or set image_size."
-        )
-    if not (variant.dtype == torch.uint8 or variant.is_floating_point()):
-        raise TypeError(f"augment must give uint8 or floats, it gave {variant.dtype}.")
-    if variant.is_floating_point() and not torch.isfinite(variant).all():
-        raise ValueError(f"augment gave NaN or infinity for image {position}.")
-
-
-class Inputs(Protocol):
-    """What some layers begin with, for each image and view of it.
-
-    `n_views` is the number of variants of each image; ``None`` stands for as many as
-    one likes.
-    """
-
-    n_views: int | None
-
-    def __len__(self) -> int:
-        """Count the images."""
-        ...
-
-    def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some images, on the device."""
-        ...
-
-
-class Stored:
-    """Inputs that have been computed: those that frozen blocks give.
-
-    Parameters
-    ----------
-    array : array of shape (n, 1 + n_views, ...)
-        float32; maps (c, h, w) or vectors (d,), for each image and view.
-    device : torch.device
-        Where they are wanted.
-    """
+class StoredInputs:
+    """Inputs that were computed once and are kept in an array (n, 1 + n_views, ...)."""
 
     def __init__(self, array: NDArray[np.float32], device: torch.device) -> None:
+        self.n_images = len(array)
         self.n_views: int | None = array.shape[1] - 1
         self._array = array
         self._device = device
 
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some images, on the device."""
+    def batch(self, positions: Positions, views: NDArray[np.int64]) -> Tensor:
+        """Return the inputs of one view of each of some images, on the device."""
         batch = torch.from_numpy(self._array[positions, views]).to(self._device)
         if batch.ndim == 2:
             return batch
         return batch.contiguous(memory_format=torch.channels_last)
 
 
-class Fresh:
-    """Inputs that are made when they are asked for.
+class OnTheFlyInputs(ImageSource):
+    """Inputs that are computed from crops (n, h, w, 3) whenever they are needed.
 
-    Parameters
-    ----------
-    views : Views
-        The images.
-    n_views : int or None
-        Variants of each that are asked for.
-    first : callable
-        From pixels (b, h, w, 3) to inputs (b, ...) on the device.
+    View 0 of an image is the image itself; any other number seeds an augmented view. As
+    an `ImageSource`, each image is followed by its views.
     """
 
     def __init__(
         self,
-        views: Views,
+        crops: NDArray[Any],
+        augment: Augmentation | None,
         n_views: int | None,
-        first: Callable[[NDArray[Any]], Tensor],
+        seed: int,
+        forward: Callable[[NDArray[Any]], Tensor] = torch.from_numpy,
     ) -> None:
-        self.n_views = n_views
-        self._views = views
-        self._first = first
+        super().__init__(crops)
+        self.n_images = len(crops)
+        self.n_views = n_views  # None: unlimited
+        self._crops = crops
+        self._augment = augment
+        self._seed = seed
+        self._forward = forward
 
     def __len__(self) -> int:
-        return self._views.n_images
+        return self.n_images * (1 + (self.n_views or 0))
 
-    def batch(self, positions: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        """Return those of some views of some images, on the device."""
+    def decode(self, index: int) -> NDArray[Any]:
+        """Return one of all views of all images."""
+        return self.view(*divmod(index, 1 + (self.n_views or 0)))
+
+    def path(self, index: int) -> str | None:
+        """Return ``None``: crops are not files."""
+        return None
+
+    def view(self, position: int, number: int) -> NDArray[Any]:
+        """Return a view (h, w, 3) of an image, uint8 or float32."""
+        crop: NDArray[Any] = self._crops[position]
+        if number == 0 or self._augment is None:
+            return crop
+        image = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        seed = derived_seed(self._seed, "view", int(position), int(number))
+        with own_random_state(as_int(seed)):
+            view = self._augment(image)
+        _check_view(view, image, position)
+        view = view.detach().cpu().permute(1, 2, 0).contiguous()
+        if view.dtype == torch.uint8:
+            return np.asarray(view.numpy())
+        pixels: NDArray[np.float32] = view.float().numpy()
+        self._widen_seen_range(float(pixels.min()), float(pixels.max()))
+        return pixels
+
+    def batch(self, positions: Positions, views: NDArray[np.int64]) -> Tensor:
+        """Return the inputs of one view of each of some images, on the device."""
         images = [
-            self._views.view(position, number)
+            self.view(position, number)
             for position, number in zip(positions, views, strict=True)
         ]
         if any(image.dtype != np.uint8 for image in images):
             images = [as_float(image) for image in images]
-            self._views.warn_of_odd_range()
-        return self._first(np.stack(images))
+            self.warn_of_odd_range()
+        return self._forward(np.stack(images))
+
+    def followed_by(self, layers: Callable[[Tensor], Tensor]) -> OnTheFlyInputs:
+        """Return the outputs of further layers as inputs."""
+        outputs = copy.copy(self)
+        outputs._forward = lambda pixels: layers(self._forward(pixels))
+        return outputs
 
 
-def run_frozen(
+Inputs: TypeAlias = StoredInputs | OnTheFlyInputs
+
+
+def _check_view(view: Any, image: Tensor, position: int) -> None:
+    """Raise if the network cannot take what `augment` returned."""
+    if not isinstance(view, Tensor):
+        raise TypeError(
+            "augment must return a tensor (3, h, w), it returned "
+            f"{type(view).__name__}."
+        )
+    if view.shape != image.shape:
+        raise ValueError(
+            f"augment returned an image of shape {tuple(view.shape)} for one of shape "
+            f"{tuple(image.shape)}, the input size of the network. Let it crop and "
+            "resize to this size, or set image_size."
+        )
+    if not (view.dtype == torch.uint8 or view.is_floating_point()):
+        raise TypeError(
+            f"augment must return uint8 or floats, it returned {view.dtype}."
+        )
+    if view.is_floating_point() and not torch.isfinite(view).all():
+        raise ValueError(f"augment returned NaN or infinity for image {position}.")
+
+
+def draw_views(
+    rng: np.random.Generator, n: int, n_views: int | None
+) -> NDArray[np.int64]:
+    """Draw an augmented view for each of `n` images: 0 if there are none."""
+    if n_views == 0:
+        return np.zeros(n, dtype=np.int64)
+    return rng.integers(1, 2**31 if n_views is None else 1 + n_views, size=n)
+
+
+def build_inputs(
+    estimator: Any, source: ImageSource, network: SplitNetwork, seed: int
+) -> Inputs:
+    """Return the inputs of the tuned blocks, computed now wherever that is possible.
+
+    Only with an unlimited number of augmented views the frozen blocks run in every
+    epoch. `estimator` has the parameters and the attributes of the pretrained network.
+    """
+    threads, augment = resolve_threads(estimator.n_jobs), estimator.augment
+    config = _extraction_config(estimator, network) if network.frozen else None
+    cache, verbose = estimator._cache_folder(), bool(estimator.verbose)
+    if augment is None and config is not None:
+        return _compute_activations(source, 0, config, threads, verbose, cache)
+    n_views = 0 if augment is None else estimator.n_views
+    preprocessing = estimator.preprocessing_
+    if estimator.decode == "fast":
+        source = source.reduced_to(2 * preprocessing.shorter_side)
+    crops = decode_crops(source, preprocessing, threads)
+    if config is None:
+        normalize = normalizing_forward(preprocessing, resolve_device(estimator.device))
+        return OnTheFlyInputs(crops, augment, n_views, seed, normalize)
+    # The crops are not resized again.
+    config = replace(config, preprocessing=replace(preprocessing, resize_size=None))
+    inputs = OnTheFlyInputs(crops, augment, n_views, seed, frozen_forward(config))
+    if n_views is None:
+        return inputs
+    if estimator.random_state is None:
+        cache = None  # no other fit draws the same views
+    return _compute_activations(inputs, n_views, config, threads, verbose, cache)
+
+
+def _extraction_config(estimator: Any, network: SplitNetwork) -> ExtractionConfig:
+    """Return how the frozen blocks run: pooled at once if only the head follows."""
+    needs_feature_map = len(network.tuned) > 0 or estimator.conv_channels
+    config: ExtractionConfig = estimator._make_recipe(
+        estimator.backbone_,
+        FrozenPrefix(network.frozen),
+        (list(network.frozen)[-1],),
+        estimator.preprocessing_,
+        "flatten" if needs_feature_map else estimator.pooling,
+    )
+    return config
+
+
+def _compute_activations(
     source: ImageSource,
     n_views: int,
-    recipe: Recipe,
+    config: ExtractionConfig,
     n_threads: int,
     verbose: bool,
     cache: Path | None,
-) -> Stored:
-    """Send all images through the frozen blocks, once.
-
-    Parameters
-    ----------
-    source : ImageSource
-        The images; with `n_views`, each followed by its variants.
-    n_views : int
-        How many these are.
-    recipe : Recipe
-        Of one block, the last of the frozen ones. With ``pooling="flatten"`` maps stay
-        maps.
-    n_threads : int
-        Threads that decode.
-    verbose : bool
-        Whether a progress bar is shown.
-    cache : Path or None
-        The folder in which features are kept.
-
-    Returns
-    -------
-    Stored
-        What the block gives for each.
-    """
-    (block,) = recipe.blocks
-    rows = new_array((len(source), sum(recipe.widths())), np.float32)
-    extract_features(source, recipe, [block], n_threads, verbose, cache, out=rows)
-    shape = _shape(recipe) if recipe.pooling == "flatten" else rows.shape[1:]
-    return Stored(rows.reshape(-1, 1 + n_views, *shape), recipe.device)
+) -> StoredInputs:
+    """Run the frozen blocks once on all images, or on all views of all images."""
+    (block,) = config.blocks
+    outputs = new_array((len(source), sum(config.widths())), np.float32)
+    extract_features(source, config, [block], n_threads, verbose, cache, out=outputs)
+    shape = _output_shape(config)
+    return StoredInputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
 
 
-def frozen_first(recipe: Recipe) -> Callable[[NDArray[Any]], Tensor]:
-    """Return what sends pixels through the frozen blocks, whenever they are needed."""
+def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]:
+    """Return a function that runs the frozen blocks on pixels (b, h, w, 3)."""
 
-    def first(pixels: NDArray[Any]) -> Tensor:
-        parts = [
-            recipe.compute(torch.from_numpy(pixels[start : start + recipe.batch_size]))
-            for start in range(0, len(pixels), recipe.batch_size)
-        ]
-        rows = torch.cat(parts)
-        if recipe.pooling != "flatten":
-            return rows
-        batch = rows.reshape(-1, *_shape(recipe))
-        is_map = batch.ndim == 4
-        return batch.contiguous(memory_format=torch.channels_last) if is_map else batch
+    def forward(pixels: NDArray[Any]) -> Tensor:
+        batches = torch.split(torch.from_numpy(pixels), config.batch_size)
+        # Even of a single batch `cat` makes a tensor that autograd can save.
+        outputs = torch.cat([config.compute(batch) for batch in batches])
+        outputs = outputs.reshape(-1, *_output_shape(config))
+        if outputs.ndim != 4:
+            return outputs
+        return outputs.contiguous(memory_format=torch.channels_last)
 
-    return first
+    return forward
 
 
-def normalised(
+def normalizing_forward(
     preprocessing: Preprocessing, device: torch.device
 ) -> Callable[[NDArray[Any]], Tensor]:
-    """Return what makes of pixels the numbers that a network sees."""
-    # Not the user's default dtype.
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    mean = torch.tensor(preprocessing.mean, **kind).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, **kind).view(3, 1, 1)
+    """Return a function that normalizes pixels (b, h, w, 3) to a batch (b, 3, h, w)."""
+    # The user's default dtype may be another one.
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    mean = torch.tensor(preprocessing.mean, **options).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std, **options).view(3, 1, 1)
 
-    def first(pixels: NDArray[Any]) -> Tensor:
+    def forward(pixels: NDArray[Any]) -> Tensor:
         batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
         batch = normalise(batch, mean, std)
         return torch.Tensor.contiguous(batch, memory_format=torch.channels_last)
 
-    return first
+    return forward
 
 
-def without_resize(recipe: Recipe) -> Recipe:
-    """Return the recipe for images that have been resized and cropped already."""
-    return replace(
-        recipe, preprocessing=replace(recipe.preprocessing, resize_size=None)
-    )
-
-
-def _shape(recipe: Recipe) -> tuple[int, ...]:
-    (block,) = recipe.blocks
-    size = recipe.preprocessing.crop_size
-    return block_shapes(recipe.backbone, size, recipe.blocks)[block]
+def _output_shape(config: ExtractionConfig) -> tuple[int, ...]:
+    """Return the shape of what the frozen blocks give for one image."""
+    if config.pooling != "flatten":
+        return (sum(config.widths()),)
+    (block,) = config.blocks
+    size = config.preprocessing.crop_size
+    return block_shapes(config.backbone, size, config.blocks)[block]

@@ -1,4 +1,4 @@
-"""Views of images: what they are, what they cost, and that they can be made again."""
+"""Augmented views: what they are, what they cost, and that they are reproducible."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ def flipped(image):
 
 
 @pytest.fixture
-def crossed(monkeypatch):
-    """Count the images that cross frozen blocks."""
+def n_run(monkeypatch):
+    """The numbers of images in the batches that frozen blocks run on."""
     counts = []
     features = skltl.inference.Runner.features
 
@@ -31,73 +31,85 @@ def crossed(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("n_views", [1, None])
 @pytest.mark.parametrize("unfreeze", [None, 1, "all"])
-def test_the_network_learns_from_the_variants(unfreeze, n_views, digits):
-    """Mirrored by us or beforehand is the same.
+def test_networks_are_trained_on_augmented_views(unfreeze, digits):
+    """A flip as augmentation equals images that were flipped before.
 
-    Each image is there twice, as it is and mirrored, because probe and
-    standardisation are taken from the images themselves.
+    Each image occurs twice, also flipped, because probe and standardization are fitted
+    to the images themselves.
     """
-    X, y = digits[0][:40], np.tile(digits[1][:40], 2)
+    X, y = digits[0][:30], np.tile(digits[1][:30], 2)
     mirrored = X.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)
-    settings = {"unfreeze": unfreeze, "head_init": "random"}
+    both, swapped = np.concatenate([X, mirrored]), np.concatenate([mirrored, X])
+    plain = classifier(unfreeze=unfreeze, head_init="random", image_size=16)
+    expected = losses(plain.fit(swapped, y))
+    other = losses(plain.fit(both, y))
 
-    found = classifier(augment=flipped, n_views=n_views, **settings).fit(
-        np.concatenate([X, mirrored]), y
+    for n_views in (1, None):
+        found = losses(plain.set_params(augment=flipped, n_views=n_views).fit(both, y))
+
+        assert_allclose(found, expected, rtol=1e-4)
+        assert not np.allclose(found, other, rtol=5e-4)
+
+
+def test_the_probe_is_fitted_to_the_images_themselves(data):
+    probe = {"head_epochs": 0, "unfreeze": None}
+
+    found = classifier(augment=SHAKEN, n_views=1, **probe).fit(*data)
+
+    expected = classifier(**probe).fit(*data)
+    assert_allclose(
+        found.decision_function(data[0]), expected.decision_function(data[0])
     )
 
-    expected = classifier(**settings).fit(np.concatenate([mirrored, X]), y)
-    assert_allclose(losses(found), losses(expected), rtol=1e-4)
-    other = classifier(**settings).fit(np.concatenate([X, mirrored]), y)
-    assert not np.allclose(losses(found), losses(other), rtol=5e-4)
 
-
-def test_the_probe_begins_with_the_images_themselves(digits):
-    X, y = digits[0][:60], digits[1][:60]
-    settings = {"head_epochs": 0, "unfreeze": None}
-
-    found = classifier(augment=SHAKEN, **settings).fit(X, y)
-
-    expected = classifier(**settings).fit(X, y)
-    assert_allclose(found.decision_function(X), expected.decision_function(X))
-
-
-def test_variants_are_made_again_by_the_seed(digits):
-    X, y = digits[0][:60], digits[1][:60]
+def test_random_state_controls_augmented_views(digits):
+    X, y = digits[0][:30], digits[1][:30]
     before = torch.get_rng_state()
 
     first, again, free, other = (
-        classifier(augment=SHAKEN, n_views=n_views, random_state=seed).fit(X, y)
-        for n_views, seed in ((3, 0), (3, 0), (None, 0), (3, 1))
+        losses(classifier(augment=SHAKEN, n_views=n, random_state=seed).fit(X, y))
+        for n, seed in ((3, 0), (3, 0), (None, 0), (3, 1))
     )
 
-    assert losses(first) == losses(again)
-    assert losses(first) != losses(free)
-    assert losses(first) != losses(other)
+    assert first == again
+    assert first != free
+    assert first != other
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_stored_views_cross_once_and_free_ones_in_each_epoch(digits, crossed):
+def test_frozen_blocks_run_once_on_stored_views_and_else_in_each_epoch(digits, n_run):
     X, y = digits[0][1:51], digits[1][1:51]
 
-    classifier(augment=SHAKEN, n_views=2).fit(X, y)
-    n_stored = sum(crossed)
-    crossed.clear()
-    classifier(augment=SHAKEN, n_views=None).fit(X, y)
+    classifier(augment=flipped, n_views=2).fit(X, y)
+    n_stored = sum(n_run)
+    n_run.clear()
+    classifier(augment=flipped, n_views=None).fit(X, y)
 
     assert n_stored == 50 * (1 + 2)
-    # For the probe, in five epochs, and a batch after each stage to look at the loss.
-    assert sum(crossed) == 50 * (1 + 3 + 2) + 2 * 32
+    # For the probe, in five epochs, and on a batch after each stage to check the loss.
+    assert sum(n_run) == 50 * (1 + 3 + 2) + 2 * 32
 
 
-def test_what_is_held_out_is_not_changed(digits):
+def test_views_are_cached(digits, tmp_path, n_run):
+    X, y = digits[0][1:41], digits[1][1:41]
+    cached = classifier(augment=SHAKEN, n_views=2, cache=tmp_path)
+    expected = losses(cached.fit(X, y))
+    n_run.clear()
+
+    found = losses(cached.fit(X, y))
+
+    assert found == expected
+    assert sum(n_run) == 0
+
+
+def test_held_out_images_are_not_augmented(digits):
     X, y = digits[0][:100], digits[1][:100]
-    settings = {"validation_fraction": 0.3, "head_lr": 1e-9, "backbone_lr": 1e-9}
+    frozen = {"validation_fraction": 0.3, "head_lr": 1e-9, "backbone_lr": 1e-9}
 
-    found = classifier(augment=lambda image: image * 0, **settings).fit(X, y)
+    found = classifier(augment=lambda image: image * 0, n_views=1, **frozen).fit(X, y)
 
-    expected = classifier(**settings).fit(X, y)
+    expected = classifier(**frozen).fit(X, y)
     for kind in ("validation_loss", "validation_score"):
         assert_allclose(
             [record[kind] for record in found.history_],
@@ -107,7 +119,22 @@ def test_what_is_held_out_is_not_changed(digits):
     assert losses(found)[0] > 2 * losses(expected)[0]
 
 
-def test_transforms_of_torchvision_serve_8_bit_images(images):
+@pytest.mark.parametrize("n_views", [1, None])
+def test_augmentation_is_not_computed_in_bfloat16(n_views, digits):
+    is_reduced = []
+
+    def noted(image):
+        is_reduced.append(torch.is_autocast_enabled("cpu"))
+        return image
+
+    classifier(
+        augment=noted, n_views=n_views, precision="bfloat16", unfreeze="all"
+    ).fit(digits[0][:20], digits[1][:20])
+
+    assert set(is_reduced) == {False}
+
+
+def test_transforms_of_torchvision_augment_8_bit_images(images):
     augment = v2.Compose(
         [
             v2.RandomResizedCrop(32, scale=(0.5, 1), antialias=True),
@@ -117,43 +144,34 @@ def test_transforms_of_torchvision_serve_8_bit_images(images):
         ]
     )
 
-    fitted = classifier(image_shape=None, augment=augment).fit(images, [0, 1, 2] * 3)
+    augmented = classifier(image_shape=None, augment=augment, n_views=2)
+    plain = classifier(image_shape=None)
 
-    assert fitted.predict_proba(images).shape == (9, 3)
+    found = losses(augmented.fit(images, [0, 1, 2] * 3))
+
+    assert np.isfinite(found).all()
+    assert found != losses(plain.fit(images, [0, 1, 2] * 3))
 
 
 @pytest.mark.parametrize(
     ("augment", "error", "message"),
     [
         (v2.Resize(16), ValueError, r"shape \(3, 16, 16\) for one of shape \(3, 32,"),
-        (lambda image: image.numpy(), TypeError, "it gave ndarray"),
-        (lambda image: image.long(), TypeError, "it gave torch.int64"),
+        (lambda image: image.numpy(), TypeError, "it returned ndarray"),
+        (lambda image: image.long(), TypeError, "it returned torch.int64"),
     ],
 )
-def test_variants_that_no_network_can_take_are_refused(augment, error, message, images):
+def test_invalid_views_are_refused(augment, error, message, images):
     with pytest.raises(error, match=message):
         classifier(image_shape=None, augment=augment).fit(images, [0, 1, 2] * 3)
 
 
 @pytest.mark.parametrize("n_views", [1, None])
-def test_variants_that_are_normalised_twice_are_told(n_views, images):
+def test_views_that_are_normalized_already_give_a_warning(n_views, images):
     augment = v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.2] * 3)]
     )
-    fine_tuned = classifier(image_shape=None, augment=augment, n_views=n_views)
+    augmented = classifier(image_shape=None, augment=augment, n_views=n_views)
 
-    with pytest.warns(ImageRangeWarning, match="should lie in"):
-        fine_tuned.fit(images, [0, 1, 2] * 3)
-
-
-def test_views_are_cached_too(digits, tmp_path, crossed):
-    X, y = digits[0][1:41], digits[1][1:41]
-    fine_tuned = classifier(augment=SHAKEN, n_views=2, cache=tmp_path)
-    expected = losses(fine_tuned.fit(X, y))
-    crossed.clear()
-
-    found = losses(fine_tuned.set_params(verbose=0).fit(X, y))
-
-    assert found == expected
-    assert sum(crossed) == 0
-    assert np.isfinite(found).all()
+    with pytest.warns(ImageRangeWarning, match=r"\[0, 1\]"):
+        augmented.fit(images, [0, 1, 2] * 3)

@@ -1,4 +1,4 @@
-"""scikit-learn's callbacks, and progress bars, are told of stages and epochs."""
+"""scikit-learn's callbacks, and progress bars, follow stages and epochs."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ callback = pytest.importorskip("sklearn.callback", reason="from scikit-learn 1.9
 
 
 class Diary:
-    """Notes the tasks that end; stops a stage after so many epochs."""
+    """Callback that records the tasks that end, and may stop each stage."""
 
     def __init__(self, n_epochs=99):
         self.n_epochs = n_epochs
@@ -33,59 +33,60 @@ class Diary:
         return context.task_name == "epoch" and context.task_id + 1 >= self.n_epochs
 
 
-def test_callbacks_see_each_epoch_and_an_estimator_that_predicts(digits):
-    X, y = digits[0][:60], digits[1][:60]
+def test_callbacks_get_an_estimator_that_predicts_after_each_epoch(data, fitted):
     diary = Diary()
 
-    fitted = classifier().set_callbacks(diary).fit(X, y)
+    watched = classifier().set_callbacks(diary).fit(*data)
 
+    assert losses(watched) == losses(fitted)
     assert diary.tasks == [
         *("setup", *["epoch"] * 3, "head", *["epoch"] * 2, "fine-tuning"),
         *("fit", "teardown"),
     ]
-    assert_array_equal(diary.predictions[-1], fitted.decision_function(X))
-    # After the first epoch it is what a fit of one epoch gives (at a constant rate).
-    short = {"finetune_epochs": 0, "schedule": "constant"}
+    assert_array_equal(diary.predictions[-1], watched.decision_function(data[0]))
+
+
+def test_after_an_epoch_the_estimator_is_that_of_a_fit_with_fewer_epochs(data):
+    short = {"unfreeze": None, "schedule": "constant"}
     diary = Diary()
-    classifier(**short).set_callbacks(diary).fit(X, y)
-    one = classifier(head_epochs=1, **short).fit(X, y)
-    assert_array_equal(diary.predictions[0], one.decision_function(X))
+
+    classifier(**short).set_callbacks(diary).fit(*data)
+
+    expected = classifier(head_epochs=1, **short).fit(*data)
+    assert_array_equal(diary.predictions[0], expected.decision_function(data[0]))
 
 
-def test_callbacks_change_nothing_and_may_stop_a_stage(digits):
-    X, y = digits[0][:60], digits[1][:60]
+def test_callbacks_may_stop_a_stage(data):
+    stopped = classifier().set_callbacks(Diary(n_epochs=1)).fit(*data)
 
-    watched = classifier().set_callbacks(Diary()).fit(X, y)
-    stopped = classifier().set_callbacks(Diary(n_epochs=1)).fit(X, y)
-
-    assert losses(watched) == losses(classifier().fit(X, y))
     assert [record["stage"] for record in stopped.history_] == ["head", "fine-tuning"]
 
 
 @pytest.mark.parametrize("weights", [None, np.linspace(0, 1, 60)])
-def test_scikit_learns_own_monitor_scores_each_epoch(weights, digits):
-    X, y = digits[0][:60], digits[1][:60]
+def test_scikit_learns_monitor_scores_each_epoch(weights, data):
+    X, y = data
     monitor = callback.ScoringMonitor(scoring="accuracy")
 
-    fitted = classifier().set_callbacks(monitor).fit(X, y, sample_weight=weights)
+    watched = classifier().set_callbacks(monitor).fit(X, y, sample_weight=weights)
 
     rows = monitor.get_logs().data
     assert [row["task_name"] for row in rows].count("epoch") == 5
-    expected = accuracy_score(y, fitted.predict(X), sample_weight=weights)
+    expected = accuracy_score(y, watched.predict(X), sample_weight=weights)
     assert rows[0]["accuracy"] == pytest.approx(expected)
 
 
-def test_a_searchs_progress_bar_counts_the_epochs_too(digits):
-    X, y = digits[0][:60], digits[1][:60]
-    search = GridSearchCV(classifier(head_epochs=2), {"unfreeze": [None, 1]}, cv=2)
+def test_the_progress_bar_of_a_search_includes_the_stages(data, capsys):
+    short = classifier(head_epochs=1, unfreeze=None)
+    search = GridSearchCV(short, {"dropout": [0.0]}, cv=2)
 
-    search.set_callbacks(callback.ProgressBar()).fit(X, y)
+    search.set_callbacks(callback.ProgressBar()).fit(*data)
 
     assert search.best_score_ > 0.5
+    assert "FineTunedCNNClassifier - head #0" in capsys.readouterr().out
 
 
-def test_verbose_shows_a_bar_for_each_stage(digits, capsys):
-    classifier(verbose=1).fit(digits[0][:60], digits[1][:60])
+def test_verbose_shows_a_progress_bar_for_each_stage(data, capsys):
+    classifier(verbose=1).fit(*data)
 
     shown = capsys.readouterr().err
     assert "head: 100%" in shown

@@ -1,50 +1,43 @@
-"""A fit that is interrupted goes on, and ends with the same bits."""
+"""An interrupted fit resumes from its checkpoint, and ends with the same bits."""
 
+import copy
 import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-import torch
+from checkpoints import interrupt, the_file
 from numpy.testing import assert_array_equal
 from tiny_classifier import classifier, losses, saved_state
 
-from skltl.finetuning._checkpoint import Checkpoint
+STOCHASTIC = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
 
 
-class InterruptedError_(Exception):
-    """What ends a fit in the middle."""
+@pytest.fixture(scope="module")
+def uninterrupted(data):
+    return classifier(**STOCHASTIC).fit(*data)
 
 
-@pytest.mark.parametrize("n_saves", [1, 3, 4, 5])
-def test_an_interrupted_fit_goes_on_with_the_same_bits(
-    n_saves, digits, tmp_path, monkeypatch
+@pytest.mark.parametrize("n_epochs", [1, 3, 4])
+def test_an_interrupted_fit_ends_with_the_same_bits(
+    n_epochs, data, uninterrupted, tmp_path
 ):
-    X, y = digits[0][:60], digits[1][:60]
-    settings = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
-    expected = classifier(**settings).fit(X, y)
-    interrupted = classifier(checkpoint=tmp_path, **settings)
-    save, saves = Checkpoint.save, []
+    resumed = classifier(checkpoint=tmp_path, **STOCHASTIC)
 
-    def save_and_end(self, state):
-        save(self, state)
-        saves.append(state["stage"])
-        if len(saves) == n_saves:
-            raise InterruptedError_
+    interrupt(resumed, *data, after=n_epochs)
+    resumed.fit(*data)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_end)
-        with pytest.raises(InterruptedError_):
-            interrupted.fit(X, y)
-    interrupted.fit(X, y)
-
-    assert_array_equal(interrupted.decision_function(X), expected.decision_function(X))
-    assert losses(interrupted) == losses(expected)
+    expected = uninterrupted.decision_function(data[0])
+    assert_array_equal(resumed.decision_function(data[0]), expected)
+    assert losses(resumed) == losses(uninterrupted)
+    assert resumed.best_validation_score_ == uninterrupted.best_validation_score_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_fit_killed_ten_times_at_random_ends_with_the_same_bits(tmp_path):
     code = """
 import pickle, sys
@@ -81,38 +74,8 @@ sys.stdout.buffer.write(pickle.dumps(classifier.decision_function(X[:200] / 16))
     assert list(folder.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_fit_is_not_used(digits, tmp_path, monkeypatch):
-    X, y = digits[0][:60], digits[1][:60]
-    clear = Checkpoint.clear
-    monkeypatch.setattr(Checkpoint, "clear", lambda self: None)
-    classifier(checkpoint=tmp_path, head_lr=0.1).fit(X, y)
-    classifier(checkpoint=tmp_path).fit(X, y[::-1])
-    monkeypatch.setattr(Checkpoint, "clear", clear)
-
-    found = classifier(checkpoint=tmp_path).fit(X, y)
-
-    assert losses(found) == losses(classifier().fit(X, y))
-
-
-def test_a_checkpoint_that_needs_code_is_refused(digits, tmp_path):
-    X, y = digits[0][:60], digits[1][:60]
-    interrupted = classifier(checkpoint=tmp_path)
-
-    def write_code(self, state):
-        torch.save({"stage": print}, self._path)  # a function: code
-        raise InterruptedError_
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "save", write_code)
-        with pytest.raises(InterruptedError_):
-            interrupted.fit(X, y)
-
-    with pytest.raises(ValueError, match="would need code .* Delete it to begin anew"):
-        interrupted.fit(X, y)
-
-
 class Diary:
-    """Notes the tasks that end; stops each stage after two epochs."""
+    """Callback that records the tasks that end, and stops a stage after two epochs."""
 
     def __init__(self):
         self.tasks = []
@@ -131,39 +94,21 @@ class Diary:
         return context.task_name == "epoch" and context.task_id == 1
 
 
-def interrupted_after(n_saves, fit, monkeypatch):
-    """Fit until the state has been saved so many times."""
-    save, saves = Checkpoint.save, []
-
-    def save_and_end(self, state):
-        save(self, state)
-        saves.append(state["stage"])
-        if len(saves) == n_saves:
-            raise InterruptedError_
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_and_end)
-        with pytest.raises(InterruptedError_):
-            fit()
-
-
 @pytest.mark.skipif(not hasattr(classifier(), "set_callbacks"), reason="old sklearn")
-@pytest.mark.parametrize("n_saves", [1, 2, 3])
-def test_callbacks_see_the_same_whether_a_fit_is_interrupted_or_not(
-    n_saves, digits, tmp_path, monkeypatch
-):
-    X, y = digits[0][:60], digits[1][:60]
-    expected, diary = Diary(), Diary()
-    settings = {"finetune_epochs": 3}
-    whole = classifier(**settings).set_callbacks(expected).fit(X, y)
-    parted = classifier(checkpoint=tmp_path, **settings).set_callbacks(diary)
+def test_callbacks_get_the_same_tasks_from_a_resumed_fit(data, tmp_path):
+    expected = Diary()
+    longer = {"finetune_epochs": 3}
+    whole = classifier(**longer).set_callbacks(expected).fit(*data)
 
-    interrupted_after(n_saves, lambda: parted.fit(X, y), monkeypatch)
-    diary.tasks.clear()
-    parted.fit(X, y)
+    for n_epochs in (1, 2, 3):  # within a stage, at its end, and in the next one
+        diary = Diary()
+        resumed = classifier(checkpoint=tmp_path, **longer).set_callbacks(diary)
+        interrupt(resumed, *data, after=n_epochs)
+        diary.tasks.clear()
+        resumed.fit(*data)
 
-    assert diary.tasks == expected.tasks[-len(diary.tasks) :]
-    assert losses(parted) == losses(whole)
+        assert diary.tasks == expected.tasks[-len(diary.tasks) :]
+        assert losses(resumed) == losses(whole)
 
 
 @pytest.mark.parametrize(
@@ -171,46 +116,47 @@ def test_callbacks_see_the_same_whether_a_fit_is_interrupted_or_not(
     [
         {"random_state": None, "early_stopping": True},
         {"random_state": None, "weights": None, "unfreeze": "all"},
-        {"random_state": None, "augment": lambda image: image.flip(2)},
+        {"random_state": None, "augment": lambda image: image.flip(2), "n_views": 2},
+        {"random_state": None, "hidden_units": (4,)},
     ],
-    ids=["held out", "random weights", "augment"],
+    ids=["held out", "random weights", "augment", "random head"],
 )
-def test_a_fit_without_a_seed_goes_on_with_the_one_it_drew(
+def test_a_fit_without_random_state_resumes_with_the_seed_it_drew(
     settings, digits, tmp_path, monkeypatch
 ):
     X, y = digits[0][:100], digits[1][:100]
-    parted = classifier(checkpoint=tmp_path, **settings)
+    resumed = classifier(checkpoint=tmp_path, image_size=16, **settings)
+    interrupt(resumed, X, y)
+    saved = saved_state(the_file(tmp_path))
 
-    interrupted_after(2, lambda: parted.fit(X, y), monkeypatch)
-    begun = saved_state(next(tmp_path.glob("*.checkpoint")))
-    parted.fit(X, y)
+    resumed.fit(X, y)
 
-    assert parted.history_[:2] == begun["history"]
+    assert resumed.history_[:2] == saved["history"]
     assert list(tmp_path.iterdir()) == []
+    seeded = resumed.set_params(random_state=saved["seed"], checkpoint=None).fit(X, y)
+    assert losses(seeded)[:2] == [record["loss"] for record in saved["history"]]
 
 
-def test_a_checkpoint_of_another_augmentation_is_not_used(
-    digits, tmp_path, monkeypatch
-):
-    X, y = digits[0][:60], digits[1][:60]
-    augmented = {
-        name: classifier(checkpoint=tmp_path, augment=augment)
-        for name, augment in (
-            ("same", lambda image: image),
-            ("black", lambda image: image * 0),
-        )
-    }
+def test_every_fit_ignores_the_checkpoints_of_others(data, fitted, tmp_path):
+    X, y = data
+    interrupt(classifier(checkpoint=tmp_path, head_lr=0.1), X, y)
+    interrupt(classifier(checkpoint=tmp_path), X, y[::-1])
+    weights = np.linspace(0.1, 1, 60)
+    interrupt(classifier(checkpoint=tmp_path), X, y, sample_weight=weights)
 
-    interrupted_after(2, lambda: augmented["same"].fit(X, y), monkeypatch)
-    found = augmented["black"].fit(X, y)
+    found = classifier(checkpoint=tmp_path).fit(X, y)
 
-    alone = classifier(augment=lambda image: image * 0).fit(X, y)
-    assert losses(found) == losses(alone)
+    assert losses(found) == losses(fitted)
+    assert len(list(tmp_path.glob("*.checkpoint"))) == 3
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(digits, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
+def test_a_warm_start_ignores_the_checkpoint_of_another_one(data, fitted, tmp_path):
+    warm = copy.deepcopy(fitted).set_params(warm_start=True)
+    expected = losses(copy.deepcopy(warm).fit(*data))
+    cold = classifier(warm_start=True, checkpoint=tmp_path)
+    interrupt(cold, *data)
 
-    with pytest.raises(ValueError, match=r"checkpoint='.*file' is no folder"):
-        classifier(checkpoint=file).fit(digits[0][:60], digits[1][:60])
+    warm.set_params(checkpoint=tmp_path).fit(*data)
+
+    assert losses(warm) == expected
+    assert len(list(tmp_path.glob("*.checkpoint"))) == 1

@@ -1,4 +1,4 @@
-"""The fine-tuning that the tests of this folder look at: small and in float32."""
+"""A small classifier in float32, for the tests of this folder."""
 
 import io
 
@@ -7,19 +7,20 @@ import torch
 from skltl import FineTunedCNNClassifier
 from skltl.finetuning._checkpoint import DIGEST_BYTES, MAGIC
 
+# Of a network for images of 32 x 32 pixels that is truncated after its last block.
+NETWORK = {"layer": "block3", "image_shape": (8, 8), "image_size": 32}
+
 
 def classifier(backbone="tiny", **parameters):
-    settings = {
-        "layer": "block3",
-        "image_shape": (8, 8),
-        "image_size": 32,
+    defaults = {
+        **NETWORK,
         "unfreeze": 1,
         "head_epochs": 3,
         "finetune_epochs": 2,
         "precision": "float32",
         "random_state": 0,
     }
-    return FineTunedCNNClassifier(backbone, **{**settings, **parameters})
+    return FineTunedCNNClassifier(backbone, **{**defaults, **parameters})
 
 
 def losses(fitted):
@@ -27,6 +28,6 @@ def losses(fitted):
 
 
 def saved_state(path):
-    """Return what a checkpoint holds."""
+    """Return the state in a checkpoint."""
     content = path.read_bytes()[len(MAGIC) + DIGEST_BYTES :]
     return torch.load(io.BytesIO(content), weights_only=True)
