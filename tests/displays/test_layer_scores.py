@@ -251,7 +251,7 @@ def test_what_cannot_be_drawn_is_refused():
     nothing = {"C=1": [np.nan, np.nan]}
     with pytest.raises(ValueError, match="all fits failed"):
         LayerScoresDisplay(layers=["a", "b"], scores=nothing, deviations=nothing)
-    with pytest.raises(ValueError, match="as many numbers as there are layers"):
+    with pytest.raises(ValueError, match="one value for each of the 1 layers"):
         LayerScoresDisplay(layers=["a"], scores={"": [1, 2]}, deviations={"": [1, 2]})
     with pytest.raises(ValueError, match="cv_results_; got Pipeline"):
         LayerScoresDisplay.from_search(make_feature_pipeline("tiny"))

@@ -47,7 +47,7 @@ def test_lines_are_the_records(fitted):
         for line, name in zip(ax.get_lines(), names, strict=True):
             expected = [record[name] for record in fitted.history_]
             np.testing.assert_array_equal(line.get_ydata(), expected)
-    assert display.stages == [("head", 4), ("fine-tuning", 3)]
+    assert display.stages_ == [("head", 4), ("fine-tuning", 3)]
     words = {text.get_text() for text in display.axes_[0].texts}
     assert words == {"head", "fine-tuning"}
 
