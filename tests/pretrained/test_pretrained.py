@@ -149,9 +149,10 @@ def test_convolutional_head_of_a_weights_file(images, tmp_path):
     ).fit(images)
 
     assert fitted.classes_.tolist() == list(range(7))  # the names are unknown
-    assert_allclose(fitted.decision_function(images), expected, rtol=1e-3, atol=1e-4)
+    decision = fitted.decision_function(images[:3])
+    assert_allclose(decision, expected, rtol=1e-3, atol=1e-4)
     loaded = pickle.loads(pickle.dumps(fitted))
-    assert_array_equal(loaded.predict_proba(images), fitted.predict_proba(images))
+    assert_array_equal(loaded.decision_function(images[:3]), decision)
 
 
 def test_custom_backbone_needs_a_head(images):
