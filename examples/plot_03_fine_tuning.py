@@ -2,19 +2,20 @@
 Fine-tuning in two stages
 =========================
 
-Frozen features are what a network learned from other images. With enough images of
-one's own it can learn from them, too: first new layers alone, on the frozen network;
-then the network's last blocks together with them, at a rate of their own.
+Frozen features were learned from other images. With enough labeled images, the network
+can be fine-tuned on them. `FineTunedCNNClassifier` first trains a head on the frozen
+network, then the head and the last blocks of the network together, with separate
+learning rates.
 
-What frozen blocks give for an image does not change from epoch to epoch. It is
-computed once, so an epoch of the first stage costs next to nothing.
+The outputs of frozen blocks do not change between epochs. They are computed once, so
+that an epoch of the head stage is almost free.
 """
 
 # %%
-# Frozen features
-# ---------------
-# The digits again, 1,000 of them for training. A linear classifier on frozen features
-# is what fine-tuning has to beat.
+# Baseline: frozen features
+# -------------------------
+# A linear classifier on frozen features is the baseline that fine-tuning has to exceed.
+# It is trained on 1,000 handwritten digits.
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -37,9 +38,9 @@ print(f"frozen features: {frozen.fit(X_train, y_train).score(X_test, y_test):.3f
 # %%
 # Two stages
 # ----------
-# Digits are far from the photographs that the network knows, so its layers may change
-# faster than by default, and the first stage is short. A tenth of the training images
-# is held out, only to look at.
+# Digits are unlike the photographs that the network was trained on. All blocks are
+# therefore unfrozen, with a learning rate above the default, after a short head stage.
+# The scores on a tenth of the training images, held out, are only monitored here.
 
 tuned = FineTunedCNNClassifier(
     "tiny",
@@ -55,14 +56,14 @@ tuned = FineTunedCNNClassifier(
 print(f"fine-tuned: {tuned.fit(X_train, y_train).score(X_test, y_test):.3f}")
 
 # %%
-# Epoch by epoch
-# --------------
-# ``history_`` has one plain record for each epoch.
+# Training history
+# ----------------
+# The attribute ``history_`` has one dictionary for each epoch.
 
 TrainingHistoryDisplay.from_estimator(tuned, rates=True)
 
 # %%
-# What the network has learned is of use elsewhere: ``transform`` gives the tuned
-# features, and ``to_transformer`` a transformer for any pipeline.
+# The fine-tuned network is also a feature extractor: ``transform`` returns its
+# features, and ``to_transformer`` returns a fitted transformer for any pipeline.
 
 print(tuned.to_transformer().transform(X_test).shape)

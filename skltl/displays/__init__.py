@@ -1,6 +1,6 @@
 """Display classes for fitted estimators; matplotlib is imported lazily."""
 
-from skltl.displays._grad_cam import GradCAMDisplay, class_activation
+from skltl.displays._grad_cam import GradCAMDisplay
 from skltl.displays._layer_scores import LayerScoresDisplay
 from skltl.displays._prediction_grid import PredictionGridDisplay
 from skltl.displays._strategy import StrategyDisplay
@@ -14,5 +14,4 @@ __all__ = [
     "StrategyDisplay",
     "TrainingHistoryDisplay",
     "TransferGainDisplay",
-    "class_activation",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from skltl._parameters import resolve_threads
-from skltl.displays._layout import as_title, axes_library, draw_image, grid_of_axes
+from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
 from skltl.features import extract_features
 from skltl.finetuning import (
     TunedNetwork,
@@ -28,121 +29,44 @@ from skltl.finetuning import (
 from skltl.networks import block_shapes, resolve_layer
 from skltl.pretrained import PretrainedCNNClassifier
 
-
-@dataclass(frozen=True)
-class ClassActivation:
-    """Images, as a network sees them, and where it saw a class.
-
-    Parameters
-    ----------
-    images : array of shape (n, h, w, 3)
-        uint8, or float32 in [0, 1].
-    maps : array of shape (n, h, w)
-        From 0, not at all, to 1, the most at one place of the feature map (between
-        places it is interpolated, so that the highest value may be lower).
-    labels : array of shape (n,)
-        Which class was looked for in each.
-    scores : array of shape (n,)
-        The classifier's score of this class, whose gradient weighs the map: the column
-        of its `decision_function`. With two classes, the decision for the second class,
-        and the negated decision for the first.
-    """
-
-    images: NDArray[Any]
-    maps: NDArray[np.float32]
-    labels: NDArray[Any]
-    scores: NDArray[np.float64]
+# From a feature map (n, c, h', w') to logits (n, n_classes).
+Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
-def class_activation(estimator: Any, X: Any, labels: Any = None) -> ClassActivation:
-    """Compute where in images a classifier saw a class.
-
-    The gradient of a class's score with respect to the feature map, averaged over the
-    map, weighs the map's channels [1]_. The score is that of `decision_function`: for a
-    linear classifier on averaged features its gradient holds the coefficients.
-
-    Parameters
-    ----------
-    estimator : classifier
-        Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
-        ``StandardScaler`` or none, and a linear classifier; or a search over one.
-    X : sequence of n images, or array of shape (n, d)
-        Of any kind that it takes.
-    labels : array of shape (n,), a label, or None
-        Which class to look for in each image; ``None`` is the one that is predicted.
-
-    Returns
-    -------
-    ClassActivation
-        Images and maps.
-
-    Raises
-    ------
-    ValueError
-        If the estimator is of another kind, or it is cut where there is no map.
-
-    References
-    ----------
-    .. [1] Selvaraju et al., "Grad-CAM: visual explanations from deep networks via
-       gradient-based localization", ICCV, 2017.
-    """
+def grad_cam(
+    estimator: Any, X: Any, labels: Any = None
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any], NDArray[np.float64]]:
+    """Compute what `GradCAMDisplay` holds: images, maps, labels and scores."""
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
-    reader, block, head = _taken_apart(estimator)
-    shape = _map_shape(reader, block)
-    source = reader._read_images(X, reset=False)
+    network, block, head = _split(estimator)
+    shape = _feature_map_shape(network, block)
+    source = network._read_images(X, reset=False)
     labels = estimator.predict(X) if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
     labels = np.broadcast_to(labels, len(source)) if is_single else column_or_1d(labels)
     check_consistent_length(source, labels)
     columns = columns_of(estimator.classes_, labels)
-    threads = resolve_threads(reader.n_jobs)
-    recipe = reader._make_recipe(
-        reader.backbone_, reader.network_, (block,), reader.preprocessing_, "flatten"
+
+    threads = resolve_threads(network.n_jobs)
+    config = network._make_recipe(
+        network.backbone_, network.network_, (block,), network.preprocessing_, "flatten"
     )
-    rows = extract_features(source, recipe, [block], threads)
-    feature_maps = torch.from_numpy(rows).reshape(-1, *shape)
-    maps, scores = _weighed(feature_maps, _Scores(head), columns)
-    size = (reader.preprocessing_.crop_size,) * 2
-    shown = interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
-    images = decode_crops(source, reader.preprocessing_, threads)
-    return ClassActivation(images, shown[:, 0].numpy(), labels, scores)
+    features = extract_features(source, config, [block], threads)
+    feature_maps = torch.from_numpy(features).reshape(-1, *shape)  # (n, c, h', w')
+    pairs = [
+        _map_and_score(feature_map, head, column)
+        for feature_map, column in zip(feature_maps, columns, strict=True)
+    ]
+    coarse = torch.stack([one for one, _ in pairs])[:, None].float()  # (n, 1, h', w')
+    size = network.preprocessing_.crop_size
+    maps = interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
+    images = decode_crops(source, network.preprocessing_, threads)
+    return images, maps[:, 0].numpy(), labels, np.array([score for _, score in pairs])
 
 
-def _map_shape(reader: Any, block: str) -> tuple[int, ...]:
-    """Return the shape (c, h, w) of the feature map after a block."""
-    size = reader.preprocessing_.crop_size
-    shape = block_shapes(reader.backbone_, size, (block,))[block]
-    if len(shape) == 3:
-        return shape
-    names = {point.block: point.name for point in reader.cut_points_}
-    size_or_shape = f"size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
-    kind = "a vector" if len(shape) == 1 else "an output"
-    raise ValueError(
-        "Grad-CAM needs a spatial feature map, but layer "
-        f"{names.get(block, block)!r} returns {kind} of {size_or_shape}."
-    )
-
-
-def _weighed(
-    feature_maps: torch.Tensor, score: nn.Module, columns: NDArray[np.int64]
-) -> tuple[torch.Tensor, NDArray[np.float64]]:
-    """Return maps (n, h', w') with a maximum of 1 or 0, and the scores (n,)."""
-    maps, scores = [], []
-    for feature_map, column in zip(feature_maps, columns, strict=True):
-        with torch.inference_mode(False), torch.enable_grad():
-            seen = feature_map[None].double().requires_grad_(True)  # (1, c, h', w')
-            of_class = score(seen)[0, column]
-            (gradient,) = torch.autograd.grad(of_class, seen)
-        weights = gradient.mean(dim=(2, 3), keepdim=True)  # (1, c, 1, 1)
-        found = (weights * seen.detach()).sum(dim=1)[0].clamp(min=0)  # (h', w')
-        maps.append(found / found.max().clamp(min=1e-300))
-        scores.append(of_class.item())
-    return torch.stack(maps).float(), np.array(scores)
-
-
-def _taken_apart(estimator: Any) -> tuple[Any, str, nn.Module]:
-    """Return what reads and runs, the block behind which the map lies, and the rest."""
+def _split(estimator: Any) -> tuple[Any, str, Head]:
+    """Return the estimator with the network, a block's name, and what follows it."""
     if isinstance(estimator, Pipeline):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
         pooling = getattr(transformer, "pooling_", transformer.pooling)
@@ -152,81 +76,100 @@ def _taken_apart(estimator: Any) -> tuple[Any, str, nn.Module]:
         return estimator, estimator.cut_points_[0].block, estimator.head_
     if isinstance(estimator, PretrainedCNNClassifier):
         block = resolve_layer(estimator.backbone_, "last").block
-        blocks = list(estimator.network_.blocks.items())
-        first = [name for name, _ in blocks].index(block) + 1
-        behind = nn.Sequential(*(one for _, one in blocks[first:]), estimator.head_)
-        return estimator, block, _OfClasses(behind, estimator)
+        blocks = estimator.network_.blocks
+        following = list(blocks)[list(blocks).index(block) + 1 :]
+        head = nn.Sequential(*(blocks[name] for name in following), estimator.head_)
+        return estimator, block, partial(_pretrained_logits, estimator, head)
     raise ValueError(
-        f"{type(estimator).__name__} is neither a classifier of skltl nor a pipeline "
-        "of a CNNFeatureTransformer and a linear classifier."
+        "Grad-CAM needs a classifier of skltl, or a pipeline of a "
+        "CNNFeatureTransformer and a linear classifier; got "
+        f"{type(estimator).__name__}."
     )
 
 
-class _OfClasses(nn.Module):
-    """The rest of a pretrained network, from categories to the classifier's classes."""
-
-    def __init__(self, behind: nn.Module, classifier: Any) -> None:
-        super().__init__()
-        self._behind = behind
-        # The network's categories stand in another order than the sorted classes.
-        self._order = torch.from_numpy(np.argsort(classifier.categories_))
-        self._log_shares = None
-        if classifier.class_map_ is not None:
-            shares = torch.from_numpy(classifier.class_map_)
-            self._has_categories = shares.any(dim=0)
-            # The gradient of a class without any would be NaN for the others, too.
-            self._log_shares = shares.masked_fill(~self._has_categories, 1).log()
-
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, n_classes) in float64."""
-        logits: torch.Tensor = self._behind(feature_map.float()).double()
-        if self._log_shares is None:
-            return logits[:, self._order]
-        of_classes = torch.logsumexp(logits[:, :, None] + self._log_shares, dim=1)
-        return of_classes.masked_fill(~self._has_categories, -torch.inf)
+def _pretrained_logits(
+    classifier: PretrainedCNNClassifier, head: nn.Module, feature_map: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits (n, n_classes) of a pretrained network in float64."""
+    logits: torch.Tensor = head(feature_map.float()).double()  # (n, n_categories)
+    if classifier.class_map_ is None:
+        return logits[:, np.argsort(classifier.categories_)]
+    class_map = torch.from_numpy(classifier.class_map_)  # (n_categories, n_classes)
+    # The gradient of a class without any category would make all others NaN.
+    is_empty = ~class_map.any(dim=0)
+    log_weights = class_map.masked_fill(is_empty, 1).log()
+    class_logits = torch.logsumexp(logits[:, :, None] + log_weights, dim=1)
+    return class_logits.masked_fill(is_empty, -torch.inf)
 
 
-class _Scores(nn.Module):
-    """What `decision_function` gives, with a column for each of two classes, too."""
+def _feature_map_shape(network: Any, block: str) -> tuple[int, ...]:
+    """Return the shape (c, h', w') of a block's output; refuse vectors."""
+    size = network.preprocessing_.crop_size
+    shape = block_shapes(network.backbone_, size, (block,))[block]
+    if len(shape) == 3:
+        return shape
+    layers = {point.block: point.name for point in network.cut_points_}
+    output = f"a vector of size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
+    raise ValueError(
+        "Grad-CAM needs a spatial feature map, but layer "
+        f"{layers.get(block, block)!r} returns {output}."
+    )
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self._head = head
 
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """Return the scores (n, n_classes)."""
-        logits: torch.Tensor = self._head(feature_map)
-        if logits.shape[1] > 2:
-            return logits
-        decision = logits[:, 1] - logits[:, 0]
-        return torch.stack([-decision, decision], dim=1)
+def _map_and_score(
+    feature_map: torch.Tensor, head: Head, column: int
+) -> tuple[torch.Tensor, float]:
+    """Return the map (h', w') of a class, with maximum 1 or 0, and its score."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = feature_map[None].double().requires_grad_(True)  # (1, c, h', w')
+        logits = head(leaf)[0]
+        if len(logits) == 2:  # the decision function of two classes
+            score = logits[column] - logits[1 - column]
+        else:
+            score = logits[column]
+        (gradient,) = torch.autograd.grad(score, leaf)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (1, c, 1, 1)
+    activation = (weights * leaf.detach()).sum(dim=1)[0].clamp(min=0)  # (h', w')
+    return activation / activation.max().clamp(min=1e-300), score.item()
 
 
 class GradCAMDisplay:
-    """Images under maps of where a class was seen.
+    """Gradient-weighted class activation maps (Grad-CAM) over images.
 
-    Make one with :meth:`from_estimator`.
+    Create one with :meth:`from_estimator`.
+
+    The channels of the last feature map, weighted by the average gradient of a class's
+    score with respect to them, are summed, and negative values are set to 0 [1]_. The
+    map has the resolution of the feature map, 7 x 7 for most networks, and is
+    interpolated to the size of the image.
 
     Parameters
     ----------
     images : array of shape (n, h, w, 3)
-        As the network sees them: uint8, or float32 in [0, 1].
+        The images, resized and cropped as for the network: uint8, or float in [0, 1].
     maps : array of shape (n, h, w)
-        From 0 to 1.
+        The class activation maps, in [0, 1]. Each is scaled to a maximum of 1 before it
+        is interpolated.
     labels : array of shape (n,)
-        Which class was looked for in each.
+        Class of each map.
+    scores : array of shape (n,), default=None
+        The classifier's score of that class, whose gradient weights the channels: its
+        `decision_function`, negated for the first of two classes.
 
     Attributes
     ----------
-    axes_ : array of matplotlib Axes
-        After a plot.
+    ims_ : list of matplotlib AxesImage
+        The images.
+    map_ims_ : list of matplotlib AxesImage
+        The maps.
+    axes_ : array of matplotlib Axes of shape (n,)
+        Axes of each image.
     figure_ : matplotlib Figure
-        Likewise.
+        Figure containing the axes.
 
-    Notes
-    -----
-    The map is as coarse as the feature map at the cut, 7 x 7 at the end of most
-    networks, and drawn smoothly over the image [1]_.
+    See Also
+    --------
+    PredictionGridDisplay : Images with true and predicted labels.
 
     References
     ----------
@@ -242,67 +185,84 @@ class GradCAMDisplay:
     ['cat']
     """
 
-    def __init__(self, images, maps, labels):
+    def __init__(self, images, maps, labels, scores=None):
         self.images = images
         self.maps = maps
         self.labels = labels
+        self.scores = scores
 
     @classmethod
-    def from_estimator(cls, estimator, X, labels=None, *, n_columns=6):
-        """Compute the maps, and draw them.
+    def from_estimator(
+        cls,
+        estimator,
+        X,
+        labels=None,
+        *,
+        n_columns=6,
+        axes=None,
+        **kwargs,
+    ):
+        """Compute and plot class activation maps.
 
         Parameters
         ----------
         estimator : classifier
-            Fitted: one of skltl's, or a pipeline of a `CNNFeatureTransformer`, a
-            ``StandardScaler`` or none, and a linear classifier; or a search over one.
-        X : sequence of n images, or array of shape (n, d)
-            Of any kind that it takes.
-        labels : array of shape (n,) or a label, default=None
-            Which class to look for in each image; ``None`` is the one that is
-            predicted. One label stands for all images.
+            Fitted classifier of skltl, or a fitted pipeline of a
+            `CNNFeatureTransformer`, optionally a ``StandardScaler``, and a linear
+            classifier; or a search over one of them.
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that the estimator accepts.
+        labels : array of shape (n,) or a single label, default=None
+            Class of each map; by default the predicted one. A single label is used for
+            all images.
         n_columns : int, default=6
-            How many side by side.
+            Number of columns of a new figure.
+        axes : array of n matplotlib Axes, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``imshow`` for the maps, such as
+            ``alpha`` (default 0.5) and ``cmap`` (default ``"inferno"``).
 
         Returns
         -------
         GradCAMDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         ValueError
-            If the estimator is of another kind, or it is cut where there is no map.
+            If the estimator is of another kind, its layer returns no spatial feature
+            map, a label is unknown, or `axes` has another length.
         """
-        axes_library()
-        found = class_activation(estimator, X, labels)
-        display = cls(found.images, found.maps, found.labels)
-        return display.plot(n_columns=n_columns)
+        import_pyplot()
+        display = cls(*grad_cam(estimator, X, labels))
+        return display.plot(n_columns=n_columns, axes=axes, **kwargs)
 
-    def plot(self, *, n_columns=6, alpha=0.5, cmap="inferno"):
-        """Draw the images under their maps.
+    def plot(self, *, n_columns=6, axes=None, **kwargs):
+        """Plot the images, each with its map over it.
 
         Parameters
         ----------
         n_columns : int, default=6
-            How many side by side.
-        alpha : float, default=0.5
-            How much of a map covers the image, from 0 to 1.
-        cmap : str, default="inferno"
-            Matplotlib's colours of a map.
+            Number of columns of a new figure.
+        axes : array of n matplotlib Axes, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``imshow`` for the maps, such as
+            ``alpha`` (default 0.5) and ``cmap`` (default ``"inferno"``).
 
         Returns
         -------
         GradCAMDisplay
             The display itself.
         """
-        axes = grid_of_axes(len(self.images), n_columns, height=2.1)
-        for ax, image, seen, label in zip(
+        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=(1.9, 2.1))
+        style = {"alpha": 0.5, "cmap": "inferno", "vmin": 0, "vmax": 1, **kwargs}
+        self.ims_, self.map_ims_ = [], []
+        for ax, image, activation, label in zip(
             axes, self.images, self.maps, self.labels, strict=True
         ):
-            draw_image(ax, image)
-            ax.imshow(seen, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
-            title = as_title(label)
-            ax.set_title(title, fontsize="small", color="dimgray", parse_math=False)
+            self.ims_.append(draw_image(ax, image, as_title(label)))
+            self.map_ims_.append(ax.imshow(activation, **style))
         self.axes_, self.figure_ = axes, axes[0].figure
         return self

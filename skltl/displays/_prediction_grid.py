@@ -1,8 +1,10 @@
-"""``PredictionGridDisplay``: images with their true and predicted labels."""
+"""``PredictionGridDisplay``: images with true and predicted labels."""
 
 from __future__ import annotations
 
 import numpy as np
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import (
     check_consistent_length,
     check_is_fitted,
@@ -10,37 +12,43 @@ from sklearn.utils.validation import (
 )
 
 from skltl._sklearn import take
-from skltl.displays._layout import (
-    as_title,
-    axes_library,
-    draw_image,
-    grid_of_axes,
-    read_like,
-)
-from skltl.finetuning import columns_of
+from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
+from skltl.finetuning import NetworkClassifier, columns_of, unwrapped
+from skltl.images import read_images
 
 
 class PredictionGridDisplay:
-    """Images with true and predicted labels, the worst mistakes first.
+    """Images with true and predicted labels, worst errors first.
 
-    Make one with :meth:`from_estimator`.
+    Create one with :meth:`from_estimator`.
 
     Parameters
     ----------
-    images : list of arrays of shape (h, w, 3)
-        With dtype uint8, or float32 in [0, 1].
-    y_true, y_pred : array of shape (n,)
-        Labels.
+    images : list of n arrays of shape (h, w, 3)
+        The images: uint8, or float in [0, 1].
+    y_true : array of shape (n,)
+        True labels.
+    y_pred : array of shape (n,)
+        Predicted labels.
     margins : array of shape (n,)
-        How far the true class is ahead of the best other one, in probability, or in
-        decision values where there are no probabilities; negative if it is behind.
+        Probability of the true class minus the highest probability of the other
+        classes; differences of decision values for classifiers without
+        `predict_proba`.
 
     Attributes
     ----------
-    axes_ : array of matplotlib Axes
-        After a plot.
+    n_wrong_ : int
+        Number of images whose predicted label is wrong.
+    ims_ : list of matplotlib AxesImage
+        The images.
+    axes_ : array of matplotlib Axes of shape (n,)
+        Axes of each image.
     figure_ : matplotlib Figure
-        Likewise.
+        Figure containing the axes.
+
+    See Also
+    --------
+    GradCAMDisplay : Class activation maps over images.
 
     Examples
     --------
@@ -48,98 +56,120 @@ class PredictionGridDisplay:
     >>> from skltl import PredictionGridDisplay
     >>> image = np.zeros((8, 8, 3), dtype=np.uint8)
     >>> display = PredictionGridDisplay([image], ["cat"], ["dog"], [-0.4])
-    >>> display.n_wrong
+    >>> display.n_wrong_
     1
     """
 
     def __init__(self, images, y_true, y_pred, margins):
         check_consistent_length(images, y_true, y_pred, margins)
         self.images = list(images)
-        self.y_true, self.y_pred = np.asarray(y_true), np.asarray(y_pred)
+        self.y_true = np.asarray(y_true)
+        self.y_pred = np.asarray(y_pred)
         self.margins = np.asarray(margins)
 
     @classmethod
     def from_estimator(
-        cls, estimator, X, y, *, n_images=12, image_shape=None, n_columns=6
+        cls,
+        estimator,
+        X,
+        y,
+        *,
+        n_images=12,
+        image_shape=None,
+        n_columns=6,
+        axes=None,
+        **kwargs,
     ):
-        """Predict, and draw the images that went worst.
+        """Predict labels, and plot the images with the worst errors.
 
         Parameters
         ----------
         estimator : classifier
-            Fitted, with `predict_proba` or `decision_function`.
-        X : sequence of n images, or array of shape (n, d)
-            Of any kind that it takes.
+            Fitted classifier with `predict_proba` or `decision_function`.
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that the estimator accepts.
         y : array of shape (n,)
             True labels.
         n_images : int, default=12
-            How many to draw.
-        image_shape : tuple of int, default=None
-            Of rows of numbers; ``None`` is what the estimator says.
+            Number of images to plot.
+        image_shape : tuple of 2 or 3 ints, default=None
+            Shape of the image in each row of ``X``; by default that of the estimator.
         n_columns : int, default=6
-            How many side by side.
+            Number of columns of a new figure.
+        axes : array of `n_images` matplotlib Axes, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``imshow``.
 
         Returns
         -------
         PredictionGridDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         ValueError
-            If the estimator is no classifier of this kind, or a label of `y` is none of
-            its classes.
+            If the estimator is no such classifier, a label of `y` is none of its
+            classes, or `axes` has another length.
         """
-        axes_library()
+        import_pyplot()
         if n_images < 1:
             raise ValueError(f"n_images={n_images} must be at least 1.")
         _check_classifier(estimator)
-        y, predicted = column_or_1d(y), np.asarray(estimator.predict(X))
-        check_consistent_length(predicted, y)
-        scores = _scores(estimator, X)
+        y = column_or_1d(y)
+        y_pred, scores = _predict(estimator, X)
+        check_consistent_length(y_pred, y)
         if scores.shape[1] != len(estimator.classes_):
-            raise ValueError("The classifier's decisions are not one for each class.")
+            raise ValueError(
+                f"{type(estimator).__name__} has {len(estimator.classes_)} classes, "
+                f"but decision values of shape {scores.shape}; expected one column for "
+                "each class."
+            )
         margins = _margins(scores, columns_of(estimator.classes_, y))
-        is_right = predicted == y  # by a threshold of its own, perhaps
-        worst = np.lexsort((margins, is_right))[:n_images]
-        images = read_like(estimator, take(X, worst), image_shape)
-        display = cls(list(images), y[worst], predicted[worst], margins[worst])
-        return display.plot(n_columns=n_columns)
+        # The predicted label is not always the one with the highest score: a
+        # classifier may have a decision threshold.
+        worst = np.lexsort((margins, y_pred == y))[:n_images]
+        images = list(_read_images(estimator, take(X, worst), image_shape))
+        display = cls(images, y[worst], y_pred[worst], margins[worst])
+        return display.plot(n_columns=n_columns, axes=axes, **kwargs)
 
     @property
-    def n_wrong(self):
-        """How many of the images have another label than predicted."""
+    def n_wrong_(self):
+        """Number of images whose predicted label is wrong."""
         return int((self.y_true != self.y_pred).sum())
 
-    def plot(self, *, n_columns=6):
-        """Draw the images.
+    def plot(self, *, n_columns=6, axes=None, **kwargs):
+        """Plot the images; titles of wrong predictions are red.
 
         Parameters
         ----------
         n_columns : int, default=6
-            How many side by side.
+            Number of columns of a new figure.
+        axes : array of n matplotlib Axes, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``imshow``.
 
         Returns
         -------
         PredictionGridDisplay
             The display itself.
         """
-        axes = grid_of_axes(len(self.images), n_columns, height=2.15)
+        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=(1.9, 2.15))
+        self.ims_ = []
         for ax, image, true, predicted in zip(
             axes, self.images, self.y_true, self.y_pred, strict=True
         ):
-            is_right = true == predicted
-            draw_image(ax, image)
-            true, predicted = as_title(true), as_title(predicted)
-            title = true if is_right else f"{predicted}\n(is {true})"
-            color = "dimgray" if is_right else "firebrick"
-            ax.set_title(title, fontsize="small", color=color, parse_math=False)
+            title, color = as_title(predicted), "dimgray"
+            if predicted != true:
+                title, color = f"{title}\n(is {as_title(true)})", "firebrick"
+            self.ims_.append(draw_image(ax, image, title, color, **kwargs))
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
 
 
 def _check_classifier(estimator):
-    """Refuse what is not fitted, or does not give scores by class."""
+    """Raise an error for an estimator that is not fitted or has no class scores."""
     check_is_fitted(estimator)
     has_scores = any(
         hasattr(estimator, name) for name in ("predict_proba", "decision_function")
@@ -152,20 +182,51 @@ def _check_classifier(estimator):
         )
 
 
-def _scores(estimator, X):
-    """Return a score (n, n_classes) of each image and class."""
+def _predict(estimator, X):
+    """Return labels (n,) and scores (n, n_classes); extract features only once."""
+    estimator = unwrapped(estimator)
+    if isinstance(estimator, NetworkClassifier):
+        proba = estimator.predict_proba(X)
+        return estimator.classes_[proba.argmax(axis=1)], proba
+    if isinstance(estimator, Pipeline):
+        return _predict(estimator[-1], estimator[:-1].transform(X))
+    y_pred = np.asarray(estimator.predict(X))
     if hasattr(estimator, "predict_proba"):
-        return np.asarray(estimator.predict_proba(X))
+        return y_pred, np.asarray(estimator.predict_proba(X))
     decision = np.asarray(estimator.decision_function(X))
-    if decision.ndim == 1:  # of the second class against the first
-        return np.column_stack([np.zeros_like(decision), decision])
-    return decision
+    if decision.ndim == 1:  # of the second of two classes
+        decision = np.column_stack([np.zeros_like(decision), decision])
+    return y_pred, decision
 
 
 def _margins(scores, columns):
-    """Return how far the true class is ahead of the best other one."""
+    """Return the score of the true class minus the highest of the others (n,)."""
     rows = np.arange(len(scores))
-    of_true = scores[rows, columns]
     others = scores.copy()
     others[rows, columns] = -np.inf
-    return of_true - others.max(axis=1)
+    return scores[rows, columns] - others.max(axis=1)
+
+
+def _read_images(estimator, X, image_shape):
+    """Read images as the part of the estimator does that reads them."""
+    reader = _find_reader(estimator)
+    if image_shape is not None or reader is None:
+        return read_images(X, image_shape=image_shape)
+    if hasattr(reader, "_fitted_image_shape"):
+        return reader._read_images(X, reset=False)
+    # A parameter of the estimator, of which it has fitted clones.
+    return clone(reader)._read_images(X, reset=True)
+
+
+def _find_reader(estimator):
+    """Return the first part of an estimator that reads images, or ``None``."""
+    if hasattr(estimator, "_read_images"):
+        return estimator
+    names = ("best_estimator_", "estimator_", "estimator")
+    parts = [
+        *(step for _, step in getattr(estimator, "steps", [])),
+        *(getattr(estimator, name, None) for name in names),
+        *getattr(estimator, "calibrated_classifiers_", [])[:1],
+    ]
+    readers = [_find_reader(part) for part in parts if hasattr(part, "__dict__")]
+    return next((reader for reader in readers if reader is not None), None)

@@ -6,48 +6,54 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl.displays._layout import axes_library
+from skltl.displays._layout import import_pyplot, line_style, resolve_axes
 from skltl.finetuning import FineTunedCNNClassifier, unwrapped
 
-# What is drawn in each part: keys of the records, names, and styles of lines.
-LOSSES = {"loss": ("training", "-"), "validation_loss": ("held out", "--")}
-SCORES = {"score": ("training", "-"), "validation_score": ("held out", "--")}
-# Up to so many epochs, each has a marker: a line of a single one would not be seen.
-MOST_MARKED = 20
+# Keys of the history in each panel, with their labels.
+PANELS = {
+    "loss": {"loss": "training", "validation_loss": "validation"},
+    "score": {"score": "training", "validation_score": "validation"},
+    "learning rate": {"head_lr": "head", "backbone_lr": "backbone"},
+}
 
-RATES = {"head_lr": ("new layers", "-"), "backbone_lr": ("pretrained layers", "--")}
+# Longer histories are lines without markers. A single epoch needs one to be visible.
+MAX_MARKERS = 20
 
 
 class TrainingHistoryDisplay:
     """Loss and score of a fine-tuned network by epoch.
 
-    Make one with :meth:`from_estimator`.
+    Create one with :meth:`from_estimator`.
 
     Parameters
     ----------
     history : list of dict
-        One record for each epoch, as `FineTunedCNNClassifier` keeps them in `history_`.
+        One dictionary for each epoch, as in the attribute `history_` of
+        `FineTunedCNNClassifier`.
 
     Attributes
     ----------
+    stages_ : list of (str, int)
+        Name and number of epochs of each stage.
+    lines_ : dict of str to matplotlib Line2D
+        Line of each key of the history.
     axes_ : array of matplotlib Axes
-        One for the losses, one for the scores, one for the rates if asked for; after a
-        plot.
+        Axes of the losses, the scores and, if requested, the learning rates.
     figure_ : matplotlib Figure
-        Likewise.
+        Figure containing the axes.
 
     See Also
     --------
-    FineTunedCNNClassifier : What has such a history.
+    FineTunedCNNClassifier : Classifier with such a history.
 
     Examples
     --------
     >>> from skltl import TrainingHistoryDisplay
-    >>> records = [
+    >>> history = [
     ...     {"stage": "head", "epoch": 1, "loss": 0.9, "score": 0.6},
     ...     {"stage": "head", "epoch": 2, "loss": 0.5, "score": 0.8},
     ... ]
-    >>> TrainingHistoryDisplay(records).stages
+    >>> TrainingHistoryDisplay(history).stages_
     [('head', 2)]
     """
 
@@ -57,64 +63,63 @@ class TrainingHistoryDisplay:
             raise ValueError("The history is empty: there was no epoch.")
 
     @classmethod
-    def from_estimator(cls, estimator, *, rates=False, axes=None):
-        """Draw the history of a fitted classifier.
+    def from_estimator(cls, estimator, *, rates=False, axes=None, **kwargs):
+        """Plot the history of a fitted classifier.
 
         Parameters
         ----------
         estimator : FineTunedCNNClassifier
-            Fitted; or a pipeline, search or `TransferClassifier` that holds one.
+            Fitted classifier; or a fitted pipeline, search or `TransferClassifier`
+            that contains one.
         rates : bool, default=False
-            Whether the learning rates are drawn, too.
-        axes : sequence of matplotlib Axes, default=None
-            Where to draw, two, or three with `rates`; ``None`` makes a figure.
+            Whether to plot the learning rates as well.
+        axes : array of 2 matplotlib Axes, or 3 with `rates`, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``plot`` for all lines.
 
         Returns
         -------
         TrainingHistoryDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         ValueError
-            If the estimator has no history: it does not train a network.
+            If the estimator has no training history, or `axes` has another length.
         """
-        axes_library()
-        return cls(trained_in(estimator).history_).plot(rates=rates, axes=axes)
+        import_pyplot()
+        display = cls(trained_in(estimator).history_)
+        return display.plot(rates=rates, axes=axes, **kwargs)
 
     @property
-    def stages(self):
-        """The stages in their order, and how many epochs each has."""
-        names = [record["stage"] for record in self.history]
+    def stages_(self):
+        """Name and number of epochs of each stage."""
+        names = [epoch["stage"] for epoch in self.history]
         return [(name, names.count(name)) for name in dict.fromkeys(names)]
 
-    def plot(self, *, rates=False, axes=None):
-        """Draw the history.
+    def plot(self, *, rates=False, axes=None, **kwargs):
+        """Plot the history.
 
         Parameters
         ----------
         rates : bool, default=False
-            Whether the learning rates are drawn, too.
-        axes : sequence of matplotlib Axes, default=None
-            Where to draw, two, or three with `rates`; ``None`` makes a figure.
+            Whether to plot the learning rates as well.
+        axes : array of 2 matplotlib Axes, or 3 with `rates`, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``plot`` for all lines.
 
         Returns
         -------
         TrainingHistoryDisplay
             The display itself.
         """
-        parts = {"loss": LOSSES, "score": SCORES}
-        if rates:
-            parts["learning rate"] = RATES
-        if axes is None:
-            _, axes = axes_library().subplots(
-                1, len(parts), figsize=(4.6 * len(parts), 3.8), layout="constrained"
-            )
-        axes = np.ravel(axes)
-        if len(axes) != len(parts):
-            raise ValueError(f"There are {len(axes)} axes for {len(parts)} parts.")
-        for ax, (title, lines) in zip(axes, parts.items(), strict=True):
-            self._draw_lines(ax, lines)
+        titles = list(PANELS) if rates else ["loss", "score"]
+        axes = resolve_axes(axes, len(titles), len(titles), panel_size=(4.6, 3.8))
+        self.lines_ = {}
+        for ax, title in zip(axes, titles, strict=True):
+            self._plot_lines(ax, PANELS[title], kwargs)
             self._shade_stages(ax)
             ax.set_title(title, fontsize="medium", pad=18)
             ax.set_xlabel("epoch")
@@ -123,32 +128,32 @@ class TrainingHistoryDisplay:
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
 
-    def _draw_lines(self, ax, lines):
+    def _plot_lines(self, ax, labels, kwargs):
         epochs = np.arange(1, len(self.history) + 1)
-        marker = "o" if len(epochs) <= MOST_MARKED else None
-        for number, (key, (name, style)) in enumerate(lines.items()):
-            values = [record.get(key, np.nan) for record in self.history]
+        marker = "o" if len(epochs) <= MAX_MARKERS else None
+        linestyles, colors = ("-", "--"), ("C0", "C1")
+        for (key, label), linestyle, color in zip(
+            labels.items(), linestyles, colors, strict=True
+        ):
+            values = [epoch.get(key, np.nan) for epoch in self.history]
             if np.isfinite(values).any():
-                ax.plot(
-                    *(epochs, values, style),
-                    marker=marker,
-                    markersize=4,
-                    color=f"C{number}",
-                    label=name,
-                )
+                style = {"linestyle": linestyle, "color": color, "label": label}
+                style |= {"marker": marker, "markersize": 4}
+                style = line_style(style, kwargs)
+                (self.lines_[key],) = ax.plot(epochs, values, **style)
         if len(ax.get_lines()) > 1:
             ax.legend(frameon=False)
 
     def _shade_stages(self, ax):
-        """Shade every second stage, and write the names of all above."""
-        first = 0.5
-        for number, (name, n_epochs) in enumerate(self.stages):
-            last = first + n_epochs
+        """Shade every second stage, and write the name of each above the axes."""
+        start = 0.5
+        for number, (name, n_epochs) in enumerate(self.stages_):
+            end = start + n_epochs
             if number % 2:
-                ax.axvspan(first, last, color="black", alpha=0.06, linewidth=0)
+                ax.axvspan(start, end, color="black", alpha=0.06, linewidth=0)
             ax.text(
-                (first + last) / 2,
-                1.01,  # above the axes, where no legend is
+                (start + end) / 2,
+                1.01,  # above the axes, where it never overlaps the legend
                 name,
                 transform=ax.get_xaxis_transform(),
                 ha="center",
@@ -156,21 +161,21 @@ class TrainingHistoryDisplay:
                 fontsize="small",
                 color="dimgray",
             )
-            first = last
-        ax.set_xlim(0.5, first)
+            start = end
+        ax.set_xlim(0.5, start)
         ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def trained_in(estimator):
-    """Return the fine-tuned classifier in a fitted estimator."""
+    """Return the fine-tuned classifier that a fitted estimator contains."""
     check_is_fitted(estimator)
-    trained = unwrapped(estimator)
-    if isinstance(trained, Pipeline):
-        trained = unwrapped(trained[-1])
-    if not isinstance(trained, FineTunedCNNClassifier):
+    classifier = unwrapped(estimator)
+    if isinstance(classifier, Pipeline):
+        classifier = unwrapped(classifier[-1])
+    if not isinstance(classifier, FineTunedCNNClassifier):
         raise ValueError(
-            "Only FineTunedCNNClassifier records a training history; got "
-            f"{type(trained).__name__}."
+            "Only FineTunedCNNClassifier has a training history; got "
+            f"{type(classifier).__name__}."
         )
-    check_is_fitted(trained, "history_")
-    return trained
+    check_is_fitted(classifier, "history_")
+    return classifier

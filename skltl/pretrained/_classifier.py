@@ -1,4 +1,4 @@
-"""``PretrainedCNNClassifier``: a pretrained network with its head, and class maps."""
+"""``PretrainedCNNClassifier``: a pretrained network with its original head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from skltl.inference import (
 from skltl.networks import (
     Backbone,
     CutPoint,
-    block_shapes,
     imagenet_names,
     nearest,
     resolve_network,
@@ -37,211 +36,79 @@ from skltl.networks import (
 )
 
 
-def map_of_names(
-    class_map: Mapping[Any, Any], categories: Sequence[str]
-) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Read a `class_map` that the user has written.
-
-    Parameters
-    ----------
-    class_map : mapping
-        For each class, one category or a list of them: names, numbers, or WordNet's
-        numbers (``"n02085620"``).
-    categories : sequence of str
-        The names of the network's categories, in the order of the logits.
-
-    Returns
-    -------
-    classes : array of shape (n_classes,)
-        Sorted.
-    shares : array of shape (n_categories, n_classes)
-        1 where a category belongs to a class, else 0.
-
-    Raises
-    ------
-    ValueError
-        If there are less than two classes, a class is empty, or a category unknown or
-        in two classes.
-    """
-    if len(class_map) < 2:
-        raise ValueError(
-            f"class_map needs at least two classes, got {_short(class_map)}."
-        )
-    kinds = {str if isinstance(name, str) else type(name) for name in class_map}
-    if len(kinds) > 1 or not issubclass(kinds.pop(), (str, int, np.integer)):
-        raise ValueError(
-            "class_map: the classes must be all texts, or all integers; they are "
-            f"{_short(list(class_map))}."
-        )
-    classes = np.unique(list(class_map))
-    numbers = {name: number for number, name in enumerate(categories)}
-    shares = np.zeros((len(categories), len(classes)))
-    for column, name in enumerate(classes.tolist()):
-        members = class_map[name]
-        alone = isinstance(members, (str, Integral))
-        if not alone and not isinstance(members, (list, tuple, set, np.ndarray)):
-            raise ValueError(
-                f"class_map: the class {_short(name)} must have a category or a list "
-                f"of them, not {_short(members)}."
-            )
-        for member in [members] if alone else list(members):
-            shares[_number(member, numbers, name), column] = 1
-    if not shares.any(axis=0).all():
-        empty = classes[~shares.any(axis=0)].tolist()[0]
-        raise ValueError(f"class_map: the class {_short(empty)} has no category.")
-    twice = np.flatnonzero(shares.sum(axis=1) > 1)
-    if len(twice):
-        raise ValueError(
-            f"class_map: the category {categories[twice[0]]!r} is in two classes."
-        )
-    return classes, shares
-
-
-def learned_map(
-    probabilities: NDArray[np.float64],
-    targets: NDArray[np.int64],
-    weights: NDArray[np.floating[Any]],
-    n_classes: int,
-) -> NDArray[np.float64]:
-    """Learn which categories the network sees in the images of each class.
-
-    The expected empirical predictor [1]_: the probability of a class given a category,
-    from the probabilities of categories that the network gives for the images.
-
-    Parameters
-    ----------
-    probabilities : array of shape (n, n_categories)
-        Of the categories, for each image.
-    targets : array of shape (n,)
-        Number of the class of each image.
-    weights : array of shape (n,)
-        Of the images.
-    n_classes : int
-        How many classes there are.
-
-    Returns
-    -------
-    array of shape (n_categories, n_classes)
-        Rows sum to 1.
-
-    References
-    ----------
-    .. [1] Nguyen, Hassner, Seeger, Archambeau, "LEEP: a new measure to evaluate
-       transferability of learned representations", ICML, 2020.
-    """
-    belongs = np.zeros((len(targets), n_classes))
-    belongs[np.arange(len(targets)), targets] = weights
-    together = probabilities.T @ belongs
-    seen = together.sum(axis=1, keepdims=True)
-    # A category that was never seen says nothing about the class.
-    share = np.divide(
-        together, seen, out=np.full_like(together, 1 / n_classes), where=seen > 0
-    )
-    return np.asarray(share)
-
-
-def map_by_names(
-    classes: NDArray[Any], categories: Sequence[str]
-) -> dict[Any, str] | None:
-    """Return a `class_map` if all classes are categories, by name or WordNet number."""
-    known = set(categories)
-    found = {}
-    for name in classes.tolist():
-        category = imagenet_names().get(name, name) if isinstance(name, str) else name
-        if category not in known:
-            return None
-        found[name] = category
-    return found
-
-
-def _number(member: Any, numbers: Mapping[str, int], of_class: Any) -> int:
-    """Return the number of a category that a user has named in some way."""
-    is_count = isinstance(member, Integral) and not isinstance(member, (bool, np.bool_))
-    if is_count and 0 <= int(member) < len(numbers):
-        return int(member)
-    if isinstance(member, str):
-        name = imagenet_names().get(member, member)
-        if name in numbers:
-            return numbers[name]
-    raise ValueError(
-        f"class_map: {_short(member)}, of the class {_short(of_class)}, is no category "
-        "of this "
-        f"network: neither a name, nor a number from 0 to {len(numbers) - 1}, nor a "
-        f"WordNet number such as n02085620. {nearest(str(member), list(numbers))}"
-    )
-
-
-def _short(value: Any) -> str:
-    return shorten(repr(value))
-
-
 class PretrainedCNNClassifier(NetworkClassifier):
-    """A pretrained ConvNet as it is: it tells apart what it was trained to.
+    """Classify images with a pretrained ConvNet and its original head.
 
-    Nothing is trained. Without `class_map` its classes are the network's categories,
-    such as the 1,000 of ImageNet.
+    Nothing is trained. Without `class_map` the classes are the categories that the
+    network was trained on, such as the 1,000 of ImageNet.
 
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: any of :func:`~skltl.list_backbones`, or a record of your own that
-        has a head.
+        Name of a backbone (see :func:`~skltl.list_backbones`), or a `Backbone` with a
+        head.
     weights : str, path or None, default="imagenet"
-        As for `CNNFeatureTransformer`. A file's categories are taken to be those of the
-        usual weights, if there are as many of them.
+        Pretrained weights, as for `CNNFeatureTransformer`. The categories of a file
+        are named after those of the default weights if there are as many of them.
     class_map : dict, "learn" or None, default=None
-        Joins categories to classes of your own. A dictionary gives for each class one
-        category or several, by name, number, or WordNet number:
-        ``{"dog": ["beagle", 235], "cat": "n02123045"}``; what else the network sees is
-        left out of account. ``"learn"`` takes them from labelled images [1]_.
+        Assignment of categories to classes. A dictionary gives the categories of each
+        class by name, index or WordNet ID:
+        ``{"dog": ["beagle", 235], "cat": "n02123045"}``; all others are ignored.
+        ``"learn"`` estimates the assignment from labeled images [1]_. ``None`` keeps
+        the categories as classes.
     image_size : int, default=None
-        As for `CNNFeatureTransformer`.
+        Height and width of the network's input in pixels, as for
+        `CNNFeatureTransformer`.
     image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is an image of this shape.
+        Shape of the image in each row of an array ``X`` of shape (n, d), as for
+        `CNNFeatureTransformer`.
     batch_size : int or "auto", default="auto"
-        Images that cross the network together.
+        Number of images per forward pass, as for `CNNFeatureTransformer`.
     device : str, default="auto"
-        As for `CNNFeatureTransformer`.
+        Device that runs the network, as for `CNNFeatureTransformer`.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the network computes in, up to its last layer with parameters; that one
-        runs in float32.
+        Data type of the network's computations. Its last layer with parameters
+        computes in float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        As for `CNNFeatureTransformer`.
+        Engine that runs the network, as for `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        As for `CNNFeatureTransformer`.
+        Decoding of JPEG files, as for `CNNFeatureTransformer`.
     n_jobs : int, default=None
-        Threads that decode images.
+        Number of decoding threads, as for `CNNFeatureTransformer`.
     random_state : int, RandomState instance or None, default=None
-        Of the weights, if they are random.
+        Seed of random weights, with ``weights=None``.
     verbose : int, default=0
-        Whether a progress bar is shown.
+        Whether to show a progress bar.
 
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
-        The categories, the classes of `class_map`, or the labels; sorted.
+        Sorted class labels: the categories, or the classes of `class_map`.
     categories_ : array of shape (n_categories,)
-        Names of the network's categories, in the order of its logits.
+        Names of the network's categories in the order of its logits; their indices if
+        the names are unknown.
     class_map_ : array of shape (n_categories, n_classes), or None
-        How much of a category's probability goes to each class.
+        Weight with which the probability of each category counts for each class, in
+        [0, 1].
     backbone_ : Backbone
-        The record of the network.
+        The backbone.
     network_ : FrozenPrefix
-        The network up to its last layer with parameters.
+        Network up to its last layer with parameters.
     head_ : Module
-        From there to the logits.
+        Remaining layers, which return the logits of the categories.
     cut_points_ : list of CutPoint
-        The only one: where the head begins.
+        The one layer at which the head begins.
     preprocessing_ : Preprocessing
-        What images go through before the network.
+        Preprocessing of the images.
     precision_ : {"float32", "bfloat16"}
-        What the network computes in.
+        Data type of the network's computations.
     engine_ : {"torch", "compile", "openvino"}
-        What ran the network where this was fitted, and runs it where it can.
+        Engine that ran the network in `fit`, and runs it wherever it is available.
 
     See Also
     --------
-    CNNFeatureTransformer : Features for a classifier of your own.
+    CNNFeatureTransformer : Extract features for any classifier.
+    FineTunedCNNClassifier : Train a new head and fine-tune the network.
 
     References
     ----------
@@ -278,12 +145,6 @@ class PretrainedCNNClassifier(NetworkClassifier):
         "verbose": ["verbose"],
     }
 
-    # What lies between network and head is not pooled.
-    _pooling = "flatten"
-
-    def _network_batch_size(self):
-        return self.batch_size
-
     def __init__(
         self,
         backbone="resnet50",
@@ -317,86 +178,81 @@ class PretrainedCNNClassifier(NetworkClassifier):
 
     @fit_context
     def fit(self, X, y=None, sample_weight=None):
-        """Load the network; with ``class_map="learn"``, look at the images, too.
+        """Load the network and, with ``class_map="learn"``, estimate the class map.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `CNNFeatureTransformer` takes.
+            Images of any kind that `CNNFeatureTransformer` accepts.
         y : array of shape (n,), default=None
-            Labels; used with ``class_map="learn"`` only, and else ignored but for their
-            number.
+            Labels; required with ``class_map="learn"``, ignored otherwise.
         sample_weight : array of shape (n,), default=None
-            Weights of the images, likewise.
+            Sample weights; used with ``class_map="learn"``.
 
         Returns
         -------
         PretrainedCNNClassifier
-            The classifier itself.
+            The fitted classifier.
 
         Raises
         ------
         UnknownBackboneError, WeightsError
-            If `backbone` or `weights` name something that is not there, or there is no
-            head.
+            If the backbone or the weights do not exist, or the network has no head.
         ValueError
-            If `class_map` does not fit the network.
+            If `class_map` does not match the network's categories.
         """
-        seed = draw_seed(self.random_state)
-        reader = clone(self)
-        source = reader._read_images(X, y, reset=True)
+        fitted = clone(self)  # if it fails, the previous fit remains
+        source = fitted._read_images(X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
-        learns = self.class_map == "learn"
-        if learns:
+        learns_map = self.class_map == "learn"
+        if learns_map:
             classes, targets = encode_labels(y, len(source))
             weights = example_weights(sample_weight, None, classes, targets)
-        reader._load(seed)
-        blocks = reader.network_.blocks
-        reader.precision_ = reader._fitted_precision(device)
-        reader.engine_ = resolve_engine(self.engine, device, blocks)
-        if learns:
-            probabilities = softmax(reader._category_logits(X), axis=1)
-            shares = learned_map(probabilities, targets, weights, len(classes))
-            reader.classes_, reader.class_map_ = classes, shares
-        # Only now does anything change: a fit that fails leaves the one before.
+        fitted._load_network(draw_seed(self.random_state))
+        fitted.precision_ = fitted._fitted_precision(device)
+        fitted.engine_ = resolve_engine(self.engine, device, fitted.network_.blocks)
+        if learns_map:
+            proba = softmax(fitted._category_logits(X), axis=1)
+            fitted.classes_ = classes
+            fitted.class_map_ = _learn_class_map(proba, targets, weights, len(classes))
         self._read_images(X, reset=True)
         self.__dict__.update(
-            {name: value for name, value in vars(reader).items() if name.endswith("_")}
+            {name: value for name, value in vars(fitted).items() if name.endswith("_")}
         )
         return self
 
     def predict_top_k(self, X, k=5):
-        """Return the k most probable classes of each image, the best one first.
+        """Return the k most probable classes of each image, in descending order.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `fit` takes.
+            Images of any kind that `fit` accepts.
         k : int, default=5
-            How many, from 1 to the number of classes.
+            Number of classes to return, from 1 to the number of classes.
 
         Returns
         -------
         array of shape (n, k)
-            Of `classes_`.
+            Class labels.
 
         Raises
         ------
         ValueError
-            If there are less than `k` classes.
+            If `k` exceeds the number of classes.
         """
         check_is_fitted(self)
         if not isinstance(k, Integral) or not 1 <= int(k) <= len(self.classes_):
             raise ValueError(
-                f"k={k!r} must be an integer from 1 to {len(self.classes_)}, how many "
-                "classes there are."
+                f"k={k!r} must be an integer from 1 to {len(self.classes_)}, the "
+                "number of classes."
             )
         ranked = np.argsort(-self._logits(X), axis=1, kind="stable")
         return self.classes_[ranked[:, :k]]
 
-    def _load(self, seed):
-        """Set what `fit` sets, as far as it does not depend on images."""
+    def _load_network(self, seed):
+        """Set the fitted attributes that do not depend on images."""
         backbone, weights, preprocessing = resolve_network(
             self.backbone, self.weights, self.image_size
         )
@@ -407,22 +263,40 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.preprocessing_ = preprocessing
         block = list(self.network_.blocks)[-1]
         self.cut_points_ = [CutPoint(block, block)]
-        shape = block_shapes(backbone, preprocessing.crop_size, (block,))[block]
         with torch.inference_mode():
-            example = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
-            n_categories = self.head_(example).shape[1]
-        self.categories_ = categories_of(backbone, weights, n_categories)
+            shape = (1, *self._map_shape())
+            zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            n_categories = self.head_(zeros).shape[1]
+        known = [one.categories for one in (weights, backbone.weights[0]) if one]
+        known = [unique(one) for one in known if len(one) == n_categories]
+        self.categories_ = np.array(known[0] if known else range(n_categories))
         self.classes_, self.class_map_ = np.sort(self.categories_), None
         if isinstance(self.class_map, dict):
             names = [str(name) for name in self.categories_]
-            self.classes_, self.class_map_ = map_of_names(self.class_map, names)
+            self.classes_, self.class_map_ = _parse_class_map(self.class_map, names)
+
+    # The head begins with the unpooled output of `network_`.
+    _pooling = "flatten"
+
+    def _network_batch_size(self):
+        return self.batch_size
+
+    def _run_head(self, features):
+        feature_map = features.reshape(len(features), *self._map_shape())
+        with torch.inference_mode():
+            return self.head_(feature_map).double()
+
+    def _category_logits(self, X):
+        """Return the logits (n, n_categories)."""
+        return self._head_outputs(X, len(self.categories_))
 
     def _logits(self, X):
-        """Return the logits of the classes: of each, the sum of its categories'.
+        """Return the logits (n, n_classes).
 
-        In logarithms, so that a network that is very sure keeps telling the others
-        apart.
+        The logit of a class is the log-sum-exp of its categories': sums of
+        probabilities would be 0 for most classes of a confident network.
         """
+        check_is_fitted(self)
         logits = self._category_logits(X)
         if self.class_map_ is None:
             # In C order: otherwise `softmax` sums a single row in another order.
@@ -430,19 +304,11 @@ class PretrainedCNNClassifier(NetworkClassifier):
         columns = [logsumexp(logits, axis=1, b=one) for one in self.class_map_.T]
         return np.stack(columns, axis=1)
 
-    def _category_logits(self, X):
-        check_is_fitted(self)
-        return self._head_outputs(X, len(self.categories_))
-
-    def _run_head(self, rows):
-        with torch.inference_mode():
-            return self.head_(rows.reshape(len(rows), *self._map_shape())).double()
-
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = self.class_map == "learn"
         tags.non_deterministic = self.weights is None and self.random_state is None
-        # How good it is, is not for these images to say: it learns nothing from them.
+        # Without training, the accuracy on other classes is arbitrary.
         tags.classifier_tags.poor_score = self.class_map != "learn"
         return tags
 
@@ -459,9 +325,87 @@ class PretrainedCNNClassifier(NetworkClassifier):
             self.head_ = head_from_state(self.backbone_, state["head_"], n_categories)
 
 
-def categories_of(backbone, weights, n_categories):
-    """Name the categories; where nobody knows their names they are numbers."""
-    for known in (weights, backbone.weights[0]):
-        if known is not None and len(known.categories) == n_categories:
-            return np.array(unique(known.categories))
-    return np.arange(n_categories)
+def map_by_names(
+    classes: NDArray[Any], categories: Sequence[str]
+) -> dict[Any, str] | None:
+    """Return the category of each class, or None if a class is not a category."""
+    known = set(categories)
+    class_map = {}
+    for label in classes.tolist():
+        name = imagenet_names().get(label, label) if isinstance(label, str) else label
+        if name not in known:
+            return None
+        class_map[label] = name
+    return class_map
+
+
+def _parse_class_map(
+    class_map: Mapping[Any, Any], categories: Sequence[str]
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return the sorted classes of a dictionary, and its `class_map_` of 0 and 1."""
+    if len(class_map) < 2:
+        raise ValueError(
+            f"class_map needs at least two classes, got {_short(class_map)}."
+        )
+    types = {str if isinstance(label, str) else type(label) for label in class_map}
+    if len(types) > 1 or not issubclass(types.pop(), (str, int, np.integer)):
+        raise ValueError(
+            "class_map: the classes must be all strings or all integers, got "
+            f"{_short(list(class_map))}."
+        )
+    classes = np.unique(list(class_map))
+    indices = {name: index for index, name in enumerate(categories)}
+    weights = np.zeros((len(categories), len(classes)))
+    for column, label in enumerate(classes.tolist()):
+        members = class_map[label]
+        if isinstance(members, (str, Integral)):
+            members = [members]
+        if not isinstance(members, (list, tuple, set, np.ndarray)) or len(members) == 0:
+            raise ValueError(
+                f"class_map: class {_short(label)} must have a category or a list of "
+                f"categories, got {_short(members)}."
+            )
+        for member in members:
+            weights[_category_index(member, indices, label), column] = 1
+    shared = np.flatnonzero(weights.sum(axis=1) > 1)
+    if len(shared):
+        raise ValueError(
+            f"class_map: category {categories[shared[0]]!r} is in more than one class."
+        )
+    return classes, weights
+
+
+def _category_index(member: Any, indices: Mapping[str, int], label: Any) -> int:
+    """Return the index of a category that is given by name, index or WordNet ID."""
+    is_index = isinstance(member, Integral) and not isinstance(member, (bool, np.bool_))
+    if is_index and 0 <= int(member) < len(indices):
+        return int(member)
+    if isinstance(member, str):
+        name = imagenet_names().get(member, member)
+        if name in indices:
+            return indices[name]
+    raise ValueError(
+        f"class_map: {_short(member)} of class {_short(label)} is not a category of "
+        f"this network. Use a name, an index from 0 to {len(indices) - 1}, or a "
+        f"WordNet ID such as 'n02085620'. {nearest(str(member), list(indices))}"
+    )
+
+
+def _learn_class_map(
+    proba: NDArray[np.float64],
+    targets: NDArray[np.int64],
+    sample_weight: NDArray[np.floating[Any]],
+    n_classes: int,
+) -> NDArray[np.float64]:
+    """Estimate the probability of each class given a category; rows sum to 1."""
+    one_hot = np.zeros((len(targets), n_classes))
+    one_hot[np.arange(len(targets)), targets] = sample_weight
+    joint = proba.T @ one_hot  # (n_categories, n_classes)
+    total = joint.sum(axis=1, keepdims=True)
+    # A category of probability 0 is uninformative.
+    uniform = np.full_like(joint, 1 / n_classes)
+    return np.asarray(np.divide(joint, total, out=uniform, where=total > 0))
+
+
+def _short(value: Any) -> str:
+    return shorten(repr(value))
