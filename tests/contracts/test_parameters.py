@@ -130,7 +130,7 @@ def test_a_size_that_a_network_refuses_is_told():
 
     message = message_of(lambda: CNNFeatureTransformer(own, image_size=24).fit(IMAGES))
 
-    assert "Images of 24 x 24 pixels cannot cross 'own'" in message
+    assert "Images of 24 x 24 pixels cannot pass through 'own'" in message
 
 
 def test_weights_that_overflow_name_the_image():
@@ -204,7 +204,7 @@ def test_a_long_name_in_a_weights_file_does_not_fill_the_screen(tmp_path):
         lambda: CNNFeatureTransformer("tiny", weights=path).fit(IMAGES)
     )
 
-    assert "is no state dict" in message
+    assert "is not a state dict" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
