@@ -301,6 +301,7 @@ def release_memory() -> None:
 def _load_whole(
     backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
 ) -> tuple[FrozenPrefix, nn.Sequential]:
+    """Build all blocks of a network and its own head; refuse one without a head."""
     if weights is None:
         network = random_network(backbone, fresh_seed() if seed is None else seed)
     else:
@@ -353,6 +354,7 @@ def _identity(weights: PretrainedWeights) -> Hashable:
 
 
 def _recall(memory: OrderedDict[Key, Value], key: Key) -> Value | None:
+    """Return the value of a key, if any, and mark it as recently used."""
     if key in memory:
         memory.move_to_end(key)
     return memory.get(key)
@@ -365,6 +367,7 @@ def _remember(
     n_max: int,
     backbone: Backbone,
 ) -> None:
+    """Keep a value until `n_max` others were used, or the backbone is gone."""
     memory[key] = value
     memory.move_to_end(key)
     while len(memory) > n_max:

@@ -164,6 +164,7 @@ def _check_shapes(
 
 
 def _another_network(backbone: Backbone, difference: str, state: State) -> WeightsError:
+    """Return the error for a state of another network."""
     return WeightsError(
         f"The backbone {backbone.name!r} is another network here than it was where the "
         f"estimator was saved: {difference}. Register the same one before loading. It "

@@ -298,16 +298,12 @@ class OwnNetwork:
 
 
 def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
-    if isinstance(blocks, nn.Module):
+    """Refuse what is not a mapping of names to modules that can be blocks."""
+    if not isinstance(blocks, Mapping):
         raise TypeError(
             "blocks must be a dictionary of names and modules, got a "
             f"{type(blocks).__name__}. For an nn.Sequential, use "
             "{'block' + name: child for name, child in module.named_children()}."
-        )
-    if not isinstance(blocks, Mapping):
-        raise TypeError(
-            "blocks must be a dictionary of names and modules, got "
-            f"{type(blocks).__name__}."
         )
     if not blocks:
         raise ValueError("blocks is empty: a backbone needs at least one block.")
@@ -323,6 +319,7 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
 
 
 def _check_block(name: str, block: nn.Module) -> None:
+    """Refuse a value that is not a module, is empty, or depends on the whole batch."""
     if not isinstance(block, nn.Module):
         raise TypeError(
             f"The block {name!r} must be a torch module, got {type(block).__name__}."

@@ -150,6 +150,7 @@ def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
 
 
 def _named_layer(backbone: Backbone, network: Network, layer: str) -> CutPoint:
+    """Return the layer given by a name, an alias or a torch path."""
     name = network.aliases.get(layer, layer)
     if name in network.cut_points:
         return CutPoint(name, network.cut_points[name])
@@ -257,6 +258,7 @@ def _safe_to_run(
 def _output_shapes(
     blocks: Mapping[str, nn.Module], size: int
 ) -> dict[str, tuple[int, ...]]:
+    """Return the output shape of each block for one image, by running the blocks."""
     settle_in_forked_child()  # the blocks of an own network have weights, and compute
     parameters = chain.from_iterable(block.parameters() for block in blocks.values())
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))

@@ -126,4 +126,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @cache
 def _included_backbone(name: str) -> Backbone:
+    """Return a backbone of skltl or torchvision, always the same object."""
     return tiny_backbone() if name == "tiny" else torchvision_backbone(name)

@@ -59,6 +59,7 @@ RELU = ("relu", partial(nn.ReLU, inplace=True))
 
 
 def _vgg_layers(model: Any) -> MainLayers:
+    """Return the layers of VGG: the poolings, and two fully connected layers."""
     pools = [
         number
         for number, layer in enumerate(model.features)
@@ -69,6 +70,7 @@ def _vgg_layers(model: Any) -> MainLayers:
 
 
 def _squeezenet_layers(model: Any) -> MainLayers:
+    """Return the layers of SqueezeNet: the stem and the fire modules."""
     fires = [
         number
         for number, layer in enumerate(model.features)
@@ -110,6 +112,7 @@ def _resolution_layers(model: Any) -> MainLayers:
 
 
 def _numbered(path: str, name: str, numbers: range) -> dict[str, str]:
+    """Return names and paths of layers that differ in a number only."""
     return {name.format(i): path.format(i) for i in numbers}
 
 
@@ -281,6 +284,7 @@ def _build(name: str, n_classes: int | None) -> Network:
 
 
 def _as_network(model: nn.Module) -> Network:
+    """Split a network of torchvision into blocks and a head."""
     family = FAMILIES[type(model)]
     modules = {}
     for entry in family.order:
@@ -302,6 +306,7 @@ def _as_network(model: nn.Module) -> Network:
 
 
 def _pretrained(name: str, weights: Any) -> PretrainedWeights:
+    """Return weights of torchvision with their preprocessing and all their names."""
     preprocessing = _preprocessing(weights)
     if name in GOOGLE:
         # Trained on images scaled to [-1, 1]. torchvision normalizes them like all
@@ -316,6 +321,7 @@ def _pretrained(name: str, weights: Any) -> PretrainedWeights:
 
 
 def _preprocessing(weights: Any) -> Preprocessing:
+    """Return the preprocessing that torchvision defines for weights."""
     preset = weights.transforms()
     return Preprocessing(
         crop_size=preset.crop_size[0],

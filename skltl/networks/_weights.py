@@ -190,6 +190,7 @@ def read_state(path: Path, n_bytes: int) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> Any:
+    """Return the content of a safetensors file."""
     try:
         # Not `load_file`, whose tensors map the file and would change with it.
         content = path.read_bytes()
@@ -209,6 +210,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _read_torch_file(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, if it holds plain data only."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -293,6 +295,7 @@ def _remove_wrappers(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, 
 
 
 def _rename(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate old keys of a state dict, and drop the ones without use."""
     rename = backbone.rename_keys or str
     return {
         rename(key): value

@@ -48,7 +48,7 @@ N_CONVOLUTIONAL = {
 
 
 def random_state(state):
-    """Fill a state dict with values of a sensible scale, as fast as memory is copied."""
+    """Fill a state dict with values of a sensible scale, which are drawn once."""
     drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
     filled = OrderedDict()
     for key, empty in state.items():
