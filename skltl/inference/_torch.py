@@ -50,7 +50,7 @@ def compile_segment(segment: nn.Module) -> Callable[[Tensor], Tensor]:
         from torch._inductor.exc import InductorError
 
         try:
-            # In inference mode alone, weights would not become constants.
+            # Weights become constants only where gradients are off.
             with config.patch(recompile_limit=MAX_COMPILED), torch.no_grad():
                 output: Tensor = compiled(feature_map)
         except InductorError as error:

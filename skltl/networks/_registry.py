@@ -99,7 +99,7 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
         return _included_backbone(backbone)
     if backbone in list_models():
         raise UnknownBackboneError(
-            f"{backbone!r} of torchvision is not a ConvNet for image classification; "
+            f"torchvision's {backbone!r} is not a ConvNet for image classification; "
             "vision transformers and other networks are not supported yet."
         )
     raise UnknownBackboneError(

@@ -95,8 +95,8 @@ def test_networks_that_are_not_supported_yet_are_named(name):
     ("blocks", "words"),
     [
         (nn.Sequential(nn.ReLU()), "module.named_children()"),
-        ([nn.ReLU()], "must be a dictionary of names and modules, got list"),
-        ({1: nn.ReLU()}, "must be texts, got 1"),
+        ([nn.ReLU()], "must be a dictionary of names and modules, got a list"),
+        ({1: nn.ReLU()}, "must be strings, got 1"),
         ({"a": models.resnet18}, "'a' must be a torch module, got function"),
     ],
     ids=["sequential", "list", "number", "function"],
