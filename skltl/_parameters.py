@@ -1,37 +1,36 @@
-"""The `device`, `precision` and `batch_size` parameters, made into torch's terms."""
+"""Resolution of the `device`, `precision`, `batch_size` and `n_jobs` parameters."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from joblib import effective_n_jobs
 
 from skltl.exceptions import quote
 
-# On a CPU small batches stay in the processor's cache, and a single image stays cheap
-# although every batch is filled up to this size. Of 12 networks, 4 to 16 at a time were
-# the fastest as long as the largest map between their blocks took no more than about
-# 16 MiB, and fewer beyond (VGG-16: 2 run 1.3 times as fast as 16). A GPU needs more to
-# keep all of its cores at work.
+# On a CPU, small batches stay in the processor's cache, and a single image stays cheap
+# although every batch is filled up. Of 12 networks, 4 to 16 images at a time had the
+# highest throughput as long as the largest feature map between their blocks took at
+# most about 16 MiB, and fewer beyond that (VGG-16 is 1.3 times as fast with 2 images as
+# with 16). A GPU needs more to use all of its cores.
 CPU_BATCH_SIZE = 8
 CPU_BYTES = 2**24
 GPU_BATCH_SIZE = 128
 
-# Whether this process is a forked child in which skltl has not yet computed.
-_is_new_child = False
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Whether this process is a forked child in which skltl has not computed yet.
+_is_new_child = False
 
 
 def settle_in_forked_child() -> None:
     """Let torch compute in a forked child, with one thread.
 
-    The threads of torch's pool do not exist there, and it would wait for them for ever.
-    Called before skltl computes, and not at the fork: the children of programs that
-    only import skltl are none of its business.
+    The threads of torch's pool do not exist there, and torch would wait for them
+    forever. This is called before skltl computes, not at the fork: other children of a
+    program that imports skltl are left alone.
     """
     global _is_new_child
     if _is_new_child:
@@ -39,20 +38,24 @@ def settle_in_forked_child() -> None:
         _is_new_child = False
 
 
+def _note_fork() -> None:
+    global _is_new_child
+    _is_new_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def resolve_device(device: str) -> torch.device:
-    """Return the device to run on; ``"auto"`` is the first GPU there is, else the CPU.
+    """Return the device to run on; ``"auto"`` is the current GPU, if any, or the CPU.
 
-    Every estimator asks for its device before it computes.
-
-    Raises
-    ------
-    ValueError
-        If torch does not know the device, or this machine does not have it.
+    Every estimator resolves its device before it computes.
     """
     settle_in_forked_child()
     if device == "auto":
         if torch.cuda.is_available():
-            return _with_number(torch.device("cuda"))
+            return _with_index(torch.device("cuda"))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
@@ -64,16 +67,30 @@ def resolve_device(device: str) -> torch.device:
     if not _is_available(resolved):
         raise ValueError(
             f"device={quote(device)} is not available on this machine. device='auto' "
-            "takes a GPU only where there is one."
+            "uses a GPU only where there is one."
         )
-    return resolved if resolved.type != "cuda" else _with_number(resolved)
+    return resolved if resolved.type != "cuda" else _with_index(resolved)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return a GPU with its index; without one, it is whichever GPU is current."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
+
+
+def _is_available(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return device.type == "cpu"
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in.
+    """Return the dtype of the computation.
 
-    ``"auto"`` is bfloat16 where the processor multiplies it natively (at two to four
-    times the speed of float32), else float32.
+    ``"auto"`` is bfloat16 where the device multiplies it natively, with two to four
+    times the throughput of float32, and float32 elsewhere.
     """
     if precision == "auto":
         return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
@@ -81,19 +98,19 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:
-    """Return a dtype's name, such as ``"float32"``."""
+    """Return the name of a dtype, such as ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 without emulating it."""
+    """Return whether a device multiplies bfloat16 without emulation."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    capabilities: Any = torch.cpu.get_capabilities()
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 has nothing public
+        return False
+    capabilities = torch.cpu.get_capabilities()
     instructions = ("amx_bf16", "avx512_bf16", "bf16")  # the last is Arm's
     return any(capabilities.get(name, False) for name in instructions)
 
@@ -101,22 +118,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
 def resolve_batch_size(
     batch_size: int | str, device: torch.device, map_bytes: int
 ) -> int:
-    """Return the number of images that cross the network together.
+    """Return the batch size of the network.
 
-    Parameters
-    ----------
-    batch_size : int or "auto"
-        What the user wants. ``"auto"`` goes by a rule, not by a clock: features depend
-        on the batch size in the last digits.
-    device : torch.device
-        Where the network runs.
-    map_bytes : int
-        What the largest feature map of one image between blocks takes.
-
-    Returns
-    -------
-    int
-        ``"auto"`` is a power of two.
+    ``"auto"`` is a power of two that follows from the device and from `map_bytes`, the
+    size of the largest feature map of one image: features depend on the batch size in
+    the last digits, so it must not depend on a measurement.
     """
     if not isinstance(batch_size, str):
         return int(batch_size)
@@ -127,32 +133,24 @@ def resolve_batch_size(
 
 
 def resolve_threads(n_jobs: int | None) -> int:
-    """Return how many threads decode; torch's number respects joblib's workers."""
+    """Return the number of decoding threads.
+
+    ``None`` is the number of threads of torch, which joblib limits in its workers.
+    """
     if n_jobs is None:
         return torch.get_num_threads()
     if n_jobs == 0:
-        raise ValueError("n_jobs=0: there must be a thread. -1 is one for each core.")
+        raise ValueError("n_jobs=0: at least one thread is needed; -1 uses all cores.")
     return int(effective_n_jobs(n_jobs))
 
 
 def halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> None:
-    """Run a job, and again with half the batch size if memory runs out.
+    """Call ``run(batch_size)``, and again with half the batch size if out of memory.
 
-    Parameters
-    ----------
-    run : callable
-        ``run(batch_size)`` does the whole job. It begins anew, so that all images
-        cross the network in batches of one size.
-    batch_size : int
-        To begin with.
-
-    Raises
-    ------
-    torch.OutOfMemoryError
-        If not even a single image fits.
+    `run` starts anew each time, so that all batches have the same size.
     """
     while not _fits(run, batch_size):
-        # Only here, where the failed batch is no longer held by the error's traceback.
+        # Only here, where the error's traceback no longer holds the failed batch.
         torch.cuda.empty_cache()
         batch_size //= 2
 
@@ -165,26 +163,3 @@ def _fits(run: Callable[[int], None], batch_size: int) -> bool:
             raise
         return False
     return True
-
-
-def _note_fork() -> None:
-    global _is_new_child
-    _is_new_child = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def _with_number(device: torch.device) -> torch.device:
-    """Say which GPU it is; without a number it would be the one current at the time."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.device("cuda", index)
-
-
-def _is_available(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return (device.index or 0) < torch.cuda.device_count()
-    if device.type == "mps":
-        return torch.backends.mps.is_available()
-    return device.type == "cpu"

@@ -1,23 +1,21 @@
-"""How frozen networks run: folding, pooling, engines, and what a saved one holds."""
+"""Running frozen networks: engines, pooling, configuration and persistence."""
 
-from skltl.inference._engines import (
-    ENGINES,
-    UnderWay,
-    can_run,
-    engine_version,
-    n_under_way,
-    resolve_engine,
+from skltl.inference._config import (
+    FORMAT,
+    ExtractionConfig,
+    describe,
+    fingerprints,
+    recorded_blocks,
 )
 from skltl.inference._frozen import (
     FrozenPrefix,
     Runner,
     load_prefix,
     load_with_head,
-    parts_a_fold,
     release_memory,
 )
-from skltl.inference._pooling import POOLINGS, n_pooled, pool
-from skltl.inference._recipe import FORMAT, Recipe, can_pool, recorded_blocks
+from skltl.inference._openvino import ENGINES, can_run, resolve_engine
+from skltl.inference._pooling import POOLINGS, can_pool, n_pooled, pool
 from skltl.inference._state import (
     as_tensor,
     head_from_state,
@@ -25,26 +23,35 @@ from skltl.inference._state import (
     prefix_from_state,
     prefix_state,
 )
+from skltl.inference._torch import InFlight, n_in_flight
+
+# The names that callers used before.
+Recipe = ExtractionConfig
+UnderWay = InFlight
+n_under_way = n_in_flight
 
 __all__ = [
     "ENGINES",
     "FORMAT",
     "POOLINGS",
+    "ExtractionConfig",
     "FrozenPrefix",
+    "InFlight",
     "Recipe",
     "Runner",
     "UnderWay",
     "as_tensor",
     "can_pool",
     "can_run",
-    "engine_version",
+    "describe",
+    "fingerprints",
     "head_from_state",
     "head_state",
     "load_prefix",
     "load_with_head",
+    "n_in_flight",
     "n_pooled",
     "n_under_way",
-    "parts_a_fold",
     "pool",
     "prefix_from_state",
     "prefix_state",

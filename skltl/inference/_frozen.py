@@ -1,4 +1,4 @@
-"""Frozen prefixes of networks: prepared to run fast, loaded once per process."""
+"""Frozen prefixes of networks, loaded once per process and prepared to run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary, finalize
@@ -21,13 +22,13 @@ from skltl._locks import Lock
 from skltl._random import fresh_seed
 from skltl.exceptions import WeightsError
 from skltl.images import file_identity, normalise
-from skltl.inference._engines import ends_of_segments, prepare_engine, send
+from skltl.inference._openvino import OpenVINOEngine
+from skltl.inference._torch import compile_segment, run_segments, to_device
 from skltl.networks import (
     Backbone,
     PretrainedWeights,
     check_finite,
     children_of,
-    cut,
     forget_networks,
     freeze,
     has_hooks,
@@ -35,38 +36,36 @@ from skltl.networks import (
     random_network,
     resolve_layer,
     skeleton,
+    truncate,
 )
 
-# What modules do that run each batch-norm right behind the convolution defined before
-# it. Of a module with another `forward`, subclasses of these included, the order is
-# not known.
+# The `forward` of modules that run each batch-norm right after the convolution defined
+# before it. With another `forward`, as in subclasses of these, the order is unknown.
 RUN_IN_ORDER = {
     kind.forward
     for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
 }
 
-# Each is a copy of the network, and lives as long as the prefix.
+# Each runner is a copy of the network, and lives as long as its prefix.
 MAX_RUNNERS = 2
 
-Pool = Callable[[Tensor], Tensor]
+# Enough for clones that follow one another; the least recently used ones are dropped.
+# Prefixes share the weights of their network, but each is prepared to run, on a GPU
+# maybe: others are shared only as long as an estimator holds them.
+MAX_NETWORKS = 2
+MAX_PREFIXES = 2
+
+# From a batch (n, 3, h, w) and a pooling to the features (n, d) of each wanted block.
+Engine = Callable[[Tensor, str | int], dict[str, Tensor]]
 
 _all_prefixes: WeakSet[FrozenPrefix] = WeakSet()
-
-
-def forget_runners() -> None:
-    """Forget the runners of all prefixes; they are prepared again when needed."""
-    for prefix in list(_all_prefixes):
-        prefix.forget_runners()
 
 
 class FrozenPrefix:
     """The first blocks of a network as a fixed function of images.
 
-    Parameters
-    ----------
-    blocks : mapping of str to Module
-        Never changed. They become frozen, and are shared by all estimators that use the
-        same network.
+    The blocks are frozen here and never modified: all estimators that use the same
+    network share them.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -77,7 +76,7 @@ class FrozenPrefix:
         _all_prefixes.add(self)
 
     def __deepcopy__(self, memo: object) -> FrozenPrefix:
-        return self  # never changed: a copy of an estimator may share it
+        return self  # immutable: a copy of an estimator may share it
 
     def runner(
         self,
@@ -87,16 +86,12 @@ class FrozenPrefix:
         engine: str = "torch",
         mains: Sequence[str] = (),
     ) -> Runner:
-        """Return the prefix made ready for a device and some of its blocks.
-
-        It is prepared once for the same arguments, as long as it was used lately. See
-        `Runner` for these.
-        """
+        """Return a recently used `Runner` for the same arguments, or a new one."""
         key = (device, dtype, tuple(wanted), engine)
         with self._lock:
             runner = self._runners.pop(key, None)
             if runner is None:
-                blocks = cut(self.blocks, wanted)
+                blocks = truncate(self.blocks, wanted)
                 runner = Runner(blocks, wanted, device, dtype, engine, mains)
             self._runners[key] = runner
             if len(self._runners) > MAX_RUNNERS:
@@ -104,28 +99,16 @@ class FrozenPrefix:
             return runner
 
     def forget_runners(self) -> None:
-        """Forget what has been prepared."""
+        """Drop all runners; they are prepared again when needed."""
         with self._lock:
             self._runners.clear()
 
 
 class Runner:
-    """A frozen prefix on its device: batch-norms folded, channels last, in one dtype.
+    """Copies of frozen blocks, prepared for a device, a dtype and an engine.
 
-    Parameters
-    ----------
-    blocks : mapping of str to Module
-        Frozen; they are copied.
-    wanted : sequence of str
-        The blocks after which features are taken.
-    device : torch.device
-        Where to run.
-    dtype : torch.dtype
-        What to compute in.
-    engine : {"torch", "compile", "openvino"}, default="torch"
-        What runs it.
-    mains : sequence of str, default=()
-        The blocks behind which main cut points lie.
+    Features are taken after the `wanted` blocks; `mains` are the blocks of the main
+    layers.
     """
 
     def __init__(
@@ -140,55 +123,71 @@ class Runner:
         self.device = device
         self.dtype = dtype
         self._wanted = wanted
-        ends = ends_of_segments(list(blocks), wanted, mains, engine)
-        segments = {
-            name: _prepared(segment, device, dtype)
-            for name, segment in _segments(blocks, ends)
-        }
-        self._engine = prepare_engine(engine, segments, wanted, dtype)
-        self._input_dtype = torch.float32 if engine == "openvino" else dtype
+        # Eager torch computes the same wherever segments end. The others fuse what is
+        # inside a segment, so theirs end at all main layers, wanted or not.
+        ends = set(wanted) if engine == "torch" else {*wanted, *mains}
+        segments = build_segments(blocks, ends, device, dtype)
+        self._input_dtype = dtype
+        self._engine: Engine = partial(run_segments, segments, wanted)
+        if engine == "compile":
+            compiled = {name: compile_segment(one) for name, one in segments.items()}
+            self._engine = partial(run_segments, compiled, wanted)
+        elif engine == "openvino":
+            self._input_dtype = torch.float32
+            self._engine = OpenVINOEngine(segments, wanted, dtype)
 
-    def features(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
-        """Run a batch of images, and pool at each wanted place.
+    def features(
+        self, pixels: Tensor, mean: Tensor, std: Tensor, pooling: str | int
+    ) -> Tensor:
+        """Return the features (n, d) of all wanted blocks, side by side, in float32.
 
-        Parameters
-        ----------
-        pixels : tensor of shape (n, h, w, 3)
-            uint8, or float32; on the CPU or the device.
-        mean, std : tensor of shape (3, 1, 1)
-            Of the preprocessing, float32; on the device.
-        pool : callable
-            From a feature map (n, c, h, w) or vectors (n, d)
-            to features (n, d), float32.
-
-        Returns
-        -------
-        tensor of shape (n, d)
-            The features of all wanted places, side by side, float32, on the device. A
-            GPU may still be computing them.
+        `pixels` (n, h, w, 3) are uint8 or float32, `mean` and `std` (3, 1, 1) are on
+        the device. The features are on the device, too; a GPU may still be computing
+        them.
         """
-        # The user's autocast would overrule the precision that was asked for.
+        # The user's autocast would override the requested precision.
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, enabled=False),
         ):
-            return self._run(pixels, mean, std, pool)
+            # A view: in memory, images have their channels last.
+            batch = to_device(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
+            batch = normalise(batch, mean, std)
+            batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
+            features = self._engine(batch, pooling)
+            return torch.cat([features[name] for name in self._wanted], dim=1)
 
-    def _run(self, pixels: Tensor, mean: Tensor, std: Tensor, pool: Pool) -> Tensor:
-        # Images lie in memory with their channels last:
-        # this permutation copies nothing.
-        batch = send(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
-        batch = normalise(batch, mean, std)
-        batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
-        pooled = dict(self._engine(batch, pool))
-        return torch.cat([pooled[name] for name in self._wanted], dim=1)
+
+def build_segments(
+    blocks: Mapping[str, nn.Module],
+    ends: set[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, nn.Sequential]:
+    """Copy blocks to a device as segments, with batch-norms folded, channels last.
+
+    A segment is named by the block at its end.
+    """
+    segments = {}
+    segment = nn.Sequential()
+    for name, block in blocks.items():
+        segment.append(copy.deepcopy(block))
+        if name in ends:
+            fold_batch_norms(segment)
+            freeze({name: segment})  # the folded convolutions are new
+            # torch's annotations of `Module.to` leave out `memory_format`.
+            segment.to(  # type: ignore[call-overload]
+                device, dtype, memory_format=torch.channels_last
+            )
+            segments[name] = segment
+            segment = nn.Sequential()
+    return segments
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch-norm into the convolution before it, in place.
+    """Fold each batch-norm into the weights of the convolution before it, in place.
 
-    In evaluation mode a batch-norm is a multiplication and an addition per channel,
-    which the convolution's own weights can do.
+    In eval mode a batch-norm multiplies each channel and adds to it.
     """
     for child in module.children():
         fold_batch_norms(child)
@@ -204,11 +203,11 @@ def fold_batch_norms(module: nn.Module) -> None:
             setattr(module, second, nn.Identity())
 
 
-def parts_a_fold(blocks: Mapping[str, nn.Module], name: str) -> bool:
-    """Tell whether a cut after a block parts a convolution from its batch-norm.
+def is_before_batch_norm(blocks: Mapping[str, nn.Module], name: str) -> bool:
+    """Return whether a block is a convolution that the next block's batch-norm follows.
 
-    Then the one is not folded into the other, which changes the last digits of all that
-    follows.
+    If a segment ends between them they are not folded, which changes the last digits of
+    everything after.
     """
     names = list(blocks)
     following = names[names.index(name) + 1 :][:1]
@@ -217,41 +216,9 @@ def parts_a_fold(blocks: Mapping[str, nn.Module], name: str) -> bool:
     )
 
 
-def _segments(
-    blocks: Mapping[str, nn.Module], wanted: Sequence[str]
-) -> list[tuple[str, nn.Sequential]]:
-    """Group the blocks between the wanted places."""
-    segments: list[tuple[str, nn.Sequential]] = []
-    segment = nn.Sequential()
-    for name, block in blocks.items():
-        segment.append(copy.deepcopy(block))
-        if name in wanted:
-            segments.append((name, segment))
-            segment = nn.Sequential()
-    return segments
-
-
-def _prepared(
-    segment: nn.Sequential, device: torch.device, dtype: torch.dtype
-) -> nn.Sequential:
-    fold_batch_norms(segment)
-    freeze({"segment": segment})  # the folded convolutions are new
-    # torch's annotations of `Module.to` leave out `memory_format`.
-    segment.to(  # type: ignore[call-overload]
-        device, dtype, memory_format=torch.channels_last
-    )
-    return segment
-
-
-# Enough for clones that come one after the other; the least recently used ones go.
-# Prefixes share the weights of their network, but each is prepared to run, on a GPU
-# maybe: further ones are shared only as long as an estimator holds them.
-MAX_NETWORKS = 2
-MAX_PREFIXES = 2
-
 Value = TypeVar("Value")
 
-# A backbone's token, its weights, and up to where it was asked for.
+# The token of a backbone, the identity of its weights, and the last block.
 Key = tuple[str, Hashable, str]
 
 _networks: OrderedDict[Key, Mapping[str, nn.Module]] = OrderedDict()
@@ -260,7 +227,7 @@ _held_prefixes: WeakValueDictionary[Key, FrozenPrefix] = WeakValueDictionary()
 _wholes: OrderedDict[Key, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
 _lock = Lock()
 
-# Backbones whose networks are forgotten when they are dropped.
+# Backbones whose networks are dropped with them.
 _watched: WeakSet[Backbone] = WeakSet()
 
 
@@ -271,43 +238,22 @@ def load_prefix(
     wanted: Sequence[str],
     is_shared: bool = True,
 ) -> FrozenPrefix:
-    """Return a network's blocks up to the last wanted one, loaded once per process.
+    """Load the blocks of a network up to the last wanted one, once per process.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        Which network.
-    weights : PretrainedWeights or None
-        Its weights; ``None`` for random ones.
-    seed : int or None
-        Of the random ones; ``None`` draws others each time.
-    wanted : sequence of str
-        Blocks after which features will be taken.
-    is_shared : bool, default=True
-        Whether random weights may be asked for again, and are worth keeping.
-
-    Returns
-    -------
-    FrozenPrefix
-        The same object for the same arguments, as long as it was used lately.
-
-    Raises
-    ------
-    WeightsError
-        If the weights cannot be loaded, or those of the blocks are not finite.
+    ``weights=None`` draws random weights from `seed`; without a seed, or with
+    ``is_shared=False``, they cannot be requested again, and are not kept.
     """
     if weights is None and (seed is None or not is_shared):
-        # A network that nobody can ask for again is not remembered.
         network = random_network(backbone, fresh_seed() if seed is None else seed)
-        return FrozenPrefix(cut(network.blocks, wanted))
-    name = seed if weights is None else _identity(weights)
-    deepest = list(cut(skeleton(backbone).blocks, wanted))[-1]
-    key = (backbone.token, name, deepest)
+        return FrozenPrefix(truncate(network.blocks, wanted))
+    identity = seed if weights is None else _identity(weights)
+    deepest = list(truncate(skeleton(backbone).blocks, wanted))[-1]
+    key = (backbone.token, identity, deepest)
     with _lock:
         prefix = _recall(_prefixes, key) or _held_prefixes.get(key)
         if prefix is None:
-            kept = _load_blocks(name, backbone, weights, seed, wanted)
-            prefix = _held_prefixes[key] = FrozenPrefix(cut(kept, wanted))
+            blocks = _load_blocks(identity, backbone, weights, seed, wanted)
+            prefix = _held_prefixes[key] = FrozenPrefix(truncate(blocks, wanted))
         _remember(_prefixes, key, prefix, MAX_PREFIXES, backbone)
         return prefix
 
@@ -315,46 +261,24 @@ def load_prefix(
 def load_with_head(
     backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
 ) -> tuple[FrozenPrefix, nn.Sequential]:
-    """Return a whole network: all of its blocks, and its head.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Which network.
-    weights : PretrainedWeights or None
-        Its weights; ``None`` for random ones.
-    seed : int or None
-        Of the random ones; ``None`` draws others each time.
-
-    Returns
-    -------
-    blocks : FrozenPrefix
-        Up to the head.
-    head : Sequential
-        From there to the logits, frozen.
-
-    Raises
-    ------
-    WeightsError
-        If the weights cannot be loaded or are not finite, or there is no head.
-    """
-    name = seed if weights is None else _identity(weights)
-    key = (backbone.token, name, "")
+    """Load all blocks of a network, and its own head, frozen, once per process."""
+    identity = seed if weights is None else _identity(weights)
+    key = (backbone.token, identity, "")
     with _lock:
         whole = _recall(_wholes, key)
         if whole is None:
             whole = _load_whole(backbone, weights, seed)
-            if name is not None:  # a network that can be asked for again
+            if identity is not None:  # it can be requested again
                 _remember(_wholes, key, whole, MAX_NETWORKS, backbone)
     return whole
 
 
 def release_memory() -> None:
-    """Forget all networks that skltl keeps in memory for the next time.
+    """Release the networks that skltl keeps in memory for later use.
 
-    Those that fitted estimators hold stay, and are prepared again when they are used.
-    Networks of a `Backbone` that is dropped are forgotten anyway. Memory of a GPU that
-    torch has kept for further use goes back to the system.
+    Networks of fitted estimators stay, and are prepared again when they are used.
+    Networks of a `Backbone` are released with the `Backbone` in any case. GPU memory
+    that torch keeps for later use is returned to the system.
 
     See Also
     --------
@@ -368,7 +292,8 @@ def release_memory() -> None:
     with _lock:
         for memory in (_networks, _prefixes, _wholes):
             memory.clear()
-    forget_runners()
+    for prefix in list(_all_prefixes):
+        prefix.forget_runners()
     forget_networks()
     torch.cuda.empty_cache()  # does nothing where no GPU was used
 
@@ -376,6 +301,7 @@ def release_memory() -> None:
 def _load_whole(
     backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
 ) -> tuple[FrozenPrefix, nn.Sequential]:
+    """Build all blocks of a network and its own head; refuse one without a head."""
     if weights is None:
         network = random_network(backbone, fresh_seed() if seed is None else seed)
     else:
@@ -383,28 +309,28 @@ def _load_whole(
         check_finite({**network.blocks, **network.head}, weights)
     if not network.head:
         raise WeightsError(
-            f"{backbone.name!r} with these weights has no head that tells classes "
-            "apart. Its features serve all the same: see CNNFeatureTransformer."
+            f"{backbone.name!r} with these weights has no classification head. Its "
+            "features can be used all the same: see CNNFeatureTransformer."
         )
     head = nn.Sequential(*network.head.values())
-    # A backbone's own network is never run, which may change what a layer remembers.
+    # The modules that a backbone owns are never run: a layer may modify itself.
     is_own = backbone.own_network is not None and weights is not None
     return FrozenPrefix(network.blocks), copy.deepcopy(head) if is_own else head
 
 
 def _load_blocks(
-    name: Hashable,
+    identity: Hashable,
     backbone: Backbone,
     weights: PretrainedWeights | None,
     seed: int | None,
     wanted: Sequence[str],
 ) -> Mapping[str, nn.Module]:
-    """Return at least the wanted blocks, and in any case the convolutional ones.
+    """Return the wanted blocks, and at least the convolutional ones.
 
-    So a search over cut points loads a network once, and the fully connected layers of
-    VGG-16 do not hold 500 MB for nothing.
+    So a search over layers loads a network once, and VGG-16's fully connected layers
+    do not occupy 500 MB where they are not used.
     """
-    key = (backbone.token, name, "")
+    key = (backbone.token, identity, "")
     kept = _recall(_networks, key)
     if kept is None or not set(wanted) <= kept.keys():
         if weights is None:
@@ -412,22 +338,23 @@ def _load_blocks(
         else:
             network = load_network(backbone, weights)
         last = resolve_layer(backbone, "last").block
-        kept = cut(network.blocks, [last, *wanted])
+        kept = truncate(network.blocks, [last, *wanted])
         if weights is not None:
-            # Not the head: that of some published files holds NaN on purpose.
+            # Not the head: some published files hold NaN there on purpose.
             check_finite(kept, weights)
         _remember(_networks, key, kept, MAX_NETWORKS, backbone)
     return kept
 
 
 def _identity(weights: PretrainedWeights) -> Hashable:
-    """Name weights; those of a file have another name when the file changes."""
+    """Return a key of weights, which changes with their file."""
     if not isinstance(weights.source, os.PathLike):
         return weights
     return weights, file_identity(os.fspath(weights.source))
 
 
 def _recall(memory: OrderedDict[Key, Value], key: Key) -> Value | None:
+    """Return the value of a key, if any, and mark it as recently used."""
     if key in memory:
         memory.move_to_end(key)
     return memory.get(key)
@@ -437,12 +364,13 @@ def _remember(
     memory: OrderedDict[Key, Value],
     key: Key,
     value: Value,
-    n_most: int,
+    n_max: int,
     backbone: Backbone,
 ) -> None:
+    """Keep a value until `n_max` others were used, or the backbone is gone."""
     memory[key] = value
     memory.move_to_end(key)
-    while len(memory) > n_most:
+    while len(memory) > n_max:
         memory.popitem(last=False)
     if backbone not in _watched:
         _watched.add(backbone)
@@ -450,7 +378,7 @@ def _remember(
 
 
 def _forget(token: str) -> None:
-    """Forget the networks of a backbone that no longer exists."""
+    """Drop the networks of a backbone that no longer exists."""
     for memory in (_networks, _prefixes, _wholes):
         for key in list(memory):
             if key[0] == token:

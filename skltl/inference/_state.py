@@ -1,4 +1,9 @@
-"""Fitted networks as plain data, and back: what a pickle of an estimator holds."""
+"""Persistence: fitted networks as plain data, for the pickles of estimators.
+
+A state holds numpy arrays, names and text, except for a `Backbone` of the user. With
+it go the versions that wrote it and the structure of the network, so that loading
+into another network of the same name is noticed.
+"""
 
 from __future__ import annotations
 
@@ -14,105 +19,85 @@ from skltl.inference._frozen import FrozenPrefix
 from skltl.networks import (
     Backbone,
     build_skeleton,
-    cut,
     get_backbone,
     load_state,
     state_of,
     structure,
+    truncate,
     versions,
 )
+
+# To be raised when the contents of a state change.
+FORMAT = 1
 
 State = dict[str, Any]
 
 
 def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> State:
-    """Return a prefix as plain data.
+    """Return a frozen prefix, and its backbone or the backbone's name, as a state.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        What it is a prefix of.
-    prefix : FrozenPrefix
-        The blocks.
-    by_name : bool
-        Whether only the backbone's name is kept, and not the backbone. Weights that a
-        backbone keeps itself are left out then; of others the structure is kept, so
-        that another network of this name is noticed.
-
-    Returns
-    -------
-    dict
-        Arrays by block and torch's name, and what is needed to check them.
+    Weights equal to those of the network that a backbone owns are left out, since they
+    are saved with the backbone.
     """
     weights = state_of(prefix.blocks)
     has_own = not by_name and backbone.own_network is not None
     if has_own:
-        kept = _own_state(backbone)
+        own = _own_state(backbone)
         weights = {
             key: value
             for key, value in weights.items()
-            if key not in kept or not _is_same(value, kept[key])
+            if key not in own or not _is_same(value, own[key])
         }
     return {
+        "format": FORMAT,
+        "versions": versions(),
         "backbone": backbone.name if by_name else backbone,
         "blocks": list(prefix.blocks),
-        "weights": {key: value.numpy() for key, value in weights.items()},
         "structure": None if has_own else structure(prefix.blocks),
-        "versions": versions(),
+        "weights": {key: value.numpy() for key, value in weights.items()},
     }
 
 
 def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
-    """Build a prefix again from what `prefix_state` gave.
-
-    Raises
-    ------
-    UnknownBackboneError
-        If the backbone's name is not known here.
-    WeightsError
-        If the backbone of this name is another network here than where it was saved.
-    """
+    """Build the backbone and the frozen prefix of a state; refuse another network."""
+    if state.get("format") != FORMAT:
+        raise WeightsError(
+            "The network was saved in a format that this version of skltl does not "
+            f"read, by {_as_text(state.get('versions', {})) or 'an unknown version'}. "
+            "Fit the estimator again."
+        )
     backbone = get_backbone(state["backbone"])
     own = backbone.own_network
     if own is not None and not state["weights"] and state["structure"] is None:
-        return backbone, FrozenPrefix(cut(own.blocks, state["blocks"]))
+        return backbone, FrozenPrefix(truncate(own.blocks, state["blocks"]))
     blocks = build_skeleton(backbone).blocks
-    is_known = set(state["blocks"]) <= blocks.keys()
-    if is_known:
-        blocks = cut(blocks, state["blocks"])
-    difference = _difference(state, blocks) if is_known else "it has other blocks"
-    if difference:
-        raise _other_network(backbone, difference, state)
+    if not set(state["blocks"]) <= blocks.keys():
+        raise _another_network(backbone, "it has other blocks", state)
+    blocks = truncate(blocks, state["blocks"])
+    _check_structure(backbone, blocks, state)
+    _check_shapes(backbone, blocks, state)
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     load_state(blocks, {**_own_state(backbone), **weights})
     return backbone, FrozenPrefix(blocks)
 
 
 def head_state(head: nn.Sequential) -> State:
-    """Return a network's own head as plain data."""
+    """Return a network's own head as a state."""
     return {
-        "weights": {key: value.numpy() for key, value in head.state_dict().items()},
-        "structure": structure({"head": head}),
         "versions": versions(),
+        "structure": structure({"head": head}),
+        "weights": {key: value.numpy() for key, value in head.state_dict().items()},
     }
 
 
 def head_from_state(backbone: Backbone, state: State, n_classes: int) -> nn.Sequential:
-    """Build a network's own head again, from what `head_state` gave.
-
-    Raises
-    ------
-    WeightsError
-        If the backbone has another head here than it had where it was saved.
-    """
+    """Build a network's own head from a state; refuse another one."""
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     shapes = {key: value.shape for key, value in weights.items()}
     head = nn.Sequential(*build_skeleton(backbone).head.values())
     if shapes != {key: value.shape for key, value in head.state_dict().items()}:
         head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
-    difference = _difference_in_structure(state, {"head": head})
-    if difference:
-        raise _other_network(backbone, f"in its head, {difference}", state)
+    _check_structure(backbone, {"head": head}, state)
     head.load_state_dict(weights, assign=True)
     return head.requires_grad_(False)
 
@@ -123,68 +108,70 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
 
 
 def _own_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the weights that a backbone keeps itself, if it does."""
+    """Return the state dict of the network that a backbone owns, if any."""
     own = backbone.own_network
     return {} if own is None else state_of(own.blocks)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    # Bit for bit, so that NaN is NaN, and 0 is not -0.
+    """Return whether tensors are equal bit for bit: NaN is NaN, and 0 is not -0."""
     return one.shape == other.shape and (
         one.data_ptr() == other.data_ptr()
         or one.numpy().tobytes() == other.numpy().tobytes()
     )
 
 
-def _other_network(backbone: Backbone, difference: str, state: State) -> WeightsError:
-    return WeightsError(
-        f"The backbone {backbone.name!r} is another network here than it was where the "
-        f"estimator was saved: {difference}. Register the same one before loading. It "
-        f"was saved with {_in_words(state['versions'])}; here are "
-        f"{_in_words(versions())}."
-    )
+def _check_structure(
+    backbone: Backbone, blocks: Mapping[str, nn.Module], state: State
+) -> None:
+    """Refuse blocks with other layers or settings than those of a state.
 
-
-def _difference(state: State, blocks: Mapping[str, nn.Module]) -> str:
-    """Say in what way blocks differ from those that were saved; nothing if in none."""
-    found = (
-        "" if state["structure"] is None else _difference_in_structure(state, blocks)
-    )
-    return found or _difference_in_shape(state, blocks)
-
-
-def _difference_in_structure(state: State, blocks: Mapping[str, nn.Module]) -> str:
-    """Compare layers and their settings.
-
-    A newer version of torch may have given a layer a further setting: with other
-    versions, only what both know is compared.
+    Another version of torch may know more settings of a layer: settings are compared
+    as far as both versions have them.
     """
+    if state["structure"] is None:  # the backbone itself was saved
+        return
     there, here = state["structure"], structure(blocks)
     for (path, kind, _), (path_here, kind_here, _) in zip(there, here, strict=False):
         if (path, kind) != (path_here, kind_here):
-            return f"{path!r} was a {kind}, and {path_here!r} is a {kind_here}"
+            difference = f"{path!r} was a {kind}, and {path_here!r} is a {kind_here}"
+            raise _another_network(backbone, difference, state)
     if len(there) != len(here):
-        return f"it had {len(there)} layers, and has {len(here)}"
-    is_all = state["versions"] == versions()
+        difference = f"it had {len(there)} layers, and has {len(here)}"
+        raise _another_network(backbone, difference, state)
+    is_same_version = state["versions"] == versions()
     for (path, _, before), (_, _, now) in zip(there, here, strict=True):
-        names = before.keys() | now.keys() if is_all else before.keys() & now.keys()
-        for name in sorted(names):
-            if before.get(name) != now.get(name):
-                was, is_now = before.get(name), now.get(name)
-                return f"{name} of {path!r} was {was}, and is {is_now}"
-    return ""
+        both = before.keys() & now.keys()
+        for name in sorted(before.keys() | now.keys() if is_same_version else both):
+            was, is_now = before.get(name), now.get(name)
+            if was != is_now:
+                difference = f"{name} of {path!r} was {was}, and is {is_now}"
+                raise _another_network(backbone, difference, state)
 
 
-def _difference_in_shape(state: State, blocks: Mapping[str, nn.Module]) -> str:
+def _check_shapes(
+    backbone: Backbone, blocks: Mapping[str, nn.Module], state: State
+) -> None:
+    """Refuse blocks whose weights have other shapes than those of a state."""
     shapes = {key: tuple(one.shape) for key, one in state_of(blocks).items()}
     saved = {key: array.shape for key, array in state["weights"].items()}
-    if state["structure"] is None:  # what the backbone has itself was left out
+    if state["structure"] is None:  # weights that the backbone owns were left out
         shapes = {key: shape for key, shape in shapes.items() if key in saved}
-    if shapes != saved:
-        names = [key for key in shapes | saved if shapes.get(key) != saved.get(key)]
-        return f"{names[0]!r} has another shape"
-    return ""
+    for key in shapes | saved:
+        if shapes.get(key) != saved.get(key):
+            difference = f"{key!r} has another shape"
+            raise _another_network(backbone, difference, state)
 
 
-def _in_words(packages: Mapping[str, str]) -> str:
+def _another_network(backbone: Backbone, difference: str, state: State) -> WeightsError:
+    """Return the error for a state of another network."""
+    return WeightsError(
+        f"The backbone {backbone.name!r} is another network here than it was where the "
+        f"estimator was saved: {difference}. Register the same one before loading. It "
+        f"was saved with {_as_text(state['versions'])}; here are "
+        f"{_as_text(versions())}."
+    )
+
+
+def _as_text(packages: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -1,16 +1,16 @@
-"""Pretrained networks as ordered lists of named blocks, and their weights."""
+"""Pretrained networks as ordered sequences of named blocks, and their weights."""
 
 from skltl.networks._backbone import (
     Backbone,
     Network,
     PretrainedWeights,
     children_of,
-    cut,
     freeze,
     has_hooks,
     is_module,
     load_state,
     state_of,
+    truncate,
 )
 from skltl.networks._identity import is_known_code, prefix_digests, structure, versions
 from skltl.networks._layers import (
@@ -53,7 +53,6 @@ __all__ = [
     "build_skeleton",
     "check_finite",
     "children_of",
-    "cut",
     "forget_networks",
     "freeze",
     "get_backbone",
@@ -78,6 +77,7 @@ __all__ = [
     "skeleton",
     "state_of",
     "structure",
+    "truncate",
     "unique",
     "versions",
 ]

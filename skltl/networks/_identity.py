@@ -1,4 +1,4 @@
-"""A name for what a network computes up to a block, from its structure and numbers."""
+"""Identity of a network: digests of what its blocks compute, and its structure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from skltl import __version__
 from skltl._locks import Lock
 from skltl.networks._backbone import Backbone, has_hooks
 
-# Classes of these packages compute what their versions say.
-# Of others the code is not known.
+# The code of classes of these packages is identified by their versions. Of other
+# classes, the code is unknown.
 KNOWN_PACKAGES = ("torch", "torchvision", "skltl")
 
-# What every module has besides its own attributes.
-NO_ATTRIBUTES = frozenset(vars(nn.Module()))
+# The attributes that every module has.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
@@ -28,17 +28,8 @@ _digests: WeakKeyDictionary[nn.Module, tuple[bytes, bool]] = WeakKeyDictionary()
 _lock = Lock()
 
 
-def is_known_code(module: nn.Module) -> bool:
-    """Tell whether a module runs code of torch, torchvision and skltl only."""
-    return all(
-        type(part).__module__.partition(".")[0] in KNOWN_PACKAGES
-        and not has_hooks(part)
-        for part in module.modules()
-    )
-
-
 def versions() -> dict[str, str]:
-    """Return the versions of the packages whose code networks consist of."""
+    """Return the versions of the packages that define the layers of networks."""
     return {
         "skltl": __version__,
         "torch": str(torch.__version__),
@@ -46,44 +37,38 @@ def versions() -> dict[str, str]:
     }
 
 
+def is_known_code(module: nn.Module) -> bool:
+    """Return whether a module runs code of torch, torchvision and skltl only."""
+    return all(
+        type(part).__module__.partition(".")[0] in KNOWN_PACKAGES
+        and not has_hooks(part)
+        for part in module.modules()
+    )
+
+
 def prefix_digests(
     backbone: Backbone, blocks: Mapping[str, nn.Module]
 ) -> dict[str, bytes]:
-    """Name what a network computes up to each block.
+    """Return, for each frozen block, a digest of the function from image to its output.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        The network's record. Its token is part of the names from the first block on
-        that runs code which neither torch, torchvision nor skltl brings.
-    blocks : mapping of str to Module
-        Frozen, from the network's first block on.
-
-    Returns
-    -------
-    dict of str to bytes
-        Equal names at equal places mean equal functions, in all processes with the same
-        versions of skltl, torch and torchvision.
+    Equal digests mean equal functions, in all processes with the same versions. From
+    the first block with unknown code on, they include the token of the backbone.
     """
     chain = repr(sorted(versions().items())).encode()
-    names = {}
+    digests = {}
     for name, block in blocks.items():
-        digest, is_known = _block_digest(block)
-        token = "" if is_known else backbone.token
+        digest, is_complete = _block_digest(block)
+        token = "" if is_complete else backbone.token
         link = f"{name}\0{token}".encode() + digest
         chain = blake2b(chain + link, digest_size=16).digest()
-        names[name] = chain
-    return names
+        digests[name] = chain
+    return digests
 
 
 def structure(blocks: Mapping[str, nn.Module]) -> list[list[Any]]:
-    """Describe the layers of blocks as plain data: all but their weights.
+    """Return path, class name and settings of each layer, as plain data.
 
-    Returns
-    -------
-    list of [str, str, dict]
-        Path, class and settings of each. Classes go without their module, which is for
-        their package to choose.
+    Class names exclude the module, which may change with a release of its package.
     """
     return [
         [f"{name}.{path}", type(module).__qualname__, _settings(module)]
@@ -93,22 +78,19 @@ def structure(blocks: Mapping[str, nn.Module]) -> list[list[Any]]:
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
-    """Return what the constructor of a module's class left, as text."""
+    """Return the attributes of a module as text without memory addresses."""
     return {
-        name: repr(value) if _is_plain(value) else _name_of(value)
+        name: repr(value)
+        if _is_plain(value)
+        else getattr(value, "__qualname__", type(value).__qualname__)
         for name, value in sorted(_attributes(module).items())
     }
 
 
-def _name_of(value: Any) -> str:
-    """Name a function, or the class of anything else: texts without an address."""
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
 def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
-    """Name one frozen block, and tell whether the name says all.
+    """Return the digest of a frozen block, and whether it identifies the block.
 
-    Of its numbers every bit counts, so they are read once.
+    Computed once, since it includes every bit of the weights.
     """
     with _lock:
         if block not in _digests:
@@ -120,44 +102,39 @@ def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
                     for name, value in _attributes(module).items()
                     if _is_plain(value)
                 )
-                module_line = (path, kind.__module__, kind.__qualname__, attributes)
-                digest.update(f"{module_line}\n".encode())
-            for name, tensor in _tensors(block):
-                tensor_line = (name, tensor.dtype, tuple(tensor.shape))
-                digest.update(f"{tensor_line}\n".encode())
-                numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
-                digest.update(numbers.numpy().data)
-            _digests[block] = digest.digest(), _is_known(block)
+                line = (path, kind.__module__, kind.__qualname__, attributes)
+                digest.update(f"{line}\n".encode())
+            # Not the state dict, which excludes non-persistent buffers. A shared tensor
+            # appears under each of its names, which are a part of the structure.
+            for name, tensor in [
+                *block.named_parameters(remove_duplicate=False),
+                *block.named_buffers(remove_duplicate=False),
+            ]:
+                header = (name, tensor.dtype, tuple(tensor.shape))
+                digest.update(f"{header}\n".encode())
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+                digest.update(raw.numpy().data)
+            _digests[block] = digest.digest(), _is_complete(block)
         return _digests[block]
 
 
-def _tensors(block: nn.Module) -> list[tuple[str, Tensor]]:
-    # Not the state dict, which leaves out buffers that are not persistent. What stands
-    # at two places is named at both: where it stands is part of the structure.
-    return [
-        *block.named_parameters(remove_duplicate=False),
-        *block.named_buffers(remove_duplicate=False),
-    ]
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what the constructor of a module's class left besides submodules."""
+    """Return the attributes that a module has besides those of every module."""
     found = vars(module)
-    return {name: found[name] for name in found.keys() - NO_ATTRIBUTES}
+    return {name: found[name] for name in found.keys() - _MODULE_ATTRIBUTES}
 
 
-def _is_known(block: nn.Module) -> bool:
-    """Tell whether the class names, attributes and numbers say all that is computed."""
-    return all(
-        type(module).__module__.partition(".")[0] in KNOWN_PACKAGES
-        and not has_hooks(module)
-        and all(_is_plain(value) for value in _attributes(module).values())
+def _is_complete(block: nn.Module) -> bool:
+    """Return whether classes, plain attributes and weights define what is computed."""
+    return is_known_code(block) and all(
+        _is_plain(value)
         for module in block.modules()
+        for value in _attributes(module).values()
     )
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether a value's text is all there is to it."""
+    """Return whether the text of a value defines it."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

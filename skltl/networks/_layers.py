@@ -1,4 +1,4 @@
-"""The `layer` parameter: from names people use to places between blocks."""
+"""Layers of a network: their names, their shapes, and the `layer` parameter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Mapping
 from functools import update_wrapper
+from itertools import chain
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -13,69 +14,44 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from skltl._parameters import settle_in_forked_child
 from skltl._random import torch_defaults
 from skltl.exceptions import UnknownLayerError, quote, shorten
-from skltl.networks._backbone import (
-    Backbone,
-    Network,
-    cut,
-    freeze,
-    last_step,
-    output_shapes,
-)
-from skltl.networks._registry import get_backbone, near
+from skltl.networks._backbone import Backbone, Network, freeze, last_block, truncate
+from skltl.networks._registry import did_you_mean, get_backbone
 
 Arguments = ParamSpec("Arguments")
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
-# What has been found out about each backbone, for as long as the backbone lives.
-_found: WeakKeyDictionary[Backbone, dict[Hashable, Any]] = WeakKeyDictionary()
+# Results of `once_per_backbone`, for the lifetime of each backbone.
+_results: WeakKeyDictionary[Backbone, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
-def found_once(
-    function: Callable[Concatenate[Backbone, Arguments], Found],
-) -> Callable[Concatenate[Backbone, Arguments], Found]:
-    """Remember what a function returns for a backbone, without keeping it alive."""
+def once_per_backbone(
+    function: Callable[Concatenate[Backbone, Arguments], Value],
+) -> Callable[Concatenate[Backbone, Arguments], Value]:
+    """Cache the results of a function without keeping the backbone alive."""
 
-    def remembered(
+    def cached(
         backbone: Backbone, /, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Found:
-        memory = _found.setdefault(backbone, {})
+    ) -> Value:
+        results = _results.setdefault(backbone, {})
         key = (function.__name__, args, tuple(sorted(kwargs.items())))
-        if key not in memory:
-            memory[key] = function(backbone, *args, **kwargs)
-        found: Found = memory[key]
-        return found
+        if key not in results:
+            results[key] = function(backbone, *args, **kwargs)
+        value: Value = results[key]
+        return value
 
-    return update_wrapper(remembered, function)
+    return update_wrapper(cached, function)
 
 
 def forget_networks() -> None:
-    """Forget what has been found out about backbones."""
-    _found.clear()
+    """Clear the cached results of all backbones."""
+    _results.clear()
 
 
 class Layer(NamedTuple):
-    """A main cut point, for people to read.
-
-    Parameters
-    ----------
-    name : str
-        What the `layer` parameter takes.
-    aliases : tuple of str
-        Other names that mean the same.
-    path : str
-        The torch path of the module after which it lies.
-    channels : int
-        Of the feature map there (the length of the vector, after a
-        fully connected layer).
-    stride : int or None
-        How many pixels of the image one pixel of the feature map stands for; ``None``
-        after a fully connected layer.
-    n_features : int
-        Numbers per image without pooling (``pooling="flatten"``) at the usual size.
-        With average or maximum pooling there are `channels` of them.
-    """
+    """A main layer, as listed by `list_layers`."""
 
     name: str
     aliases: tuple[str, ...]
@@ -86,39 +62,40 @@ class Layer(NamedTuple):
 
 
 class CutPoint(NamedTuple):
-    """A cut point that a `layer` parameter was resolved to.
-
-    Parameters
-    ----------
-    name : str
-        As it appears in the names of features.
-    block : str
-        The block after which it lies.
-    """
+    """A resolved `layer`: its name in feature names, and the block that computes it."""
 
     name: str
     block: str
 
 
 def list_layers(backbone: str | Backbone) -> list[Layer]:
-    """List a backbone's main cut points, from the image to the logits.
+    """List the main layers of a backbone, from the image to the logits.
+
+    Every torch path up to the last of them is accepted as `layer`, too.
 
     Parameters
     ----------
     backbone : str or Backbone
-        Which one.
+        Name of the backbone, or the backbone itself.
 
     Returns
     -------
     list of Layer
-        Named tuples (name, aliases, path, channels, stride, n_features); a
-        ``pandas.DataFrame`` of them is a readable table. Besides these, every torch
-        path between the image and the last of them can be given as `layer`.
+        Named tuples, which ``pandas.DataFrame`` turns into a table: `name`, for the
+        `layer` parameter; `aliases`, further names; `path`, the torch path of the
+        module; `channels` of the feature map, or length of the vector after a fully
+        connected layer; `stride` in pixels of the image, or ``None`` for a vector; and
+        `n_features`, the number of features with ``pooling="flatten"`` at the default
+        image size (with average or maximum pooling it is `channels`).
 
     Raises
     ------
     UnknownBackboneError
-        If there is no such backbone.
+        If no backbone has this name.
+
+    See Also
+    --------
+    list_backbones : List the names of the backbones.
 
     Examples
     --------
@@ -133,15 +110,15 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     fc6 4096 None 4096
     fc7 4096 None 4096
     """
-    record = get_backbone(backbone)
-    network = skeleton(record)
-    size = record.preprocessing.crop_size
-    shapes = block_shapes(record, size)
-    strides = _strides(_to_run(record, network.blocks), shapes, size)
+    backbone = get_backbone(backbone)
+    network = skeleton(backbone)
+    size = backbone.preprocessing.crop_size
+    shapes = block_shapes(backbone, size)
+    strides = _strides(_safe_to_run(backbone, network.blocks), shapes, size)
     return [
         Layer(
             name,
-            tuple(other for other, main in network.aliases.items() if main == name),
+            tuple(alias for alias, main in network.aliases.items() if main == name),
             block,
             shapes[block][0],
             strides.get(block),
@@ -152,156 +129,65 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
 
 
 def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
-    """Find the cut point that a `layer` parameter means.
+    """Return the layer given by a name, an alias, a torch path or an index.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        Where.
-    layer : str or int
-        A main cut point's name or alias, a torch path, ``"last"`` (the last one with a
-        feature map), or the number of a main cut point (from the end, if negative).
-
-    Returns
-    -------
-    CutPoint
-        Its main name, or the torch path.
-
-    Raises
-    ------
-    UnknownLayerError
-        If there is none; it says which names are near.
+    ``"last"`` is the last main layer with a feature map.
     """
     network = skeleton(backbone)
     mains = list(network.cut_points)
     if layer == "last":
         shapes = block_shapes(backbone, backbone.preprocessing.crop_size)
-        maps = [name for name in mains if len(shapes[network.cut_points[name]]) == 3]
-        layer = (maps or mains)[-1]
+        spatial = [name for name in mains if len(shapes[network.cut_points[name]]) == 3]
+        layer = (spatial or mains)[-1]
     if isinstance(layer, str):
-        return _named_cut_point(backbone, network, layer)
+        return _named_layer(backbone, network, layer)
     if not -len(mains) <= layer < len(mains):
         raise UnknownLayerError(
-            f"layer={layer}, but {backbone.name!r} has {len(mains)} main cut points: "
+            f"layer={layer}, but {backbone.name!r} has {len(mains)} main layers: "
             f"{', '.join(mains)}."
         )
     return CutPoint(mains[layer], network.cut_points[mains[layer]])
 
 
-@found_once
-def skeleton(backbone: Backbone) -> Network:
-    """Return the backbone's network, to look at: names and shapes, no memory.
+def _named_layer(backbone: Backbone, network: Network, layer: str) -> CutPoint:
+    """Return the layer given by a name, an alias or a torch path."""
+    name = network.aliases.get(layer, layer)
+    if name in network.cut_points:
+        return CutPoint(name, network.cut_points[name])
+    try:
+        return CutPoint(name, last_block(network.blocks, name))
+    except KeyError:
+        mains = list(network.cut_points)
+        known = [*mains, *network.aliases, *network.blocks]
+        hint = did_you_mean(layer, mains) or did_you_mean(layer, known)
+        raise UnknownLayerError(
+            f"{backbone.name!r} has no layer {quote(layer)}. {hint}{' ' * bool(hint)}"
+            f"Its main layers are {', '.join(mains)}; every torch path up to "
+            f"{list(network.blocks)[-1]!r} can be given, too."
+        ) from None
 
-    A backbone that keeps its network shows it; of others it is one without numbers.
+
+@once_per_backbone
+def skeleton(backbone: Backbone) -> Network:
+    """Return the network of a backbone for names and shapes only.
+
+    It has no weights in memory, unless the backbone owns its network.
     """
     return backbone.own_network or build_skeleton(backbone)
 
 
 def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
-    """Build a network to put weights in, without numbers if it can be had so."""
-    with torch_defaults(), WithoutNumbers():
+    """Build a frozen network without weights, to load a state dict into."""
+    with torch_defaults(), MetaParameters():
         network = backbone.build(n_classes)
     freeze({**network.blocks, **network.head})
     return network
 
 
-@found_once
-def block_shapes(
-    backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one image's feature map after each block.
+class MetaParameters(TorchFunctionMode):
+    """Create parameters on torch's "meta" device: no memory, no random numbers.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        Which network.
-    size : int
-        Height and width of the image, in pixels.
-    wanted : tuple of str, default=None
-        Blocks up to the last of which to go; ``None`` is all.
-
-    Returns
-    -------
-    dict of str to tuple of int
-        (c, h, w), or (d,) after a fully connected layer.
-
-    Raises
-    ------
-    ValueError
-        If images of this size shrink to nothing on the way.
-    """
-    blocks = skeleton(backbone).blocks
-    some = cut(blocks, wanted or list(blocks))
-    try:
-        return output_shapes(_to_run(backbone, some), size)
-    except (RuntimeError, AssertionError) as error:  # torchvision's ViT asserts sizes
-        raise ValueError(
-            f"Images of {size} x {size} pixels cannot cross {backbone.name!r}: "
-            f"{shorten(str(error), 200)}"
-        ) from error
-
-
-@found_once
-def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
-    """Return the blocks of the main cut points that images of a size get to.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Which network.
-    size : int
-        Height and width of the image, in pixels.
-
-    Returns
-    -------
-    tuple of str
-        From the image on. Small images shrink to nothing before the last.
-    """
-    reached = []
-    for block in skeleton(backbone).cut_points.values():
-        try:
-            block_shapes(backbone, size, (block,))
-        except ValueError:
-            break
-        reached.append(block)
-    return tuple(reached)
-
-
-def largest_map(backbone: Backbone, size: int) -> int:
-    """Count the numbers in the largest map between a network's blocks.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Which network.
-    size : int
-        Height and width of the image, in pixels.
-
-    Returns
-    -------
-    int
-        For one image; the same wherever the network is cut. The image is a map,
-        too. What lies within blocks is not counted.
-    """
-    reached = reached_main_blocks(backbone, size)
-    shapes = block_shapes(backbone, size, reached) if reached else {}
-    return max([3 * size * size, *map(math.prod, shapes.values())])
-
-
-def _to_run(
-    backbone: Backbone, blocks: Mapping[str, nn.Module]
-) -> Mapping[str, nn.Module]:
-    """Return blocks that may be run: a backbone's own are never, but copies of them.
-
-    A layer's ``forward`` may note something, and the layer would be another one then.
-    """
-    return blocks if backbone.own_network is None else copy.deepcopy(dict(blocks))
-
-
-class WithoutNumbers(TorchFunctionMode):
-    """Make new parameters shapes only: nothing is allocated, nothing drawn at random.
-
-    Not ``torch.device("meta")``: some builders compute their widths with small tensors.
+    Unlike in ``torch.device("meta")``, builders can compute widths with small tensors.
     """
 
     def __torch_function__(
@@ -313,39 +199,93 @@ class WithoutNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _named_cut_point(backbone: Backbone, network: Network, layer: str) -> CutPoint:
-    name = network.aliases.get(layer, layer)
-    if name in network.cut_points:
-        return CutPoint(name, network.cut_points[name])
+@once_per_backbone
+def block_shapes(
+    backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the output shape of each block for one image of size x size pixels.
+
+    It is (c, h, w), or (d,) after a fully connected layer. Blocks after the last of
+    `wanted` are left out.
+    """
+    blocks = skeleton(backbone).blocks
+    if wanted:
+        blocks = truncate(blocks, wanted)
     try:
-        return CutPoint(name, last_step(network.blocks, name))
-    except KeyError:
-        known = [*network.cut_points, *network.aliases, *network.blocks]
-        meant = near(layer, network.cut_points) or near(layer, known)
-        hint = f"{meant} " if meant else ""
-        raise UnknownLayerError(
-            f"{backbone.name!r} has no layer {quote(layer)}. {hint}Its "
-            f"main layers are {', '.join(network.cut_points)}; every torch path up to "
-            f"{list(network.blocks)[-1]!r} can be given too."
-        ) from None
+        return _output_shapes(_safe_to_run(backbone, blocks), size)
+    except (RuntimeError, AssertionError) as error:  # torchvision's ViT asserts sizes
+        raise ValueError(
+            f"Images of {size} x {size} pixels cannot pass through {backbone.name!r}: "
+            f"{shorten(str(error), 200)}"
+        ) from error
+
+
+@once_per_backbone
+def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
+    """Return the blocks of the main layers before which images do not vanish."""
+    reached = []
+    for block in skeleton(backbone).cut_points.values():
+        try:
+            block_shapes(backbone, size, (block,))
+        except ValueError:
+            break
+        reached.append(block)
+    return tuple(reached)
+
+
+def largest_map(backbone: Backbone, size: int) -> int:
+    """Return the number of values in the largest feature map between blocks.
+
+    For one image, the image itself included, and for the whole network: it does not
+    depend on the layer in use.
+    """
+    reached = reached_main_blocks(backbone, size)
+    shapes = block_shapes(backbone, size, reached) if reached else {}
+    return max([3 * size * size, *map(math.prod, shapes.values())])
+
+
+def _safe_to_run(
+    backbone: Backbone, blocks: Mapping[str, nn.Module]
+) -> Mapping[str, nn.Module]:
+    """Return copies of blocks that a backbone owns, since ``forward`` may modify them.
+
+    A module that stores anything would have another identity after it has run.
+    """
+    return blocks if backbone.own_network is None else copy.deepcopy(dict(blocks))
+
+
+@torch.inference_mode()
+def _output_shapes(
+    blocks: Mapping[str, nn.Module], size: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the output shape of each block for one image, by running the blocks."""
+    settle_in_forked_child()  # the blocks of an own network have weights, and compute
+    parameters = chain.from_iterable(block.parameters() for block in blocks.values())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    feature_map = torch.zeros(1, 3, size, size, dtype=torch.float32, device=device)
+    shapes = {}
+    for name, block in blocks.items():
+        feature_map = block(feature_map)  # (1, c, h, w)
+        shapes[name] = tuple(feature_map.shape[1:])
+    return shapes
 
 
 def _strides(
     blocks: Mapping[str, nn.Module], shapes: dict[str, tuple[int, ...]], size: int
 ) -> dict[str, int]:
-    """Return the stride at each block with a feature map.
+    """Return the stride of each block with a feature map.
 
-    It is what a larger image adds in pixels for what it adds in the feature map; at
-    one size alone, padding and rounding blur the ratio.
+    It is the ratio of what a larger image adds in pixels to what it adds in the feature
+    map: the ratio of the sizes is blurred by padding and rounding.
     """
     added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
-    maps = {name: blocks[name] for name in shapes if len(shapes[name]) == 3}
+    spatial = {name: blocks[name] for name in shapes if len(shapes[name]) == 3}
     try:
-        larger = output_shapes(maps, size + added)
+        larger = _output_shapes(spatial, size + added)
     except RuntimeError:  # a network for images of one size only
         return {}
     return {
         name: round(added / (larger[name][1] - shapes[name][1]))
-        for name in maps
+        for name in spatial
         if larger[name][1] > shapes[name][1]
     }

@@ -1,4 +1,4 @@
-"""Which backbones there are, by name."""
+"""Registry of backbones by name."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from torchvision.models import list_models
 
 from skltl.exceptions import UnknownBackboneError, quote
 from skltl.networks._backbone import Backbone
-from skltl.networks._tiny import embedded_backbone
+from skltl.networks._tiny import tiny_backbone
 from skltl.networks._torchvision import list_torchvision, torchvision_backbone
 
 _REGISTERED: dict[str, Backbone] = {}
 
+MAX_NAMES_IN_MESSAGE = 12
+
 
 def list_backbones() -> list[str]:
-    """List the names that the `backbone` parameter takes.
+    """List the names accepted by the `backbone` parameter.
 
     Returns
     -------
     list of str
-        ``"tiny"`` (shipped with skltl), torchvision's ConvNets, and your own.
+        ``"tiny"`` (shipped with skltl), the ConvNets of torchvision, and the backbones
+        added with :func:`register_backbone`.
+
+    See Also
+    --------
+    register_backbone : Add a backbone of your own.
 
     Examples
     --------
@@ -36,23 +43,22 @@ def list_backbones() -> list[str]:
 def register_backbone(backbone: Backbone, replace: bool = False) -> None:
     """Make a backbone of your own available under its name, in this process.
 
-    Worker processes (``n_jobs``) do not know the name: pass the `Backbone` itself as
-    the `backbone` parameter there.
+    Worker processes (``n_jobs``) do not know the name: there, pass the `Backbone`
+    itself as the `backbone` parameter.
 
     Parameters
     ----------
     backbone : Backbone
-        See `Backbone.from_blocks`.
-
+        Backbone to add; see `Backbone.from_blocks`.
     replace : bool, default=False
-        Whether it may take the place of another one of your own with this name.
+        Whether to replace another backbone of this name that was added before.
 
     Raises
     ------
     TypeError
-        If it is no `Backbone`.
+        If `backbone` is not a `Backbone`.
     ValueError
-        If there is another backbone of this name.
+        If the name is taken.
 
     Examples
     --------
@@ -68,25 +74,19 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
         return
     is_own = backbone.name in _REGISTERED
     if backbone.name in list_backbones() and not (replace and is_own):
-        hint = " Pass replace=True to exchange it." if is_own else ""
+        hint = " Pass replace=True to replace it." if is_own else ""
         raise ValueError(f"There is a backbone named {backbone.name!r} already.{hint}")
     _REGISTERED[backbone.name] = backbone
 
 
 def is_registered(backbone: Backbone) -> bool:
-    """Tell whether a backbone's name leads to this backbone."""
-    known = backbone.name in list_backbones()
-    return known and get_backbone(backbone.name) == backbone
+    """Return whether the name of a backbone leads to this backbone."""
+    is_known = backbone.name in list_backbones()
+    return is_known and get_backbone(backbone.name) == backbone
 
 
 def get_backbone(backbone: str | Backbone) -> Backbone:
-    """Return the record of a backbone given by name; a record is returned as it is.
-
-    Raises
-    ------
-    UnknownBackboneError
-        If no backbone has this name; it says which names are near.
-    """
+    """Return the backbone of a name; a `Backbone` is returned unchanged."""
     if isinstance(backbone, Backbone):
         return backbone
     if not isinstance(backbone, str):
@@ -96,11 +96,11 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
     if backbone in _REGISTERED:
         return _REGISTERED[backbone]
     if backbone in list_backbones():
-        return _known_backbone(backbone)
+        return _included_backbone(backbone)
     if backbone in list_models():
         raise UnknownBackboneError(
-            f"torchvision's {backbone!r} is no ConvNet of classes of images; vision "
-            "transformers and other networks are not supported yet."
+            f"torchvision's {backbone!r} is not a ConvNet for image classification; "
+            "vision transformers and other networks are not supported yet."
         )
     raise UnknownBackboneError(
         f"Unknown backbone {quote(backbone)}. {nearest(backbone, list_backbones())} "
@@ -109,20 +109,22 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which of the known names are nearest, or which there are if none is near."""
-    shown = list(known)
-    more = ", ..." if len(shown) > 12 else ""
-    return near(name, shown) or f"Known: {', '.join(shown[:12])}{more}."
+    """Return a hint to similar known names, or else a list of known names."""
+    names = list(known)
+    shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
+    more = ", ..." if len(names) > MAX_NAMES_IN_MESSAGE else ""
+    return did_you_mean(name, names) or f"Known: {shown}{more}."
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """Ask whether one of the nearest names was meant; nothing if none is near."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question with the most similar names, or an empty string."""
     by_lower = {one.lower(): one for one in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
-    meant = " or ".join(repr(by_lower[one]) for one in found)
-    return f"Did you mean {meant}?" if meant else ""
+    names = " or ".join(repr(by_lower[one]) for one in found)
+    return f"Did you mean {names}?" if names else ""
 
 
 @cache
-def _known_backbone(name: str) -> Backbone:
-    return embedded_backbone() if name == "tiny" else torchvision_backbone(name)
+def _included_backbone(name: str) -> Backbone:
+    """Return a backbone of skltl or torchvision, always the same object."""
+    return tiny_backbone() if name == "tiny" else torchvision_backbone(name)

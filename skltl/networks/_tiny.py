@@ -1,7 +1,7 @@
-"""``tiny``, the small residual ConvNet that is shipped inside the package.
+"""``tiny``, a small residual ConvNet that is shipped with the package.
 
-It exists so that examples, documentation and tests run offline. The script that trained
-it is ``examples/train_tiny_backbone.py``; its model card is in the documentation.
+Examples, documentation and tests use it, so that they run offline. It was trained by
+``examples/train_tiny_backbone.py``; its model card is in the documentation.
 """
 
 from __future__ import annotations
@@ -20,56 +20,45 @@ from skltl.networks._backbone import (
     Network,
     PretrainedWeights,
     expand,
-    last_step,
+    last_block,
 )
 
 FOLDER = Path(__file__).parent
 
+STEM_WIDTH = 32
+BLOCK_WIDTHS = (64, 96, 192, 288)
+# Channels between the two convolutions of the residual unit of each block; None for a
+# block without one. The last unit is narrow: at full width it would have more weights
+# than the rest of the network.
+RESIDUAL_WIDTHS = (None, 96, 192, 64)
+N_CLASSES = 200
+MAIN_LAYERS = ("stem", "block1", "block2", "block3", "block4")
+
 
 @cache
 def imagenet_names() -> dict[str, str]:
-    """Return the names of ImageNet's 1,000 classes by their WordNet number.
-
-    They stand in the order of the logits, which is that of the numbers.
-    """
+    """Return the ImageNet class names by WordNet id, in the order of the logits."""
     names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    return dict(zip(_read("imagenet_wnids.txt"), unique(names), strict=True))
-
-
-def tiny_imagenet_categories() -> tuple[str, ...]:
-    """Return the names of Tiny-ImageNet's 200 classes, in the order of the logits."""
-    names = imagenet_names()
-    return tuple(names[number] for number in _read("tiny_wnids.txt"))
+    return dict(zip(_read_ids("imagenet_wnids.txt"), unique(names), strict=True))
 
 
 def unique(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names of which no two are equal: one that stood before gets its number.
+    """Append the class index to names that occurred before.
 
-    ImageNet has two kinds of cranes.
+    ImageNet has two classes named "crane".
     """
-    seen: dict[str, None] = {}
-    for number, name in enumerate(names):
-        seen[f"{name} ({number})" if name in seen else name] = None
-    return tuple(seen)
+    found: dict[str, None] = {}
+    for index, name in enumerate(names):
+        found[f"{name} ({index})" if name in found else name] = None
+    return tuple(found)
 
 
-def _read(name: str) -> list[str]:
-    return (FOLDER / name).read_text().split()
-
-
-WEIGHTS_FILE = Path(__file__).with_name("tiny.safetensors")
-
-STEM_WIDTH = 32
-BLOCK_WIDTHS = (64, 96, 192, 288)
-# Channels between the two convolutions of each block's residual unit; None: the block
-# has no such unit. The last is narrow: at full width it would outweigh all the rest.
-RESIDUAL_WIDTHS = (None, 96, 192, 64)
-N_CLASSES = 200
-CUT_POINTS = ("stem", "block1", "block2", "block3", "block4")
+def _read_ids(file_name: str) -> list[str]:
+    return (FOLDER / file_name).read_text().split()
 
 
 class ConvUnit(nn.Sequential):
-    """Convolution 3 x 3, batch-norm, ReLU."""
+    """3 x 3 convolution, batch-norm, ReLU."""
 
     def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
         super().__init__(
@@ -80,7 +69,7 @@ class ConvUnit(nn.Sequential):
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions, added to what came in."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -98,7 +87,7 @@ class ResidualUnit(nn.Module):
 
 
 class TinyNet(nn.Module):
-    """A stem at full resolution, then four blocks that each halve it, then a head."""
+    """A stem at full resolution, four blocks that halve it, and a linear classifier."""
 
     def __init__(self, num_classes: int = N_CLASSES) -> None:
         super().__init__()
@@ -117,26 +106,27 @@ class TinyNet(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, num_classes) of a normalised batch (n, 3, h, w)."""
+        """Return the logits (n, num_classes) of a normalized batch (n, 3, h, w)."""
         for module in self.children():
             batch = module(batch)
         return batch
 
 
-def embedded_backbone() -> Backbone:
-    """Describe ``tiny`` and where its weights lie."""
-    # Trained on parts of images of 64 pixels; whole ones are seen best a little
-    # enlarged (see the training script).
+def tiny_backbone() -> Backbone:
+    """Return the backbone ``"tiny"``."""
+    # Trained on crops of 64 pixels; accuracy on whole images is best at a slightly
+    # larger size (see the training script).
     preprocessing = Preprocessing(crop_size=80)
+    names = imagenet_names()
+    categories = tuple(names[wnid] for wnid in _read_ids("tiny_wnids.txt"))
     weights = PretrainedWeights(
-        "TINY_IMAGENET200", WEIGHTS_FILE, preprocessing, tiny_imagenet_categories()
+        "TINY_IMAGENET200", FOLDER / "tiny.safetensors", preprocessing, categories
     )
     return Backbone("tiny", _build, preprocessing, (weights,), known_as="skltl tiny")
 
 
 def _build(n_classes: int | None) -> Network:
     modules = dict(TinyNet(n_classes or N_CLASSES).named_children())
-    blocks = {name: modules.pop(name) for name in CUT_POINTS}
-    steps = expand(blocks)
-    ends = {name: last_step(steps, name) for name in CUT_POINTS}
-    return Network(steps, modules, ends)
+    blocks = expand({name: modules.pop(name) for name in MAIN_LAYERS})
+    ends = {name: last_block(blocks, name) for name in MAIN_LAYERS}
+    return Network(blocks, modules, ends)

@@ -1,9 +1,9 @@
-"""How each family of torchvision's ConvNets becomes blocks and a head.
+"""Blocks and heads of the families of torchvision's ConvNets.
 
-A family says three things: which modules its ``forward`` runs, in order (with torch's
-own names, and modules for the functions in between); after which of them its main cut
-points lie; and what people call those elsewhere. `tests/networks/test_torchvision.py`
-compares every network with torchvision's own ``forward``.
+A family lists the modules that its ``forward`` runs, in order and by their torch names
+(with modules for the functions between them), its main layers, and their aliases.
+`tests/networks/test_torchvision.py` compares every network with torchvision's
+``forward``.
 """
 
 from __future__ import annotations
@@ -23,39 +23,33 @@ from skltl.networks._backbone import (
     Network,
     PretrainedWeights,
     expand,
-    last_step,
+    last_block,
 )
 
-# Networks of the same module that are not (only) convolutional.
+# Prefixes of the names of networks that are not (only) convolutional.
 NOT_CONVNETS = ("maxvit", "swin", "vit")
 
-# Both have auxiliary classifiers, which only help training, and both warn when they are
-# not told whether to initialise their weights as they always did.
+# Both have auxiliary classifiers, which are used in training only, and warn unless
+# `init_weights` is given.
 GOOGLE = ("googlenet", "inception_v3")
 GOOGLE_OPTIONS = {"aux_logits": False, "init_weights": True}
 AUXILIARY_KEYS = ("aux1.", "aux2.", "AuxLogits.")
 
-CutPoints = Mapping[str, str]
+MainLayers = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the networks of one torchvision class have in common.
+    """The networks of one torchvision class.
 
-    Parameters
-    ----------
-    order : tuple of str or (str, callable)
-        The modules in the order of the forward pass; a pair is a function between them:
-        its name, and what makes a module of it.
-    cut_points : mapping, or callable
-        Main cut point -> torch path of what it comes after; or a function
-        of the network.
-    aliases : mapping, default={}
-        What people call the main cut points elsewhere.
+    `order` lists the modules in the order of the forward pass; a function between them
+    is a pair of its name and a constructor of the equivalent module. `main_layers` maps
+    names to torch paths, or is a function of the network that does. `aliases` maps the
+    names used elsewhere to those of main layers.
     """
 
     order: tuple[str | tuple[str, Callable[[], nn.Module]], ...]
-    cut_points: CutPoints | Callable[[nn.Module], CutPoints]
+    main_layers: MainLayers | Callable[[nn.Module], MainLayers]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,7 +58,8 @@ AVGPOOL = ("avgpool", partial(nn.AdaptiveAvgPool2d, 1))
 RELU = ("relu", partial(nn.ReLU, inplace=True))
 
 
-def _vgg_cuts(model: Any) -> CutPoints:
+def _vgg_layers(model: Any) -> MainLayers:
+    """Return the layers of VGG: the poolings, and two fully connected layers."""
     pools = [
         number
         for number, layer in enumerate(model.features)
@@ -74,7 +69,8 @@ def _vgg_cuts(model: Any) -> CutPoints:
     return {**blocks, "fc6": "classifier.1", "fc7": "classifier.4"}
 
 
-def _squeezenet_cuts(model: Any) -> CutPoints:
+def _squeezenet_layers(model: Any) -> MainLayers:
+    """Return the layers of SqueezeNet: the stem and the fire modules."""
     fires = [
         number
         for number, layer in enumerate(model.features)
@@ -87,15 +83,15 @@ def _squeezenet_cuts(model: Any) -> CutPoints:
     }
 
 
-def _stage_cuts(model: Any) -> CutPoints:
-    """EfficientNet: a stem, stages, and a last 1 x 1 convolution."""
+def _stage_layers(model: Any) -> MainLayers:
+    """Return the layers of EfficientNet: stem, stages, and a last 1 x 1 convolution."""
     last = len(model.features) - 1
     blocks = {f"block{i}": f"features.{i}" for i in range(1, last)}
     return {"stem": "features.0", **blocks, "final_conv": f"features.{last}"}
 
 
-def _resolution_cuts(model: Any) -> CutPoints:
-    """MobileNet: cut before each halving of the resolution, and at the end."""
+def _resolution_layers(model: Any) -> MainLayers:
+    """Return the layers of MobileNet: those before each halving of the resolution."""
     last = len(model.features) - 1
     halving = [
         number
@@ -107,16 +103,17 @@ def _resolution_cuts(model: Any) -> CutPoints:
     ]
     # A network that halves right after its stem has no block before that.
     ends = [number - 1 for number in halving if number > 1] + [last - 1]
-    cuts = {"stem": "features.0"}
-    cuts |= {f"block{i}": f"features.{end}" for i, end in enumerate(ends, start=1)}
-    cuts["final_conv"] = f"features.{last}"
+    layers = {"stem": "features.0"}
+    layers |= {f"block{i}": f"features.{end}" for i, end in enumerate(ends, start=1)}
+    layers["final_conv"] = f"features.{last}"
     if len(model.classifier) > 2:  # v3 has a fully connected layer before the logits
-        cuts["fc"] = "classifier.1"
-    return cuts
+        layers["fc"] = "classifier.1"
+    return layers
 
 
-def _numbered(pattern: str, cut_pattern: str, numbers: range) -> dict[str, str]:
-    return {cut_pattern.format(i): pattern.format(i) for i in numbers}
+def _numbered(path: str, name: str, numbers: range) -> dict[str, str]:
+    """Return names and paths of layers that differ in a number only."""
+    return {name.format(i): path.format(i) for i in numbers}
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
@@ -141,7 +138,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     ),
     models.VGG: Family(
         ("features", "avgpool", FLATTEN, "classifier"),
-        _vgg_cuts,
+        _vgg_layers,
         _numbered("block{}", "pool{}", range(1, 6)) | {"fc1": "fc6", "fc2": "fc7"},
     ),
     models.ResNet: Family(
@@ -167,7 +164,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
         },
         _numbered("block{}", "denseblock{}", range(1, 5)),
     ),
-    models.SqueezeNet: Family(("features", "classifier", FLATTEN), _squeezenet_cuts),
+    models.SqueezeNet: Family(("features", "classifier", FLATTEN), _squeezenet_layers),
     models.GoogLeNet: Family(
         (
             *("conv1", "maxpool1", "conv2", "conv3", "maxpool2"),
@@ -207,10 +204,10 @@ FAMILIES: dict[type[nn.Module], Family] = {
         {"mixed2": "Mixed_5d", "mixed7": "Mixed_6e", "mixed10": "Mixed_7c"},  # Keras
     ),
     models.MobileNetV2: Family(
-        ("features", AVGPOOL, FLATTEN, "classifier"), _resolution_cuts
+        ("features", AVGPOOL, FLATTEN, "classifier"), _resolution_layers
     ),
     models.MobileNetV3: Family(
-        ("features", "avgpool", FLATTEN, "classifier"), _resolution_cuts
+        ("features", "avgpool", FLATTEN, "classifier"), _resolution_layers
     ),
     models.MNASNet: Family(
         ("layers", AVGPOOL, FLATTEN, "classifier"),
@@ -241,7 +238,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     ),
     models.EfficientNet: Family(
         ("features", "avgpool", FLATTEN, "classifier"),
-        _stage_cuts,
+        _stage_layers,
         {"top_conv": "final_conv", "conv_head": "final_conv"},  # Keras; timm
     ),
     models.RegNet: Family(
@@ -260,13 +257,13 @@ FAMILIES: dict[type[nn.Module], Family] = {
 
 
 def list_torchvision() -> list[str]:
-    """Return the names of torchvision's ConvNets for classification."""
+    """Return the names of torchvision's ConvNets for image classification."""
     names = models.list_models(module=models)
     return [name for name in names if not name.startswith(NOT_CONVNETS)]
 
 
 def torchvision_backbone(name: str) -> Backbone:
-    """Describe one of torchvision's networks."""
+    """Return the backbone of a torchvision network."""
     known = list(models.get_model_weights(name))
     return Backbone(
         name,
@@ -287,42 +284,44 @@ def _build(name: str, n_classes: int | None) -> Network:
 
 
 def _as_network(model: nn.Module) -> Network:
+    """Split a network of torchvision into blocks and a head."""
     family = FAMILIES[type(model)]
     modules = {}
     for entry in family.order:
         name, make = (entry, None) if isinstance(entry, str) else entry
         modules[name] = getattr(model, name) if make is None else make()
     steps = expand(modules)
-    cuts = (
-        family.cut_points(model) if callable(family.cut_points) else family.cut_points
-    )
-    ends = {cut: last_step(steps, path) for cut, path in cuts.items()}
-    # The head begins with the last layer that has parameters: it gives the logits.
+    layers = family.main_layers
+    paths = layers(model) if callable(layers) else layers
+    ends = {name: last_block(steps, path) for name, path in paths.items()}
+    # The head begins with the last layer with parameters, which gives the logits.
     trained = [name for name, step in steps.items() if list(step.parameters())]
     n_blocks = list(steps).index(trained[-1])
     return Network(
         dict(list(steps.items())[:n_blocks]),
         dict(list(steps.items())[n_blocks:]),
         ends,
-        {other: cut for other, cut in family.aliases.items() if cut in ends},
+        {alias: name for alias, name in family.aliases.items() if name in ends},
     )
 
 
 def _pretrained(name: str, weights: Any) -> PretrainedWeights:
+    """Return weights of torchvision with their preprocessing and all their names."""
     preprocessing = _preprocessing(weights)
     if name in GOOGLE:
-        # Trained on images scaled to [-1, 1]. torchvision normalises them like all
-        # others, and undoes that in `forward` when it has loaded these weights.
+        # Trained on images scaled to [-1, 1]. torchvision normalizes them like all
+        # others, and undoes that in `forward` if these weights are loaded.
         preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     categories = tuple(weights.meta["categories"] or ())
-    names = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
-    in_full = (f"{type(weights).__name__}.{name}" for name in (weights.name, *names))
+    short = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
+    qualified = (f"{type(weights).__name__}.{one}" for one in (weights.name, *short))
     return PretrainedWeights(
-        weights.name, weights.url, preprocessing, categories, (*names, *in_full)
+        weights.name, weights.url, preprocessing, categories, (*short, *qualified)
     )
 
 
 def _preprocessing(weights: Any) -> Preprocessing:
+    """Return the preprocessing that torchvision defines for weights."""
     preset = weights.transforms()
     return Preprocessing(
         crop_size=preset.crop_size[0],
@@ -334,6 +333,6 @@ def _preprocessing(weights: Any) -> Preprocessing:
 
 
 def _rename_densenet_key(key: str) -> str:
-    # The files are older than torch's rule that module names hold no dots: they say
-    # "denselayer1.norm.1.weight" for "denselayer1.norm1.weight".
+    # The files date from before torch forbade dots in module names: their keys are
+    # "denselayer1.norm.1.weight" instead of "denselayer1.norm1.weight".
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", key)

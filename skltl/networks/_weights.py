@@ -1,11 +1,10 @@
-"""Weights: the `weights` parameter, files, downloads, and loading into a network.
+"""The `weights` parameter: weights files, downloads, and loading into a network.
 
-Files are checked, and read without running any code.
+Files are checked, and read without executing code from them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -38,247 +37,33 @@ from skltl.networks._backbone import (
 from skltl.networks._layers import build_skeleton, skeleton
 from skltl.networks._registry import get_backbone, nearest
 
+DEFAULT = "imagenet"
+
 FILE_FORMATS = (".safetensors", ".pt", ".pth")
 
-# What the readers were seen to raise on damaged files, which have no common class.
+# Errors that the readers raise on damaged files; they have no common base class.
 _READ_ERRORS = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError),
     *(AttributeError, AssertionError, struct.error, MemoryError),
 )
 TORCH_FILE_ERRORS = (pickle.UnpicklingError, *_READ_ERRORS)
 
-# Under these names training scripts keep the state dict beside an optimizer's.
+# Keys under which training scripts store the state dict, beside an optimizer's.
 STATE_DICT_KEYS = ("state_dict", "model")
 
-# A file may hold float64, or an optimizer's two moments beside the weights, but not a
-# thousand times of what a network needs: that is damage, or meant to fill the memory.
-MOST_TIMES_NEEDED = 8
-BYTES_OF_A_HEAD = 2**30
-
-
-def fetch(url: str) -> Path:
-    """Return the file of a URL in torch's hub folder; download it if it is not there.
-
-    Parameters
-    ----------
-    url : str
-        Its file name ends in the first digits of the file's SHA-256.
-
-    Returns
-    -------
-    Path
-        A file with this SHA-256.
-
-    Raises
-    ------
-    WeightsNotFoundError
-        If it cannot be downloaded. The error says what to put where by hand.
-    WeightsError
-        If a file of this name is there, but is not what the name says.
-    """
-    file_name = Path(urlparse(url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    digits = _sha256_digits(file_name)
-    if not path.exists():
-        _download(url, path, digits)
-    if not sha256_of(path).startswith(digits):
-        raise WeightsError(
-            f"{path} is damaged: its SHA-256 does not start with {digits}. Delete it; "
-            "it will be downloaded again."
-        )
-    return path
-
-
-def read_state(path: Path, n_needed: int) -> dict[str, Tensor]:
-    """Read a state dict, as float32, from a ``.safetensors``, ``.pt`` or ``.pth`` file.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    n_needed : int
-        How many bytes the network's weights take, but for a head of another width.
-
-    Returns
-    -------
-    dict of str to Tensor
-        On the CPU.
-
-    Raises
-    ------
-    WeightsNotFoundError
-        If there is no such file.
-    WeightsError
-        If it is of another format or damaged, far too large, or holds anything but a
-        state dict: objects that need code to load are never loaded.
-    """
-    if path.suffix not in FILE_FORMATS:
-        raise WeightsError(
-            f"{path} is not a weights file: expected one of {', '.join(FILE_FORMATS)}."
-        )
-    if not _is_file(path):
-        raise WeightsNotFoundError(f"There is no weights file {path}.")
-    n_most = MOST_TIMES_NEEDED * n_needed + BYTES_OF_A_HEAD
-    if path.stat().st_size > n_most:
-        raise WeightsError(
-            f"{path} has {path.stat().st_size:,} bytes; the network takes {n_needed:,}."
-        )
-    content = (
-        _read_safetensors(path) if path.suffix == FILE_FORMATS[0] else _read_pt(path)
-    )
-    return _checked_state(content, path)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or has a NUL byte
-        return False
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_digits(file_name: str) -> str:
-    found = re.search(r"-([0-9a-f]{8,})\.", file_name)
-    if found is None:
-        raise WeightsError(f"The name {file_name!r} does not hold a SHA-256 to check.")
-    return found[1]
-
-
-def _download(url: str, path: Path, digits: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Writes to a temporary file beside `path`, checks the hash, then renames it.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
-        raise WeightsNotFoundError(
-            f"The weights could not be downloaded ({error}). On a machine with a "
-            f"network, download\n  {url}\nand put it here as\n  {path}"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        # Not `load_file`, whose tensors are the file: they would change when it does.
-        content = path.read_bytes()
-        _check_names_are_single(content)
-        return load(content)
-    except (SafetensorError, *_READ_ERRORS) as error:
-        raise WeightsError(
-            f"{path} is not a readable safetensors file: {error}"
-        ) from error
-
-
-def _check_names_are_single(content: bytes) -> None:
-    """Refuse a header in which a name stands twice: readers differ on which counts."""
-    (length,) = struct.unpack_from("<Q", content)
-
-    def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError("a name stands twice in its header")
-        return dict(pairs)
-
-    json.loads(content[8 : 8 + length], object_pairs_hook=single)
-
-
-def _check_not_compressed(path: Path) -> None:
-    """Refuse what `torch.save` never writes: a file that unpacks to a larger one."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its part {part.filename!r} is compressed")
-
-
-def _read_pt(path: Path) -> Any:
-    try:
-        _check_not_compressed(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors and was not loaded, because that would "
-            "run code from the file. Save a state dict instead: "
-            f"torch.save(network.state_dict(), ...).{_refused_names(error)}"
-        ) from error
-    except (*_READ_ERRORS, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is not a readable torch file: {error}") from error
-
-
-def _refused_names(error: Exception) -> str:
-    # Of torch's message only the names of what it refused. It goes on with advice to
-    # load the file unsafely; not here.
-    named = re.findall(
-        r"(?:GLOBAL|function|class) [`'\"<]?(?:class ')?([\w.]+)", str(error)
-    )
-    return f" It asks for {', '.join(dict.fromkeys(named))}." if named else ""
-
-
-def _checked_state(content: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in STATE_DICT_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(
-            f"{path} holds no state dict, but a {type(content).__name__}."
-        )
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(
-                f"{path} is no state dict: its entry {key!r} is a "
-                f"{type(value).__name__}."
-            )
-    return {key: _checked_tensor(key, value, path) for key, value in content.items()}
-
-
-def _checked_tensor(key: str, value: Tensor, path: Path) -> Tensor:
-    is_plain = value.layout is torch.strided and not (
-        value.is_quantized or value.is_complex() or value.is_meta
-    )
-    # A few bytes can claim to be terabytes by repeating themselves.
-    if not is_plain or value.nbytes > value.untyped_storage().nbytes():
-        raise WeightsError(
-            f"{path}: {key!r} is a {value.dtype} tensor ({value.layout})."
-        )
-    if not value.is_floating_point():
-        return value.contiguous()
-    return value.detach().to(torch.float32).contiguous()
-
-
-DEFAULT = "imagenet"
-
-# What `DataParallel`, `torch.compile` and Lightning modules put before every name.
+# Prefixes of the keys of `DataParallel`, `torch.compile` and Lightning modules.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+# A file may hold float64, or the two moments of an optimizer beside the weights. One
+# that is much larger is damaged, or made to exhaust the memory.
+MAX_SIZE_RATIO = 8
+MAX_HEAD_BYTES = 2**30
 
 
 def resolve_weights(
     backbone: Backbone, weights: str | os.PathLike[str] | None
 ) -> PretrainedWeights | None:
-    """Find what a `weights` parameter means for a backbone.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        For which.
-    weights : str, path or None
-        ``"imagenet"``, the name of weights of this backbone (also with torchvision's
-        class before it, and ``"DEFAULT"``), or a file.
-
-    Returns
-    -------
-    PretrainedWeights or None
-        ``None`` for random ones.
-
-    Raises
-    ------
-    WeightsError
-        If there are none of this name.
-    """
+    """Return the weights given by a name or a file; ``None`` stands for random ones."""
     if weights is None:
         return None
     default = backbone.weights[0]
@@ -304,71 +89,178 @@ def resolve_network(
     weights: str | os.PathLike[str] | None,
     image_size: int | None,
 ) -> tuple[Backbone, PretrainedWeights | None, Preprocessing]:
-    """Find what the parameters `backbone`, `weights` and `image_size` mean together.
-
-    Returns
-    -------
-    backbone : Backbone
-        The record.
-    weights : PretrainedWeights or None
-        ``None`` for random ones.
-    preprocessing : Preprocessing
-        That of the weights, for images of this size.
-
-    Raises
-    ------
-    UnknownBackboneError, WeightsError
-        If they name something that is not there.
-    """
-    record = get_backbone(backbone)
-    pretrained = resolve_weights(record, weights)
-    preprocessing = (pretrained or record).preprocessing
+    """Return the backbone, weights and preprocessing given by three parameters."""
+    backbone = get_backbone(backbone)
+    pretrained = resolve_weights(backbone, weights)
+    preprocessing = (pretrained or backbone).preprocessing
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
-    return record, pretrained, preprocessing
+    return backbone, pretrained, preprocessing
 
 
 def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
-    """Build a backbone's network with trained weights, frozen, on the CPU, in float32.
+    """Build a network with pretrained weights, frozen, on the CPU, in float32.
 
-    Raises
-    ------
-    WeightsError
-        If the file cannot be had or read, or does not fit the network. A head for
-        another number of classes fits. Whether the numbers are finite is for those to
-        check who know which of them they use: `check_finite`.
+    The head is that of the weights, whatever its number of classes. Weights are not
+    checked to be finite: callers use `check_finite` on the blocks they need.
     """
     if weights.source is None:
         with own_random_state(0):  # a constructor may draw what it then replaces
-            network = backbone.own_network or _built(backbone)
+            network = backbone.own_network or _build(backbone)
     else:
         is_url = isinstance(weights.source, str)
         path = fetch(str(weights.source)) if is_url else Path(weights.source)
-        n_needed = sum(one.nbytes for one in skeleton(backbone).state().values())
-        state = _without_wrapper(backbone, read_state(path, n_needed))
-        state = _renamed(backbone, state)
-        network = _skeleton_that_fits(backbone, state, path)
+        n_bytes = sum(one.nbytes for one in skeleton(backbone).state().values())
+        state = _remove_wrappers(backbone, read_state(path, n_bytes))
+        state = _rename(backbone, state)
+        network = _fitting_skeleton(backbone, state, path)
         load_state({**network.blocks, **network.head}, state)
     freeze({**network.blocks, **network.head})
     return network
 
 
 def random_network(backbone: Backbone, seed: int) -> Network:
-    """Build a backbone's network, frozen, with its usual random weights.
+    """Build a frozen network with the weights drawn after ``torch.manual_seed(seed)``.
 
-    They are those that torch draws after ``torch.manual_seed(seed)``; the state of
-    torch's global generator does not change.
+    The state of torch's global generator does not change.
     """
     with own_random_state(seed):
-        network = _built(backbone)
+        network = _build(backbone)
         if backbone.weights[0].source is None:
             with torch_defaults():
-                _forget(network)
+                _reset_parameters(network)
     freeze({**network.blocks, **network.head})
     return network
 
 
-def _built(backbone: Backbone) -> Network:
+def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) -> None:
+    """Refuse weights that are not finite, and negative variances."""
+    for key, value in state_of(blocks).items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{weights.source}: {key!r} holds NaN or infinity.")
+        if key.endswith("running_var") and (value < 0).any():
+            raise WeightsError(f"{weights.source}: {key!r} holds a negative variance.")
+
+
+def fetch(url: str) -> Path:
+    """Return the file of a URL in the folder of torch.hub, downloaded if necessary.
+
+    The SHA-256 in its name is checked when it is downloaded.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if path.exists():
+        return path
+    sha256 = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if sha256 is None:
+        raise WeightsError(f"The file name {path.name!r} has no SHA-256 to check.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # It writes to a temporary file, checks the hash, then renames the file.
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256[1])
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
+        raise WeightsNotFoundError(
+            f"The weights could not be downloaded ({error}). On a machine with a "
+            f"network, download\n  {url}\nand put it here as\n  {path}"
+        ) from error
+    return path
+
+
+def read_state(path: Path, n_bytes: int) -> dict[str, Tensor]:
+    """Read a state dict as float32, for a network whose weights have `n_bytes`."""
+    if path.suffix not in FILE_FORMATS:
+        raise WeightsError(
+            f"{path} is not a weights file: expected one of {', '.join(FILE_FORMATS)}."
+        )
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on odd names
+        raise WeightsNotFoundError(f"There is no weights file {path}.")
+    if path.stat().st_size > MAX_SIZE_RATIO * n_bytes + MAX_HEAD_BYTES:
+        raise WeightsError(
+            f"{path} has {path.stat().st_size:,} bytes; the network needs {n_bytes:,}."
+        )
+    is_safetensors = path.suffix == ".safetensors"
+    content = _read_safetensors(path) if is_safetensors else _read_torch_file(path)
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(
+            f"{path} holds no state dict, but a {type(content).__name__}."
+        )
+    return {key: _checked_tensor(key, value, path) for key, value in content.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    """Return the content of a safetensors file."""
+    try:
+        # Not `load_file`, whose tensors map the file and would change with it.
+        content = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", content)
+        # Readers disagree on which of two tensors of the same name to use.
+        json.loads(content[8 : 8 + length], object_pairs_hook=_refuse_duplicates)
+        return load(content)
+    except (SafetensorError, *_READ_ERRORS) as error:
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: {error}{_HINT_OF_A_DOWNLOAD}"
+        ) from error
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name occurs twice in its header")
+
+
+def _read_torch_file(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, if it holds plain data only."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for part in archive.infolist():
+                    # `torch.save` never compresses. A small file could unpack to a
+                    # huge one.
+                    if part.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError(f"its part {part.filename!r} is compressed")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Only the refused names of torch's message, which goes on to recommend loading
+        # the file unsafely.
+        pattern = r"(?:GLOBAL|function|class) [`'\"<]?(?:class ')?([\w.]+)"
+        names = ", ".join(dict.fromkeys(re.findall(pattern, str(error))))
+        raise WeightsError(
+            f"{path} holds more than tensors and was not loaded, because that would "
+            "run code from the file. Save a state dict instead: "
+            "torch.save(network.state_dict(), ...)."
+            + (f" It refers to {names}." if names else "")
+        ) from error
+    except (*_READ_ERRORS, zipfile.BadZipFile) as error:
+        raise WeightsError(
+            f"{path} is not a readable torch file: {error}{_HINT_OF_A_DOWNLOAD}"
+        ) from error
+
+
+_HINT_OF_A_DOWNLOAD = " Delete it if it was downloaded, to download it again."
+
+
+def _checked_tensor(key: Any, value: Any, path: Path) -> Tensor:
+    """Return a plain tensor, float32 if it is floating point."""
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+        raise WeightsError(
+            f"{path} is not a state dict: its entry {key!r} is a "
+            f"{type(value).__name__}."
+        )
+    is_plain = value.layout is torch.strided and not (
+        value.is_quantized or value.is_complex() or value.is_meta
+    )
+    # An expanded tensor of a few bytes can have the shape of terabytes.
+    if not is_plain or value.nbytes > value.untyped_storage().nbytes():
+        raise WeightsError(
+            f"{path}: {key!r} is a {value.dtype} tensor ({value.layout})."
+        )
+    if not value.is_floating_point():
+        return value.contiguous()
+    return value.detach().to(torch.float32).contiguous()
+
+
+def _build(backbone: Backbone) -> Network:
     """Build a network with weights, on the CPU, in float32."""
     with torch_defaults():
         network = backbone.build(None)
@@ -377,8 +269,8 @@ def _built(backbone: Backbone) -> Network:
     return network
 
 
-def _forget(network: Network) -> None:
-    """Exchange the weights that a network was built with for random ones."""
+def _reset_parameters(network: Network) -> None:
+    """Replace the weights that a network was built with by random ones."""
     for name, module in {**network.blocks, **network.head}.items():
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
@@ -387,22 +279,23 @@ def _forget(network: Network) -> None:
             elif list(part.parameters(recurse=False)):
                 raise WeightsError(
                     f"weights=None: {type(part).__name__} in {name!r} has parameters, "
-                    "but no method reset_parameters() that gives them random values."
+                    "but no method reset_parameters() that draws random values."
                 )
 
 
-def _without_wrapper(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take away what wrappers put before all names, unless the backbone has it."""
+def _remove_wrappers(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers from all keys, until any key is known."""
     expected = skeleton(backbone).state().keys()
-    while expected.isdisjoint(_renamed(backbone, state)):
-        known = [one for one in WRAPPERS if all(key.startswith(one) for key in state)]
-        if not known or not state:
+    while state and expected.isdisjoint(_rename(backbone, state)):
+        common = [one for one in WRAPPERS if all(key.startswith(one) for key in state)]
+        if not common:
             break
-        state = {key.removeprefix(known[0]): value for key, value in state.items()}
+        state = {key.removeprefix(common[0]): value for key, value in state.items()}
     return state
 
 
-def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate old keys of a state dict, and drop the ones without use."""
     rename = backbone.rename_keys or str
     return {
         rename(key): value
@@ -411,55 +304,39 @@ def _renamed(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def _skeleton_that_fits(
+def _fitting_skeleton(
     backbone: Backbone, state: dict[str, Tensor], path: Path
 ) -> Network:
-    """Build a network without numbers, with as many classes as the state dict has."""
+    """Build a network without weights for the number of classes of a state dict.
+
+    Entries that it does not need are removed from the state dict, in place.
+    """
     expected = skeleton(backbone).state()
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
             state[key] = torch.tensor(0)
-    network = build_skeleton(backbone, _other_n_classes(expected, state))
-    if _has_another_head(network, state):
-        # A network of the user's own is not built for other classes. Its blocks serve.
-        head = state_of(network.head)
+    network = build_skeleton(backbone, _n_classes(expected, state))
+    head = state_of(network.head)
+    if head.keys() <= state.keys() and any(
+        state[key].shape != value.shape for key, value in head.items()
+    ):
+        # The head of an own network has a fixed number of classes: use the blocks only.
         network = replace(network, head={})
-        state = {key: value for key, value in state.items() if key not in head}
+        for key in head:
+            del state[key]
     _check_fit(network.state(), state, backbone, path)
     return network
 
 
-def _other_n_classes(
+def _n_classes(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> int | None:
-    """Return for how many classes a state dict is, if not for the usual number."""
+    """Return the number of classes of a state dict, if it is not the usual one."""
     matrices = [key for key, value in expected.items() if value.ndim > 1]
     if not matrices or state.get(matrices[-1], torch.tensor(0)).ndim < 2:
         return None
     n_classes = len(state[matrices[-1]])
     return None if n_classes == len(expected[matrices[-1]]) else n_classes
-
-
-def _has_another_head(network: Network, state: Mapping[str, Tensor]) -> bool:
-    head = state_of(network.head)
-    return head.keys() <= state.keys() and any(
-        state[key].shape != value.shape for key, value in head.items()
-    )
-
-
-def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) -> None:
-    """Refuse blocks with weights that are not finite, or variances below 0.
-
-    Raises
-    ------
-    WeightsError
-        It names the first of them.
-    """
-    for key, value in state_of(blocks).items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{weights.source}: {key!r} holds NaN or infinity.")
-        if key.endswith("running_var") and (value < 0).any():
-            raise WeightsError(f"{weights.source}: {key!r} holds a negative variance.")
 
 
 def _check_fit(
@@ -468,37 +345,29 @@ def _check_fit(
     backbone: Backbone,
     path: Path,
 ) -> None:
-    missing = [key for key in expected if key not in state]
-    extra = [key for key in state if key not in expected]
+    """Refuse a state dict that does not fit the network; list the differences."""
     common = [key for key in expected if key in state]
-    misshapen = [
-        f"{shorten(key)} {tuple(state[key].shape)} instead of "
-        f"{tuple(expected[key].shape)}"
-        for key in common
-        if state[key].shape != expected[key].shape
-    ]
-    mistyped = [
-        f"{shorten(key)} ({state[key].dtype})"
-        for key in common
-        if state[key].is_floating_point() != expected[key].is_floating_point()
-    ]
     faults = {
-        "missing": missing,
-        "not known": extra,
-        "of another shape": misshapen,
-        "of another type": mistyped,
+        "missing": [shorten(key) for key in expected if key not in state],
+        "unexpected": [shorten(key) for key in state if key not in expected],
+        "of another shape": [
+            f"{shorten(key)} {tuple(state[key].shape)} instead of "
+            f"{tuple(expected[key].shape)}"
+            for key in common
+            if state[key].shape != expected[key].shape
+        ],
+        "of another dtype": [
+            f"{shorten(key)} ({state[key].dtype})"
+            for key in common
+            if state[key].is_floating_point() != expected[key].is_floating_point()
+        ],
     }
-    said = [
-        f"{len(keys)} {fault}: {_listed(keys)}"
+    listed = [
+        f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
         for fault, keys in faults.items()
         if keys
     ]
-    if said:
+    if listed:
         raise WeightsError(
-            f"{path} does not fit {backbone.name!r}. Its entries: {'; '.join(said)}."
+            f"{path} does not fit {backbone.name!r}. Its entries: {'; '.join(listed)}."
         )
-
-
-def _listed(keys: list[str]) -> str:
-    shown = ", ".join(shorten(key) for key in keys[:3])
-    return f"{shown}{', ...' if len(keys) > 3 else ''}"

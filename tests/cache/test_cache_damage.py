@@ -180,7 +180,7 @@ def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
 def test_features_of_another_format_are_not_read(filled, images, expected, monkeypatch):
     """An old one, or that of a version yet to come."""
     damage_rows(filled, "UPDATE rows SET value = zeroblob(length(value))")
-    monkeypatch.setattr("skltl.inference._recipe.FORMAT", 0)
+    monkeypatch.setattr("skltl.inference._config.FORMAT", 0)
 
     found = transformer(filled).fit_transform(images)
 

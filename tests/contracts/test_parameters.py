@@ -95,8 +95,8 @@ def test_networks_that_are_not_supported_yet_are_named(name):
     ("blocks", "words"),
     [
         (nn.Sequential(nn.ReLU()), "module.named_children()"),
-        ([nn.ReLU()], "must be a dictionary of names and modules, got list"),
-        ({1: nn.ReLU()}, "must be texts, got 1"),
+        ([nn.ReLU()], "must be a dictionary of names and modules, got a list"),
+        ({1: nn.ReLU()}, "must be strings, got 1"),
         ({"a": models.resnet18}, "'a' must be a torch module, got function"),
     ],
     ids=["sequential", "list", "number", "function"],
@@ -130,7 +130,7 @@ def test_a_size_that_a_network_refuses_is_told():
 
     message = message_of(lambda: CNNFeatureTransformer(own, image_size=24).fit(IMAGES))
 
-    assert "Images of 24 x 24 pixels cannot cross 'own'" in message
+    assert "Images of 24 x 24 pixels cannot pass through 'own'" in message
 
 
 def test_weights_that_overflow_name_the_image():
@@ -204,7 +204,7 @@ def test_a_long_name_in_a_weights_file_does_not_fill_the_screen(tmp_path):
         lambda: CNNFeatureTransformer("tiny", weights=path).fit(IMAGES)
     )
 
-    assert "is no state dict" in message
+    assert "is not a state dict" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")

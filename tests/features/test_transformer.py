@@ -347,7 +347,7 @@ def test_not_fitted(images):
             {"backbone": "alexnet", "weights": None, "image_size": 16},
             "16 x 16 pixels cannot",
         ),
-        ({"layer": ["block1", 9]}, "5 main cut points"),
+        ({"layer": ["block1", 9]}, "5 main layers"),
         ({"weights": "imagnet"}, "'imagenet'"),
         ({"device": "cuda:99"}, "not available"),
         ({"device": "gpu"}, "Unknown device"),

@@ -1,4 +1,4 @@
-"""One identity for each network: no name, file or record stands for another one."""
+"""Identity of networks: no name, file or backbone is mistaken for another one."""
 
 import dataclasses
 import gc
@@ -26,7 +26,7 @@ from skltl import (
     release_memory,
 )
 from skltl.exceptions import WeightsError
-from skltl.inference import _frozen as _loading
+from skltl.inference import _frozen
 from skltl.networks import Network, PretrainedWeights, get_backbone
 
 
@@ -41,7 +41,7 @@ def two_blocks(activation=nn.ReLU, width=6, head=None):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry of one's own backbones that is empty, and is again afterwards."""
+    """Start without registered backbones, and leave none behind."""
     monkeypatch.setattr("skltl.networks._registry._REGISTERED", {})
 
 
@@ -65,7 +65,7 @@ def test_a_pickle_by_name_is_not_loaded_into_another_network(
         pickle.loads(saved)
 
 
-def test_a_pickle_by_name_sees_settings_that_change_no_shape(registry, images):
+def test_a_pickle_by_name_notices_settings_that_change_no_shape(registry, images):
     register_backbone(two_blocks(lambda: nn.LeakyReLU(0.1)))
     saved = pickle.dumps(CNNFeatureTransformer("mine").fit(images))
     register_backbone(two_blocks(lambda: nn.LeakyReLU(0.5)), replace=True)
@@ -74,7 +74,7 @@ def test_a_pickle_by_name_sees_settings_that_change_no_shape(registry, images):
         pickle.loads(saved)
 
 
-def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, images):
+def test_a_new_setting_of_another_torch_version_is_accepted(registry, images):
     register_backbone(two_blocks())
     fitted = CNNFeatureTransformer("mine").fit(images)
     state = fitted.__getstate__()
@@ -89,12 +89,18 @@ def test_a_new_setting_of_a_newer_torch_is_no_other_network(registry, images):
     assert_array_equal(loaded.transform(images), fitted.transform(images))
 
 
-def test_a_file_of_another_format_is_refused(images):
+def test_a_pickle_of_another_format_is_refused(images):
     state = CNNFeatureTransformer("tiny").fit(images).__getstate__()
-    del state["_format"]
+    network = state["network_"]
+    network["versions"]["skltl"] = "9.9"
 
     with pytest.raises(ValueError, match="another version of skltl.* Fit it again"):
-        CNNFeatureTransformer().__setstate__(state)
+        CNNFeatureTransformer().__setstate__({**state, "_format": None})
+    with pytest.raises(WeightsError, match="by skltl 9.9, torch .*Fit the estimator"):
+        CNNFeatureTransformer().__setstate__(
+            {**state, "network_": {**network, "format": None}}
+        )
+    CNNFeatureTransformer().__setstate__(state)  # a mere version is no obstacle
 
 
 def test_a_backbone_made_with_replace_is_another_one(images):
@@ -110,7 +116,7 @@ def test_a_backbone_made_with_replace_is_another_one(images):
     assert np.abs(others - features).max() > 0.1
 
 
-def test_a_copy_of_a_backbone_is_the_same_one():
+def test_a_copy_of_a_backbone_equals_it():
     mine = two_blocks()
 
     assert pickle.loads(pickle.dumps(mine)) == mine
@@ -119,7 +125,7 @@ def test_a_copy_of_a_backbone_is_the_same_one():
     )
 
 
-def test_a_backbone_of_ones_own_is_saved_once(images):
+def test_weights_of_an_own_backbone_are_saved_once(images):
     wide = Backbone.from_blocks(
         "wide",
         {"stem": nn.Conv2d(3, 256, 3), "block1": nn.Conv2d(256, 256, 3)},
@@ -134,7 +140,7 @@ def test_a_backbone_of_ones_own_is_saved_once(images):
     assert_array_equal(pickle.loads(saved).transform(images), fitted.transform(images))
 
 
-def test_other_weights_of_a_backbone_of_ones_own_are_saved_with_it(images, tmp_path):
+def test_other_weights_of_an_own_backbone_are_saved_with_it(images, tmp_path):
     mine = two_blocks()
     state = {key: value + 0.25 for key, value in mine.own_network.state().items()}
     save_file(state, tmp_path / "other.safetensors")
@@ -144,7 +150,7 @@ def test_other_weights_of_a_backbone_of_ones_own_are_saved_with_it(images, tmp_p
     assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(images), expected)
 
 
-def test_a_weights_file_that_is_exchanged_is_loaded_again(images, tmp_path):
+def test_a_replaced_weights_file_is_loaded_again(images, tmp_path):
     path = tmp_path / "weights.safetensors"
     mine = two_blocks()
     state = mine.own_network.state()
@@ -164,8 +170,8 @@ def test_a_weights_file_that_is_exchanged_is_loaded_again(images, tmp_path):
     assert np.abs(after - before).max() > 0.1
 
 
-def everything_is_used(backbone, images):
-    """Let each kind of estimator load, prepare and look at a backbone."""
+def use_everywhere(backbone, images):
+    """Let each kind of estimator load, prepare and inspect a backbone."""
     labels = np.arange(len(images)) % 2
     CNNFeatureTransformer(backbone, layer=["stem", "block1"]).fit_transform(images)
     CNNFeatureTransformer(backbone, weights=None, random_state=0).fit_transform(images)
@@ -176,25 +182,25 @@ def everything_is_used(backbone, images):
     StrategyAdvisor(backbone, cv=2).fit(images, labels)
 
 
-def test_a_dropped_backbone_is_gone_with_its_weights(images):
+def test_a_deleted_backbone_is_freed_with_its_weights(images):
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
     backbone = two_blocks(head=head)
     weight = next(iter(backbone.own_network.state().values()))
-    dropped = [weakref.ref(backbone), weakref.ref(weight)]
+    deleted = [weakref.ref(backbone), weakref.ref(weight)]
     token = backbone.token
 
-    everything_is_used(backbone, images)
+    use_everywhere(backbone, images)
     del backbone, weight
     gc.collect()
 
-    assert [one() for one in dropped] == [None, None]
-    for memory in (_loading._networks, _loading._prefixes, _loading._wholes):
+    assert [one() for one in deleted] == [None, None]
+    for memory in (_frozen._networks, _frozen._prefixes, _frozen._wholes):
         assert all(key[0] != token for key in memory)
 
 
-def test_sixty_backbones_of_ones_own_leave_nothing():
+def test_many_own_backbones_leave_nothing_in_memory():
     images = np.zeros((2, 16, 16, 3), np.uint8)
-    for _ in range(60):
+    for _ in range(8):  # more than any cache keeps
         backbone = Backbone.from_blocks(
             "m",
             {"s": nn.Conv2d(3, 64, 3, stride=2), "t": nn.Conv2d(64, 64, 3)},
@@ -208,7 +214,7 @@ def test_sixty_backbones_of_ones_own_leave_nothing():
     assert [one for one in alive if one.name == "m"] == []
 
 
-def test_a_backbone_of_ones_own_is_in_memory_once_until_it_runs():
+def test_an_own_backbone_is_in_memory_once_until_it_runs():
     backbone = two_blocks()
 
     fitted = CNNFeatureTransformer(backbone).fit(np.zeros((1, 24, 24, 3), np.uint8))
@@ -225,15 +231,15 @@ def test_unseeded_random_networks_are_not_kept(images):
             "tiny", weights=None, image_size=32, head_epochs=1, finetune_epochs=0
         ).fit(images, labels)
 
-    assert not _loading._networks
-    assert not _loading._prefixes
+    assert not _frozen._networks
+    assert not _frozen._prefixes
 
 
 def runners_of(fitted):
     return fitted.network_._runners.values()
 
 
-def test_what_is_kept_for_later_is_bounded(images):
+def test_the_number_of_networks_kept_is_bounded(images):
     release_memory()
     for layer in ["stem", "block1", "block2", "block3", "block4"]:
         fitted = CNNFeatureTransformer("tiny", layer=layer).fit(images)
@@ -241,7 +247,7 @@ def test_what_is_kept_for_later_is_bounded(images):
     del fitted
     gc.collect()
 
-    assert len(_loading._prefixes) == len(_loading._held_prefixes) == 2
+    assert len(_frozen._prefixes) == len(_frozen._held_prefixes) == 2
 
 
 def test_each_estimator_keeps_its_prepared_network(images):
@@ -257,7 +263,7 @@ def test_each_estimator_keeps_its_prepared_network(images):
     assert [list(runners_of(one)) for one in fitted] == before
 
 
-def test_release_memory_frees_what_is_prepared(images):
+def test_release_memory_frees_prepared_networks(images):
     fitted = CNNFeatureTransformer("tiny").fit(images)
     expected = fitted.transform(images)
     runner = weakref.ref(next(iter(runners_of(fitted))))
@@ -266,11 +272,11 @@ def test_release_memory_frees_what_is_prepared(images):
     gc.collect()
 
     assert runner() is None
-    assert not _loading._prefixes
+    assert not _frozen._prefixes
     assert_array_equal(fitted.transform(images), expected)
 
 
-def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(images):
+def test_a_deleted_estimator_frees_its_prepared_network(images):
     random = CNNFeatureTransformer("tiny", weights=None).fit(images)
     random.transform(images)
     runner = weakref.ref(next(iter(runners_of(random))))
@@ -281,19 +287,19 @@ def test_an_estimator_that_is_dropped_takes_its_prepared_network_along(images):
     assert runner() is None
 
 
-def test_a_network_that_notes_things_is_saved_as_it_is(registry, images):
-    class Noting(nn.Conv2d):
+def test_a_module_that_modifies_itself_is_saved_unmodified(registry, images):
+    class Recording(nn.Conv2d):
         def forward(self, batch):
-            self.seen = batch.shape
+            self.last_shape = batch.shape
             return super().forward(batch)
 
-    blocks = {"stem": Noting(3, 4, 3)}
+    blocks = {"stem": Recording(3, 4, 3)}
     own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
     list_layers(own)
 
     CNNFeatureTransformer(own).fit_transform(images)
 
-    assert not hasattr(own.own_network.blocks["stem"], "seen")
+    assert not hasattr(own.own_network.blocks["stem"], "last_shape")
 
 
 def head(activation):
@@ -317,18 +323,18 @@ def test_a_pickle_by_name_is_not_loaded_into_another_head(registry, images):
 ACTIVATION = {0: nn.ReLU}
 
 
-def built(n_classes):
+def build(n_classes):
     torch.manual_seed(0)
-    steps = {"stem": nn.Conv2d(3, 4, 3), "act": ACTIVATION[0]()}
-    return Network(steps, {}, {"stem": "act"})
+    blocks = {"stem": nn.Conv2d(3, 4, 3), "act": ACTIVATION[0]()}
+    return Network(blocks, {}, {"stem": "act"})
 
 
-def test_a_record_with_a_function_is_not_loaded_into_another_network(
+def test_a_pickle_is_not_loaded_if_the_builder_builds_another_network(
     images, monkeypatch
 ):
     weights = (PretrainedWeights("own", None, Preprocessing(16)),)
-    record = Backbone("built", built, Preprocessing(16), weights)
-    fitted = CNNFeatureTransformer(record).fit(images)
+    backbone = Backbone("built", build, Preprocessing(16), weights)
+    fitted = CNNFeatureTransformer(backbone).fit(images)
     saved = pickle.dumps(fitted)
     assert_array_equal(pickle.loads(saved).transform(images), fitted.transform(images))
     monkeypatch.setitem(ACTIVATION, 0, nn.Sigmoid)
@@ -339,7 +345,7 @@ def test_a_record_with_a_function_is_not_loaded_into_another_network(
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model."])
 @pytest.mark.parametrize("name", ["model", "stem"])
-def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
+def test_prefixes_of_wrappers_are_removed_unless_they_are_blocks(
     wrapper, name, images, tmp_path
 ):
     blocks = {name: nn.Conv2d(3, 4, 3)}
@@ -353,8 +359,7 @@ def test_names_of_wrappers_are_taken_away_unless_they_are_the_networks(
     assert_allclose(found.fit_transform(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_weights_file_is_read_as_it_is(tmp_path):
-    """What the file holds is what the network has, tensor by tensor."""
+def test_loaded_weights_equal_those_of_the_file(tmp_path):
     mine = two_blocks()
     state = {key: value + 1 for key, value in mine.own_network.state().items()}
     save_file(state, tmp_path / "w.safetensors")

@@ -1,4 +1,4 @@
-"""A network is loaded once, prepared once, and nothing more is kept than is of use."""
+"""A network is loaded once, prepared once, and nothing is kept that is not needed."""
 
 import os
 import threading
@@ -7,82 +7,87 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision import models
 
+from skltl import Backbone, Preprocessing
 from skltl.exceptions import WeightsError
-from skltl.inference import _frozen as _loading
-from skltl.inference import load_prefix
+from skltl.inference import _frozen, load_prefix
+from skltl.inference._frozen import build_segments
 from skltl.networks import get_backbone, random_network, resolve_layer, resolve_weights
 
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch):
-    """Begin with empty memories."""
-    monkeypatch.setattr(_loading, "_networks", type(_loading._networks)())
-    monkeypatch.setattr(_loading, "_prefixes", type(_loading._prefixes)())
+    """Start with empty caches."""
+    for name in ("_networks", "_prefixes"):
+        monkeypatch.setattr(_frozen, name, type(getattr(_frozen, name))())
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """Three convolutions, of which "last" is the third, and two large linear layers."""
+    torch.manual_seed(0)
+    blocks = {f"conv{n}": nn.Conv2d(3, 3, 3) for n in range(3)}
+    blocks |= {
+        "flat": nn.Flatten(),
+        "fc0": nn.Linear(300, 400),
+        "fc1": nn.Linear(*[400] * 2),
+    }
+    return Backbone.from_blocks("convs", blocks, preprocessing=Preprocessing(16))
 
 
 @pytest.fixture
-def weights_file(tmp_path):
-    torch.manual_seed(0)
-    path = tmp_path / "weights.safetensors"
-    save_file(models.alexnet(weights=None).state_dict(), path)
-    return path
+def state(backbone):
+    return {key: value + 1 for key, value in backbone.own_network.state().items()}
 
 
-def prefix(layer, weights_file):
-    backbone = get_backbone("alexnet")
+@pytest.fixture
+def weights_file(tmp_path, state):
+    save_file(state, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def load(backbone, layer, weights_file):
     block = resolve_layer(backbone, layer).block
     return load_prefix(backbone, resolve_weights(backbone, weights_file), None, [block])
 
 
-def numbers_of(prefix):
-    return sum(
-        p.numel() for block in prefix.blocks.values() for p in block.parameters()
-    )
+def n_weights(prefix):
+    blocks = prefix.blocks.values()
+    return sum(one.numel() for block in blocks for one in block.parameters())
 
 
-def test_all_cuts_share_the_numbers_of_one_network(weights_file):
-    prefixes = [prefix(f"block{number}", weights_file) for number in range(1, 6)]
+def test_all_layers_share_the_weights_of_one_network(backbone, weights_file):
+    prefixes = [load(backbone, f"conv{n}", weights_file) for n in range(3)]
 
-    first = prefixes[0].blocks["features.0"].weight
-    assert all(one.blocks["features.0"].weight is first for one in prefixes)
-    assert numbers_of(prefixes[0]) == first.numel() + 64
-
-
-def test_fully_connected_layers_are_kept_only_where_they_are_asked_for(weights_file):
-    shallow = prefix("block2", weights_file)
-    kept = next(iter(_loading._networks.values()))
-
-    assert "classifier.1" not in kept
-    assert numbers_of(prefix("fc7", weights_file)) > 50e6
-    assert numbers_of(shallow) < 1e6
+    first = prefixes[0].blocks["conv0"].weight
+    assert all(one.blocks["conv0"].weight is first for one in prefixes)
+    assert [n_weights(one) for one in prefixes] == [84, 2 * 84, 3 * 84]
 
 
-def test_a_file_that_has_changed_is_loaded_again(weights_file):
-    before = prefix("block1", weights_file).blocks["features.0"].weight.clone()
-    torch.manual_seed(1)
-    save_file(models.alexnet(weights=None).state_dict(), weights_file)
+def test_fully_connected_layers_are_kept_only_if_requested(backbone, weights_file):
+    shallow = load(backbone, "conv0", weights_file)
+    kept = next(iter(_frozen._networks.values()))
 
-    after = prefix("block1", weights_file).blocks["features.0"].weight
+    assert list(kept) == ["conv0", "conv1", "conv2"]
+    assert n_weights(load(backbone, "fc1", weights_file)) > 200_000
+    assert n_weights(shallow) == 84
 
-    assert not torch.equal(before, after)
 
-
-def test_a_file_copied_over_with_the_old_time_is_loaded_again(weights_file):
-    before = prefix("block1", weights_file).blocks["features.0"].weight.clone()
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_modified_file_is_loaded_again(backbone, state, weights_file, keeps_time):
+    before = load(backbone, "conv0", weights_file).blocks["conv0"].weight.clone()
     stat = weights_file.stat()
-    torch.manual_seed(1)
-    save_file(models.alexnet(weights=None).state_dict(), weights_file)
-    os.utime(weights_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    save_file({key: 2 * value for key, value in state.items()}, weights_file)
+    if keeps_time:
+        os.utime(weights_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    after = prefix("block1", weights_file).blocks["features.0"].weight
+    after = load(backbone, "conv0", weights_file).blocks["conv0"].weight
 
-    assert not torch.equal(before, after)
+    assert torch.equal(after, 2 * before)
 
 
-def test_what_is_loaded_does_not_change_with_the_file(weights_file):
-    weight = prefix("block1", weights_file).blocks["features.0"].weight
+def test_loaded_weights_do_not_change_with_the_file(backbone, weights_file):
+    weight = load(backbone, "conv0", weights_file).blocks["conv0"].weight
     before = weight.clone()
 
     with weights_file.open("r+b") as file:  # in place, as `cp` does it
@@ -91,26 +96,24 @@ def test_what_is_loaded_does_not_change_with_the_file(weights_file):
     assert torch.equal(weight, before)
 
 
-def test_numbers_in_use_must_be_finite(weights_file):
-    torch.manual_seed(0)
-    state = models.alexnet(weights=None).state_dict()
-    state["features.3.bias"][:] = torch.inf
-    save_file(state, weights_file)
+def test_weights_in_use_must_be_finite(backbone, state, tmp_path):
+    state["conv1.bias"][:] = torch.inf
+    save_file(state, tmp_path / "weights.safetensors")
 
-    with pytest.raises(WeightsError, match="'features.3.bias' holds NaN or infinity"):
-        prefix("block1", weights_file)
+    with pytest.raises(WeightsError, match="'conv1.bias' holds NaN or infinity"):
+        load(backbone, "conv0", tmp_path / "weights.safetensors")
 
 
-def test_numbers_not_in_use_may_be_anything(weights_file):
+def test_weights_not_in_use_need_not_be_finite(backbone, state, tmp_path):
     """As in torchvision's VGG-16 ``IMAGENET1K_FEATURES``, whose classifier is NaN."""
-    torch.manual_seed(0)
-    state = models.alexnet(weights=None).state_dict()
-    state["classifier.1.bias"][:] = torch.nan
-    save_file(state, weights_file)
+    state["fc0.bias"][:] = torch.nan
+    save_file(state, tmp_path / "weights.safetensors")
 
-    assert torch.isfinite(prefix("last", weights_file).blocks["features.0"].bias).all()
-    with pytest.raises(WeightsError, match="'classifier.1.bias' holds NaN"):
-        prefix("fc6", weights_file)
+    prefix = load(backbone, "last", tmp_path / "weights.safetensors")
+
+    assert torch.equal(prefix.blocks["conv2"].bias, state["conv2.bias"])
+    with pytest.raises(WeightsError, match="'fc0.bias' holds NaN"):
+        load(backbone, "fc0", tmp_path / "weights.safetensors")
 
 
 def test_prepared_networks_have_no_batch_norm_left():
@@ -118,10 +121,12 @@ def test_prepared_networks_have_no_batch_norm_left():
     blocks = [resolve_layer(backbone, layer).block for layer in ("stem", "layer4")]
     loaded = load_prefix(backbone, None, 0, blocks)
 
-    runner = loaded.runner(torch.device("cpu"), torch.bfloat16, blocks)
+    segments = build_segments(
+        loaded.blocks, set(blocks), torch.device("cpu"), torch.bfloat16
+    )
 
-    segments = runner._engine._segments.values()
-    modules = [part for segment in segments for part in segment.modules()]
+    assert list(segments) == blocks
+    modules = [part for segment in segments.values() for part in segment.modules()]
     assert not [part for part in modules if isinstance(part, nn.BatchNorm2d)]
     convolutions = [part for part in modules if isinstance(part, nn.Conv2d)]
     assert len(convolutions) == 20
@@ -129,10 +134,11 @@ def test_prepared_networks_have_no_batch_norm_left():
         weight = convolution.weight
         assert weight.dtype == torch.bfloat16
         assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert any(isinstance(one, nn.BatchNorm2d) for one in loaded.blocks.values())
 
 
-def test_threads_that_begin_together_load_one_network():
-    backbone = get_backbone("squeezenet1_1")
+def test_concurrent_threads_load_one_network():
+    backbone = get_backbone("tiny")
     block = resolve_layer(backbone, "last").block
     barrier = threading.Barrier(6)
     found = []
@@ -154,18 +160,18 @@ def test_threads_that_begin_together_load_one_network():
     assert len({id(runner) for _, runner in found}) == 1
 
 
-def test_networks_that_cannot_be_asked_for_again_are_not_kept():
+def test_random_networks_without_a_seed_are_not_kept():
     backbone = get_backbone("tiny")
 
     first, second = (load_prefix(backbone, None, None, ["stem.2"]) for _ in range(2))
 
     weights = [one.blocks["stem.0"].weight for one in (first, second)]
     assert not torch.equal(*weights)
-    assert not _loading._networks
-    assert not _loading._prefixes
+    assert not _frozen._networks
+    assert not _frozen._prefixes
 
 
-def test_random_networks_do_not_touch_the_global_generator():
+def test_random_networks_leave_the_global_generator_alone():
     before = torch.get_rng_state()
 
     random_network(get_backbone("tiny"), 3)

@@ -1,4 +1,4 @@
-"""Names that people use for layers, and what they lead to."""
+"""Names of layers and backbones, and how they are resolved."""
 
 import pytest
 
@@ -40,36 +40,36 @@ from skltl.networks import get_backbone, resolve_layer
         ("tiny", "last", "block4.1"),
     ],
 )
-def test_names_lead_to_blocks(backbone, layer, block):
+def test_a_layer_resolves_to_a_block(backbone, layer, block):
     assert resolve_layer(get_backbone(backbone), layer).block == block
 
 
 @pytest.mark.parametrize(
-    ("layer", "near"),
+    ("layer", "words"),
     [
         ("layer5", "'layer4'"),
         ("Layer3", "'layer3'"),
         ("layer3.9", r"'layer3\.\d'"),
         ("block3", "stem, layer1, layer2, layer3, layer4"),
         ("fc", "stem, layer1"),
-        (5, "5 main cut points: stem"),
-        (-6, "5 main cut points: stem"),
+        (5, "5 main layers: stem"),
+        (-6, "5 main layers: stem"),
     ],
 )
-def test_unknown_layers_are_told_what_is_near(layer, near):
-    with pytest.raises(UnknownLayerError, match=near):
+def test_an_unknown_layer_lists_similar_names(layer, words):
+    with pytest.raises(UnknownLayerError, match=words):
         resolve_layer(get_backbone("resnet50"), layer)
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("name", "words"),
     [
         ("resnet", "'resnet50'|'resnet18'"),
         ("VGG16", "'vgg16'"),
     ],
 )
-def test_unknown_backbones_are_told_what_is_near(name, near):
-    with pytest.raises(UnknownBackboneError, match=near):
+def test_an_unknown_backbone_lists_similar_names(name, words):
+    with pytest.raises(UnknownBackboneError, match=words):
         get_backbone(name)
 
 
@@ -77,18 +77,10 @@ def test_tiny_is_listed_first():
     assert list_backbones()[0] == "tiny"
 
 
-def test_layers_are_described():
+def test_main_layers_are_listed_with_their_shapes():
     described = {layer.name: layer for layer in list_layers("alexnet")}
 
-    assert list(described) == [
-        "block1",
-        "block2",
-        "block3",
-        "block4",
-        "block5",
-        "fc6",
-        "fc7",
-    ]
+    assert list(described) == [*(f"block{n}" for n in range(1, 6)), "fc6", "fc7"]
     assert described["fc7"].channels == described["fc7"].n_features == 4096
     assert described["fc7"].stride is None
     assert described["block5"].n_features == 256 * 6 * 6

@@ -288,7 +288,7 @@ def test_engine_and_decoding_are_those_of_all_that_runs(kind, digits, monkeypatc
     advised = fitted.strategy_.estimator.get_params()
     assert {name: advised[f"feat__{name}"] for name in settings} == settings
 
-    monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
+    monkeypatch.setattr("skltl.inference._openvino.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="engine='openvino' cannot run"):
         kind("tiny", engine="openvino", **ROWS).fit(*digits)
 

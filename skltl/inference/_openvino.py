@@ -1,0 +1,191 @@
+"""The OpenVINO engine, and the choice between the engines."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skltl._locks import Lock
+from skltl.exceptions import EngineError
+from skltl.inference._pooling import pool
+from skltl.networks import is_known_code
+
+ENGINES = ("torch", "compile", "openvino")
+
+# The torch layers of torchvision's ConvNets, which OpenVINO can convert. Whether it can
+# convert others is unknown before it tries.
+USUAL_LAYERS = frozenset(
+    (
+        *(nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm),
+        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish),
+        *(nn.Hardsigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+        *(nn.Flatten, nn.Dropout, nn.Identity),
+    )
+)
+
+# OpenVINO's threads do not exist in a forked child, which would wait for them forever.
+_process_of_openvino: int | None = None
+
+
+def resolve_engine(
+    engine: str, device: torch.device, blocks: Mapping[str, nn.Module]
+) -> str:
+    """Return the engine for a network.
+
+    ``"auto"`` is OpenVINO on a CPU where it is installed, and torch for unusual layers
+    and for code of the user, which a conversion might misread.
+    """
+    if engine == "auto":
+        is_usual = all(map(_is_usual, blocks.values()))
+        return "openvino" if is_usual and can_run("openvino", device) else "torch"
+    obstacle = _obstacle(engine, device)
+    if obstacle:
+        raise EngineError(
+            f"engine={engine!r} cannot run: {obstacle}. engine='auto' uses what can."
+        )
+    return engine
+
+
+def can_run(engine: str, device: torch.device) -> bool:
+    """Return whether an engine can run on a device of this machine."""
+    return not _obstacle(engine, device)
+
+
+def _obstacle(engine: str, device: torch.device) -> str:
+    """Return the reason why an engine cannot run, or an empty string."""
+    if engine != "openvino":
+        return ""
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed (pip install 'skltl[openvino]')"
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on the device {str(device)!r}"
+    if _process_of_openvino not in (None, os.getpid()):
+        return (
+            "this process is a forked child of one that has used OpenVINO, whose "
+            "threads do not exist here"
+        )
+    return ""
+
+
+def _is_usual(block: nn.Module) -> bool:
+    """Return whether a block consists of known code and usual layers."""
+    layers = (part for part in block.modules() if type(part).__module__[:6] == "torch.")
+    return is_known_code(block) and all(type(one) in USUAL_LAYERS for one in layers)
+
+
+class OpenVINOEngine:
+    """A network converted to OpenVINO, once for each shape of batches and pooling.
+
+    Pooling is converted with the network, since whole feature maps would be large to
+    return. For the same reason it is cheap to pool after all segments, wanted or not,
+    so that features do not depend on which ones are wanted. Only whole feature maps
+    (``pooling="flatten"``) are returned where they are wanted.
+    """
+
+    def __init__(
+        self,
+        segments: Mapping[str, nn.Module],
+        wanted: Collection[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self._segments = {name: one.float() for name, one in segments.items()}
+        self._wanted = wanted
+        self._precision = "bf16" if dtype == torch.bfloat16 else "f32"
+        self._models: dict[Any, Any] = {}
+        self._lock = Lock()
+
+    def __call__(self, batch: Tensor, pooling: str | int) -> dict[str, Tensor]:
+        """Return the float32 features of the wanted blocks."""
+        key = (tuple(batch.shape), pooling)
+        array = batch.float().contiguous().numpy()
+        with self._lock:  # a request serves one thread at a time
+            if key not in self._models:
+                self._models[key] = self._convert(batch.shape, pooling)
+            names, request = self._models[key]
+            outputs = request.infer([array], share_inputs=True)
+            features = {name: outputs[n].copy() for n, name in enumerate(names)}
+        return {name: torch.from_numpy(features[name]) for name in self._wanted}
+
+    def _convert(
+        self, shape: Sequence[int], pooling: str | int
+    ) -> tuple[list[str], Any]:
+        """Return the names of the outputs, and a request that computes them."""
+        from openvino.frontend import FrontEndManager, OpConversionFailure
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        global _process_of_openvino
+        _process_of_openvino = os.getpid()
+        is_large = pooling == "flatten"
+        names = [one for one in self._segments if not is_large or one in self._wanted]
+        network = _PooledNetwork(self._segments, names, pooling)
+        # Not `openvino.convert_model`, which would ask for consent to telemetry.
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        example = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
+        try:
+            with (
+                torch.device("cpu"),  # not the user's default device
+                warnings.catch_warnings(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
+                warnings.simplefilter("ignore")  # of torch.jit.trace, which they use
+                decoder = TorchScriptPythonDecoder(network, example_input=(example,))
+                model = frontend.convert(frontend.load(decoder))
+        except (RuntimeError, OpConversionFailure) as error:
+            raise EngineError(
+                "engine='openvino' cannot convert this network; engine='torch' runs "
+                f"all of them. {_summary(error)}"
+            ) from error
+        model.reshape(list(shape))
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = _core().compile_model(model, "CPU", settings)
+        return names, compiled.create_infer_request()
+
+
+class _PooledNetwork(nn.Module):
+    """A network whose outputs are the features of the named segments."""
+
+    def __init__(
+        self,
+        segments: Mapping[str, nn.Module],
+        names: Collection[str],
+        pooling: str | int,
+    ) -> None:
+        super().__init__()
+        self._segments = nn.ModuleList(segments.values())
+        self._is_named = [name in names for name in segments]
+        self._pooling = pooling
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return the features, of copies that in-place operations do not change."""
+        features = []
+        for segment, is_named in zip(self._segments, self._is_named, strict=True):
+            batch = segment(batch)
+            if is_named:
+                features.append(pool(batch.clone(), self._pooling))
+        return tuple(features)
+
+
+def _summary(error: Exception) -> str:
+    """Return the lines of OpenVINO's message that name what it cannot convert."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("-- ") and "aten::" in line]
+    return " ".join(line.partition("with a message")[0] for line in named) or lines[0]
+
+
+@cache
+def _core() -> Any:
+    from openvino import Core
+
+    return Core()
