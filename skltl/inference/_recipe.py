@@ -28,7 +28,7 @@ from skltl.networks import (
 
 # Raised when the way features are computed or stored changes: those of other formats
 # are never read.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

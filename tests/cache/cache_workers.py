@@ -107,7 +107,7 @@ def share(folder):
 def kill(folder):
     """Kill workers while they write, and look at what is left each time."""
     _lookup.SECONDS_UNSTORED = 0.0  # so that they write all the time
-    _store.CLAIM_SECONDS = 1.0  # so that the next one need not wait
+    _store.LEASE_SECONDS = 1.0  # so that the next one need not wait
     rng = random.Random(0)
     n_alive, n_lost, faults, before = 0, 0, [], {}
     for _ in range(N_KILLS):
@@ -213,16 +213,16 @@ AS_VIEW = ENDLESS + "SELECT CAST(x AS BLOB) AS key, x AS value, x AS checksum FR
 
 # What somebody with the right to write may have done to a database.
 PLANTED = {
-    "endless view": f"DROP TABLE rows; CREATE VIEW rows AS {AS_VIEW}",
+    "endless view": f"DROP TABLE entries; CREATE VIEW rows AS {AS_VIEW}",
     "endless about": f"DROP TABLE about; CREATE VIEW about AS {ENDLESS}"
     "SELECT x AS text FROM c",
-    "endless trigger": "CREATE TRIGGER t AFTER INSERT ON rows BEGIN INSERT INTO about "
+    "endless trigger": "CREATE TRIGGER t AFTER INSERT ON entries BEGIN INSERT INTO about "
     f"SELECT x FROM ({ENDLESS}SELECT x FROM c); END",
-    "deleting trigger": "CREATE TRIGGER t AFTER INSERT ON rows BEGIN "
-    "DELETE FROM rows; END",
-    "endless index": "CREATE INDEX i ON rows (abs(length(value)))",
-    "giant values": "UPDATE rows SET value = zeroblob(5000000)",
-    "giant keys": f"INSERT INTO rows {ENDLESS}"
+    "deleting trigger": "CREATE TRIGGER t AFTER INSERT ON entries BEGIN "
+    "DELETE FROM entries; END",
+    "endless index": "CREATE INDEX i ON entries (abs(length(value)))",
+    "giant values": "UPDATE entries SET value = zeroblob(5000000)",
+    "giant keys": f"INSERT INTO entries {ENDLESS}"
     "SELECT zeroblob(5000000) || x, x, x FROM c LIMIT 5",
     "giant about": "UPDATE about SET text = zeroblob(5000000)",
     "null about": "DROP TABLE about; CREATE TABLE about (text TEXT); "
@@ -281,7 +281,7 @@ def planted(folder):
 def stored(folder):
     """Return the keys that each database of features holds."""
     return {
-        path: {key for (key,) in ask(path, "SELECT key FROM rows")}
+        path: {key for (key,) in ask(path, "SELECT key FROM entries")}
         for path in (folder / "cache").glob("skltl-features-*.sqlite")
         if ask(path, "SELECT count(*) FROM sqlite_master") != [(0,)]
     }

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from skltl import CNNFeatureTransformer, cache_info, clear_cache
-from skltl.cache._database import Database
 from skltl.exceptions import CacheWarning
 
 
@@ -67,22 +66,22 @@ def write_text(path):
 
 def drop_the_tables(path):
     connection = sqlite3.connect(path)
-    connection.execute("DROP TABLE rows")
-    connection.execute("DROP TABLE claims")
+    connection.execute("DROP TABLE entries")
+    connection.execute("DROP TABLE leases")
     connection.close()
 
 
 def rename_a_column(path):
     connection = sqlite3.connect(path)
-    connection.execute("ALTER TABLE rows RENAME COLUMN value TO number")
-    connection.execute("ALTER TABLE claims RENAME COLUMN until TO number")
+    connection.execute("ALTER TABLE entries RENAME COLUMN value TO number")
+    connection.execute("ALTER TABLE leases RENAME COLUMN expires TO number")
     connection.close()
 
 
 def make_foreign(path):
     path.unlink()
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE rows (name TEXT)")
+    connection.execute("CREATE TABLE entries (name TEXT)")
     connection.commit()
     connection.close()
 
@@ -119,10 +118,10 @@ def test_damaged_files_cost_time_and_nothing_else(damage, filled, images, expect
 @pytest.mark.parametrize("damage", [overwrite, make_foreign])
 def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, images):
     for path in databases(filled):
-        if "files" not in path.name and "claims" not in path.name:
+        if "files" not in path.name and "leases" not in path.name:
             damage(path)
 
-    with pytest.warns(CacheWarning, match="damaged file .* set aside as") as caught:
+    with pytest.warns(CacheWarning, match="damaged file .* renamed to") as caught:
         transformer(filled).fit_transform(images)
 
     assert len(caught) == 1
@@ -143,12 +142,12 @@ def damage_rows(folder, statement):
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE rows SET value = zeroblob(length(value))",
-        "UPDATE rows SET value = substr(value, 5)",
-        "UPDATE rows SET value = 'text'",
-        "UPDATE rows SET value = 17",
-        "UPDATE rows SET checksum = 'text'",
-        "DELETE FROM rows WHERE rowid % 2",
+        "UPDATE entries SET value = zeroblob(length(value))",
+        "UPDATE entries SET value = substr(value, 5)",
+        "UPDATE entries SET value = 'text'",
+        "UPDATE entries SET value = 17",
+        "UPDATE entries SET checksum = 'text'",
+        "DELETE FROM entries WHERE rowid % 2",
     ],
 )
 def test_a_row_that_does_not_fit_its_checksum_is_a_miss(
@@ -164,11 +163,11 @@ def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
     """Whole and intact, but not where it belongs."""
     for path in filled.glob("skltl-features-*.sqlite"):
         connection = sqlite3.connect(path)
-        rows = connection.execute("SELECT * FROM rows ORDER BY key").fetchall()
-        connection.execute("DELETE FROM rows")
+        rows = connection.execute("SELECT * FROM entries ORDER BY key").fetchall()
+        connection.execute("DELETE FROM entries")
         moved = zip(rows, rows[1:] + rows[:1], strict=True)
         connection.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?)",
+            "INSERT INTO entries VALUES (?, ?, ?)",
             [(key, value, checksum) for (key, _, _), (_, value, checksum) in moved],
         )
         connection.commit()
@@ -179,7 +178,7 @@ def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
 
 def test_features_of_another_format_are_not_read(filled, images, expected, monkeypatch):
     """An old one, or that of a version yet to come."""
-    damage_rows(filled, "UPDATE rows SET value = zeroblob(length(value))")
+    damage_rows(filled, "UPDATE entries SET value = zeroblob(length(value))")
     monkeypatch.setattr("skltl.inference._recipe.FORMAT", 0)
 
     found = transformer(filled).fit_transform(images)
@@ -193,7 +192,7 @@ def test_a_folder_that_cannot_be_made_gives_one_warning(images, expected, tmp_pa
 
     cached = transformer(tmp_path / "file" / "cache")
     with pytest.warns(
-        CacheWarning, match="cannot be written .* not all are stored"
+        CacheWarning, match="cannot be written .* not all of them are stored"
     ) as caught:
         first = cached.fit_transform(images)
     again = cached.fit_transform(images)  # a warning would be an error
@@ -209,7 +208,6 @@ import sys, warnings
 import numpy as np
 from skltl import CNNFeatureTransformer
 from skltl.exceptions import CacheWarning
-from skltl.cache._database import Database
 
 def extract(folder):
     return CNNFeatureTransformer(
@@ -253,7 +251,7 @@ def test_a_full_disk_gives_one_warning(tmp_path):
     )
 
     assert warned.count("cannot be written") == 1
-    assert "not all are stored" in warned
+    assert "not all of them are stored" in warned
     for path in databases(tmp_path):
         connection = sqlite3.connect(path)
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -271,10 +269,10 @@ def test_a_process_that_met_a_full_disk_leaves_no_claims(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
     )
 
-    claims = tmp_path / "skltl-claims.sqlite"
+    claims = tmp_path / "skltl-leases.sqlite"
     if claims.exists():
         with closing(sqlite3.connect(claims)) as connection:
-            assert connection.execute("SELECT * FROM claims").fetchall() == []
+            assert connection.execute("SELECT * FROM leases").fetchall() == []
 
 
 def can_mount():
@@ -303,7 +301,7 @@ def test_a_folder_to_read_only_is_read(tmp_path, is_filled):
 
     warned = run_script(tmp_path, *wrapper, f'{mount} && exec "$@"', "sh")
 
-    assert warned.count("not all are stored") == (not is_filled)
+    assert warned.count("not all of them are stored") == (not is_filled)
 
 
 def test_the_least_recently_used_goes_first(images, tmp_path, monkeypatch):
@@ -378,14 +376,14 @@ def test_files_that_may_not_be_deleted_cost_no_result(
 
 
 def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch):
-    monkeypatch.setattr("skltl.cache._database.PATIENCE", 0.2)
+    monkeypatch.setattr("skltl.cache._store.LOCK_SECONDS", 0.2)
     other = np.concatenate([images, 255 - images])
     locks = [sqlite3.connect(path) for path in databases(filled)]
     for lock in locks:
         lock.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
 
-    with pytest.warns(CacheWarning, match="is locked by another program") as caught:
+    with pytest.warns(CacheWarning, match="has a file locked by another program") as caught:
         found = transformer(filled).fit_transform(other)
     for _ in range(5):
         transformer(filled).fit_transform(other)
@@ -399,13 +397,13 @@ def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch)
     assert seconds < 0.2 * (len(locks) + 1) + 10
 
 
-def test_claims_from_a_wrong_clock_are_not_believed(filled, images):
-    """Of a dead writer on a machine whose clock is an hour ahead."""
-    (path,) = filled.glob("skltl-claims.sqlite")
-    with closing(Database(path)) as database:
-        an_hour_ahead = time.time() + 3600
-        database.claim([b"image"], b"dead", an_hour_ahead, an_hour_ahead + 15)
+def test_leases_of_a_clock_that_is_ahead_are_ignored(tmp_path, monkeypatch):
+    dead, alive = Leases(tmp_path, "work"), Leases(tmp_path, "work")
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda now=time.time(): now + 3600)
+        assert dead.acquire([b"image"]) == {b"image"}
 
-        granted = database.claim([b"image"], b"alive", time.time(), time.time() + 15)
+    assert alive.acquire([b"image"]) == {b"image"}
 
-    assert granted == {b"image"}
+    for leases in (dead, alive):
+        leases.close()
