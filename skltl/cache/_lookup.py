@@ -120,7 +120,7 @@ class CachedFeatures:
     def wait_for_others(self) -> list[int]:
         """Wait for other extractions; return positions that are left to this one."""
         self._store()
-        self._leases.release_all()  # nobody may wait for an extraction that waits
+        self._leases.release()  # nobody may wait for an extraction that waits
         others = self._copy_repeated()
         while others:
             leased = self._leases.acquire({self._keys[one] for one in others})
@@ -139,7 +139,7 @@ class CachedFeatures:
         with ExitStack() as stack:
             for store in (*self._stores.values(), self._known_files, self._leases):
                 stack.callback(store.close)
-            stack.callback(self._leases.release_all)
+            stack.callback(self._leases.release)
             self._store()
 
     def _read(self, positions: Sequence[int]) -> list[int]:

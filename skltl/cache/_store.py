@@ -141,8 +141,8 @@ class Store:
     The same holds in a forked child for a store that its parent has opened.
     """
 
-    # The contents survive a power failure, which takes time when they are written (they
-    # survive the end of the process in any case), and the user misses them.
+    # Writes wait for the disk, to survive a power failure, and the user is told when
+    # they are impossible. The end of the process they survive in any case.
     is_durable = True
 
     def __init__(
@@ -334,24 +334,19 @@ class Leases(Store):
             granted |= set(chunk) if found is None else found
         return {key.removeprefix(self._prefix) for key in granted}
 
-    def release(self, keys: Iterable[bytes]) -> None:
-        """End leases."""
-        self._release(self._held & {self._prefix + key for key in keys})
+    def release(self, keys: Iterable[bytes] | None = None) -> None:
+        """End leases, by default all of this owner.
 
-    def release_all(self) -> None:
-        """End all leases of this owner."""
-        self._release(self._held)
-
-    def _release(self, held: set[bytes]) -> None:
-        """End leases, which a full disk does not permit.
-
-        Then the file is deleted, with everybody's leases: other extractions would wait
-        for features that cannot be stored.
+        A full disk does not permit it. Then the file is deleted, with all leases in it:
+        other extractions would wait for features that cannot be stored.
         """
-        self._held = self._held - held
-        if not held or _is_paused(_unwritten, self._path):
+        ended = self._held
+        if keys is not None:
+            ended = self._held & {self._prefix + key for key in keys}
+        self._held = self._held - ended
+        if not ended or _is_paused(_unwritten, self._path):
             return
-        delete = partial(_delete_leases, keys=held, owner=self._owner)
+        delete = partial(_delete_leases, keys=ended, owner=self._owner)
         is_released = self._attempt(delete, False, _unwritten)
         if not is_released and _is_paused(_unwritten, self._folder):
             self._attempt(partial(_delete_file, path=self._path), None, _unwritten)
