@@ -14,52 +14,42 @@ from numpy.typing import NDArray
 
 from skltl._caller import level_of_the_user
 
-# What lies in memory; more than that lies in a file in the system's temporary folder.
+# Size above which arrays are stored in a file in the system's temporary folder.
 MAX_BYTES_IN_MEMORY = 2**31
 
-# So many are written at a time where room cannot be reserved otherwise.
+# Number of zeros written at a time where disk space cannot be reserved otherwise.
 ZEROS = 2**24
 
 
 def new_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """Make an array, in a file if it is too large for memory.
+    """Return an uninitialized array, backed by a temporary file if it is large.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        Its shape.
-    dtype : type
-        Of its numbers.
-
-    Returns
-    -------
-    array
-        Its numbers are whatever was there before. A file has no name any more, and ends
-        with the array. Not a `numpy.memmap`, which would be taken for a file that
-        another process can open. If there is no room for a file, the array lies in
-        memory, with a warning.
+    The file is unlinked at once, and its space is released with the array. The array is
+    not a `numpy.memmap`, which joblib would take for a file that other processes can
+    open. Without disk space, the array is in memory, with a warning.
     """
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     if n_bytes <= MAX_BYTES_IN_MEMORY:
         return np.empty(shape, dtype)
     try:
-        memory = _map_file(n_bytes)
+        buffer = _map_file(n_bytes)
     except OSError as error:
         warnings.warn(
-            f"An array of {n_bytes / 1e6:,.0f} MB lies in memory, since it cannot lie "
-            f"in a file in {tempfile.gettempdir()!r} ({error.strerror}). Set the "
-            "environment variable TMPDIR before Python starts to use another folder.",
+            f"An array of {n_bytes / 1e6:,.0f} MB is allocated in memory, because no "
+            f"file of that size can be created in {tempfile.gettempdir()!r} "
+            f"({error.strerror}). To use another folder, set the environment variable "
+            "TMPDIR before Python starts.",
             RuntimeWarning,
             stacklevel=level_of_the_user(),
         )
         return np.empty(shape, dtype)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.frombuffer(buffer, dtype).reshape(shape)
 
 
 def _map_file(n_bytes: int) -> mmap.mmap:
-    """Map a new file whose room on the disk is reserved.
+    """Map a new file, with its disk space reserved.
 
-    Without room, writing to the map would end the process.
+    Without the space, writing to the array would kill the process.
     """
     with tempfile.TemporaryFile(prefix="skltl-") as file:
         if hasattr(os, "posix_fallocate"):

@@ -1,20 +1,6 @@
-"""Features kept on disk: the store, its keys, lookups, and the folder."""
+"""Features stored on disk: the databases, the keys, lookups, and the folder."""
 
-from skltl.cache._folder import (
-    CacheEntry,
-    CacheInfo,
-    cache_info,
-    clear_cache,
-    resolve_folder,
-)
-from skltl.cache._lookup import CacheSession, NoCache
+from skltl.cache._folder import cache_info, clear_cache, resolve_folder
+from skltl.cache._lookup import CachedFeatures
 
-__all__ = [
-    "CacheEntry",
-    "CacheInfo",
-    "CacheSession",
-    "NoCache",
-    "cache_info",
-    "clear_cache",
-    "resolve_folder",
-]
+__all__ = ["CachedFeatures", "cache_info", "clear_cache", "resolve_folder"]

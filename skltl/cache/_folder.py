@@ -1,4 +1,4 @@
-"""The folder in which features are kept, one database for each fingerprint."""
+"""The cache folder: its location, contents and limit. One database per fingerprint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sqlite3
 import stat
 import warnings
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,49 +17,33 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from skltl._caller import level_of_the_user
-from skltl.cache._database import COMPANIONS, DamagedDatabaseError, Database, look_into
-from skltl.cache._store import last_changed, shortened
-from skltl.exceptions import CacheWarning
+from skltl.cache._store import (
+    COMPANIONS,
+    DamagedDatabaseError,
+    delete_database,
+    inspect_database,
+    last_changed,
+)
+from skltl.exceptions import CacheWarning, shorten
 
-# Of all databases together, in units of 10^9 bytes. Average-pooled features of all main
-# cut points of ResNet-50 are 16 kB an image: a million images.
-LIMIT = 20.0
+# Default limit of all files together, in GB (10^9 bytes). Average-pooled features at
+# all main layers of ResNet-50 take 16 kB per image: the limit is a million images.
+DEFAULT_LIMIT = 20.0
 
 FEATURES = "skltl-features-"
 
 OWN_FILES = re.compile(
-    r"skltl-(features-[0-9a-f]{32}|files-[0-9a-f]{32}|claims)\.sqlite"
+    r"skltl-(features-[0-9a-f]{32}|files-[0-9a-f]{32}|leases|claims)\.sqlite"
     r"(\.[0-9a-f]{8}\.damaged)?(-journal|-wal|-shm)?"
 )
 
-# What `CacheInfo` does not show of its entries, and how many it shows.
+# Fields of entries that the table of `CacheInfo` leaves out, and its number of rows.
 HIDDEN = ("depth", "batch_size", "device", "preprocessing", "last_used", "path")
 N_SHOWN = 20
 
 
 class CacheEntry(NamedTuple):
-    """What is kept of one way to compute features.
-
-    Parameters
-    ----------
-    backbone, layer, pooling, image_size, batch_size, device, precision, engine
-        What an estimator's parameters of these names amounted to.
-    depth : int
-        How many of the backbone's blocks lie before the cut.
-    preprocessing : str
-        How images are resized, cropped and normalised.
-    network : str
-        The first digits of a digest of the network up to the cut, its weights included:
-        equal digests mean the same weights, whatever file or seed they came from.
-    n_images : int
-        Images whose features are kept.
-    n_bytes : int
-        Of the file.
-    last_used : datetime
-        When features were last read or written, in local time.
-    path : Path
-        The file.
-    """
+    """One way to compute features, and how much of it is stored; see `cache_info`."""
 
     backbone: str
     layer: str
@@ -78,12 +62,12 @@ class CacheEntry(NamedTuple):
     path: Path
 
 
-# What a database says of itself: texts, but for these.
-FACTS = CacheEntry._fields[:11]
-NUMBERS = ("depth", "image_size", "batch_size")
+# The fields that a database describes itself with, and their types.
+DESCRIBED = CacheEntry._fields[:11]
+INTEGERS = ("depth", "image_size", "batch_size")
 
-# What comes of a file that says other things. RecursionError: lists in lists in lists;
-# OverflowError: a year that no calendar has.
+# Errors of files that are not ours. RecursionError: deeply nested lists in JSON;
+# OverflowError: a time of last use that is not in the calendar.
 NOT_OURS = (
     DamagedDatabaseError,
     OSError,
@@ -96,21 +80,7 @@ NOT_OURS = (
 
 
 class CacheInfo(NamedTuple):
-    """What a folder of cached features holds.
-
-    Printed, it is a short table; ``pandas.DataFrame(info.entries)`` has all of it.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder.
-    n_bytes : int
-        Of all files of the cache.
-    max_bytes : float
-        What they may grow to.
-    entries : list of CacheEntry
-        One for each way to compute features, by backbone and depth of the cut.
-    """
+    """Contents of a cache folder; see `cache_info`."""
 
     folder: Path
     n_bytes: int
@@ -120,7 +90,7 @@ class CacheInfo(NamedTuple):
     def __repr__(self) -> str:
         """Show the first entries as a table."""
         lines = [
-            f"Cache of features in {shortened(repr(str(self.folder)))}: "
+            f"Feature cache in {shorten(repr(str(self.folder)), 120)}: "
             f"{self.n_bytes / 1e6:.1f} MB of {self.max_bytes / 1e6:.1f} MB"
         ]
         if self.entries:
@@ -137,25 +107,35 @@ class CacheInfo(NamedTuple):
 
 
 def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
-    """Say what the cache of features holds.
+    """Describe the contents of a feature cache.
 
     Parameters
     ----------
     cache : bool, str or path, default=True
-        What the `cache` parameter of the estimators takes: a folder, or ``True`` for
-        the usual one.
+        Cache folder, as in the `cache` parameter of the estimators: ``True`` is the
+        default folder.
 
     Returns
     -------
-    CacheInfo
-        A named tuple (folder, n_bytes, max_bytes, entries) that prints as a table. Each
-        entry is one for one network, cut point, pooling and so on, with `n_images`,
-        `n_bytes` and when it was `last_used`. All of them with all that is known:
-        ``pandas.DataFrame(cache_info().entries)``.
+    info : CacheInfo
+        Named tuple that prints as a table, with the fields
+
+        - `folder` (Path);
+        - `n_bytes`, the size of all files of the cache, and its limit `max_bytes`;
+        - `entries`, a list of named tuples. Each entry stands for one way to compute
+          features: `backbone`, `layer`, `pooling`, `image_size`, `batch_size`,
+          `device`, `precision` and `engine` are resolved parameters; `depth` is the
+          number of blocks up to the layer; `preprocessing` describes resizing, cropping
+          and normalization; `network` is the beginning of a digest of the network up to
+          the layer, which is equal for equal weights; `n_images` is the number of
+          images whose features are stored, `n_bytes` the size of the file `path`, and
+          `last_used` the local time of its last use.
+
+        ``pandas.DataFrame(info.entries)`` makes a data frame.
 
     See Also
     --------
-    clear_cache : Delete it.
+    clear_cache : Delete a feature cache.
 
     Examples
     --------
@@ -174,26 +154,24 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     block3 6
     block4 6
     """
-    folder = _named_folder(cache)
+    folder = _required_folder(cache)
     entries = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
     known = [entry for entry in entries if entry is not None]
-    return CacheInfo(
-        folder, n_bytes(folder), max_bytes(), sorted(known, key=_by_recipe)
-    )
+    return CacheInfo(folder, n_bytes(folder), max_bytes(), sorted(known, key=_order))
 
 
 def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
-    """Delete the cache of features.
+    """Delete a feature cache.
 
     Parameters
     ----------
     cache : bool, str or path, default=True
-        What the `cache` parameter of the estimators takes: a folder, or ``True`` for
-        the usual one. Files in it that are not of the cache are left alone.
+        Cache folder, as in the `cache` parameter of the estimators: ``True`` is the
+        default folder. Other files in the folder are kept.
 
     See Also
     --------
-    cache_info : What it holds.
+    cache_info : Describe the contents of a feature cache.
 
     Examples
     --------
@@ -202,112 +180,103 @@ def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     clear_cache(folder)
     """
-    folder = _named_folder(cache)
+    folder = _required_folder(cache)
     left = [path.name for path in _files(folder) if not _delete(path)]
     if left:
         warnings.warn(
-            f"Of the cache of features in {shortened(repr(str(folder)))} {len(left)} "
-            f"files could not be deleted: {', '.join(left[:2])}, ... Another program "
-            "may be using them, or the right to write is missing.",
+            f"{len(left)} files of the feature cache in "
+            f"{shorten(repr(str(folder)), 120)} could not be deleted: "
+            f"{', '.join(left[:2])}, ... Close other programs that use them, or check "
+            "the permissions of the folder.",
             CacheWarning,
             stacklevel=level_of_the_user(),
         )
 
 
 def resolve_folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
-    """Return the folder that a `cache` parameter means, ``None`` for no cache.
+    """Return the folder that a `cache` parameter stands for, ``None`` for no cache.
 
-    Raises
-    ------
-    ValueError
-        If it cannot be a folder's name.
+    Raises `ValueError` if it is not a valid path.
     """
     if cache is None or (isinstance(cache, (bool, np.bool_)) and not cache):
         return None
-    own = os.environ.get("SKLTL_CACHE")
-    if isinstance(cache, (bool, np.bool_)) and not own:
-        return user_cache_path("skltl")
-    name = own if isinstance(cache, (bool, np.bool_)) else cache
+    name = cache
+    if isinstance(cache, (bool, np.bool_)):
+        name = os.environ.get("SKLTL_CACHE") or user_cache_path("skltl")
     try:
         text = os.fspath(name)  # type: ignore[arg-type]
         os.fsencode(text)
         if not text or "\0" in text:
-            raise ValueError("it is empty, or has a null character")
+            raise ValueError("it is empty or has a null character")
         return Path(text).expanduser().absolute()
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(
-            f"cache={shortened(repr(name))} names no folder: {shortened(str(error))}."
+            f"cache={shorten(repr(name), 120)} is not a valid path: "
+            f"{shorten(str(error), 120)}."
         ) from error
 
 
 def max_bytes() -> float:
-    """Return what the cache may grow to: ``SKLTL_CACHE_LIMIT``, in gigabytes.
+    """Return the limit of the cache's size, from ``SKLTL_CACHE_LIMIT`` (in GB).
 
-    Raises
-    ------
-    ValueError
-        If that is no number from 0 on.
+    Raises `ValueError` if that is not a non-negative number.
     """
-    text = os.environ.get("SKLTL_CACHE_LIMIT") or str(LIMIT)
+    text = os.environ.get("SKLTL_CACHE_LIMIT") or str(DEFAULT_LIMIT)
     try:
         limit = float(text)
     except ValueError:
         limit = -1.0
     if not limit >= 0:
         raise ValueError(
-            f"SKLTL_CACHE_LIMIT={shortened(repr(text))} in the environment must be a "
-            "number from 0 on: how many gigabytes the cache may grow to ('inf' for no "
-            "limit)."
+            f"The environment variable SKLTL_CACHE_LIMIT={shorten(repr(text), 120)} "
+            "must be a non-negative number: the size limit of the feature cache in "
+            "gigabytes ('inf' for no limit)."
         )
     return limit * 1e9
 
 
 def n_bytes(folder: Path) -> int:
     """Return the size of all files of the cache."""
-    sizes = 0
+    size = 0
     for path in _files(folder):
         with suppress(OSError):  # another process has just deleted it
-            sizes += path.lstat().st_size
-    return sizes
+            size += path.lstat().st_size
+    return size
 
 
 def drop_oldest(folder: Path, in_use: set[str]) -> bool:
-    """Delete databases until the limit is kept.
+    """Delete files until the limit holds, and tell whether it does.
 
-    Damaged ones go first, then the least recently used.
-
-    Returns
-    -------
-    bool
-        Whether it is kept now. Those in use, and those of other users, stay.
+    Damaged files go first, then the least recently used databases. Databases in use,
+    and files of other users, are kept.
     """
     limit = max_bytes()
+    size = n_bytes(folder)
     for path in sorted(_files(folder), key=_by_use):
-        if n_bytes(folder) <= limit:
-            return True
+        if size <= limit:
+            break
         if path.stem not in in_use:
             _delete(path)
-    return n_bytes(folder) <= limit
+            size = n_bytes(folder)
+    return size <= limit
 
 
-def _named_folder(cache: str | os.PathLike[str] | bool) -> Path:
+def _required_folder(cache: str | os.PathLike[str] | bool) -> Path:
     folder = resolve_folder(cache)
     if folder is None:
-        raise ValueError(
-            f"cache={cache!r} means no cache. Name a folder, or pass True."
-        )
+        raise ValueError(f"cache={cache!r} means no cache. Pass a folder or True.")
     return folder
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the cache's files, and whatever else has the name of one."""
+    """List the files of the cache, and whatever else has the name of one."""
     try:
         return sorted(
             path
             for path in folder.iterdir()
             if OWN_FILES.fullmatch(path.name) and not _is_folder(path)
         )
-    except OSError:  # not made yet, or not to be read
+    except OSError:  # it does not exist, or may not be read
         return []
 
 
@@ -323,65 +292,66 @@ def _by_use(path: Path) -> tuple[bool, float]:
 
 
 def _entry(path: Path) -> CacheEntry | None:
-    """Look into a database; one that holds no features we know of is not listed."""
+    """Return what a database holds, ``None`` if these are not features of ours."""
     try:
         state = path.lstat()
-        about, n_images = look_into(path)
-        facts = _checked(json.loads(about))
-        used = datetime.fromtimestamp(state.st_mtime)
+        description, n_images = inspect_database(path)
+        last_used = datetime.fromtimestamp(state.st_mtime)
+        fields = _checked(json.loads(description))
         return CacheEntry(
-            **facts,
+            **fields,
             n_images=n_images,
             n_bytes=state.st_size,
-            last_used=used,
+            last_used=last_used,
             path=path,
         )
     except NOT_OURS:
         return None
 
 
-def _checked(facts: Any) -> dict[str, Any]:
-    """Return what a database says of itself, if it says that as ours do."""
-    if not isinstance(facts, dict) or facts.keys() != set(FACTS):
-        raise ValueError("other facts")
-    for name, value in facts.items():
-        kinds: tuple[type, ...] = (int,) if name in NUMBERS else (str,)
-        if type(value) not in (kinds if name != "pooling" else (str, int)):
-            raise ValueError(f"{name} of another type")
-    return facts
+def _checked(fields: Any) -> dict[str, Any]:
+    """Return a database's description, if its fields and their types are ours."""
+    if not isinstance(fields, dict) or fields.keys() != set(DESCRIBED):
+        raise ValueError("other fields")
+    for name, value in fields.items():
+        expected = int if name in INTEGERS else str
+        if type(value) is not expected and not (
+            name == "pooling" and type(value) is int
+        ):
+            raise ValueError(f"{name} has another type")
+    return fields
 
 
 def _cell(value: Any) -> str:
-    """Return a value for a table, on one line and not too long."""
-    text = str(value).encode("unicode_escape").decode()
-    return shortened(text, 24)
+    """Format a value for the table: on one line, and not too long."""
+    return shorten(str(value).encode("unicode_escape").decode(), 24)
 
 
-def _by_recipe(entry: CacheEntry) -> tuple[str | int, ...]:
-    """Sort the cut points of one network together, in the network's order."""
-    recipe = (entry.backbone, entry.image_size, str(entry.pooling), entry.batch_size)
-    return (*recipe, entry.device, entry.precision, entry.depth)
+def _order(entry: CacheEntry) -> tuple[str | int, ...]:
+    """Sort the layers of one network together, in the network's order."""
+    config = (entry.backbone, entry.image_size, str(entry.pooling), entry.batch_size)
+    return (*config, entry.device, entry.precision, entry.depth)
 
 
 def _delete(path: Path) -> bool:
-    """Delete a file of the cache, a database between two transactions.
+    """Delete a file of the cache, and tell whether it is gone.
 
-    Returns whether it is gone now: one that is locked, or not ours to delete, stays.
-    What SQLite has put beside a database that is there, it looks after itself.
+    A database is deleted between two transactions; its companions are left to SQLite as
+    long as it exists. A file that is locked, or that belongs to another user, stays.
     """
     try:
         if path.suffix == ".sqlite":
-            with suppress(DamagedDatabaseError), closing(Database(path)) as database:
-                database.delete()
-        if not _belongs_to_another(path):
+            with suppress(DamagedDatabaseError):
+                delete_database(path)
+        if not _has_database(path):
             path.unlink(missing_ok=True)
     except (OSError, sqlite3.Error):
         return False
     return not os.path.lexists(path)
 
 
-def _belongs_to_another(path: Path) -> bool:
-    """Tell whether a file is a journal or the like, of a database that is there."""
+def _has_database(path: Path) -> bool:
+    """Tell whether a file is a companion of a database that exists."""
     names = (path.name.removesuffix(suffix) for suffix in COMPANIONS)
     return any(
         name != path.name and os.path.lexists(path.with_name(name)) for name in names

@@ -1,176 +1,205 @@
-"""One database of the cache that would rather do nothing than fail."""
+"""Values by key in SQLite files that processes share and that may get damaged.
+
+Whatever happens to a file, a value that is read was written under its key: each entry
+has a checksum, and an entry that does not match it counts as missing. A cache saves
+time, so none of its errors may cost a result: a damaged file is replaced, and a file
+that cannot be used is ignored, with one warning.
+
+Whoever can write to the folder can plant files in it. Therefore nothing in a file is
+executed: its tables must be exactly ours (no view, no trigger), its values are limited
+in length, and neither links nor journals may lead out of the folder.
+
+SQLite's rollback journal is used instead of its write-ahead log (WAL), which has a bug
+before version 3.51.3 that can damage files, and cannot be read in a read-only folder.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sqlite3
+import stat
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache, partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from skltl._caller import level_of_the_user
-from skltl.cache._database import (
-    COMPANIONS,
-    KEYS_PER_QUERY,
-    DamagedDatabaseError,
-    Database,
-)
-from skltl.exceptions import CacheWarning
+from skltl.exceptions import CacheWarning, shorten
 
-# What one query may bring into memory.
+Entry = tuple[bytes, bytes]  # key and value
+Result = TypeVar("Result")
+
+# "sktl" in ASCII: distinguishes these files from those of other programs.
+APPLICATION_ID = 0x736B746C
+
+SCHEMA = """
+CREATE TABLE entries
+    (key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL);
+CREATE TABLE leases
+    (key BLOB PRIMARY KEY, owner BLOB NOT NULL, expires REAL NOT NULL);
+CREATE TABLE about (text TEXT NOT NULL);
+"""
+
+# The files that SQLite creates beside a database.
+COMPANIONS = ("-journal", "-wal", "-shm")
+
+# SQLite's limit of placeholders in a statement was 999 for a long time.
+KEYS_PER_QUERY = 500
 BYTES_PER_QUERY = 2**26
 
-# Claims are renewed with every batch, which takes a second, or a few. Those of a
-# process that was killed hold others up for so long.
-CLAIM_SECONDS = 15.0
+# Writers lock a file for milliseconds; on a slow network drive, for seconds.
+LOCK_SECONDS = 10.0
 
-# How long a process does without what it could not read, write, or wait for.
+# Limit on one call's processor time, which only a planted file can reach.
+CPU_SECONDS = 10.0
+STEPS_BETWEEN_CHECKS = 10_000
+
+# Bytes beside a value: its key, its checksum and SQLite's own; and all other texts.
+BYTES_BESIDE = 10_000
+
+# Smallest number of bytes that an entry takes in a file.
+MIN_ENTRY_BYTES = 16
+
+# End of a journal that names another file, which SQLite would delete.
+NAMES_ANOTHER_FILE = bytes.fromhex("d9d505f920a163d7")
+
+# Leases are renewed with every chunk of images, which takes a few seconds at most as a
+# rule. The images of a process that was killed are left to the others after this time.
+LEASE_SECONDS = 15.0
+
+# How long a process ignores a file that it could not read, write or lock.
 PAUSE_SECONDS = 300.0
 
-# Of each database so many damaged ones are kept, for who wants to know what happened.
+# Number of damaged files of each name that are kept for inspection.
 DAMAGED_KEPT = 2
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MOVED = sqlite3.SQLITE_READONLY_DBMOVED
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 _FULL_ERRNO = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-Result = TypeVar("Result")
+# Our statements are constant. So besides real damage, unknown tables or columns
+# (SQLITE_ERROR), violated constraints, values that are too long (SQLITE_TOOBIG) and
+# endless work (SQLITE_INTERRUPT) mean that the file is not ours.
+_DAMAGED = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_INTERRUPT,
+}
 
-# Of the process: what was warned of, which files it does without until when, and which
-# files and folders it does not write to until when.
+# State of this process: warnings given, by folder and subject; times until which a file
+# is not used, or a file or folder not written to; and connections inherited by a fork,
+# which must not be closed, since that could end a transaction of the parent.
 _warned: set[tuple[Path, str]] = set()
 _unused: dict[Path, float] = {}
 _unwritten: dict[Path, float] = {}
+_inherited: list[sqlite3.Connection] = []
 
-# Connections that a forked child must not close: that could end a transaction of its
-# parent.
-_inherited: list[Database] = []
+# SQLite has internal locks, which a forked child would inherit locked if another thread
+# held them. So threads use SQLite one at a time, and a fork waits for that thread (but
+# not longer than the thread may wait for a file).
+_sqlite_lock = threading.RLock()
 
 
-class Shelf:
-    """A database that is set aside when it is damaged, and done without otherwise.
+def _unlock_after_fork() -> None:
+    with suppress(RuntimeError):  # the time was up before it was acquired
+        _sqlite_lock.release()
 
-    A cache saves time; no error of it may cost a result. A process warns of each kind
-    of trouble in a folder once. In a forked child, a shelf of the parent is empty and
-    takes nothing.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the cache; it is made if it is not there.
-    name : str
-        Of the database.
-    n_bytes : int, default=0
-        The length of each of its values.
-    about, is_durable
-        See `Database`.
-    is_missed : bool, default=True
-        Whether the user is told when the file cannot be used.
+def _renew_lock_in_child() -> None:
+    global _sqlite_lock
+    _sqlite_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _sqlite_lock.acquire(timeout=LOCK_SECONDS),
+        after_in_parent=_unlock_after_fork,
+        after_in_child=_renew_lock_in_child,
+    )
+
+
+class DamagedDatabaseError(Exception):
+    """The file is not a database, is damaged, or belongs to another program."""
+
+
+class Store:
+    """Values by key in one file of a cache folder, without errors of its own.
+
+    While the file cannot be used, nothing is found in it and nothing is written to it.
+    The same holds in a forked child for a store that its parent has opened.
     """
+
+    # Writes wait for the disk, to survive a power failure, and the user is told when
+    # they are impossible. The end of the process they survive in any case.
+    is_durable = True
 
     def __init__(
         self,
         folder: Path,
         name: str,
-        n_bytes: int = 0,
-        about: Callable[[], str] = str,
-        is_durable: bool = True,
-        is_missed: bool = True,
+        n_value_bytes: int = 0,
+        describe: Callable[[], str] = str,
     ) -> None:
+        self.name = name
         self._folder = folder
         self._path = folder / f"{name}.sqlite"
-        self._n_bytes = n_bytes
-        self._about = about
-        self._is_durable = is_durable
-        self._is_missed = is_missed
-        self._database: Database | None = None
+        self._n_value_bytes = n_value_bytes
+        self._describe = describe
+        self._connection: sqlite3.Connection | None = None
         self._inode: int | None = None
-        self._may_store = True
+        self._may_write = True
         self._process = os.getpid()
 
     def close(self) -> None:
         """Close the file."""
-        if self._database is not None:
+        if self._connection is not None:
             if self._is_inherited():
-                _inherited.append(self._database)
+                _inherited.append(self._connection)
             else:
-                self._database.close()
-        self._database = None
+                _close(self._connection)
+        self._connection = None
 
-    def read(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Yield key and value of the rows that are there and intact."""
-        n_keys = max(1, min(KEYS_PER_QUERY, BYTES_PER_QUERY // self._n_bytes))
-        for some in _pieces(keys, n_keys):
-            for key, value in self._attempt(_reading(some), _NO_ROWS, _unused):
-                if len(value) == self._n_bytes:
+    def read(self, keys: Sequence[bytes]) -> Iterator[Entry]:
+        """Yield key and value of the entries that exist and are intact."""
+        n_that_fit = BYTES_PER_QUERY // max(1, self._n_value_bytes)
+        for chunk in _chunks(keys, max(1, min(KEYS_PER_QUERY, n_that_fit))):
+            entries: list[Entry] = []
+            entries = self._attempt(partial(_select, keys=chunk), entries, _unused)
+            for key, value in entries:
+                if len(value) == self._n_value_bytes:
                     yield key, value
 
-    def write(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        """Store rows, if that is possible."""
-        if rows and self._is_writable():
-            self._attempt(lambda database: database.write(rows), None, _unwritten)
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Store entries, all or none, replacing those with the same keys."""
+        if entries and self._is_writable():
+            self._attempt(partial(_insert, entries=entries), None, _unwritten)
 
-    def claim(self, keys: Sequence[bytes], owner: bytes) -> set[bytes] | None:
-        """Announce that rows are being computed; return those to compute here.
-
-        ``None`` means all: nothing can be announced.
-        """
-        granted: set[bytes] = set()
-        for some in _pieces(keys, KEYS_PER_QUERY):
-            found = self._claim(some, owner) if self._is_writable() else None
-            if found is None:
-                self.release(list(granted), owner)
-                return None
-            granted |= found
-        return granted
-
-    def release(self, keys: Sequence[bytes], owner: bytes) -> None:
-        """Withdraw claims.
-
-        A full disk takes no changes either. Then the file goes, with the claims of all:
-        others would wait for rows that cannot be stored.
-        """
-        if not keys or _is_paused(_unwritten, self._path):
-            return
-        is_done = self._attempt(_releasing(keys, owner), False, _unwritten)
-        if not is_done and _is_paused(_unwritten, self._folder):
-            self._attempt(lambda database: database.delete(), None, _unwritten)
-            self.close()
-
-    def stop_storing(self, why: str) -> None:
-        """Only read from now on."""
-        self._may_store = False
-        self._warn("storing", f"{why} Features are right, but not all are stored.")
-
-    def _claim(self, keys: Sequence[bytes], owner: bytes) -> set[bytes] | None:
-        now = time.time()
-        return self._attempt(
-            lambda database: database.claim(keys, owner, now, now + CLAIM_SECONDS),
-            None,
-            _unwritten,
+    def stop_writing(self, why: str) -> None:
+        """Only read from now on, and warn."""
+        self._may_write = False
+        self._warn(
+            "writing", f"{why} Features are correct, but not all of them are stored."
         )
-
-    def _is_writable(self) -> bool:
-        return self._may_store and not any(
-            _is_paused(_unwritten, path) for path in (self._folder, self._path)
-        )
-
-    def _is_inherited(self) -> bool:
-        return os.getpid() != self._process
 
     def _attempt(
         self,
-        action: Callable[[Database], Result],
+        action: Callable[[sqlite3.Connection], Result],
         otherwise: Result,
         pauses: dict[Path, float],
     ) -> Result:
-        """Do something with the database; in vain, return something else instead.
+        """Return the result of an action, or something else if the file has an error.
 
         An error pauses the use of the file, or only writing to it.
         """
@@ -178,32 +207,42 @@ class Shelf:
             if self._is_inherited() or _is_paused(_unused, self._path):
                 break
             try:
-                return action(self._opened())
+                connection = self._open()
+                with _guarded(connection, self._path):
+                    return action(connection)
             except DamagedDatabaseError as error:
                 self.close()
                 self._set_aside(error)
             except (sqlite3.Error, OSError) as error:
                 self.close()
-                # Another process has deleted the file: begin a new one.
+                # If another process has deleted the file, a new one is created.
                 if getattr(error, "sqlite_errorcode", 0) != _MOVED:
-                    self._do_without(error, pauses)
+                    self._pause(error, pauses)
                     break
         return otherwise
 
-    def _opened(self) -> Database:
-        if self._database is None:
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._inode = _inode(self._path)
-            self._database = Database(
-                self._path, self._n_bytes, self._about, self._is_durable
+            self._connection = _open_database(
+                self._path, self._n_value_bytes, self._describe, self.is_durable
             )
             self._inode = _inode(self._path)
             with suppress(OSError):
-                os.utime(self._path)  # the least recently used ones are deleted first
-        return self._database
+                os.utime(self._path)  # the least recently used files are deleted first
+        return self._connection
 
-    def _do_without(self, error: Exception, pauses: dict[Path, float]) -> None:
-        """Use a file no more for a while, or write no more to it, or to the folder."""
+    def _is_inherited(self) -> bool:
+        return os.getpid() != self._process
+
+    def _is_writable(self) -> bool:
+        return self._may_write and not any(
+            _is_paused(_unwritten, path) for path in (self._folder, self._path)
+        )
+
+    def _pause(self, error: Exception, pauses: dict[Path, float]) -> None:
+        """Ignore the file for a while, or write no more to it, or to the folder."""
         until = time.monotonic() + PAUSE_SECONDS
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         is_full = code in _FULL or getattr(error, "errno", None) in _FULL_ERRNO
@@ -211,44 +250,44 @@ class Shelf:
             _unwritten[self._folder] = until
         if code in _LOCKED:
             _unused[self._path] = until
-            why = f"is locked by another program, in {self._path.name!r}."
+            why = f"has a file locked by another program, {self._path.name!r}."
         else:
             if not is_full or pauses is _unused:
                 pauses[self._path] = until
             why = (
-                f"cannot be written ({shortened(str(error))}, {self._path.name!r}). "
-                "Make room, choose another folder, or ask for the right to write."
+                f"cannot be written ({shorten(str(error), 120)}, {self._path.name!r}). "
+                "Free some space, choose another folder, or check its permissions."
             )
-        self._may_store = False
-        if is_full or self._is_missed:
-            self.stop_storing(why)
+        self._may_write = False
+        if is_full or self.is_durable:
+            self.stop_writing(why)
 
     def _set_aside(self, error: DamagedDatabaseError) -> None:
-        """Rename a damaged file, so that a new one can be made."""
+        """Rename a damaged file, so that a new one can be created."""
         aside = Path(f"{self._path}.{uuid.uuid4().hex[:8]}.damaged")
         try:
             if _inode(self._path) != self._inode:
                 return  # another process has just done it
-            for suffix in COMPANIONS:  # they would be applied to the new file
+            for suffix in COMPANIONS:  # SQLite would apply them to the new file
                 with suppress(FileNotFoundError):
                     Path(f"{self._path}{suffix}").replace(f"{aside}{suffix}")
             self._path.replace(aside)
-            if _inode(aside) != self._inode:  # another one has, after all
+            if _inode(aside) != self._inode:  # another process was faster, after all
                 aside.replace(self._path)
                 return
         except FileNotFoundError:
             return
         except OSError as why_not:
-            self._do_without(why_not, _unused)
+            self._pause(why_not, _unused)
             return
-        self._drop_older_damage()
+        self._delete_older_damaged()
         self._warn(
             "damage",
-            f"had a damaged file ({shortened(str(error))}), set aside as {aside.name}.",
+            f"had a damaged file ({shorten(str(error), 120)}), renamed to "
+            f"{aside.name!r}.",
         )
 
-    def _drop_older_damage(self) -> None:
-        """Keep the last damaged files only: damage may come again and again."""
+    def _delete_older_damaged(self) -> None:
         found = self._folder.glob(f"{self._path.name}.*.damaged")
         for old in sorted(found, key=last_changed)[:-DAMAGED_KEPT]:
             for suffix in ("", *COMPANIONS):
@@ -256,31 +295,330 @@ class Shelf:
                     Path(f"{old}{suffix}").unlink()
 
     def _warn(self, subject: str, what: str) -> None:
+        """Warn about a folder, once for each subject."""
         if (self._folder, subject) not in _warned:
             _warned.add((self._folder, subject))
-            name = shortened(repr(str(self._folder)), 140)
+            folder = shorten(repr(str(self._folder)), 140)
             warnings.warn(
-                f"The cache of features in {name} {what}",
+                f"The feature cache in {folder} {what}",
                 CacheWarning,
                 stacklevel=level_of_the_user(),
             )
 
 
-_NO_ROWS: list[tuple[bytes, bytes]] = []
+class Leases(Store):
+    """Keys that extractions have reserved, so that each is computed once.
+
+    A lease ends when it is released or expires. Where leases cannot be stored, every
+    key is granted, and concurrent extractions compute the same.
+    """
+
+    is_durable = False
+
+    def __init__(self, folder: Path, work: str) -> None:
+        """Open the leases on keys for one kind of work, named by a text."""
+        super().__init__(folder, "skltl-leases")
+        self._prefix = blake2b(work.encode(), digest_size=16).digest()
+        self._owner = uuid.uuid4().bytes
+        self._held: set[bytes] = set()
+
+    def acquire(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Return the keys that no other owner holds; renew the leases held before."""
+        granted: set[bytes] = set()
+        for chunk in _chunks([self._prefix + key for key in keys], KEYS_PER_QUERY):
+            found: set[bytes] | None = None
+            if self._is_writable():
+                lease = partial(_lease, keys=chunk, owner=self._owner)
+                found = self._attempt(lease, None, _unwritten)
+            self._held |= found or set()
+            granted |= set(chunk) if found is None else found
+        return {key.removeprefix(self._prefix) for key in granted}
+
+    def release(self, keys: Iterable[bytes] | None = None) -> None:
+        """End leases, by default all of this owner.
+
+        A full disk does not permit it. Then the file is deleted, with all leases in it:
+        other extractions would wait for features that cannot be stored.
+        """
+        ended = self._held
+        if keys is not None:
+            ended = self._held & {self._prefix + key for key in keys}
+        self._held = self._held - ended
+        if not ended or _is_paused(_unwritten, self._path):
+            return
+        delete = partial(_delete_leases, keys=ended, owner=self._owner)
+        is_released = self._attempt(delete, False, _unwritten)
+        if not is_released and _is_paused(_unwritten, self._folder):
+            self._attempt(partial(_delete_file, path=self._path), None, _unwritten)
+            self.close()
 
 
-def shortened(text: str, n_most: int = 120) -> str:
-    """Return a text for a message, without its middle if it is long."""
-    half = n_most // 2 - 3
-    return text if len(text) <= n_most else f"{text[:half]} ... {text[-half:]}"
+def inspect_database(path: Path) -> tuple[str, int]:
+    """Return the description and the number of entries of a database, unchanged.
+
+    Raises `DamagedDatabaseError` if it is not ours, `sqlite3.Error` or `OSError` if it
+    cannot be read now.
+    """
+    # No file has more entries, but pages that refer to one another may pretend so.
+    n_most = path.stat().st_size // MIN_ENTRY_BYTES
+    connection = _connect(path, "ro", timeout=1)
+    try:
+        with _guarded(connection, path):
+            if not _is_ours(connection):
+                raise DamagedDatabaseError("it belongs to another program")
+            texts = connection.execute("SELECT text FROM about LIMIT 2").fetchall()
+            (n_entries,) = connection.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?)", (n_most,)
+            ).fetchone()
+    finally:
+        _close(connection)
+    if len(texts) != 1 or not isinstance(texts[0][0], bytes):
+        raise DamagedDatabaseError("it has no description")
+    return texts[0][0].decode(errors="replace"), int(n_entries)
+
+
+def delete_database(path: Path) -> None:
+    """Delete a database while no other process writes to it.
+
+    A process that has it open gets an error when it writes next.
+    """
+    connection = _open_database(path)
+    try:
+        with _guarded(connection, path):
+            _delete_file(connection, path)
+    finally:
+        _close(connection)
 
 
 def last_changed(path: Path) -> float:
-    """Return when a file was written, or last used if it is a database."""
+    """Return the time when a file was written, or last used if it is a database."""
     try:
         return path.lstat().st_mtime
     except OSError:
         return 0.0
+
+
+def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[Entry]:
+    # A damaged value may have become a number or a text: CAST makes it bytes that do
+    # not match the checksum, and leaves bytes unchanged.
+    query = (
+        "SELECT key, CAST(value AS BLOB), CAST(checksum AS BLOB) FROM entries "
+        f"WHERE key IN {_placeholders(keys)}"
+    )
+    return [
+        (key, value)
+        for key, value, checksum in connection.execute(query, keys)
+        if value is not None and checksum == _checksum(key, value)
+    ]
+
+
+def _insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
+    checked = [(key, value, _checksum(key, value)) for key, value in entries]
+    with _transaction(connection):
+        connection.executemany(
+            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", checked
+        )
+
+
+def _lease(
+    connection: sqlite3.Connection, keys: Sequence[bytes], owner: bytes
+) -> set[bytes]:
+    """Reserve keys that are free, and return all that the owner holds of them.
+
+    Leases that end later than any of ours could are from a clock that is ahead, and are
+    deleted like expired ones; others may have read their clock later than this process,
+    which then waited for the file.
+    """
+    now = time.time()
+    expires = now + LEASE_SECONDS
+    with _transaction(connection):
+        connection.execute(
+            "DELETE FROM leases WHERE NOT expires BETWEEN ? AND ?",
+            (now, expires + LOCK_SECONDS),
+        )
+        connection.execute(
+            "UPDATE leases SET expires = ? WHERE owner = ?", (expires, owner)
+        )
+        connection.executemany(
+            "INSERT OR IGNORE INTO leases VALUES (?, ?, ?)",
+            [(key, owner, expires) for key in keys],
+        )
+        granted = connection.execute(
+            f"SELECT key FROM leases WHERE owner = ? AND key IN {_placeholders(keys)}",
+            (owner, *keys),
+        ).fetchall()
+    return {key for (key,) in granted}
+
+
+def _delete_leases(
+    connection: sqlite3.Connection, keys: Iterable[bytes], owner: bytes
+) -> bool:
+    with _transaction(connection):
+        connection.executemany(
+            "DELETE FROM leases WHERE key = ? AND owner = ?",
+            [(key, owner) for key in keys],
+        )
+    return True
+
+
+def _delete_file(connection: sqlite3.Connection, path: Path) -> None:
+    with _transaction(connection, "EXCLUSIVE"):
+        path.unlink()
+
+
+def _placeholders(keys: Sequence[bytes]) -> str:
+    return f"({','.join('?' * len(keys))})"
+
+
+def _checksum(key: bytes, value: bytes) -> bytes:
+    return blake2b(value, key=key, digest_size=8).digest()
+
+
+@contextmanager
+def _transaction(
+    connection: sqlite3.Connection, kind: str = "IMMEDIATE"
+) -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _open_database(
+    path: Path,
+    n_value_bytes: int = 0,
+    describe: Callable[[], str] = str,
+    is_durable: bool = True,
+) -> sqlite3.Connection:
+    """Open a database, and create it if it does not exist."""
+    _create_file(path)
+    # Without write permission, SQLite opens the file for reading.
+    connection = _connect(path, "rw", LOCK_SECONDS, n_value_bytes)
+    try:
+        with _guarded(connection, path):
+            synchronous = "NORMAL" if is_durable else "OFF"
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            if not _is_ours(connection):
+                # Of several processes that get here, one creates the tables.
+                with _transaction(connection):
+                    if not _is_ours(connection):
+                        _create_tables(connection, describe())
+            # Another program may have switched it to WAL.
+            connection.execute("PRAGMA journal_mode = DELETE")
+    except BaseException:
+        _close(connection)
+        raise
+    return connection
+
+
+def _create_file(path: Path) -> None:
+    """Create a missing file with the umask's permissions; SQLite would ignore it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK
+    # Closing a file ends the locks of the whole process on it, so no other thread may
+    # have locked it yet.
+    with _sqlite_lock, suppress(FileExistsError):
+        os.close(os.open(path, flags, 0o666))
+
+
+def _create_tables(connection: sqlite3.Connection, description: str) -> None:
+    if _schema_of(connection):
+        raise DamagedDatabaseError("it belongs to another program")
+    for statement in SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute("INSERT INTO about VALUES (?)", (description,))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def _connect(
+    path: Path, mode: str, timeout: float, n_value_bytes: int = 0
+) -> sqlite3.Connection:
+    """Connect to a file that exists."""
+    _refuse_links(path, ("", *COMPANIONS))
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    with _sqlite_lock:
+        connection = sqlite3.connect(uri, timeout, isolation_level=None, uri=True)
+        connection.text_factory = bytes  # damaged text need not be valid
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, n_value_bytes + BYTES_BESIDE)
+    return connection
+
+
+def _close(connection: sqlite3.Connection) -> None:
+    with _sqlite_lock:
+        connection.close()
+
+
+@contextmanager
+def _guarded(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """Limit the time of what is done, and distinguish damage from other errors."""
+    end = time.thread_time() + CPU_SECONDS
+    connection.set_progress_handler(
+        lambda: time.thread_time() > end, STEPS_BETWEEN_CHECKS
+    )
+    _refuse_links(path, ("", "-journal"))
+    try:
+        with _sqlite_lock:
+            yield
+    except UnicodeDecodeError as error:
+        # SQLite's message quotes a damaged name, which Python cannot decode.
+        raise DamagedDatabaseError("its tables are damaged") from error
+    except sqlite3.DatabaseError as error:
+        # Errors of Python's own module have no code.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+            raise DamagedDatabaseError(str(error)) from error
+        raise
+
+
+def _refuse_links(path: Path, suffixes: Iterable[str]) -> None:
+    """Refuse files by which SQLite would create, change or delete others elsewhere."""
+    for suffix in suffixes:
+        name = f"{path}{suffix}"
+        try:
+            # Not `Path.lstat`, which is slower: this runs before each call.
+            mode = os.lstat(name).st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode):
+            raise DamagedDatabaseError("it is a link or not a regular file")
+        if suffix == "-journal" and _names_another_file(name):
+            raise DamagedDatabaseError("its journal names another file")
+
+
+def _names_another_file(journal: str) -> bool:
+    """Tell whether SQLite would delete another file together with a journal.
+
+    It writes such a name for transactions on several databases; ours have one.
+    """
+    try:
+        with open(os.open(journal, os.O_RDONLY | _NO_LINK), "rb") as file:  # noqa: PTH123
+            file.seek(-len(NAMES_ANOTHER_FILE), os.SEEK_END)
+            return file.read() == NAMES_ANOTHER_FILE
+    except OSError:  # too short, or deleted meanwhile
+        return False
+
+
+def _is_ours(connection: sqlite3.Connection) -> bool:
+    """Tell whether a file has our tables and nothing else."""
+    connection.execute("PRAGMA trusted_schema = OFF")
+    (marker,) = connection.execute("PRAGMA application_id").fetchone()
+    return bool(marker == APPLICATION_ID and _schema_of(connection) == _our_schema())
+
+
+def _schema_of(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    """Return the tables, indexes, views and triggers of a file, up to a dozen."""
+    query = "SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 12"
+    return sorted(connection.execute(query).fetchall(), key=repr)
+
+
+@lru_cache
+def _our_schema() -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.text_factory = bytes
+        connection.executescript(SCHEMA)
+        return _schema_of(connection)
 
 
 def _is_paused(pauses: dict[Path, float], path: Path) -> bool:
@@ -294,17 +632,5 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _pieces(keys: Sequence[bytes], n: int) -> Iterator[Sequence[bytes]]:
-    return (keys[first : first + n] for first in range(0, len(keys), n))
-
-
-def _reading(keys: Sequence[bytes]) -> Callable[[Database], list[tuple[bytes, bytes]]]:
-    return lambda database: database.read(keys)
-
-
-def _releasing(keys: Sequence[bytes], owner: bytes) -> Callable[[Database], bool]:
-    def release(database: Database) -> bool:
-        database.release(keys, owner)
-        return True
-
-    return release
+def _chunks(keys: Sequence[bytes], n: int) -> Iterator[Sequence[bytes]]:
+    return (keys[start : start + n] for start in range(0, len(keys), n))

@@ -1,9 +1,9 @@
-"""The road from a source of images to an array of features."""
+"""From a source of images to an array of features."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from skltl._large_arrays import new_array
 from skltl._parameters import halve_until_it_fits
-from skltl.cache import CacheSession, NoCache
-from skltl.images import Batch, ImageSource, iter_batches, iter_crops
+from skltl.cache import CachedFeatures
+from skltl.images import Batch, Crop, ImageSource, iter_batches, iter_crops
 from skltl.inference import Recipe, UnderWay, n_under_way
 
 
@@ -32,100 +32,112 @@ def extract_features(
     out: NDArray[Any] | None = None,
     then: Callable[[Tensor], Tensor] | None = None,
 ) -> NDArray[Any]:
-    """Send every image through a frozen network once, at most.
+    """Return the features of each image at the blocks in `asked`, float32 of (n, d).
 
-    Parameters
-    ----------
-    source : ImageSource
-        The images.
-    recipe : Recipe
-        How they become features. Its batch size is halved if a batch does not fit the
-        device's memory.
-    asked : sequence of str
-        The blocks whose features are wanted. Without a cache, those of the recipe; with
-        one, the recipe may have further ones, to be stored.
-    n_threads : int
-        Threads that decode images.
-    verbose : bool, default=False
-        Whether a progress bar is shown.
-    cache : Path, default=None
-        The folder in which features are kept.
-    out : array of shape (n, n_features), default=None
-        Where the features go; ``None`` makes an array.
-    then : callable, default=None
-        What to do with the features of a batch at once; `out` gets the results. Without
-        a cache only.
+    Without a cache, `asked` is ``recipe.blocks``; with a cache folder, the features at
+    further blocks of the recipe are computed and stored as well. The batch size is
+    halved if a batch does not fit into the memory of the device. Results are written to
+    `out` if it is given. Without a cache, they may be those of ``then(features)``, such
+    as the logits, computed for a batch at once.
 
-    Returns
-    -------
-    array of shape (n, n_features)
-        float32, in the order of the source.
-
-    Raises
-    ------
-    ImageReadError
-        For the first image that cannot be read.
-    ValueError
-        For the first one whose features are not finite.
+    Raises `ImageReadError` for the first image that cannot be read, and `ValueError`
+    for the first whose features are not finite.
     """
     source = recipe.scaled(source)
     n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
     shape = (len(source), n_features)
     features = new_array(shape, np.float32) if out is None else out
 
-    def run(batch_size: int) -> None:
-        # Features depend on the batch size, so a smaller one begins anew.
+    def extract(batch_size: int) -> None:
+        # Features depend on the batch size, so a smaller one starts over.
         this = replace(recipe, batch_size=batch_size)
-        with closing(
-            NoCache(features)
-            if cache is None
-            else CacheSession(cache, this, asked, features)
-        ) as session:
-            _fill(session, source, this, n_threads, verbose, then)
+        with tqdm(
+            total=len(source), desc="features", unit="img", disable=not verbose
+        ) as progress:
+            report = progress.update
+            if cache is None:
+                _extract_all(source, this, n_threads, features, then, report)
+                return
+            with closing(
+                CachedFeatures(cache, this, asked, source, features, report)
+            ) as cached:
+                _extract_missing(source, this, n_threads, cached)
 
-    halve_until_it_fits(run, recipe.batch_size)
+    halve_until_it_fits(extract, recipe.batch_size)
     source.warn_of_odd_range()
     return features
 
 
-def _fill(
-    session: NoCache | CacheSession,
+def _extract_all(
     source: ImageSource,
     recipe: Recipe,
     n_threads: int,
-    verbose: bool,
+    features: NDArray[Any],
     then: Callable[[Tensor], Tensor] | None,
+    report: Callable[[int], object],
 ) -> None:
-    """Compute whatever the session does not have."""
-    size, has_cache = recipe.batch_size, isinstance(session, CacheSession)
-    with tqdm(
-        total=len(source), desc="features", unit="img", disable=not verbose
-    ) as progress:
-        missing = session.recall(source, n_threads)
-        while missing:
-            with closing(
-                iter_crops(
-                    source,
-                    missing,
-                    recipe.preprocessing,
-                    size,
-                    n_threads,
-                    with_keys=has_cache,
-                    in_turns=recipe.device.type == "cpu",
-                )
-            ) as crops:
-                batches = iter_batches(session.sift(crops), size)
-                for batch, rows in _computed(batches, recipe):
-                    _check_finite(batch, rows, source)
-                    rows = rows if then is None else then(rows)
-                    session.keep(batch, rows.numpy()[: len(batch.positions)])
-                    progress.update(session.n_done - progress.n)
-            missing = session.left()
-        progress.update(session.n_done - progress.n)
+    """Compute the features of every image, without a cache."""
+    with closing(_crops(source, range(len(source)), recipe, n_threads)) as crops:
+        for batch, rows in _computed(crops, source, recipe):
+            rows = rows if then is None else then(rows)
+            features[batch.positions] = rows.numpy()[: len(batch.positions)]
+            report(len(batch.positions))
+
+
+def _extract_missing(
+    source: ImageSource, recipe: Recipe, n_threads: int, cached: CachedFeatures
+) -> None:
+    """Compute the features that are not in the cache."""
+    missing = cached.read_stored(n_threads)
+    while missing:
+        with closing(
+            _crops(source, missing, recipe, n_threads, with_keys=True)
+        ) as crops:
+            for batch, rows in _computed(cached.not_stored(crops), source, recipe):
+                cached.add(batch, rows.numpy()[: len(batch.positions)])
+        missing = cached.wait_for_others()
+
+
+def _crops(
+    source: ImageSource,
+    positions: Sequence[int],
+    recipe: Recipe,
+    n_threads: int,
+    with_keys: bool = False,
+) -> Generator[Crop, None, None]:
+    """Yield images that are decoded and cropped by threads."""
+    return iter_crops(
+        source,
+        positions,
+        recipe.preprocessing,
+        recipe.batch_size,
+        n_threads,
+        with_keys=with_keys,
+        in_turns=recipe.device.type == "cpu",
+    )
+
+
+def _computed(
+    crops: Iterable[Crop], source: ImageSource, recipe: Recipe
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches and their features (batch_size, d), computed ahead on a GPU."""
+    in_flight: deque[tuple[Batch, UnderWay]] = deque()
+
+    def oldest() -> tuple[Batch, Tensor]:
+        batch, features = in_flight.popleft()
+        rows = features.wait()
+        _check_finite(batch, rows, source)
+        return batch, rows
+
+    for batch in iter_batches(crops, recipe.batch_size):
+        in_flight.append((batch, recipe.start(torch.from_numpy(batch.pixels))))
+        if len(in_flight) == n_under_way(recipe.device):
+            yield oldest()
+    while in_flight:
+        yield oldest()
 
 
 def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
-    """Refuse features that are no numbers, before anybody learns from them."""
     if torch.isfinite(rows).all():
         return
     is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
@@ -136,17 +148,3 @@ def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
             "are NaN or infinite: the weights of the network, or the values of the "
             "image, are too large."
         )
-
-
-def _computed(
-    batches: Iterable[Batch], recipe: Recipe
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield batches with their features, while the device works on the next ones."""
-    under_way: deque[tuple[Batch, UnderWay]] = deque()
-    for batch in batches:
-        under_way.append((batch, recipe.start(torch.from_numpy(batch.pixels))))
-        if len(under_way) == n_under_way(recipe.device):
-            first, rows = under_way.popleft()
-            yield first, rows.wait()
-    for first, rows in under_way:
-        yield first, rows.wait()

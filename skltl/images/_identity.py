@@ -1,4 +1,4 @@
-"""The name of an image's content, and how a file is known again without reading it."""
+"""Keys of image contents, and ways to notice that a file has changed."""
 
 from __future__ import annotations
 
@@ -15,92 +15,71 @@ from PIL import Image
 
 from skltl.images._decode import Decoded, iter_pixels
 
-# A file that is written twice within one tick of the file system's clock keeps size and
-# time. The coarsest clocks in use tick every 2 seconds (FAT), so a file younger than
-# that is not yet known by its state.
+# Two writes within one tick of the file system's clock may leave the same size and
+# times. The coarsest clocks in use tick every 2 seconds (FAT), so the state of a
+# younger file does not identify its content.
 CLOCK_TICK = 2.0
-
-# A service is sent new files for as long as it runs.
-MOST_SEEN_YOUNG = 100_000
 
 _STATE = Struct("<qqqQQ")
 FILE_STATE_BYTES = _STATE.size
 
 
 def content_key(decoded: Decoded) -> bytes:
-    """Name a decoded image by its dtype, shape and every pixel (16 bytes)."""
+    """Hash the dtype, shape and pixels of a decoded image (16 bytes)."""
     if isinstance(decoded, Image.Image):
         (width, height), is_float = decoded.size, decoded.mode == "F"
-        dtype, shape = (
-            np.dtype(np.float32 if is_float else np.uint8),
-            (height, width, 3),
-        )
+        dtype = np.dtype(np.float32 if is_float else np.uint8)
+        shape: tuple[int, ...] = (height, width, 3)
     else:
         dtype, shape = decoded.dtype, decoded.shape
-    name = blake2b(f"{dtype.str}{shape}".encode(), digest_size=16)
+    key = blake2b(f"{dtype.str}{shape}".encode(), digest_size=16)
     for pixels in iter_pixels(decoded):
-        name.update(np.ascontiguousarray(pixels).data)
-    return name.digest()
+        key.update(np.ascontiguousarray(pixels).data)
+    return key.digest()
 
 
 def file_identity(path: str) -> bytes | None:
-    """Name a file's content for this process, or ``None`` if it cannot be read.
+    """Return the state of a file, or its digest while the state does not identify it.
 
-    By its state, without reading it; or, if it was seen when that did not tell yet, by
-    `file_digest`.
+    ``None`` if the file cannot be read. For this process: other machines have other
+    states, and the digest of a new file gives way to its state.
     """
-    state, is_young = _look_at(path)
-    if state is None or (not is_young and state not in _seen_young):
-        return state
-    digest = _seen_young.get(state) or file_digest(path)
-    if state not in _seen_young and len(_seen_young) >= MOST_SEEN_YOUNG:
-        # Their names change to their states: what was known by them is found out anew.
-        _seen_young.clear()
-    _seen_young[state] = None if is_young else digest
-    return digest
-
-
-# Files by their state when they were younger than a tick of the clock, and what they
-# were found to hold later.
-_seen_young: dict[bytes, bytes | None] = {}
+    return file_state(path) or file_digest(path)
 
 
 def file_digest(path: str) -> bytes | None:
-    """Name a file by all of its bytes (16 bytes), or ``None`` if it cannot be read.
+    """Hash the bytes of a file (16 bytes), or return ``None`` if it cannot be read.
 
-    The same for a copy of the file, on any machine. Pipes and devices have no end.
+    Copies have equal digests, on any machine. Pipes and devices have none, since they
+    need not end.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return None
         with open(path, "rb") as file:  # noqa: PTH123
             return hashlib.file_digest(file, _blake2b_of_16).digest()
-    except (OSError, ValueError):  # the error comes when the file is read
+    except (OSError, ValueError):  # raised again when the file is decoded
         return None
+
+
+def file_state(path: str) -> bytes | None:
+    """Return size, times, inode and device of a file (40 bytes), without reading it.
+
+    ``None`` if the file is too young for its state to identify its content, or cannot
+    be read. Besides the time of the last change (mtime), which programs that copy files
+    often preserve, the state has that of the inode (ctime), which they cannot set.
+    """
+    try:
+        # Not `Path.stat`: a search asks for each file in each fold, and creating the
+        # path takes longer than the call.
+        found = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):  # raised again when the file is decoded
+        return None
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    if time.time() - max(times) / 1e9 < CLOCK_TICK:
+        return None
+    return _STATE.pack(found.st_size, *times, found.st_ino, found.st_dev)
 
 
 def _blake2b_of_16() -> Any:
     return blake2b(digest_size=16)
-
-
-def file_state(path: str) -> bytes | None:
-    """Return a file's state (40 bytes), or ``None`` if it does not tell what it holds.
-
-    Programs that copy files often keep the time of their last change (mtime); that of
-    the directory entry (ctime) they cannot set.
-    """
-    state, is_young = _look_at(path)
-    return None if is_young else state
-
-
-def _look_at(path: str) -> tuple[bytes | None, bool]:
-    """Return a file's state, and whether it may change without that showing."""
-    try:
-        # Not `Path.stat`: a search looks at each file in each fold, and making a path
-        # of a text takes longer than looking.
-        found = os.stat(path)  # noqa: PTH116
-    except (OSError, ValueError):  # the error comes when the file is read
-        return None, False
-    times = (found.st_mtime_ns, found.st_ctime_ns)
-    state = _STATE.pack(found.st_size, *times, found.st_ino, found.st_dev)
-    return state, time.time() - max(times) / 1e9 < CLOCK_TICK

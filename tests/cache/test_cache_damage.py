@@ -1,11 +1,10 @@
-"""Whatever happens to the cache's files, the features are right."""
+"""Whatever happens to the files of a cache, features are correct."""
 
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
 from contextlib import closing
 
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 
 from skltl import CNNFeatureTransformer, cache_info, clear_cache
-from skltl.cache._database import Database
+from skltl.cache import _store
+from skltl.cache._store import Leases
 from skltl.exceptions import CacheWarning
+from skltl.inference import Recipe
 
 
 def transformer(folder, **parameters):
@@ -28,11 +29,18 @@ def expected(images):
     return transformer(None).fit_transform(images)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a cache that `filled` fills once, and copies."""
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.fixture
-def filled(images, tmp_path):
-    """A cache with the features of the images."""
-    transformer(tmp_path).fit_transform(images)
-    return tmp_path
+def filled(whole, images, tmp_path):
+    """A copy of a cache with the features of the images."""
+    if not any(whole.iterdir()):
+        transformer(whole).fit_transform(images)
+    return shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
 
 
 def databases(folder):
@@ -43,7 +51,7 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def cut_to_a_stump(path):
+def truncate_to_100_bytes(path):
     os.truncate(path, 100)
 
 
@@ -67,22 +75,22 @@ def write_text(path):
 
 def drop_the_tables(path):
     connection = sqlite3.connect(path)
-    connection.execute("DROP TABLE rows")
-    connection.execute("DROP TABLE claims")
+    connection.execute("DROP TABLE entries")
+    connection.execute("DROP TABLE leases")
     connection.close()
 
 
 def rename_a_column(path):
     connection = sqlite3.connect(path)
-    connection.execute("ALTER TABLE rows RENAME COLUMN value TO number")
-    connection.execute("ALTER TABLE claims RENAME COLUMN until TO number")
+    connection.execute("ALTER TABLE entries RENAME COLUMN value TO number")
+    connection.execute("ALTER TABLE leases RENAME COLUMN expires TO number")
     connection.close()
 
 
 def make_foreign(path):
     path.unlink()
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE rows (name TEXT)")
+    connection.execute("CREATE TABLE entries (name TEXT)")
     connection.commit()
     connection.close()
 
@@ -92,7 +100,7 @@ def make_foreign(path):
     "damage",
     [
         truncate,
-        cut_to_a_stump,
+        truncate_to_100_bytes,
         empty,
         overwrite,
         overwrite_the_middle,
@@ -103,7 +111,7 @@ def make_foreign(path):
     ],
     ids=lambda damage: damage.__name__,
 )
-def test_damaged_files_cost_time_and_nothing_else(damage, filled, images, expected):
+def test_damaged_files_are_replaced(damage, filled, images, expected):
     for path in databases(filled):
         damage(path)
 
@@ -117,12 +125,12 @@ def test_damaged_files_cost_time_and_nothing_else(damage, filled, images, expect
 
 
 @pytest.mark.parametrize("damage", [overwrite, make_foreign])
-def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, images):
+def test_a_damaged_file_is_renamed_with_a_warning(damage, filled, images):
     for path in databases(filled):
-        if "files" not in path.name and "claims" not in path.name:
+        if "files" not in path.name and "leases" not in path.name:
             damage(path)
 
-    with pytest.warns(CacheWarning, match="damaged file .* set aside as") as caught:
+    with pytest.warns(CacheWarning, match="damaged file .* renamed to") as caught:
         transformer(filled).fit_transform(images)
 
     assert len(caught) == 1
@@ -132,7 +140,7 @@ def test_a_damaged_file_is_set_aside_with_a_warning(damage, filled, images):
     assert list(filled.iterdir()) == []
 
 
-def damage_rows(folder, statement):
+def damage_entries(folder, statement):
     for path in folder.glob("skltl-features-*.sqlite"):
         connection = sqlite3.connect(path)
         connection.execute(statement)
@@ -143,32 +151,30 @@ def damage_rows(folder, statement):
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE rows SET value = zeroblob(length(value))",
-        "UPDATE rows SET value = substr(value, 5)",
-        "UPDATE rows SET value = 'text'",
-        "UPDATE rows SET value = 17",
-        "UPDATE rows SET checksum = 'text'",
-        "DELETE FROM rows WHERE rowid % 2",
+        "UPDATE entries SET value = zeroblob(length(value))",
+        "UPDATE entries SET value = substr(value, 5)",
+        "UPDATE entries SET value = 'text'",
+        "UPDATE entries SET value = 17",
+        "UPDATE entries SET checksum = 'text'",
+        "DELETE FROM entries WHERE rowid % 2",
     ],
 )
-def test_a_row_that_does_not_fit_its_checksum_is_a_miss(
-    statement, filled, images, expected
-):
-    damage_rows(filled, statement)
+def test_an_entry_with_another_checksum_is_a_miss(statement, filled, images, expected):
+    damage_entries(filled, statement)
 
     np.testing.assert_array_equal(transformer(filled).fit_transform(images), expected)
     np.testing.assert_array_equal(transformer(filled).fit_transform(images), expected)
 
 
-def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
-    """Whole and intact, but not where it belongs."""
+def test_an_entry_under_the_key_of_another_image_is_a_miss(filled, images, expected):
+    """It is intact, but in the wrong place."""
     for path in filled.glob("skltl-features-*.sqlite"):
         connection = sqlite3.connect(path)
-        rows = connection.execute("SELECT * FROM rows ORDER BY key").fetchall()
-        connection.execute("DELETE FROM rows")
+        rows = connection.execute("SELECT * FROM entries ORDER BY key").fetchall()
+        connection.execute("DELETE FROM entries")
         moved = zip(rows, rows[1:] + rows[:1], strict=True)
         connection.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?)",
+            "INSERT INTO entries VALUES (?, ?, ?)",
             [(key, value, checksum) for (key, _, _), (_, value, checksum) in moved],
         )
         connection.commit()
@@ -178,9 +184,9 @@ def test_a_row_under_another_images_key_is_a_miss(filled, images, expected):
 
 
 def test_features_of_another_format_are_not_read(filled, images, expected, monkeypatch):
-    """An old one, or that of a version yet to come."""
-    damage_rows(filled, "UPDATE rows SET value = zeroblob(length(value))")
-    monkeypatch.setattr("skltl.inference._config.FORMAT", 0)
+    """An older or a newer one."""
+    damage_entries(filled, "UPDATE entries SET value = zeroblob(length(value))")
+    monkeypatch.setattr(sys.modules[Recipe.__module__], "FORMAT", 0)
 
     found = transformer(filled).fit_transform(images)
 
@@ -188,12 +194,12 @@ def test_features_of_another_format_are_not_read(filled, images, expected, monke
     assert len(cache_info(filled).entries) == 10
 
 
-def test_a_folder_that_cannot_be_made_gives_one_warning(images, expected, tmp_path):
+def test_a_folder_that_cannot_be_created_gives_one_warning(images, expected, tmp_path):
     (tmp_path / "file").write_text("")
 
     cached = transformer(tmp_path / "file" / "cache")
     with pytest.warns(
-        CacheWarning, match="cannot be written .* not all are stored"
+        CacheWarning, match="cannot be written .* not all of them are stored"
     ) as caught:
         first = cached.fit_transform(images)
     again = cached.fit_transform(images)  # a warning would be an error
@@ -204,19 +210,73 @@ def test_a_folder_that_cannot_be_made_gives_one_warning(images, expected, tmp_pa
     np.testing.assert_array_equal(again, expected)
 
 
+@pytest.fixture
+def limit_files():
+    """A function that limits the size of files, as a full disk does; None ends it."""
+    resource = pytest.importorskip("resource")
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes or usual, most))
+
+    yield limit
+    limit(None)
+
+
+@pytest.fixture
+def noise():
+    """More images than fit on the small disk."""
+    return np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_a_full_disk_gives_one_warning(noise, tmp_path, limit_files, monkeypatch):
+    expected = transformer(None).fit_transform(noise)
+
+    limit_files(200_000)
+    with pytest.warns(CacheWarning, match="cannot be written .* not all") as caught:
+        first = transformer(tmp_path).fit_transform(noise)
+    second = transformer(tmp_path).fit_transform(noise)  # a warning would be an error
+    limit_files(None)
+
+    assert len(caught) == 1
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(second, expected)
+    for path in databases(tmp_path):
+        with closing(sqlite3.connect(path)) as connection:
+            check = connection.execute("PRAGMA integrity_check").fetchall()
+        assert check == [("ok",)]
+    assert min(entry.n_images for entry in cache_info(tmp_path).entries) < 300
+    # When there is space again, it is used, after a pause.
+    monkeypatch.setattr(_store, "_unwritten", {})
+    transformer(tmp_path).set_params(layer="block4").fit_transform(noise)
+    assert {entry.n_images for entry in cache_info(tmp_path).entries} == {300}
+
+
+@pytest.mark.usefixtures("fresh_process")
+@pytest.mark.filterwarnings("ignore::skltl.exceptions.CacheWarning")
+def test_a_process_with_a_full_disk_leaves_no_leases(noise, tmp_path, limit_files):
+    """Other processes would wait for them until they expire."""
+    limit_files(40_000)
+    transformer(tmp_path).fit_transform(noise)
+    limit_files(None)
+
+    path = tmp_path / "skltl-leases.sqlite"
+    if path.exists():
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("SELECT * FROM leases").fetchall() == []
+
+
 SCRIPT = """
 import sys, warnings
 import numpy as np
 from skltl import CNNFeatureTransformer
 from skltl.exceptions import CacheWarning
-from skltl.cache._database import Database
 
 def extract(folder):
-    return CNNFeatureTransformer(
-        "tiny", image_size=32, pooling={pooling!r}, cache=folder
-    ).fit_transform(images)
+    return CNNFeatureTransformer("tiny", image_size=32, cache=folder).fit_transform(X)
 
-images = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
+X = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
 folder = sys.argv[1]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -229,84 +289,49 @@ sys.stdout.write("; ".join(str(one.message) for one in caught))
 """
 
 
-def run_script(folder, *wrapper, pooling="avg", **options):
-    code = textwrap.dedent(SCRIPT.format(pooling=pooling))
+def run_script(folder, *wrapper):
     done = subprocess.run(
-        [*wrapper, sys.executable, "-c", code, str(folder)],
+        [*wrapper, sys.executable, "-c", SCRIPT, str(folder)],
         capture_output=True,
         text=True,
         check=False,
-        **options,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_full_disk_gives_one_warning(tmp_path):
-    """No file of the process can grow beyond 200,000 bytes."""
-    resource = pytest.importorskip("resource")
-    quota = (200_000, resource.RLIM_INFINITY)
-
-    warned = run_script(
-        tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
-    )
-
-    assert warned.count("cannot be written") == 1
-    assert "not all are stored" in warned
-    for path in databases(tmp_path):
-        connection = sqlite3.connect(path)
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        connection.close()
-    assert run_script(tmp_path) == ""  # where there is space again, it is used
+@pytest.fixture
+def mounted(tmp_path):
+    """A function that returns a command prefix, under which a folder is mounted."""
+    prefix = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"]).returncode:
+        pytest.skip("no permission to mount a file system")
+    return lambda mount: [*prefix, "sh", "-c", f'{mount} && exec "$@"', "sh"]
 
 
-def test_a_process_that_met_a_full_disk_leaves_no_claims(tmp_path):
-    """The next one would wait for them, until they are too old."""
-    resource = pytest.importorskip("resource")
-    quota = (40_000, resource.RLIM_INFINITY)
-
-    run_script(
-        tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, quota),
-    )
-
-    claims = tmp_path / "skltl-claims.sqlite"
-    if claims.exists():
-        with closing(sqlite3.connect(claims)) as connection:
-            assert connection.execute("SELECT * FROM claims").fetchall() == []
-
-
-def can_mount():
-    program = shutil.which("unshare")
-    command = ["unshare", "--map-root-user", "--mount", "true"]
-    return program is not None and subprocess.run(command, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a file system")
-def test_a_file_system_without_space_gives_one_warning(tmp_path):
-    mount = f'mount -t tmpfs -o size=256k none {tmp_path} && exec "$@"'
-    wrapper = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+@pytest.mark.slow
+def test_a_file_system_without_space_gives_one_warning(tmp_path, mounted):
+    wrapper = mounted(f"mount -t tmpfs -o size=256k none {tmp_path}")
 
     warned = run_script(tmp_path, *wrapper)
 
     assert warned.count("database or disk is full") == 1
 
 
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a file system")
+@pytest.mark.slow
 @pytest.mark.parametrize("is_filled", [True, False])
-def test_a_folder_to_read_only_is_read(tmp_path, is_filled):
+def test_a_read_only_folder_is_read(tmp_path, mounted, is_filled):
     if is_filled:
         run_script(tmp_path)
-    mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
-    wrapper = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    bind = f"mount --bind {tmp_path} {tmp_path}"
+    wrapper = mounted(f"{bind} && mount -o remount,bind,ro {tmp_path}")
 
-    warned = run_script(tmp_path, *wrapper, f'{mount} && exec "$@"', "sh")
+    warned = run_script(tmp_path, *wrapper)
 
-    assert warned.count("not all are stored") == (not is_filled)
+    assert warned.count("not all of them are stored") == (not is_filled)
 
 
-def test_the_least_recently_used_goes_first(images, tmp_path, monkeypatch):
+def test_the_limit_deletes_the_least_recently_used_first(images, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(256, size=(200, 8, 8, 3), dtype=np.uint8)
     transformer(tmp_path, pooling="max").fit_transform(noise)
     transformer(tmp_path).fit_transform(noise)
@@ -325,7 +350,7 @@ def test_the_least_recently_used_goes_first(images, tmp_path, monkeypatch):
     assert len([entry for entry in info.entries if entry.pooling == "avg"]) < 5
 
 
-def test_what_is_in_use_is_not_deleted_but_not_added_to(
+def test_databases_in_use_are_kept_but_not_written_to(
     images, tmp_path, monkeypatch, expected
 ):
     transformer(tmp_path).fit_transform(images[:4])
@@ -340,7 +365,7 @@ def test_what_is_in_use_is_not_deleted_but_not_added_to(
     assert {entry.n_images for entry in cache_info(tmp_path).entries} == {4}
 
 
-def test_a_limit_that_is_no_number_is_named(images, tmp_path, monkeypatch):
+def test_an_invalid_limit_is_an_error(images, tmp_path, monkeypatch):
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "20 GB")
 
     with pytest.raises(ValueError, match="SKLTL_CACHE_LIMIT='20 GB' .* gigabytes"):
@@ -357,10 +382,10 @@ def test_a_limit_may_be_infinite(text, images, tmp_path, monkeypatch):
     assert len(cache_info(tmp_path).entries) == 5
 
 
-def test_files_that_may_not_be_deleted_cost_no_result(
+def test_files_that_cannot_be_deleted_change_no_result(
     images, expected, tmp_path, monkeypatch
 ):
-    """As in a folder of several users, where each may delete only what is theirs."""
+    """As in a folder of several users, who may delete only their own files."""
     transformer(tmp_path, pooling="max").fit_transform(images)
     monkeypatch.setenv("SKLTL_CACHE_LIMIT", "0.00001")
 
@@ -378,14 +403,16 @@ def test_files_that_may_not_be_deleted_cost_no_result(
 
 
 def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch):
-    monkeypatch.setattr("skltl.cache._database.PATIENCE", 0.2)
+    monkeypatch.setattr("skltl.cache._store.LOCK_SECONDS", 0.2)
     other = np.concatenate([images, 255 - images])
     locks = [sqlite3.connect(path) for path in databases(filled)]
     for lock in locks:
         lock.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
 
-    with pytest.warns(CacheWarning, match="is locked by another program") as caught:
+    with pytest.warns(
+        CacheWarning, match="has a file locked by another program"
+    ) as caught:
         found = transformer(filled).fit_transform(other)
     for _ in range(5):
         transformer(filled).fit_transform(other)
@@ -399,13 +426,14 @@ def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch)
     assert seconds < 0.2 * (len(locks) + 1) + 10
 
 
-def test_claims_from_a_wrong_clock_are_not_believed(filled, images):
-    """Of a dead writer on a machine whose clock is an hour ahead."""
-    (path,) = filled.glob("skltl-claims.sqlite")
-    with closing(Database(path)) as database:
-        an_hour_ahead = time.time() + 3600
-        database.claim([b"image"], b"dead", an_hour_ahead, an_hour_ahead + 15)
+def test_leases_of_a_clock_that_is_ahead_are_ignored(tmp_path, monkeypatch):
+    dead, alive = Leases(tmp_path, "work"), Leases(tmp_path, "work")
+    in_an_hour = time.time() + 3600
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda: in_an_hour)
+        assert dead.acquire([b"image"]) == {b"image"}
 
-        granted = database.claim([b"image"], b"alive", time.time(), time.time() + 15)
+    assert alive.acquire([b"image"]) == {b"image"}
 
-    assert granted == {b"image"}
+    for leases in (dead, alive):
+        leases.close()

@@ -1,94 +1,104 @@
-"""What a forked child finds of a cache that its parent is using."""
+"""A forked child can use a cache, whatever its parent is doing with it."""
 
-import os
-import signal
 import threading
 import time
 from contextlib import closing
 
 import pytest
 
-from skltl.cache._database import Database, _gate
-from skltl.cache._store import Shelf
+from skltl.cache import _store
+from skltl.cache._store import Leases, Store
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="about forks"),
-    # From Python 3.12 on.
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-]
+# Python 3.12 and later warn of forks while there are threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
-def in_child(function):
-    """Return a forked child's exit code, or the signal (negative) that ended it."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 1
-    try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)
-        code = function()
-    finally:
-        os._exit(code)
-
-
-def test_a_child_leaves_open_databases_alone(tmp_path):
-    shelf = Shelf(tmp_path, "skltl-claims", n_bytes=5)
-    shelf.write([(b"of the parent", b"value")])
+def test_a_child_leaves_open_databases_alone(fork, tmp_path):
+    store, leases = Store(tmp_path, "store", n_value_bytes=5), Leases(tmp_path, "work")
+    store.write([(b"parent's", b"value")])
+    leases.acquire([b"parent's"])
 
     def use():
-        found = list(shelf.read([b"of the parent"]))
-        shelf.write([(b"of the child", b"value")])
-        announced = shelf.claim([b"of the child"], b"child")
-        shelf.close()
-        return 0 if found == [] and announced is None else 2
+        found = list(store.read([b"parent's"]))
+        store.write([(b"child's", b"value")])
+        granted = leases.acquire([b"parent's"])
+        leases.release()
+        for one in (store, leases):
+            one.close()
+        return found == [] and granted == {b"parent's"}  # not shared: compute it
 
-    assert in_child(use) == 0
-    keys = [b"of the parent", b"of the child"]
-    assert list(shelf.read(keys)) == [(b"of the parent", b"value")]
-    shelf.close()
+    assert fork(use).result()
+    assert list(store.read([b"parent's", b"child's"])) == [(b"parent's", b"value")]
+    other = Leases(tmp_path, "work")
+    assert other.acquire([b"parent's"]) == set()
+    for one in (store, leases, other):
+        one.close()
 
 
-def test_a_fork_waits_for_threads_inside_of_sqlite():
+def test_a_fork_waits_for_a_thread_that_uses_sqlite(fork):
     is_inside = threading.Event()
     left = []
 
     def stay():
-        with _gate:
+        with _store._sqlite_lock:
             is_inside.set()
-            time.sleep(0.5)
+            time.sleep(0.2)
             left.append(True)
 
     thread = threading.Thread(target=stay)
     thread.start()
     is_inside.wait()
 
-    assert in_child(lambda: 0 if left else 2) == 0
+    assert fork(lambda: bool(left)).result()
     thread.join()
 
 
+def test_a_fork_does_not_wait_forever_for_a_thread(fork, monkeypatch):
+    done = threading.Event()
+    is_inside = threading.Event()
+    monkeypatch.setattr(_store, "LOCK_SECONDS", 0.1)
+
+    def stay():
+        with _store._sqlite_lock:
+            is_inside.set()
+            done.wait()
+
+    def use():
+        with _store._sqlite_lock:
+            return True
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    is_inside.wait()
+    assert fork(use).result()
+    done.set()
+    thread.join()
+    assert use()
+
+
 @pytest.mark.slow
-def test_no_child_waits_for_a_lock_of_another_thread(tmp_path):
+def test_no_child_waits_for_a_lock_of_another_thread(fork, tmp_path):
     stop = threading.Event()
 
     def work(number):
         rows = [(bytes([row]), bytes(200)) for row in range(20)]
         while not stop.is_set():
-            with closing(Database(tmp_path / f"{number}.sqlite", 200)) as database:
+            with closing(Store(tmp_path, f"thread{number}", 200)) as store:
                 for _ in range(20):
-                    database.write(rows)
-                    database.read([key for key, _ in rows])
+                    store.write(rows)
+                    assert list(store.read([key for key, _ in rows])) == rows
 
     def use():
-        with closing(Database(tmp_path / "child.sqlite")) as database:
-            return len(database.read([b"key"]))
+        with closing(Store(tmp_path, "child", 200)) as store:
+            store.write([(b"key", bytes(200))])
+            return len(list(store.read([b"key"])))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
-    codes = [in_child(use) for _ in range(200)]
+    found = [fork(use).result() for _ in range(200)]
     stop.set()
     for thread in threads:
         thread.join()
 
-    assert codes == [0] * 200
+    assert found == [1] * 200
