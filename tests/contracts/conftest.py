@@ -56,7 +56,7 @@ def from_pipeline(X, y):
 
 @dataclass(frozen=True)
 class Kind:
-    """How an estimator is made from training data, and its output for images."""
+    """Constructor of an estimator, given training data, and its output for images."""
 
     make: Callable
     output: Callable

@@ -126,7 +126,23 @@ class Kind:
 
     def fresh(self, params):
         """Return a new estimator that owns its parameters."""
-        return self.make(**copy.deepcopy(params))
+        estimator = self.make()
+        set_params(estimator, **copy.deepcopy(params))
+        return estimator
+
+
+def params_of(estimator):
+    """Return the parameters of an estimator and of its transformer, if it has one."""
+    params = estimator.get_params(deep=False)
+    transformer = params.pop("transformer", None)
+    return params if transformer is None else transformer.get_params() | params
+
+
+def set_params(estimator, **params):
+    """Set parameters of an estimator, or of its transformer if they are not its own."""
+    own = estimator.get_params(deep=False)
+    names = {name: name if name in own else f"transformer__{name}" for name in params}
+    estimator.set_params(**{names[name]: value for name, value in params.items()})
 
 
 COMMON = {
@@ -258,7 +274,7 @@ FILES = {
 
 TRANSFORMERS = ("transformer", "tuned")
 METHODS = ("transform", "decision_function", "predict_proba", "predict")
-RESULTS = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "strategy_")
+RESULTS = ("layer_scores_", "lead_", "size_scores_", "n_evaluated_", "strategy_")
 
 
 def output_of(estimator, X):
@@ -304,7 +320,7 @@ def expected_of(name, given, data, later):
         if kind.is_frozen:
             given = given | {key: one for key, one in later.items() if one != "auto"}
         fresh = kind.fresh(given).fit(DATA[data].X, DATA[data].y)
-        fresh.set_params(**later)
+        set_params(fresh, **later)
         _known[key] = output_of(fresh, DATA[data].X), fitted_names(fresh)
     return _known[key]
 
@@ -344,14 +360,14 @@ class EstimatorMachine(RuleBasedStateMachine):
     @initialize(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
     def begin(self, draw, data):
         estimator = self.kind.fresh(self.kind.fixed)
-        self.now = Tracked(estimator, estimator.get_params(deep=False))
+        self.now = Tracked(estimator, params_of(estimator))
         self.generators = global_generators()
         if data is not None:
             self.fit(draw, data)
 
     def check(self, tracked):
         """Compare an estimator with a new one that is fitted in the same way."""
-        params = tracked.estimator.get_params(deep=False)
+        params = params_of(tracked.estimator)
         assert params.keys() == tracked.params.keys()
         for name, value in tracked.params.items():
             if not hasattr(value, "get_state"):
@@ -389,16 +405,16 @@ class EstimatorMachine(RuleBasedStateMachine):
         for name, value in draw.draw(self.kind.changes()):
             own = copy.deepcopy(value)
             own = str(self.folder / name) if value == FOLDER else own
-            self.now.estimator.set_params(**{name: own})
+            set_params(self.now.estimator, **{name: own})
             self.now.params[name] = own
 
     @rule(draw=st.data(), data=st.sampled_from(sorted(DATA)))
     def fit(self, draw, data):
         self.set_parameters(draw)
         self.now.params["image_shape"] = DATA[data].image_shape
-        self.now.estimator.set_params(image_shape=DATA[data].image_shape)
+        set_params(self.now.estimator, image_shape=DATA[data].image_shape)
         # Copied before the fit, which may draw from a generator among them.
-        given = copy.deepcopy(self.now.estimator.get_params(deep=False))
+        given = copy.deepcopy(params_of(self.now.estimator))
         self.now.estimator.fit(DATA[data].X, DATA[data].y)
         here = given.keys() & WITHOUT_EFFECT.keys()
         self.now.given = given | {name: WITHOUT_EFFECT[name] for name in here}
@@ -407,14 +423,14 @@ class EstimatorMachine(RuleBasedStateMachine):
     def fail_to_fit(self, X, y, **params):
         """Fit in vain, with other parameters for the moment."""
         before = {name: self.now.params[name] for name in params}
-        self.now.estimator.set_params(**params)
+        set_params(self.now.estimator, **params)
         with pytest.raises((ValueError, TypeError)):
             self.now.estimator.fit(X, y)
-        self.now.estimator.set_params(**before)
+        set_params(self.now.estimator, **before)
 
     @rule(data=st.sampled_from(sorted(DATA)), wrong=st.sampled_from(WRONG_IN_FIT))
     def fail_to_fit_with_a_wrong_parameter(self, data, wrong):
-        if wrong.keys() <= self.now.params.keys():
+        if wrong.keys() <= self.kind.fixed.keys() | self.kind.choices.keys():
             shape = {"image_shape": DATA[data].image_shape}
             self.fail_to_fit(DATA[data].X, DATA[data].y, **shape, **wrong)
 
@@ -431,10 +447,10 @@ class EstimatorMachine(RuleBasedStateMachine):
     @rule(wrong=st.sampled_from(WRONG))
     def use_a_wrong_parameter_after_fit(self, wrong):
         (name,) = wrong
-        self.now.estimator.set_params(**wrong)
+        set_params(self.now.estimator, **wrong)
         with pytest.raises((ValueError, TypeError)):
             self.compute(self.now.estimator, DATA[self.now.data].X)
-        self.now.estimator.set_params(**{name: self.now.params[name]})
+        set_params(self.now.estimator, **{name: self.now.params[name]})
 
     @rule(draw=st.data(), way=st.sampled_from(sorted(COPIES)))
     def continue_with_a_copy(self, draw, way):
