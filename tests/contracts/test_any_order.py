@@ -550,10 +550,10 @@ def machine(name, max_examples, n_steps=25):
     return operations.TestCase
 
 
-TestFewTransformer = machine("transformer", 2, 8)
-TestFewPretrained = machine("pretrained", 1, 8)
-TestFewTuned = machine("tuned", 1, 8)
-TestFewTransfer = machine("transfer", 1, 8)
+TestFewTransformer = machine("transformer", 4, 8)
+TestFewPretrained = machine("pretrained", 2, 8)
+TestFewTuned = machine("tuned", 2, 8)
+TestFewTransfer = machine("transfer", 2, 8)
 
 TestTransformer = pytest.mark.slow(machine("transformer", 30))
 TestPretrained = pytest.mark.slow(machine("pretrained", 10))

@@ -2,15 +2,12 @@
 
 import io
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pytest
 import skops.io
-import torch
 from torchvision.models import squeezenet1_1
 
 import skltl
@@ -120,18 +117,3 @@ def test_a_saved_transformer_keeps_its_network_when_parameters_change(
     loaded = pickle.loads(pickle.dumps(transformer))
 
     np.testing.assert_array_equal(loaded.transform(images), expected)
-
-
-def test_another_process_extracts_the_same_features(transformer, images, tmp_path):
-    joblib.dump((transformer, images), tmp_path / "both.joblib")
-    code = (
-        "import joblib, numpy, sys, torch\n"
-        f"torch.set_num_threads({torch.get_num_threads()})\n"
-        f"transformer, images = joblib.load({str(tmp_path / 'both.joblib')!r})\n"
-        f"numpy.save({str(tmp_path / 'out.npy')!r}, transformer.transform(images))\n"
-    )
-
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-    found = np.load(tmp_path / "out.npy")
-    np.testing.assert_array_equal(found, transformer.transform(images))
