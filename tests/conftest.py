@@ -1,4 +1,4 @@
-"""Images, files and data folders that several test files need."""
+"""Images, image files and data folders shared by several test files."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 
-@pytest.fixture
-def images():
-    """Nine RGB images of one size: smooth gradients with some noise."""
+@pytest.fixture(scope="session")
+def shared_images():
+    """Nine RGB images of one size, read-only: smooth gradients with some noise."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 200, 40)
     images = np.empty((9, 40, 48, 3))
@@ -20,7 +20,15 @@ def images():
         image[:] = 100 + ramp[:, None, None] * slopes[0] / 2
         image += np.linspace(0, 200, 48)[None, :, None] * slopes[1] / 2
     noise = rng.normal(0, 8, images.shape)
-    return np.clip(images + noise, 0, 255).astype(np.uint8)
+    images = np.clip(images + noise, 0, 255).astype(np.uint8)
+    images.flags.writeable = False
+    return images
+
+
+@pytest.fixture
+def images(shared_images):
+    """A writable copy of the shared images."""
+    return shared_images.copy()
 
 
 @pytest.fixture
@@ -34,11 +42,11 @@ def image_files(images, tmp_path):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real images and weights."""
+    """Folder of real images and weights, from the variable ``SKLTL_TEST_DATA``."""
     folder = os.environ.get("SKLTL_TEST_DATA")
     if not folder:
-        pytest.skip("SKLTL_TEST_DATA names no folder of real images and weights")
-    assert Path(folder).is_dir(), f"SKLTL_TEST_DATA={folder} is no folder"
+        pytest.skip("SKLTL_TEST_DATA is not set")
+    assert Path(folder).is_dir(), f"SKLTL_TEST_DATA={folder} is not a folder"
     return Path(folder)
 
 
@@ -50,13 +58,13 @@ def squeezenet_weights(real_data):
 
 @pytest.fixture(scope="session")
 def flowers(real_data):
-    """Paths and labels of 17 classes of 24 flowers."""
+    """Paths and labels of 408 flower images: 24 of each of 17 classes."""
     paths = sorted((real_data / "flowers17").glob("*/*.jpg"))
     return paths, np.array([path.parent.name for path in paths])
 
 
 @pytest.fixture(scope="session")
 def digits():
-    """The digits of scikit-learn as rows in [0, 1], and their labels."""
+    """Rows in [0, 1] and labels of scikit-learn's digits."""
     rows, labels = load_digits(return_X_y=True)
     return rows / 16, labels

@@ -1,8 +1,8 @@
-"""In any order of a life's events an estimator gives what a fresh one would.
+"""After any sequence of operations, an estimator has the output of a fresh one.
 
-Hypothesis draws the orders: of set_params, fits that succeed or fail, copies, saved
-files, and whatever goes on around it. The model is a record of what the last fit that
-succeeded was given; an estimator that was made for it says what is expected.
+Hypothesis draws sequences of `set_params`, successful and failed fits, copies and saved
+files. The model of the state machine is what was given to the last successful fit; a
+new estimator that is fitted with it gives the expected output.
 """
 
 import copy
@@ -46,16 +46,14 @@ from skltl import (
     TransferClassifier,
 )
 
-pytestmark = pytest.mark.slow
-
-# A folder of the machine stands where this is drawn.
+# Replaced by a folder of the state machine where it is drawn.
 FOLDER = "folder"
 
-# What no result depends on: the model does without.
+# Parameters that no output depends on, as the model has them.
 WITHOUT_EFFECT = {"cache": None, "checkpoint": None, "n_jobs": None}
 
-# What a file of a fitted estimator does not keep.
-LEFT_OUT_OF_FILES = {"cache": None, "checkpoint": None}
+# Parameters of a fitted estimator that a saved file resets.
+RESET_IN_FILES = {"cache": None, "checkpoint": None}
 
 
 def read_only(array):
@@ -71,22 +69,22 @@ class Data:
     y: object
     image_shape: object = None
 
-    def part(self, positions):
-        """Return some of the images."""
+    def select(self, positions):
+        """Return the images at some positions."""
         if isinstance(self.X, list):
             return [self.X[position] for position in positions]
         return self.X.iloc[positions] if hasattr(self.X, "iloc") else self.X[positions]
 
-    def spoiled(self):
-        """Return the same images, of which the last one cannot be read."""
+    def with_invalid_image(self):
+        """Return the same images, except that the last one is invalid."""
         if isinstance(self.X, list):
             return [*self.X[:-1], np.full_like(self.X[-1], np.nan, dtype=np.float32)]
-        spoiled = np.array(self.X, dtype=np.float64)
-        spoiled[-1] = np.nan
-        return spoiled
+        images = np.array(self.X, dtype=np.float64)
+        images[-1] = np.nan
+        return images
 
 
-def some_data():
+def make_data():
     rows, labels = load_digits(return_X_y=True)
     images = np.repeat((rows[40:51].reshape(-1, 8, 8, 1) * 15).astype(np.uint8), 3, 3)
     table = pd.DataFrame(rows[20:31] / 16).rename(columns=str)
@@ -99,36 +97,52 @@ def some_data():
     }
 
 
-DATA = some_data()
+DATA = make_data()
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of estimator.
 
-    `choices` are values of its parameters; those `at_once` count from the moment they
-    are set, the others in `fit`. With `is_frozen` a fit learns nothing, so they may as
-    well be set before. `reads` tells whether it decodes images. `by_row` tells whether
-    an image gets the same bits wherever it stands: the products of scikit-learn's
-    linear classifiers differ in the last ones.
+    `choices` are values of its parameters; those in `immediate` take effect when they
+    are set, the others in `fit`. With `is_frozen`, `fit` learns nothing, so the
+    immediate ones may as well be set before it. With `reads_in_fit`, `fit` decodes
+    images. With `by_row`, the output for an image does not depend on the others at all:
+    the products of scikit-learn's linear classifiers differ in the last bits.
     """
 
     make: object
     fixed: dict
     choices: dict
-    at_once: tuple = ("precision", "engine", "device", "decode")
+    immediate: tuple = ("precision", "engine", "device", "decode")
     is_frozen: bool = False
-    reads: bool = True
+    reads_in_fit: bool = True
     by_row: bool = True
 
     def changes(self):
-        """Draw names of parameters, and new values for them."""
+        """Draw parameters and new values for them."""
         each = [(name, value) for name, some in self.choices.items() for value in some]
         return st.lists(st.sampled_from(each), max_size=6)
 
     def fresh(self, params):
-        """Return an estimator with parameters that it has all to itself."""
-        return self.make(**copy.deepcopy(params))
+        """Return a new estimator that owns its parameters."""
+        estimator = self.make()
+        set_params(estimator, **copy.deepcopy(params))
+        return estimator
+
+
+def params_of(estimator):
+    """Return the parameters of an estimator and of its transformer, if it has one."""
+    params = estimator.get_params(deep=False)
+    transformer = params.pop("transformer", None)
+    return params if transformer is None else transformer.get_params() | params
+
+
+def set_params(estimator, **params):
+    """Set parameters of an estimator, or of its transformer if they are not its own."""
+    own = estimator.get_params(deep=False)
+    names = {name: name if name in own else f"transformer__{name}" for name in params}
+    estimator.set_params(**{names[name]: value for name, value in params.items()})
 
 
 COMMON = {
@@ -137,7 +151,7 @@ COMMON = {
     "device": ["auto", "cpu"],
     "decode": ["exact", "fast"],
     "n_jobs": [None, 1, 2],
-    "image_shape": [None, (2, 32)],  # `fit` comes with that of its images
+    "image_shape": [None, (2, 32)],  # replaced in `fit` by that of the data
 }
 SIZES = {"image_size": [16, 32]}
 SEEDS = {"random_state": [0, 7, np.random.RandomState(3)]}
@@ -157,9 +171,9 @@ KINDS = {
             "batch_size": ["auto", 3],
             "cache": [None, FOLDER],
         },
-        at_once=("precision", "engine", "device", "decode", "batch_size"),
+        immediate=("precision", "engine", "device", "decode", "batch_size"),
         is_frozen=True,
-        reads=False,
+        reads_in_fit=False,
     ),
     "pretrained": Kind(
         PretrainedCNNClassifier,
@@ -172,9 +186,9 @@ KINDS = {
             "class_map": [None, {"a": 3, "b": [4, 5]}],
             "batch_size": ["auto", 3],
         },
-        at_once=("precision", "engine", "device", "decode", "batch_size"),
+        immediate=("precision", "engine", "device", "decode", "batch_size"),
         is_frozen=True,
-        reads=False,
+        reads_in_fit=False,
     ),
     "learned": Kind(
         PretrainedCNNClassifier,
@@ -219,11 +233,11 @@ KINDS = {
         StrategyAdvisor,
         {**SMALL, "cv": 2},
         {**COMMON, **SEEDS, "max_images": [None, 9], "cache": [None, FOLDER]},
-        at_once=(),
+        immediate=(),
     ),
 }
 
-# Refused in `fit`, and by a fitted estimator that is asked for something.
+# Refused by `fit`, `predict` and the like.
 WRONG = [
     {"precision": "x"},
     {"engine": "steam"},
@@ -232,7 +246,7 @@ WRONG = [
     {"n_jobs": "all"},
 ]
 
-# Refused in `fit`, some of them in `fit` only.
+# Refused by `fit`, some of them by `fit` alone.
 WRONG_IN_FIT = [
     *WRONG,
     *({"backbone": "tinny"}, {"weights": "WRONG"}, {"image_size": 0}),
@@ -260,17 +274,17 @@ FILES = {
 
 TRANSFORMERS = ("transformer", "tuned")
 METHODS = ("transform", "decision_function", "predict_proba", "predict")
-MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "strategy_")
+RESULTS = ("layer_scores_", "lead_", "size_scores_", "n_evaluated_", "strategy_")
 
 
-def outcome(estimator, X):
-    """Return all that a fitted estimator gives for images, by name."""
+def output_of(estimator, X):
+    """Return everything that a fitted estimator computes for images, by name."""
     found = {
         name: np.asarray(getattr(estimator, name)(X))
         for name in METHODS
         if hasattr(estimator, name)
     }
-    for name in MEASURED:
+    for name in RESULTS:
         if hasattr(estimator, name):
             found[name] = repr(getattr(estimator, name))
     if hasattr(estimator, "get_feature_names_out"):
@@ -299,21 +313,21 @@ _known = {}
 
 
 def expected_of(name, given, data, later):
-    """Return what an estimator gives that was made for it, and what it holds."""
+    """Return the output and the fitted attributes of a new estimator."""
     key = pickle.dumps((name, given, data, later))
     if key not in _known:
         kind = KINDS[name]
         if kind.is_frozen:
             given = given | {key: one for key, one in later.items() if one != "auto"}
         fresh = kind.fresh(given).fit(DATA[data].X, DATA[data].y)
-        fresh.set_params(**later)
-        _known[key] = outcome(fresh, DATA[data].X), fitted_names(fresh)
+        set_params(fresh, **later)
+        _known[key] = output_of(fresh, DATA[data].X), fitted_names(fresh)
     return _known[key]
 
 
 @dataclass
-class Record:
-    """What is known of an estimator: its parameters, and those of its last fit."""
+class Tracked:
+    """An estimator, its parameters, and what its last fit was given."""
 
     estimator: object
     params: dict
@@ -321,14 +335,14 @@ class Record:
     data: str = ""
 
     def copied(self, estimator, **changed):
-        """Return what is known of a copy, some of whose parameters are others."""
+        """Return the same for a copy with some changed parameters."""
         here = self.params.keys() & changed.keys()
         params = {**self.params, **{name: changed[name] for name in here}}
-        return Record(estimator, params, self.given, self.data)
+        return Tracked(estimator, params, self.given, self.data)
 
 
-class Life(RuleBasedStateMachine):
-    """The life of an estimator and its copies; subclasses say of which kind."""
+class EstimatorMachine(RuleBasedStateMachine):
+    """Operations on an estimator and its copies; subclasses name the kind."""
 
     name = ""
 
@@ -339,51 +353,51 @@ class Life(RuleBasedStateMachine):
         self.others = []
 
     def teardown(self):
-        for record in self.others:  # whatever happened to their copies
-            self.check(record)
+        for tracked in self.others:  # operations on their copies changed nothing
+            self.check(tracked)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @initialize(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
     def begin(self, draw, data):
         estimator = self.kind.fresh(self.kind.fixed)
-        self.now = Record(estimator, estimator.get_params(deep=False))
+        self.now = Tracked(estimator, params_of(estimator))
         self.generators = global_generators()
         if data is not None:
             self.fit(draw, data)
 
-    def check(self, record):
-        """Compare an estimator with one that was made for its parameters."""
-        params = record.estimator.get_params(deep=False)
-        assert params.keys() == record.params.keys()
-        for name, value in record.params.items():
+    def check(self, tracked):
+        """Compare an estimator with a new one that is fitted in the same way."""
+        params = params_of(tracked.estimator)
+        assert params.keys() == tracked.params.keys()
+        for name, value in tracked.params.items():
             if not hasattr(value, "get_state"):
                 assert params[name] == value, name
-        if record.given is None:
+        if tracked.given is None:
             with pytest.raises(NotFittedError):
-                self.ask(record.estimator, DATA["stack"].X)
+                self.compute(tracked.estimator, DATA["stack"].X)
             return
-        later = {name: record.params[name] for name in self.kind.at_once}
-        expected, names = expected_of(self.name, record.given, record.data, later)
-        assert fitted_names(record.estimator) == names
-        assert_same(outcome(record.estimator, DATA[record.data].X), expected)
+        later = {name: tracked.params[name] for name in self.kind.immediate}
+        expected, names = expected_of(self.name, tracked.given, tracked.data, later)
+        assert fitted_names(tracked.estimator) == names
+        assert_same(output_of(tracked.estimator, DATA[tracked.data].X), expected)
 
-    def answers(self):
-        """Tell whether it gives something for images, as an advisor does not."""
+    def has_output(self):
+        """Return whether the estimator is fitted and has an output for images."""
         return self.now.given is not None and self.name != "advisor"
 
-    def ask(self, estimator, X):
-        """Ask for the first thing that such an estimator gives."""
+    def compute(self, estimator, X):
+        """Call the first method of the estimator that uses images."""
         for name in METHODS:
             if hasattr(estimator, name):
                 return getattr(estimator, name)(X)
         return estimator.report()
 
     @invariant()
-    def it_gives_what_a_fresh_one_gives(self):
+    def output_is_that_of_a_fresh_estimator(self):
         self.check(self.now)
 
     @invariant()
-    def global_generators_are_as_they_were(self):
+    def global_generators_are_unchanged(self):
         assert global_generators() == self.generators
 
     @rule(draw=st.data())
@@ -391,78 +405,78 @@ class Life(RuleBasedStateMachine):
         for name, value in draw.draw(self.kind.changes()):
             own = copy.deepcopy(value)
             own = str(self.folder / name) if value == FOLDER else own
-            self.now.estimator.set_params(**{name: own})
+            set_params(self.now.estimator, **{name: own})
             self.now.params[name] = own
 
     @rule(draw=st.data(), data=st.sampled_from(sorted(DATA)))
     def fit(self, draw, data):
         self.set_parameters(draw)
         self.now.params["image_shape"] = DATA[data].image_shape
-        self.now.estimator.set_params(image_shape=DATA[data].image_shape)
-        # Before the fit, which draws from a generator that is a parameter.
-        given = copy.deepcopy(self.now.estimator.get_params(deep=False))
+        set_params(self.now.estimator, image_shape=DATA[data].image_shape)
+        # Copied before the fit, which may draw from a generator among them.
+        given = copy.deepcopy(params_of(self.now.estimator))
         self.now.estimator.fit(DATA[data].X, DATA[data].y)
         here = given.keys() & WITHOUT_EFFECT.keys()
         self.now.given = given | {name: WITHOUT_EFFECT[name] for name in here}
         self.now.data = data
 
     def fail_to_fit(self, X, y, **params):
-        """Try to fit, with other parameters meanwhile."""
+        """Fit in vain, with other parameters for the moment."""
         before = {name: self.now.params[name] for name in params}
-        self.now.estimator.set_params(**params)
+        set_params(self.now.estimator, **params)
         with pytest.raises((ValueError, TypeError)):
             self.now.estimator.fit(X, y)
-        self.now.estimator.set_params(**before)
+        set_params(self.now.estimator, **before)
 
     @rule(data=st.sampled_from(sorted(DATA)), wrong=st.sampled_from(WRONG_IN_FIT))
     def fail_to_fit_with_a_wrong_parameter(self, data, wrong):
-        if wrong.keys() <= self.now.params.keys():
+        if wrong.keys() <= self.kind.fixed.keys() | self.kind.choices.keys():
             shape = {"image_shape": DATA[data].image_shape}
             self.fail_to_fit(DATA[data].X, DATA[data].y, **shape, **wrong)
 
     @rule(data=st.sampled_from(sorted(DATA)), is_short=st.booleans())
     def fail_to_fit_other_data(self, data, is_short):
         X, y, image_shape = DATA[data].X, DATA[data].y, DATA[data].image_shape
-        if is_short or not (self.kind.reads or image_shape):
+        if is_short or not (self.kind.reads_in_fit or image_shape):
             y = y[:-1]
         else:
-            X = DATA[data].spoiled()
+            X = DATA[data].with_invalid_image()
         self.fail_to_fit(X, y, image_shape=image_shape)
 
-    @precondition(lambda self: self.answers())
+    @precondition(lambda self: self.has_output())
     @rule(wrong=st.sampled_from(WRONG))
-    def a_wrong_parameter_is_refused_after_the_fit(self, wrong):
+    def use_a_wrong_parameter_after_fit(self, wrong):
         (name,) = wrong
-        self.now.estimator.set_params(**wrong)
+        set_params(self.now.estimator, **wrong)
         with pytest.raises((ValueError, TypeError)):
-            self.ask(self.now.estimator, DATA[self.now.data].X)
-        self.now.estimator.set_params(**{name: self.now.params[name]})
+            self.compute(self.now.estimator, DATA[self.now.data].X)
+        set_params(self.now.estimator, **{name: self.now.params[name]})
 
     @rule(draw=st.data(), way=st.sampled_from(sorted(COPIES)))
-    def go_on_with_a_copy(self, draw, way):
+    def continue_with_a_copy(self, draw, way):
         self.others.append(self.now)
         self.now = self.now.copied(COPIES[way](self.now.estimator))
         self.set_parameters(draw)
 
     @rule(draw=st.data(), way=st.sampled_from(sorted(FILES)))
-    def go_on_with_a_saved_one(self, draw, way):
+    def continue_with_a_saved_one(self, draw, way):
         self.others.append(self.now)
         is_fitted = self.now.given is not None
-        left_out = LEFT_OUT_OF_FILES if is_fitted else {}
-        self.now = self.now.copied(FILES[way](self.now.estimator), **left_out)
+        reset = RESET_IN_FILES if is_fitted else {}
+        self.now = self.now.copied(FILES[way](self.now.estimator), **reset)
         self.set_parameters(draw)
 
     @rule(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
-    def go_on_with_a_clone(self, draw, data):
+    def continue_with_a_clone(self, draw, data):
         self.others.append(self.now)
-        self.now = Record(clone(self.now.estimator), dict(self.now.params))
+        self.now = Tracked(clone(self.now.estimator), dict(self.now.params))
         self.check(self.now)
         if data is not None:
             self.fit(draw, data)
 
     @precondition(lambda self: self.others)
     @rule(number=st.integers(0, 9))
-    def go_on_with_another(self, number):
+    def continue_with_another(self, number):
         number %= len(self.others)
         self.now, self.others[number] = self.others[number], self.now
 
@@ -472,16 +486,16 @@ class Life(RuleBasedStateMachine):
         self.set_parameters(draw)
 
     @rule(draw=st.data())
-    def lose_the_files(self, draw):
+    def delete_the_folders(self, draw):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.set_parameters(draw)
 
-    @precondition(lambda self: self.answers())
+    @precondition(lambda self: self.has_output())
     @rule(order=st.permutations(range(9)), n=st.sampled_from([1, 2, 9]))
-    def ask_for_some_images_in_another_order(self, order, n):
+    def compute_for_some_images_in_another_order(self, order, n):
         estimator, data, some = self.now.estimator, DATA[self.now.data], order[:n]
-        everything = outcome(estimator, data.X)
-        for name, found in outcome(estimator, data.part(some)).items():
+        everything = output_of(estimator, data.X)
+        for name, found in output_of(estimator, data.select(some)).items():
             if name == "names" or isinstance(found, str):
                 continue
             if self.kind.by_row or found.dtype.kind != "f":
@@ -489,20 +503,20 @@ class Life(RuleBasedStateMachine):
             else:
                 np.testing.assert_allclose(found, everything[name][some], rtol=1e-5)
 
-    @precondition(lambda self: self.answers())
+    @precondition(lambda self: self.has_output())
     @rule()
-    def ask_it_inside_of_others(self):
+    def compute_inside_other_estimators(self):
         X = DATA[self.now.data].X
-        expected = outcome(self.now.estimator, X)
+        expected = output_of(self.now.estimator, X)
         frozen = FrozenEstimator(self.now.estimator)
         for name in METHODS:
             if name in expected:
                 found = getattr(make_pipeline(frozen), name)(X)
                 np.testing.assert_array_equal(found, expected[name], name)
 
-    @precondition(lambda self: self.answers() and self.name in TRANSFORMERS)
+    @precondition(lambda self: self.has_output() and self.name in TRANSFORMERS)
     @rule()
-    def ask_for_a_table(self):
+    def transform_to_a_data_frame(self):
         data, estimator = DATA[self.now.data], copy.deepcopy(self.now.estimator)
         table = estimator.set_output(transform="pandas").transform(data.X)
         np.testing.assert_array_equal(
@@ -512,54 +526,60 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.now.given is not None and self.name == "tuned")
     @rule(precision=st.sampled_from(COMMON["precision"][1:]), refits=st.booleans())
-    def make_a_transformer_of_it(self, precision, refits):
+    def convert_to_a_transformer(self, precision, refits):
         X = DATA[self.now.data].X
-        # Left open, it would be another one in the next fit than it was in the last.
+        # "auto" could stand for another precision in the next fit.
         tuned = copy.copy(self.now.estimator).set_params(precision=precision)
         made = tuned.to_transformer()
         made = clone(made).fit(X) if refits else made
         np.testing.assert_array_equal(made.transform(X), tuned.transform(X))
 
 
-def machine(name, max_examples):
+def machine(name, max_examples, n_steps=25):
     """Return the test case of one kind of estimator."""
-    life = type(f"LifeOf{name.title()}", (Life,), {"name": name})
-    life.TestCase.settings = settings(
+    operations = type(f"{name.title()}Machine", (EstimatorMachine,), {"name": name})
+    operations.TestCase.settings = settings(
         derandomize=True,
         deadline=None,
         max_examples=max_examples,
-        stateful_step_count=25,
-        # Explaining takes longer than finding.
+        stateful_step_count=n_steps,
+        # Explaining a failure takes longer than finding it.
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    return life.TestCase
+    return operations.TestCase
 
 
-TestTransformer = machine("transformer", 30)
-TestPretrained = machine("pretrained", 10)
-TestLearned = machine("learned", 6)
-TestTuned = machine("tuned", 12)
-TestTransfer = machine("transfer", 8)
-TestAdvisor = machine("advisor", 8)
+TestFewTransformer = machine("transformer", 4, 8)
+TestFewPretrained = machine("pretrained", 2, 8)
+TestFewTuned = machine("tuned", 2, 8)
+TestFewTransfer = machine("transfer", 2, 8)
+
+TestTransformer = pytest.mark.slow(machine("transformer", 30))
+TestPretrained = pytest.mark.slow(machine("pretrained", 10))
+TestLearned = pytest.mark.slow(machine("learned", 6))
+TestTuned = pytest.mark.slow(machine("tuned", 12))
+TestTransfer = pytest.mark.slow(machine("transfer", 8))
+TestAdvisor = pytest.mark.slow(machine("advisor", 8))
 
 
-def test_another_process_gives_the_same(tmp_path):
+@pytest.mark.slow
+def test_another_process_computes_the_same_output(tmp_path):
     X, y = DATA["rows"].X, DATA["rows"].y
     here = {}
     for name, kind in KINDS.items():
         estimator = kind.fresh({**kind.fixed, "image_shape": (8, 8)}).fit(X, y)
         joblib.dump(estimator, tmp_path / f"{name}.joblib")
-        here[name] = outcome(estimator, X)
+        here[name] = output_of(estimator, X)
     folders = [Path(skltl.__file__).parents[1], Path(__file__).parent]
     code = (
         "import joblib, pathlib, sys, torch\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         f"sys.path[:0] = {[str(path) for path in folders]!r}\n"
-        "from test_any_order import DATA, KINDS, outcome\n"
+        "from test_any_order import DATA, KINDS, output_of\n"
         f"folder, X = pathlib.Path({str(tmp_path)!r}), DATA['rows'].X\n"
         "read = lambda name: joblib.load(folder / f'{name}.joblib')\n"
-        "found = {name: outcome(read(name), X) for name in KINDS}\n"
+        "found = {name: output_of(read(name), X) for name in KINDS}\n"
         "joblib.dump(found, folder / 'found')\n"
     )
 

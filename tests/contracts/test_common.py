@@ -1,4 +1,4 @@
-"""scikit-learn's own checks: the whole suite, nothing excused, nothing skipped."""
+"""The estimators pass scikit-learn's own checks; every exception has a reason."""
 
 import os
 
@@ -22,19 +22,83 @@ from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
     PretrainedCNNClassifier,
+    StrategyAdvisor,
     TransferClassifier,
 )
 
-TRANSFORMERS = {
-    "one cut point": CNNFeatureTransformer("tiny", layer="block1", image_shape=(1, -1)),
-    "the last": CNNFeatureTransformer("tiny", image_shape=(1, -1)),
-    "several": CNNFeatureTransformer(
-        "tiny", layer=["stem", -1], pooling="avgmax", image_shape=(1, -1)
+# The checks fit on small tables, of which each row becomes an image one pixel high.
+ROWS = {"image_shape": (1, -1), "image_size": 8, "n_jobs": 1}
+LARGE_ROWS = {"image_shape": (1, -1)}
+
+WEIGHTS_AND_REPEATS = "check_sample_weight_equivalence_on_dense_data"
+GRADIENT_DESCENT = {
+    WEIGHTS_AND_REPEATS: "mini-batches depend on the rows, as in scikit-learn's SGD"
+}
+FOLDS = {WEIGHTS_AND_REPEATS: "the folds depend on the rows, and `cv` is their number"}
+
+# Estimator, least number of checks, and checks that it may fail.
+SUITES = {
+    "transformer": (
+        CNNFeatureTransformer("tiny", layer=["stem", -1], pooling="avgmax", **ROWS),
+        40,
+        {},
+    ),
+    "pretrained": (
+        PretrainedCNNClassifier("tiny", class_map="learn", batch_size=64, **ROWS),
+        50,
+        {},
+    ),
+    "fine-tuned": (
+        FineTunedCNNClassifier(
+            "tiny",
+            layer="stem",
+            unfreeze=1,
+            head_epochs=1,
+            finetune_epochs=1,
+            random_state=0,
+            **ROWS,
+        ),
+        60,
+        GRADIENT_DESCENT,
+    ),
+    "transfer": (
+        TransferClassifier("tiny", strategy="extract", cv=2, random_state=0, **ROWS),
+        50,
+        FOLDS,
     ),
 }
+SLOW_SUITES = {
+    "transformer, one layer": (
+        CNNFeatureTransformer("tiny", layer="block1", **LARGE_ROWS),
+        40,
+        {},
+    ),
+    "transformer, defaults": (CNNFeatureTransformer("tiny", **LARGE_ROWS), 40, {}),
+    "pretrained, one image at a time": (
+        PretrainedCNNClassifier("tiny", class_map="learn", batch_size=1, **ROWS),
+        50,
+        {},
+    ),
+    "fine-tuned, many epochs": (
+        FineTunedCNNClassifier(
+            "tiny",
+            layer="block2",
+            unfreeze=1,
+            finetune_epochs=5,
+            random_state=0,
+            **ROWS,
+        ),
+        60,
+        GRADIENT_DESCENT,
+    ),
+    "transfer, recommended strategy": (
+        TransferClassifier("tiny", random_state=0, **ROWS),
+        50,
+        FOLDS,
+    ),
+    "advisor": (StrategyAdvisor("tiny", cv=2, random_state=0, **ROWS), 40, FOLDS),
+}
 
-# Public checks that `check_estimator` does not run;
-# scikit-learn's own test module does.
 FURTHER_CHECKS = [
     check_dataframe_column_names_consistency,
     check_get_feature_names_out_error,
@@ -49,49 +113,10 @@ FURTHER_CHECKS = [
 ]
 
 
-# Their tables hold random numbers.
-@pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
-@pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_the_whole_suite_of_scikit_learn_passes(kind):
-    results = check_estimator(TRANSFORMERS[kind], on_skip=None, on_fail=None)
+def unexpected_results(results):
+    """Return the checks that neither passed nor were expected to fail.
 
-    assert odd_results(results) == {}
-    assert not any(result["expected_to_fail"] for result in results)
-    assert len(results) > 40
-
-
-CLASSIFIER = FineTunedCNNClassifier(
-    "tiny",
-    layer="block2",
-    image_shape=(1, -1),
-    image_size=8,
-    unfreeze=1,
-    finetune_epochs=5,
-    random_state=0,
-)
-
-
-OTHERS = {
-    "as it is": PretrainedCNNClassifier(
-        "tiny", class_map="learn", image_shape=(1, -1), image_size=8
-    ),
-    "advised": TransferClassifier(
-        "tiny", image_shape=(1, -1), image_size=8, random_state=0
-    ),
-}
-
-EXCUSES = {
-    "advised": {
-        "check_sample_weight_equivalence_on_dense_data": "folds are drawn of the rows "
-        "that there are, and `cv` is their number"
-    }
-}
-
-
-def odd_results(results):
-    """Return the checks that did not pass, and are not expected to fail.
-
-    One of them wants an environment variable before Python starts, as CI sets it.
+    One of them is skipped unless a variable is set before Python starts, as in CI.
     """
     may_skip = set() if "SCIPY_ARRAY_API" in os.environ else {"check_array_api_input"}
     return {
@@ -102,50 +127,37 @@ def odd_results(results):
     }
 
 
+# The checks use tables of random values, and classes of one or two samples.
 @pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
-def test_the_whole_suite_passes_for_the_fine_tuned_classifier():
-    """But for one check, which scikit-learn excuses for its own SGD estimators, too."""
-    reason = "the order and size of steps of gradient descent follow the rows"
-    results = check_estimator(
-        CLASSIFIER,
-        expected_failed_checks={
-            "check_sample_weight_equivalence_on_dense_data": reason
-        },
-        on_skip=None,
-        on_fail=None,
-    )
-
-    assert odd_results(results) == {}
-    assert len(results) > 60
-
-
-@pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
-# Folds of a few rows, of classes with one or two.
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
 @pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
-@pytest.mark.parametrize("kind", OTHERS)
-def test_the_whole_suite_passes_for_the_other_classifiers(kind):
-    """But for one check, which scikit-learn excuses for its own searches, too."""
-    excuses = EXCUSES.get(kind, {})
+@pytest.mark.parametrize(
+    "name",
+    [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_SUITES)],
+)
+def test_check_estimator(name):
+    estimator, n_checks, excuses = (SUITES | SLOW_SUITES)[name]
+
     results = check_estimator(
-        OTHERS[kind], expected_failed_checks=excuses, on_skip=None, on_fail=None
+        estimator, expected_failed_checks=excuses, on_skip=None, on_fail=None
     )
 
-    assert odd_results(results) == {}
+    assert unexpected_results(results) == {}
     assert sum(result["expected_to_fail"] for result in results) == len(excuses)
-    assert len(results) > 50
+    assert len(results) > n_checks
 
 
+# Public checks that `check_estimator` does not run, but scikit-learn's own tests do.
 @pytest.mark.filterwarnings("ignore::skltl.exceptions.ImageRangeWarning")
 # Some of them fit on a table with names and transform an array, on purpose.
 @pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names")
 @pytest.mark.parametrize("check", FURTHER_CHECKS, ids=lambda check: check.__name__)
-def test_further_public_checks_pass(check):
-    check("CNNFeatureTransformer", TRANSFORMERS["several"])
+def test_further_public_checks(check):
+    check("CNNFeatureTransformer", SUITES["transformer"][0])
 
 
 @pytest.mark.parametrize("image_shape", [None, (8, 8)])
-def test_tags_tell_images_from_rows(image_shape):
+def test_tags_distinguish_images_from_rows(image_shape):
     tags = CNNFeatureTransformer("tiny", image_shape=image_shape).__sklearn_tags__()
 
     assert tags.input_tags.two_d_array is (image_shape is not None)
@@ -154,7 +166,7 @@ def test_tags_tell_images_from_rows(image_shape):
     assert tags.transformer_tags.preserves_dtype == ["float32"]
 
 
-def test_metadata_routing_is_untouched():
+def test_the_transformer_requests_no_metadata():
     with sklearn.config_context(enable_metadata_routing=True):
         requests = CNNFeatureTransformer("tiny").get_metadata_routing()
 

@@ -1,4 +1,4 @@
-"""Every example that needs no download runs, and so does the code of the README."""
+"""Every example that needs no download runs, and the README names existing files."""
 
 import re
 import runpy
@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("plot_*.py"))
 
 
-def test_there_are_examples():
+def test_examples_are_found():
     assert EXAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
     done = subprocess.run(
@@ -25,7 +26,7 @@ def test_examples_run(path):
     assert done.returncode == 0, done.stderr
 
 
-def test_training_script_names_its_arguments(monkeypatch, capsys):
+def test_the_training_script_lists_its_arguments(monkeypatch, capsys):
     script = ROOT / "examples" / "train_tiny_backbone.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
 
@@ -35,7 +36,7 @@ def test_training_script_names_its_arguments(monkeypatch, capsys):
     assert "--epochs" in capsys.readouterr().out
 
 
-def test_commands_of_the_readme_name_files_that_exist():
+def test_files_named_in_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
 
     named = re.findall(r"\b(?:examples|docs|tests)/[\w/.]+\w", readme)

@@ -1,4 +1,4 @@
-"""A forked child computes, whatever its parent was doing at the moment of the fork."""
+"""A forked child gives correct results, whatever its parent did during the fork."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 PREPARED = """
 import os, signal, sys, threading, time
@@ -30,21 +30,21 @@ def extract():
 def expected_of(work):
     torch.set_num_threads(1)  # as in the child
     found = work()
-    torch.set_num_threads(2)  # whatever the machine has: one that the child lacks
+    torch.set_num_threads(2)  # start a thread that the child will lack
     torch.ones(512, 512) @ torch.ones(512, 512)
     return found
 
 def in_child(work, seconds):
     child = os.fork()
     if child == 0:
-        signal.alarm(seconds)  # ends a child that hangs
+        signal.alarm(seconds)  # end a child that hangs
         os._exit(0 if work() else 1)
     return os.waitpid(child, 0)[1]
 """
 
 
 def run(code, *args):
-    """Run code that begins as above; return what it printed."""
+    """Run the code after the preparation; return what it prints."""
     return subprocess.run(
         [sys.executable, "-c", PREPARED + code, *map(str, args)],
         stdout=subprocess.PIPE,
@@ -66,16 +66,13 @@ os._exit(0)
 """
 
 
-def test_a_child_forked_during_a_fit_fits_with_the_same_bits():
-    assert run(FORKS_DURING_A_FIT, 2).split() == ["0"] * 2
-
-
 @pytest.mark.slow
-def test_thirty_children_forked_during_a_fit_fit_with_the_same_bits():
+def test_children_forked_during_a_fit_fit_the_same_classifier():
     assert run(FORKS_DURING_A_FIT, 30).split() == ["0"] * 30
 
 
-def test_a_child_forked_while_others_extract_features_extracts_the_same():
+@pytest.mark.slow
+def test_children_forked_during_an_extraction_extract_the_same_features():
     code = """
 expected = expected_of(extract)
 def forever():
@@ -91,7 +88,8 @@ os._exit(0)
     assert run(code).split() == ["0"] * 3
 
 
-def test_programs_that_only_import_skltl_keep_the_threads_of_their_children():
+@pytest.mark.slow
+def test_importing_skltl_does_not_change_the_threads_of_children():
     code = """
 import skltl.inference, torch
 torch.set_num_threads(2)
@@ -100,6 +98,7 @@ print(in_child(lambda: torch.get_num_threads() == 2, 60))
     assert run(code).split() == ["0"]
 
 
+@pytest.mark.slow
 def test_a_child_that_loads_a_saved_estimator_does_not_wait_for_lost_threads():
     code = """
 import pickle
@@ -112,7 +111,8 @@ print(in_child(
     assert run(code).split() == ["0"]
 
 
-def test_a_child_looks_at_a_network_of_ones_own():
+@pytest.mark.slow
+def test_a_child_lists_the_layers_of_an_own_backbone():
     code = """
 expected_of(lambda: None)
 mine = Backbone.from_blocks(
@@ -124,7 +124,7 @@ print(in_child(lambda: len(list_layers(mine)) == 2, 60))
     assert run(code).split() == ["0"]
 
 
-def test_a_fork_inside_of_a_locked_block_leaves_the_lock_usable():
+def test_a_lock_that_is_held_during_a_fork_is_free_in_the_child():
     from skltl._locks import Lock
 
     lock = Lock()

@@ -1,4 +1,4 @@
-"""A parameter that cannot be used is refused in a few words that say what to do."""
+"""Invalid parameters are refused with a short message that says what to do."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,14 @@ ESTIMATORS = [CNNFeatureTransformer, PretrainedCNNClassifier, FineTunedCNNClassi
 LONG = "x" * 100_000
 
 
+@pytest.fixture(scope="module")
+def network():
+    """A network of torchvision that draws its weights quickly."""
+    return models.squeezenet1_1(weights=None)
+
+
 def message_of(call):
+    """Return the message of the error that a call raises, and check its length."""
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     text = str(caught.value)
@@ -37,24 +44,23 @@ def message_of(call):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_module_as_backbone_is_told_of_from_blocks(estimator):
-    message = message_of(
-        lambda: estimator(models.resnet18(weights=None)).fit(IMAGES, LABELS)
-    )
+def test_a_module_as_backbone_is_refused_with_an_alternative(estimator, network):
+    message = message_of(lambda: estimator(network).fit(IMAGES, LABELS))
 
-    assert "not a module (ResNet)" in message
-    assert "skltl.Backbone.from_blocks" in message
+    assert "SqueezeNet" in message
+    assert "skltl.Backbone.from_" in message
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_state_dict_as_weights_is_told_to_be_saved(estimator):
-    state = models.resnet18(weights=None).state_dict()
+def test_a_state_dict_as_weights_is_refused_with_an_alternative(estimator, network):
+    state = network.state_dict()
 
     message = message_of(
-        lambda: estimator("resnet18", weights=state).fit(IMAGES, LABELS)
+        lambda: estimator("squeezenet1_1", weights=state).fit(IMAGES, LABELS)
     )
 
-    assert "not a state dict. Save it first: torch.save(state_dict" in message
+    assert "state dict" in message
+    assert "torch.save(state_dict" in message
 
 
 @pytest.mark.parametrize(
@@ -75,20 +81,22 @@ def test_a_state_dict_as_weights_is_told_to_be_saved(estimator):
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
-def test_hostile_parameters_give_short_messages(parameters):
-    message = message_of(
-        lambda: CNNFeatureTransformer(**{"backbone": "tiny", **parameters}).fit(IMAGES)
-    )
+def test_huge_parameters_give_short_messages(parameters):
+    (name,) = parameters
+    transformer = CNNFeatureTransformer(**{"backbone": "tiny", **parameters})
+    X = IMAGES.reshape(4, -1) if name == "image_shape" else IMAGES
 
-    assert message
+    message = message_of(lambda: transformer.fit(X))
+
+    assert name in message
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "maxvit_t"])
-def test_networks_that_are_not_supported_yet_are_named(name):
+def test_unsupported_networks_are_named(name):
     message = message_of(lambda: CNNFeatureTransformer(name).fit(IMAGES))
 
-    assert f"torchvision's {name!r}" in message
-    assert "not supported yet" in message
+    assert repr(name) in message
+    assert "not supported" in message
 
 
 @pytest.mark.parametrize(
@@ -111,14 +119,14 @@ def test_blocks_of_the_wrong_kind_are_refused(blocks, words):
     assert words in message
 
 
-def test_a_head_that_is_no_module_is_refused():
-    with pytest.raises(TypeError, match="head must be a torch module or None, got str"):
+def test_a_head_that_is_not_a_module_is_refused():
+    with pytest.raises(TypeError, match="head must be .* got str"):
         Backbone.from_blocks(
             "own", {"a": nn.ReLU()}, "oops", preprocessing=Preprocessing(16)
         )
 
 
-def test_a_size_that_a_network_refuses_is_told():
+def test_an_image_size_that_a_network_refuses_is_named():
     class ForOneSize(nn.Conv2d):
         def forward(self, batch):
             assert batch.shape[-1] == 16, f"size {batch.shape[-1]} {LONG}"
@@ -130,7 +138,8 @@ def test_a_size_that_a_network_refuses_is_told():
 
     message = message_of(lambda: CNNFeatureTransformer(own, image_size=24).fit(IMAGES))
 
-    assert "Images of 24 x 24 pixels cannot pass through 'own'" in message
+    assert "24 x 24" in message
+    assert "'own'" in message
 
 
 def test_weights_that_overflow_name_the_image():
@@ -140,7 +149,7 @@ def test_weights_that_overflow_name_the_image():
     own = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
     transformer = CNNFeatureTransformer(own, precision="float32").fit(IMAGES)
 
-    with pytest.raises(ValueError, match="The features of image 0 are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"\bimage 0\b.*\bNaN or infinite"):
         transformer.transform(IMAGES + np.uint8(255))
 
 
@@ -189,14 +198,14 @@ def test_weights_that_overflow_name_the_image():
         ),
     ],
 )
-def test_wrong_parameters_are_named_in_short(call):
+def test_invalid_parameters_give_readable_messages(call):
     message = message_of(call)
 
-    for riddle in ("has no attribute", "expected str", "not iterable", "null byte"):
-        assert riddle not in message
+    for internal in ("has no attribute", "expected str", "not iterable", "null byte"):
+        assert internal not in message
 
 
-def test_a_long_name_in_a_weights_file_does_not_fill_the_screen(tmp_path):
+def test_a_long_name_in_a_weights_file_gives_a_short_message(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({LONG: 1}, path)
 
@@ -204,12 +213,13 @@ def test_a_long_name_in_a_weights_file_does_not_fill_the_screen(tmp_path):
         lambda: CNNFeatureTransformer("tiny", weights=path).fit(IMAGES)
     )
 
-    assert "is not a state dict" in message
+    assert "weights.pt" in message
+    assert "state dict" in message
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("role", ["image", "weights"])
-def test_pipes_are_not_waited_for(tmp_path, role):
+def test_named_pipes_do_not_block(tmp_path, role):
     pipe = tmp_path / "pipe.pt"
     os.mkfifo(pipe)
     made = FineTunedCNNClassifier("tiny", image_size=32, checkpoint=tmp_path / "fit")
@@ -222,7 +232,7 @@ def test_pipes_are_not_waited_for(tmp_path, role):
         try:
             error = fit.exception(timeout=60)
         finally:
-            if not fit.done():  # else the thread would never end
+            if not fit.done():  # otherwise the thread would never end
                 os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
 
     assert isinstance(error, (ImageReadError, WeightsNotFoundError))

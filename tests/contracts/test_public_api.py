@@ -1,4 +1,4 @@
-"""What the package shows is what it means to show, and it is light to import."""
+"""The public names are exactly those of ``__all__``, and importing skltl is cheap."""
 
 import inspect
 import subprocess
@@ -18,12 +18,12 @@ def test_all_names_exist_and_are_listed():
     assert sorted(skltl.__all__) == sorted(dir(skltl))
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'CNNTransformer'"):
         _ = skltl.CNNTransformer
 
 
-def test_importing_skltl_does_not_wait_for_torch():
+def test_importing_skltl_does_not_import_torch():
     code = (
         "import sys, skltl; "
         "print({name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision', "
@@ -37,7 +37,7 @@ def test_importing_skltl_does_not_wait_for_torch():
     assert done.stdout.strip() == "set()"
 
 
-def test_all_exceptions_are_listed_and_drawn():
+def test_all_exceptions_are_listed_and_documented():
     defined = {
         name
         for name, one in vars(exceptions).items()
@@ -49,7 +49,7 @@ def test_all_exceptions_are_listed_and_drawn():
         assert name in exceptions.__doc__
 
 
-def test_skops_is_told_of_real_classes():
+def test_types_trusted_in_skops_files_exist():
     assert skltl.SKOPS_TRUSTED
     for path in skltl.SKOPS_TRUSTED:
         module, _, name = path.rpartition(".")

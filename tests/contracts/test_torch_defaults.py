@@ -1,6 +1,8 @@
-"""The user's defaults of torch change no estimator, and stay as they are."""
+"""Torch's default dtype and device neither change a result nor are changed."""
 
+import functools
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -16,111 +18,134 @@ from skltl import (
     release_memory,
 )
 
-rng = np.random.default_rng(0)
-ROWS, LABELS = rng.random((24, 64)), np.arange(24) % 2
-TINY = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
+TINY = {"image_shape": (8, 8), "image_size": 16, "random_state": 0}
+TRAINING = {"layer": "block1", "head_epochs": 1, "finetune_epochs": 1}
+
+
+@functools.cache
+def rows():
+    return np.random.default_rng(0).random((16, 64)), np.arange(16) % 2
 
 
 def features():
-    return CNNFeatureTransformer("tiny", **TINY).fit_transform(ROWS)
+    X, _ = rows()
+    return CNNFeatureTransformer("tiny", **TINY).fit_transform(X)
 
 
 def random_features():
-    return CNNFeatureTransformer("tiny", weights=None, **TINY).fit_transform(ROWS)
+    X, _ = rows()
+    return CNNFeatureTransformer("tiny", weights=None, **TINY).fit_transform(X)
 
 
-def categories():
-    return PretrainedCNNClassifier("tiny", **TINY).fit(ROWS).predict_proba(ROWS)
+def pretrained():
+    X, _ = rows()
+    return PretrainedCNNClassifier("tiny", **TINY).fit(X).predict_proba(X)
 
 
-def tuned():
-    settings = {"head_epochs": 2, "finetune_epochs": 1, "hidden_units": (5,)}
-    classifier = FineTunedCNNClassifier("tiny", dropout=0.1, **settings, **TINY)
-    return classifier.fit(ROWS, LABELS).decision_function(ROWS)
-
-
-def tuned_with_views():
-    settings = {"head_epochs": 2, "finetune_epochs": 1, "conv_channels": (4,)}
+def fine_tuned():
+    X, y = rows()
     classifier = FineTunedCNNClassifier(
-        "tiny", augment=lambda image: image.flip(-1), n_views=1, **settings, **TINY
+        "tiny", dropout=0.1, hidden_units=(5,), **TRAINING, **TINY
     )
-    return classifier.fit(ROWS, LABELS).decision_function(ROWS)
+    return classifier.fit(X, y).decision_function(X)
+
+
+def fine_tuned_on_augmented_views():
+    X, y = rows()
+    classifier = FineTunedCNNClassifier(
+        "tiny",
+        augment=lambda image: image.flip(-1),
+        n_views=1,
+        conv_channels=(4,),
+        **TRAINING,
+        **TINY,
+    )
+    return classifier.fit(X, y).decision_function(X)
 
 
 def advised():
-    advisor = StrategyAdvisor("tiny", cv=2, **TINY).fit(ROWS, LABELS)
+    advisor = StrategyAdvisor("tiny", cv=2, **TINY).fit(*rows())
     return np.array(list(advisor.layer_scores_.values()))
 
 
 def transferred():
+    X, y = rows()
     classifier = TransferClassifier("tiny", strategy="extract", **TINY)
-    return classifier.fit(ROWS, LABELS).decision_function(ROWS)
+    return classifier.fit(X, y).decision_function(X)
 
 
-JOBS = [
+OUTPUTS = [
     features,
     random_features,
-    categories,
-    tuned,
-    tuned_with_views,
+    pretrained,
+    fine_tuned,
+    fine_tuned_on_augmented_views,
     advised,
     transferred,
 ]
 
 
-@pytest.fixture(params=["float64", "bfloat16", "meta"])
-def other_defaults(request):
-    """Another default dtype, or device: "meta" has no numbers, as "cuda" other ones."""
+@pytest.fixture(scope="module")
+def expected_of():
+    """Return a function that computes an output once, with the usual defaults."""
+    return functools.cache(lambda output: output())
 
-    def exchange():
+
+# Tensors on the device "meta" have no values, as those on "cuda" have other ones.
+@pytest.fixture(
+    params=[pytest.param("float64", marks=pytest.mark.slow), "bfloat16", "meta"]
+)
+def set_other_defaults(request):
+    """Return a function that sets another default dtype or device for the test."""
+
+    def set_defaults():
         if request.param == "meta":
             torch.set_default_device("meta")
         else:
             torch.set_default_dtype(getattr(torch, request.param))
 
-    yield exchange
+    yield set_defaults
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
-def test_defaults_of_torch_change_no_result(job, other_defaults):
-    expected = job()
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.__name__)
+def test_defaults_of_torch_change_no_result(output, expected_of, set_other_defaults):
+    expected = expected_of(output)
     release_memory()
-    other_defaults()
+    set_other_defaults()
     before = torch.get_default_dtype(), torch.get_default_device()
 
-    found = job()
+    found = output()
 
     assert_array_equal(found, expected)
     assert (torch.get_default_dtype(), torch.get_default_device()) == before
 
 
-def test_a_saved_estimator_is_loaded_to_the_cpu(other_defaults):
-    settings = {"head_epochs": 1, "finetune_epochs": 1}
-    fitted = FineTunedCNNClassifier("tiny", **settings, **TINY).fit(ROWS, LABELS)
-    own = PretrainedCNNClassifier("tiny", **TINY).fit(ROWS)
-    expected = fitted.predict_proba(ROWS), own.predict_proba(ROWS)
-    saved = pickle.dumps([fitted, own])
-    other_defaults()
+def test_a_saved_estimator_is_loaded_to_the_cpu(set_other_defaults):
+    X, y = rows()
+    fine_tuned = FineTunedCNNClassifier("tiny", **TRAINING, **TINY).fit(X, y)
+    pretrained = PretrainedCNNClassifier("tiny", **TINY).fit(X)
+    expected = fine_tuned.predict_proba(X), pretrained.predict_proba(X)
+    saved = pickle.dumps([fine_tuned, pretrained])
+    set_other_defaults()
 
     loaded = pickle.loads(saved)
 
-    for one, probabilities in zip(loaded, expected, strict=True):
-        weights = next(iter(one.network_.blocks.values())).state_dict().values()
+    for estimator, probabilities in zip(loaded, expected, strict=True):
+        first = next(iter(estimator.network_.blocks.values()))
+        weights = first.state_dict().values()
         assert {weight.device.type for weight in weights} == {"cpu"}
-        assert_array_equal(one.predict_proba(ROWS), probabilities)
+        assert_array_equal(estimator.predict_proba(X), probabilities)
 
 
-def test_building_a_network_does_not_change_what_other_threads_see():
-    """A default dtype that is changed for a moment would be seen by all threads."""
-    import threading
-
-    seen, done = set(), threading.Event()
+def test_building_a_network_does_not_change_the_default_dtype_of_other_threads():
+    """Torch's default dtype is global: even a short change would reach all threads."""
+    found, done = set(), threading.Event()
 
     def watch():
         while not done.is_set():
-            seen.add(torch.get_default_dtype())
+            found.add(torch.get_default_dtype())
 
     torch.set_default_dtype(torch.float64)
     watcher = threading.Thread(target=watch)
@@ -135,4 +160,4 @@ def test_building_a_network_does_not_change_what_other_threads_see():
         watcher.join()
         torch.set_default_dtype(torch.float32)
 
-    assert seen == {torch.float64}
+    assert found == {torch.float64}

@@ -1,4 +1,4 @@
-"""The three classical classifiers, ready to fit."""
+"""Pipelines of a transformer and each of three linear classifiers."""
 
 import numpy as np
 import pytest
@@ -15,31 +15,30 @@ SMALL = {"image_shape": (8, 8), "image_size": 32}
 
 
 @pytest.fixture(scope="module")
-def digits():
+def few_digits():
     X, y = load_digits(return_X_y=True)
     return train_test_split(
-        X / 16, y, train_size=200, test_size=300, stratify=y, random_state=0
+        X / 16, y, train_size=120, test_size=150, stratify=y, random_state=0
     )
 
 
 @pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr", RidgeClassifier()])
-def test_pipelines_learn_digits(digits, classifier):
-    X_train, X_test, y_train, y_test = digits
-    pipeline = make_feature_pipeline(
-        "tiny", classifier, layer="block3", image_shape=(8, 8)
-    )
+def test_pipelines_classify_digits(few_digits, classifier):
+    X_train, X_test, y_train, y_test = few_digits
+    pipeline = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
 
     assert pipeline.fit(X_train, y_train).score(X_test, y_test) > 0.8
 
 
-def test_a_grid_over_the_cut_point(digits):
-    X_train, _, y_train, _ = digits
-    pipeline = make_feature_pipeline("tiny", "svm", image_shape=(8, 8))
+@pytest.mark.parametrize("n_jobs", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_grid_search_over_the_layer(few_digits, n_jobs):
+    X_train, _, y_train, _ = few_digits
+    pipeline = make_feature_pipeline("tiny", "svm", **SMALL)
     grid = GridSearchCV(
         pipeline,
         {"feat__layer": ["stem", "block3"], "svm__C": [0.001, 0.01]},
         cv=2,
-        n_jobs=2,
+        n_jobs=n_jobs,
         error_score="raise",
     )
 
@@ -48,7 +47,7 @@ def test_a_grid_over_the_cut_point(digits):
     assert grid.best_params_["feat__layer"] == "block3"
 
 
-def test_the_steps_of_two_pipelines_are_their_own():
+def test_pipelines_do_not_share_their_steps():
     first, second = (make_feature_pipeline("tiny", "svm") for _ in range(2))
     first.set_params(svm__C=7)
 
@@ -61,7 +60,7 @@ LABELS = {
     "bools": np.array([True, False]),
     "negative": np.array([-1, 7, 3]),
 }
-NO_LABELS = {
+INVALID_LABELS = {
     "too few": list("ab"),
     "None": ["a", "b", None] * 3,
     "continuous": np.linspace(0, 1, 9),
@@ -70,24 +69,27 @@ NO_LABELS = {
 
 @pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
 @pytest.mark.parametrize("kind", LABELS)
-def test_labels_of_any_kind_come_back(images, classifier, kind):
+def test_predictions_have_the_type_of_the_labels(images, classifier, kind):
     labels = np.resize(LABELS[kind], len(images))
+    pipeline = make_feature_pipeline("tiny", classifier, image_size=16)
 
-    pipeline = make_feature_pipeline("tiny", classifier).fit(images, labels)
+    pipeline.fit(images, labels)
 
     assert set(pipeline.predict(images)) <= set(labels)
     assert list(pipeline.classes_) == sorted(set(labels))
-    if classifier != "ovr":  # scikit-learn's OneVsRestClassifier loses the type object
+    if classifier != "ovr":  # scikit-learn's OneVsRestClassifier loses dtype object
         assert pipeline.classes_.dtype == labels.dtype
 
 
-# What else is no label (NaN, several for one image) is left to scikit-learn, whose
-# OneVsRestClassifier takes it.
+# NaN and several labels per image are left to scikit-learn, whose OneVsRestClassifier
+# accepts them.
 @pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
-@pytest.mark.parametrize("kind", NO_LABELS)
-def test_what_is_no_label_is_refused(images, classifier, kind):
+@pytest.mark.parametrize("kind", INVALID_LABELS)
+def test_invalid_labels_are_refused(images, classifier, kind):
+    pipeline = make_feature_pipeline("tiny", classifier, image_size=16)
+
     with pytest.raises((ValueError, TypeError)):
-        make_feature_pipeline("tiny", classifier).fit(images, NO_LABELS[kind])
+        pipeline.fit(images, INVALID_LABELS[kind])
 
 
 def test_unknown_classifiers_are_refused():
@@ -95,20 +97,18 @@ def test_unknown_classifiers_are_refused():
         make_feature_pipeline("tiny", "forest")
 
 
-def test_the_seed_is_that_of_the_classifier_too(digits):
-    X_train, X_test, y_train, _ = digits
+def test_random_state_is_passed_to_the_classifier(few_digits):
+    X_train, X_test, y_train, _ = few_digits
     seeds = {}
     for name in ("svm", "softmax", "ovr"):
-        made = make_feature_pipeline("tiny", name, random_state=3)
+        pipeline = make_feature_pipeline("tiny", name, random_state=3)
         seeds |= {
             f"{name}: {key}": value
-            for key, value in made.get_params().items()
+            for key, value in pipeline.get_params().items()
             if key.endswith("random_state")
         }
-        assert (
-            make_feature_pipeline("tiny", name)[-1].get_params().get("random_state")
-            is None
-        )
+        unseeded = make_feature_pipeline("tiny", name)[-1]
+        assert unseeded.get_params().get("random_state") is None
 
     assert set(seeds.values()) == {3}
     assert "svm: svm__random_state" in seeds
@@ -123,7 +123,7 @@ def test_the_seed_is_that_of_the_classifier_too(digits):
     np.testing.assert_array_equal(*found)
 
 
-def test_the_seed_of_an_own_classifier_is_left_where_it_is_set():
+def test_random_state_of_an_own_classifier_is_kept_where_it_is_set():
     nested = OneVsRestClassifier(LinearSVC())
     mixed = VotingClassifier([("a", LinearSVC(random_state=5)), ("b", LinearSVC())])
 
@@ -131,14 +131,14 @@ def test_the_seed_of_an_own_classifier_is_left_where_it_is_set():
     partly = make_feature_pipeline("tiny", mixed, random_state=3)
 
     assert seeded[-1].estimator.random_state == 3
-    assert nested.estimator.random_state is None  # it is cloned
+    assert nested.estimator.random_state is None  # the pipeline has a clone
     params = partly.get_params()
     assert params["classifier__a__random_state"] == 5
     assert params["classifier__b__random_state"] == 3
 
 
-def test_a_generator_may_be_passed(digits):
-    X_train, X_test, y_train, _ = digits
+def test_random_state_may_be_a_generator(few_digits):
+    X_train, X_test, y_train, _ = few_digits
 
     found = [
         make_feature_pipeline("tiny", random_state=np.random.RandomState(7), **SMALL)
@@ -151,20 +151,18 @@ def test_a_generator_may_be_passed(digits):
 
 
 @pytest.mark.parametrize("C", [0.1, 1.0])
-def test_a_machine_that_is_regularized_less_converges(C, images):
+def test_the_svm_converges_with_less_regularization(C, few_digits):
     """A ConvergenceWarning is an error here."""
-    X, y = load_digits(return_X_y=True)
-    pipeline = make_feature_pipeline(
-        "tiny", image_shape=(8, 8), image_size=32, random_state=0
-    )
+    X_train, _, y_train, _ = few_digits
+    pipeline = make_feature_pipeline("tiny", random_state=0, **SMALL)
 
-    pipeline.set_params(svm__C=C).fit(X[:150] / 16, y[:150])
+    pipeline.set_params(svm__C=C).fit(X_train, y_train)
 
     assert pipeline[-1].n_iter_ < pipeline[-1].max_iter
 
 
-def test_several_labels_are_for_one_versus_rest(digits):
-    X_train, _, y_train, _ = digits
+def test_only_one_versus_rest_takes_several_labels_per_image(few_digits):
+    X_train, _, y_train, _ = few_digits
     y = np.stack([y_train > 4, y_train % 2], axis=1).astype(int)
     pipelines = {
         name: make_feature_pipeline("tiny", name, layer="block3", **SMALL)
