@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from joblib import effective_n_jobs
 from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
-from skltl.images._sharing import one_image
-from skltl.images._source import ImageSource, read_images
+from skltl.images._batches import IMAGES_PER_THREAD, map_ahead
+from skltl.images._decode import one_image
+from skltl.images._source import read_images
 
 
 class BadImage(NamedTuple):
@@ -57,29 +57,20 @@ def find_bad_images(
     """
     source = read_images(X, check_items=False)
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
-    with tqdm(
-        total=len(source), desc="images", unit="img", disable=not verbose
-    ) as progress:
-        found = []
-        for bad in _faults(source, n_threads):
-            progress.update()
-            if bad is not None:
-                found.append(bad)
-        return found
 
+    def check(index: int) -> BadImage | None:
+        try:
+            with one_image():
+                source.decode(index)
+        except ImageReadError as error:
+            return BadImage(error.index, error.path, error.reason)
+        except ImageTypeError as error:
+            return BadImage(error.index, None, f"it is {error.reason}")
+        return None
 
-def _faults(source: ImageSource, n_threads: int) -> Iterator[BadImage | None]:
-    """Yield what is wrong with each image, in order."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        yield from pool.map(lambda index: _fault(source, index), range(len(source)))
-
-
-def _fault(source: ImageSource, index: int) -> BadImage | None:
-    try:
-        with one_image():  # which is gone at its end
-            source.decode(index)
-    except ImageReadError as error:
-        return BadImage(error.index, error.path, error.reason)
-    except ImageTypeError as error:
-        return BadImage(error.index, None, f"it is {error.reason}")
-    return None
+    n_ahead = IMAGES_PER_THREAD * n_threads
+    with closing(map_ahead(check, range(len(source)), n_threads, n_ahead)) as found:
+        progress = tqdm(
+            found, total=len(source), desc="images", unit="img", disable=not verbose
+        )
+        return [bad for bad in progress if bad is not None]

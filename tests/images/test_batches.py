@@ -11,7 +11,7 @@ import pytest
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
 from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import BATCHES_AHEAD, IMAGES_A_TURN, images_a_turn
+from skltl.images._batches import BATCHES_AHEAD, IMAGES_PER_TURN, images_per_turn
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):
@@ -89,7 +89,7 @@ def test_in_turns_nothing_is_decoded_while_images_are_used():
         ImageSource(items), range(150), Preprocessing(8), 10, 4, in_turns=True
     )
     turn = 70  # whole batches
-    assert 0 <= turn - IMAGES_A_TURN < 10
+    assert 0 <= turn - IMAGES_PER_TURN < 10
 
     n_read = []
     with closing(crops):
@@ -117,7 +117,7 @@ def test_in_turns_nothing_is_decoded_while_images_are_used():
 def test_a_turn_is_many_images_but_at_most_256_megabytes(
     size, batch_size, n_threads, n_expected
 ):
-    n_images = images_a_turn(size, batch_size, n_threads)
+    n_images = images_per_turn(size, batch_size, n_threads)
 
     assert n_images == n_expected
     assert n_images % batch_size == 0

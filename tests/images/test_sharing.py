@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from skltl.images import read_images
-from skltl.images._sharing import (
+from skltl.images._decode import (
     BYTES_OF_LARGE_IMAGES,
     LARGE_IMAGE,
     lock_of,
     one_image,
-    wait_for_memory,
+    reserve_memory,
 )
 
 
@@ -29,7 +29,7 @@ def peak_of(n_pixels, bytes_per_pixel, n_threads=6):
 
     def decode():
         with one_image():
-            wait_for_memory(n_pixels, bytes_per_pixel)
+            reserve_memory(n_pixels, bytes_per_pixel)
             with lock:
                 now[0] += 1
                 most[0] = max(most[0], now[0])
@@ -66,7 +66,7 @@ def test_images_of_common_sizes_never_wait():
 
     def decode(_):
         with one_image():
-            wait_for_memory(LARGE_IMAGE, 1000)
+            reserve_memory(LARGE_IMAGE, 1000)
             everyone.wait(timeout=20)
 
     with ThreadPoolExecutor(6) as pool:
@@ -78,7 +78,7 @@ def test_blocks_may_be_nested():
     with one_image():
         for _ in range(2):
             with one_image():
-                wait_for_memory(10 * LARGE_IMAGE, 8)
+                reserve_memory(10 * LARGE_IMAGE, 8)
 
     assert peak_of(10 * LARGE_IMAGE, 8, n_threads=2) == 1
 
@@ -100,7 +100,7 @@ def in_a_daemon(function):
 def test_a_failure_gives_the_memory_back():
     def fail():
         with one_image():
-            wait_for_memory(10 * LARGE_IMAGE, 8)
+            reserve_memory(10 * LARGE_IMAGE, 8)
             raise OSError
 
     for _ in range(3):  # a thread that waits for ever does not end the process
@@ -131,7 +131,7 @@ def test_a_forked_child_can_read_what_another_thread_was_reading(image):
 
     def read():
         with lock_of(image), one_image():
-            wait_for_memory(10 * LARGE_IMAGE, 8)
+            reserve_memory(10 * LARGE_IMAGE, 8)
             reading.set()
             may_end.wait()
 
