@@ -1,4 +1,4 @@
-"""Find the images that cannot be read, before a long job does."""
+"""Find unreadable images before a long computation does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skltl.images._source import read_images
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be read: its position, path (if it is a file), and why."""
+    """Index in ``X``, path (if it is a file) and reason of an unreadable image."""
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`, not needed here
     path: str | None
@@ -25,27 +25,27 @@ class BadImage(NamedTuple):
 def find_bad_images(
     X: Any, *, n_jobs: int | None = None, verbose: bool | int = False
 ) -> list[BadImage]:
-    """Decode every image once and list those that cannot be read.
+    """Decode each image once and list the unreadable ones.
 
     Parameters
     ----------
     X : sequence of paths, PIL images, arrays or tensors, or one array of images
-        What `CNNFeatureTransformer` takes. Rows of numbers are not images here.
+        Images, as for `CNNFeatureTransformer` without `image_shape`.
     n_jobs : int, default=None
-        Number of threads that decode; ``None`` and -1 use one for each core.
+        Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
         Whether to show a progress bar.
 
     Returns
     -------
     list of BadImage
-        Named tuples (index, path, reason) in the order of ``X``, empty if all is well;
-        the path is ``None`` for an image that is not a file.
+        Named tuples (index, path, reason) in the order of ``X``, empty if all images
+        are readable. The path is ``None`` for an image that is not a file.
 
     Raises
     ------
     TypeError, ValueError
-        If ``X`` as a whole is not a sequence of images.
+        If ``X`` is not a sequence of images.
 
     Examples
     --------
