@@ -146,7 +146,8 @@ class ImageSource:
             raise ImageTypeError(index, _describe_item(item))
 
     def _read(self, item: Any) -> Decoded:
-        """Decode an item and record its range."""
+        """Decode an item and add its range to those of the source."""
+        is_float = False
         if isinstance(item, (str, os.PathLike)):
             decoded = read_file(item, self.least_side)
         elif isinstance(item, Image.Image):
@@ -155,12 +156,11 @@ class ImageSource:
             array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
             if array.ndim == 3 and self._channels_first:
                 array = np.moveaxis(array, 0, 2)
+            is_float = array.dtype.kind == "f"
             decoded = read_array(array)
-            if array.dtype.kind == "f":
-                self._ranges.add("floats", *_range_of(decoded))
-                return decoded
-        if _is_float(decoded):
-            self._ranges.add("16-bit", *_range_of(decoded))
+        found = _range_of(decoded)
+        if found is not None:
+            self._ranges.add("floats" if is_float else "16-bit", *found)
         return decoded
 
 
@@ -504,59 +504,35 @@ def _suggest_image_shape(n_columns: int) -> str:
     return "image_shape=(height, width)"
 
 
-# Resampling with a bicubic filter overshoots at edges by up to this much.
-OVERSHOOT = 0.1
-
-# Advice for float images: the first whose limits (low, high) hold the range.
+# Advice for float images: the first whose limits hold the range of their values. The
+# slack of 0.1 is the overshoot of bicubic resampling at edges.
 FLOAT_ADVICE = [
-    (-OVERSHOOT, 1 + OVERSHOOT, "Clip them with np.clip(X, 0, 1)."),
-    (0, 8, "Divide them by the value of white."),
+    ((-0.1, 1.1), "Clip them with np.clip(X, 0, 1)."),
+    ((0, 8), "Divide them by the value of white."),
+    ((0, 16), "Divide them by 16 if that is white, as in scikit-learn's digits."),
+    ((0, 256), "Divide them by 255, or pass them as uint8."),
+    ((0, 4096), "Divide them by 4095 for 12 bits, else by the value of white."),
+    ((0, 65536), "Divide them by 65535, or pass them as uint16."),
+    ((0, math.inf), "Divide them by the value of white."),
+    ((-1.1, 1.1), "If they are scaled to [-1, 1], pass (X + 1) / 2."),
     (
-        0,
-        16,
-        "Divide them by 16 if they range from 0 to 16, like scikit-learn's digits.",
-    ),
-    (0, 256, "Divide them by 255, or pass them as uint8."),
-    (
-        0,
-        4096,
-        "Divide them by 4095 if they hold 12 bits, else by the value of white.",
-    ),
-    (0, 65536, "Divide them by 65535, or pass them as uint16."),
-    (0, math.inf, "Divide them by the value of white."),
-    (
-        -1 - OVERSHOOT,
-        1 + OVERSHOOT,
-        "If they are scaled to [-1, 1], pass (X + 1) / 2.",
+        (-10, 10),
+        "They look normalized: pass X * std + mean, or skip the normalization that "
+        "produced them; skltl applies its own.",
     ),
     (
-        -10,
-        10,
-        "They look normalized: undo it (X * std + mean), or skip the normalization "
-        "that produced them; skltl applies its own.",
-    ),
-    (
-        -math.inf,
-        math.inf,
+        (-math.inf, math.inf),
         "If a mean was subtracted, add it again; then divide by the value of white "
         "(255 for 8 bits). skltl applies its own normalization.",
     ),
 ]
 
-# Advice for 16-bit images, by their largest value. Images that do not reach an eighth
-# of the range probably hold fewer bits.
+# Advice for 16-bit images by their largest value. Images that do not reach an eighth of
+# the range probably hold fewer bits.
 SIXTEEN_BIT_ADVICE = [
     (255, "If they hold 8 bits, pass them as uint8."),
-    (
-        4095,
-        "If they hold 12 bits, scale them by 65535 / 4095, or divide by 4095 and pass "
-        "the floats.",
-    ),
-    (
-        8191,
-        "If white is not 65535, divide by the value of white and pass the floats, "
-        "which are then in [0, 1].",
-    ),
+    (4095, "If they hold 12 bits, divide them by 4095 and pass the floats."),
+    (8191, "If white is not 65535, divide them by its value and pass the floats."),
 ]
 
 
@@ -577,39 +553,35 @@ class PixelRanges:
         """Warn once about each kind whose range is unusual."""
         low, high = self._ranges.get("floats", (0, 1))
         if low < 0 or high > 1:
-            advice = next(
-                text
-                for least, most, text in FLOAT_ADVICE
+            fitting = (
+                advice
+                for (least, most), advice in FLOAT_ADVICE
                 if least <= low and high <= most
             )
             _warn(
                 f"Float images should lie in [0, 1], these range from {low:.4g} to "
-                f"{high:.4g}. {advice}"
+                f"{high:.4g}. {next(fitting)}"
             )
         largest = round(self._ranges.get("16-bit", (0, 1))[1] * 65535)
-        for most, advice in SIXTEEN_BIT_ADVICE:
-            if 0 < largest <= most:
-                _warn(
-                    "16-bit images should use the values 0 to 65535; the largest one "
-                    f"here is {largest}, which is nearly black. {advice}"
-                )
-                break
+        fitting = (advice for most, advice in SIXTEEN_BIT_ADVICE if largest <= most)
+        if largest and (advice := next(fitting, None)):
+            _warn(
+                "16-bit images should use the values 0 to 65535; the largest one here "
+                f"is {largest}, which is nearly black. {advice}"
+            )
 
 
 def _warn(message: str) -> None:
     warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
 
 
-def _is_float(decoded: Decoded) -> bool:
-    if isinstance(decoded, Image.Image):
-        return decoded.mode == "F"
-    return decoded.dtype != np.uint8
-
-
-def _range_of(decoded: Decoded) -> tuple[float, float]:
-    """Return the smallest and the largest value of a float image."""
-    if isinstance(decoded, Image.Image):
-        extrema: Any = decoded.getextrema()
-        low, high = extrema
-        return low, high
-    return float(decoded.min()), float(decoded.max())
+def _range_of(decoded: Decoded) -> tuple[float, float] | None:
+    """Return the range of a float image, or ``None`` if it has 8 bits per channel."""
+    if isinstance(decoded, np.ndarray):
+        is_float = decoded.dtype != np.uint8
+        return (float(decoded.min()), float(decoded.max())) if is_float else None
+    if decoded.mode != "F":
+        return None
+    extrema: Any = decoded.getextrema()
+    low, high = extrema
+    return low, high
