@@ -43,6 +43,7 @@ _all_locks: WeakSet[Lock] = WeakSet()
 
 
 def _renew_all() -> None:
+    """Replace all locks in a forked child."""
     for lock in list(_all_locks):
         lock.renew()
 

@@ -1,6 +1,13 @@
 """Read ``X`` and turn it into batches of RGB images."""
 
-from skltl.images._batches import Batch, Crop, iter_batches, iter_crops, map_ahead
+from skltl.images._batches import (
+    Batch,
+    Crop,
+    iter_batches,
+    iter_crops,
+    map_ahead,
+    prefetch,
+)
 from skltl.images._check import find_bad_images
 from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._identity import (
@@ -32,6 +39,7 @@ __all__ = [
     "map_ahead",
     "normalise",
     "normalize",
+    "prefetch",
     "read_images",
     "tensor_to_array",
 ]

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 # Number of prefetched batches: one being decoded while another one waits. More would
 # take memory and gain nothing.
-BATCHES_AHEAD = 2
+PREFETCHED_BATCHES = 2
 
 # Where decoding and the network share the cores they alternate: decoding threads would
 # delay those of the network, which wait for each other after every layer. A turn is
@@ -51,16 +51,16 @@ class Batch:
     pixels: Pixels  # (batch_size, h, w, 3), black after the last image
 
 
-def map_ahead(
+def prefetch(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     n_threads: int,
-    n_ahead: int,
+    n_in_flight: int,
     in_turns: bool = False,
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` for each item, in order, prefetched by threads.
 
-    At most `n_ahead` results are in flight. With `in_turns` these are computed
+    At most `n_in_flight` results are in flight. With `in_turns` these are computed
     together, and no thread runs while they are used. An exception is raised in place of
     its result.
     """
@@ -73,7 +73,7 @@ def map_ahead(
     try:
         while True:
             if not (in_turns and in_flight):
-                for item in islice(remaining, n_ahead - len(in_flight)):
+                for item in islice(remaining, n_in_flight - len(in_flight)):
                     in_flight.append(pool.submit(function, item))
                 if in_turns:
                     wait(in_flight)
@@ -82,6 +82,9 @@ def map_ahead(
             yield in_flight.popleft().result()
     finally:  # also if the caller stops early or an exception is raised
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+map_ahead = prefetch
 
 
 def iter_crops(
@@ -112,10 +115,10 @@ def iter_crops(
             return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
-        n_ahead = images_per_turn(preprocessing.crop_size, batch_size, n_threads)
+        n_in_flight = images_per_turn(preprocessing.crop_size, batch_size, n_threads)
     else:
-        n_ahead = batch_size * (1 + BATCHES_AHEAD)
-    return map_ahead(read, positions, n_threads, n_ahead, in_turns)
+        n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
+    return prefetch(read, positions, n_threads, n_in_flight, in_turns)
 
 
 def images_per_turn(crop_size: int, batch_size: int, n_threads: int) -> int:

@@ -9,7 +9,7 @@ from joblib import effective_n_jobs
 from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
-from skltl.images._batches import IMAGES_PER_THREAD, map_ahead
+from skltl.images._batches import IMAGES_PER_THREAD, prefetch
 from skltl.images._decode import one_image
 from skltl.images._source import read_images
 
@@ -68,8 +68,8 @@ def find_bad_images(
             return BadImage(error.index, None, f"it is {error.reason}")
         return None
 
-    n_ahead = IMAGES_PER_THREAD * n_threads
-    with closing(map_ahead(check, range(len(source)), n_threads, n_ahead)) as found:
+    n_in_flight = IMAGES_PER_THREAD * n_threads
+    with closing(prefetch(check, range(len(source)), n_threads, n_in_flight)) as found:
         progress = tqdm(
             found, total=len(source), desc="images", unit="img", disable=not verbose
         )

@@ -549,7 +549,7 @@ _GLOB_PATTERN = re.compile(r"[*?]|\[.+\]")
 
 
 def describe_text(text: str) -> str | None:
-    """Say what a string other than a path is; return ``None`` if it may be a path."""
+    """Describe a string that is not a path; return ``None`` if it may be one."""
     if text.startswith("data:"):
         return (
             "it is a data URL, not a path; pass Image.open(io.BytesIO("
@@ -563,7 +563,7 @@ def describe_text(text: str) -> str | None:
     if _URL.match(text):
         return "it is a URL, not a path; download the file first"
     if _GLOB_PATTERN.search(text):
-        return "no such file exists; of a pattern, pass the files: glob.glob(pattern)"
+        return "no such file exists; if it is a pattern, pass glob.glob(pattern)"
     return None
 
 
@@ -587,7 +587,7 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def _describe_file(head: bytes) -> str:
-    """Say what a file in none of `FILE_FORMATS` is, by its first bytes."""
+    """Describe a file in none of `FILE_FORMATS`, by its first bytes."""
     if not head:
         return "the file is empty"
     for prefix, kind in _OTHER_FILES:
@@ -604,7 +604,7 @@ def _describe_file(head: bytes) -> str:
 
 
 def _describe_container(head: bytes) -> str:
-    """Say what a file in the ISO base media format is."""
+    """Describe a file in the ISO base media format."""
     n_bytes = int.from_bytes(head[:4], "big")
     brands = {head[at : at + 4] for at in range(8, min(n_bytes, len(head)), 4)}
     if brands & {b"avif", b"avis"}:

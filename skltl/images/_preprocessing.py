@@ -126,12 +126,11 @@ class Preprocessing:
         if isinstance(image, Image.Image) and image.mode == "RGB":
             return np.asarray(self._crop_image(image))
         # Pillow resizes floats one channel at a time only, and copies RGBA.
-        planes = [*map(np.asarray, map(self._crop_image, _planes(image)))]
-        if len(planes) == 1:
-            return np.repeat(planes[0][:, :, np.newaxis], 3, axis=2)
-        return np.stack(planes, axis=2)
+        crops = [np.asarray(self._crop_image(channel)) for channel in _channels(image)]
+        return np.stack(crops if len(crops) == 3 else crops * 3, axis=2)
 
     def _crop_image(self, image: Image.Image) -> Image.Image:
+        """Resize and crop all channels of a PIL image together."""
         width, height = self._resized_size(*image.size)
         left, top = self._first_pixel(width), self._first_pixel(height)
         resample = INTERPOLATIONS[self.interpolation]
@@ -167,7 +166,7 @@ class Preprocessing:
         return int(short * width / height), short
 
 
-def _planes(image: Decoded) -> Iterator[Image.Image]:
+def _channels(image: Decoded) -> Iterator[Image.Image]:
     """Yield the red, green and blue channels of an image, or its only channel."""
     if isinstance(image, np.ndarray):
         yield from map(Image.fromarray, np.moveaxis(image, 2, 0))

@@ -126,6 +126,7 @@ class ImageSource:
         self._ranges.warn_if_odd()
 
     def _widen_seen_range(self, low: float, high: float) -> None:
+        """Add the range of a float image that a subclass has computed."""
         self._ranges.add("floats", low, high)
 
     def _check(self, index: int, item: Any) -> None:
@@ -278,7 +279,7 @@ def _several_columns(names: Sequence[Any], kind: str) -> ValueError:
 
 
 def _advice_on_container(X: object) -> str:
-    """Say what to pass instead of an unsupported container."""
+    """Return advice on what to pass instead of an unsupported container."""
     if isinstance(X, (bytes, bytearray, memoryview)):
         return " Pass [PIL.Image.open(io.BytesIO(X))]."
     if isinstance(X, Mapping):
@@ -356,7 +357,7 @@ def _missing_value(index: int, labels: Any) -> ImageTypeError:
 
 
 def _describe_item(item: object) -> str:
-    """Say what an item that is no image is, as the end of "Image 3 is ..."."""
+    """Describe an item that is no image, as the end of "Image 3 is ..."."""
     if isinstance(item, (int, float, np.number)):
         return f"a number ({shorten(repr(item), 40)}), not a path or an image"
     if isinstance(item, (bytes, bytearray, memoryview)):
@@ -380,6 +381,7 @@ def _describe_item(item: object) -> str:
 
 
 def _type_name(item: object) -> str:
+    """Return the name of an item's class, shortened."""
     return shorten(type(item).__name__, 60)
 
 
@@ -391,19 +393,16 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
             f"Expected {EXPECTED}, got an array of bytes; convert file names to str: "
             "X.astype(str)."
         )
-    if len(shape) < 2:
+    if not 2 <= len(shape) <= 4:
         raise ValueError(
-            f"Expected {EXPECTED}, got an array of shape {shape}. Reshape your data."
+            f"Expected {EXPECTED}, got an array of shape {shorten(str(shape))}. "
+            "Reshape your data."
         )
     if len(shape) == 2:
         raise ValueError(
             f"X has shape {shape}: rows are images only if their shape is known. Pass "
             f"for instance {_suggest_image_shape(shape[1])}, as in numpy.reshape. "
             "Reshape your data to (n, h, w) if it is a single image."
-        )
-    if len(shape) > 4:
-        raise ValueError(
-            f"Expected {EXPECTED}, got an array of shape {shorten(str(shape))}."
         )
     _check_not_empty(shape)
     if len(shape) == 4:
@@ -418,6 +417,7 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
 
 
 def _check_not_empty(shape: tuple[int, ...]) -> None:
+    """Raise an error if there are no images, or no pixels in them."""
     if shape[0] == 0:
         # The words of scikit-learn's own check.
         raise ValueError(
@@ -429,7 +429,7 @@ def _check_not_empty(shape: tuple[int, ...]) -> None:
 
 
 def _fault_of_shape(shape: tuple[int, ...]) -> str:
-    """Say why an array of this shape is no image; return "" if it may be one."""
+    """Return why an array of this shape is no image, or "" if it may be one."""
     if len(shape) not in (2, 3):
         found = shorten(str(shape))
         return f"its shape is {found}; expected (h, w) or (h, w, channels)"
@@ -444,6 +444,7 @@ def _fault_of_shape(shape: tuple[int, ...]) -> str:
 
 
 def _may_have_channels(shape: tuple[int, ...]) -> bool:
+    """Return whether the first or last of three axes can be the channels."""
     return len(shape) == 3 and (
         shape[0] in CHANNEL_COUNTS or shape[2] in CHANNEL_COUNTS
     )
@@ -572,6 +573,7 @@ class PixelRanges:
 
 
 def _warn(message: str) -> None:
+    """Give an `ImageRangeWarning` that points to the user's code."""
     warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
 
 

@@ -13,10 +13,10 @@ from skltl.images import (
     ImageSource,
     iter_batches,
     iter_crops,
-    map_ahead,
+    prefetch,
     read_images,
 )
-from skltl.images._batches import BATCHES_AHEAD, IMAGES_PER_TURN, images_per_turn
+from skltl.images._batches import IMAGES_PER_TURN, PREFETCHED_BATCHES, images_per_turn
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):
@@ -81,12 +81,12 @@ class CountingImages:
 
 def test_prefetching_is_bounded():
     items = CountingImages(70)
-    n_ahead = 10 * (1 + BATCHES_AHEAD)
+    n_in_flight = 10 * (1 + PREFETCHED_BATCHES)
     crops = iter_crops(ImageSource(items), range(70), Preprocessing(8), 10, 4)
 
     with closing(crops):
         for n_used, _ in enumerate(crops):
-            expected = min(70, n_used + n_ahead)
+            expected = min(70, n_used + n_in_flight)
             wait_until(lambda expected=expected: items.n_read >= expected)
             assert items.n_read == expected
 
@@ -169,7 +169,7 @@ def test_no_thread_outlives_an_error(error, in_turns):
             raise error
         return number
 
-    results = map_ahead(fail_at_3, range(100), 2, 8, in_turns)
+    results = prefetch(fail_at_3, range(100), 2, 8, in_turns)
 
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""Which paths and files are decoded, to what, and which are refused and why."""
+"""Decoding of paths and files, and refusals of those that cannot be decoded."""
 
 import io
 import os

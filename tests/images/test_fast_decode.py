@@ -1,4 +1,4 @@
-"""JPEG files decoded at a reduced scale: when, by how much, and to what effect."""
+"""Decoding of JPEG files at a reduced scale, and its effect on features."""
 
 import numpy as np
 import pytest

@@ -139,8 +139,8 @@ def test_every_mode_of_decoded_images_is_cropped_as_rgb(mode, size):
 def test_a_crop_larger_than_a_very_long_image_takes_little_memory(shape, monkeypatch):
     """Resizing the whole image would make 256 x 25,600,000 pixels: 19.7 GB."""
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
-    grey = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] < 3 else ramp, shape)
-    image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
+    gray = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] < 3 else ramp, shape)
+    image = Image.fromarray(np.ascontiguousarray(gray)).convert("RGB")
     sizes = []
     resize = Image.Image.resize
 
