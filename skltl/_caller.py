@@ -1,4 +1,4 @@
-"""Where in the user's code skltl was called, so that warnings point there."""
+"""Find the user's code on the call stack, so that warnings point to it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import inspect
 PACKAGES = ("skltl.", "sklearn.", "joblib.")
 
 
-def level_of_the_user() -> int:
-    """Count the calls back to code that is not skltl's, scikit-learn's or joblib's.
+def user_stacklevel() -> int:
+    """Return the ``stacklevel`` of a warning that the calling function gives.
 
-    The number is the ``stacklevel`` of a warning that the calling function gives.
+    It points to the first caller outside of skltl, scikit-learn and joblib.
     """
     frame, level = inspect.currentframe(), 0
     while frame and frame.f_globals.get("__name__", "").startswith(PACKAGES):
         frame, level = frame.f_back, level + 1
     return level
+
+
+level_of_the_user = user_stacklevel

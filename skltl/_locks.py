@@ -1,4 +1,4 @@
-"""Locks that a forked child finds open."""
+"""Locks that are released in a forked child."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from weakref import WeakSet
 
 
 class Lock:
-    """A reentrant lock that is made anew in a forked child.
+    """A reentrant lock that is released in a forked child.
 
-    A fork copies a lock in the state it has, but only the thread that forks: if another
-    one holds the lock at that moment, nobody in the child would ever release it.
+    A fork copies every lock in its current state, but only the forking thread: a lock
+    that another thread holds at that moment would never be released in the child.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Lock:
         _all_locks.add(self)
 
     def renew(self) -> None:
-        """Forget which other threads hold or wait for the lock."""
+        """Replace the lock by a released one."""
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
@@ -35,7 +35,7 @@ class Lock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # The lock that this thread acquired: a fork inside of the block has renewed it.
+        # The lock that was acquired; a fork inside the block has replaced `_lock`.
         self._held.locks.pop().release()
 
 
@@ -43,6 +43,7 @@ _all_locks: WeakSet[Lock] = WeakSet()
 
 
 def _renew_all() -> None:
+    """Replace all locks in a forked child."""
     for lock in list(_all_locks):
         lock.renew()
 

@@ -1,4 +1,4 @@
-"""Randomness as an argument: torch's global generator is left as it was."""
+"""Seeds, and random state that leaves torch's global generators unchanged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from skltl._locks import Lock
 from skltl._parameters import settle_in_forked_child
 
-# The global generator is exchanged for a moment: two threads must not do that at once.
+# The global generator is replaced temporarily: only one thread may do that at a time.
 _LOCK = Lock()
 
-# What makes floats of torch's default dtype, whatever its arguments are.
-_MAKERS_OF_FLOATS = {
+# Functions that return floats of torch's default dtype, whatever their arguments.
+_FLOAT_FACTORIES = {
     *(torch.empty, torch.zeros, torch.ones, torch.eye, torch.rand, torch.randn),
     *(torch.linspace, torch.logspace, torch.empty_strided),
 }
@@ -28,24 +28,24 @@ _MAKERS_OF_FLOATS = {
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's global generators inside of the block only.
+    """Seed torch's global generators, inside the block only.
 
-    For what draws from them and takes no generator: dropout, stochastic depth, the
-    constructors of layers, torchvision's transforms.
+    For code that uses them and takes no generator: dropout, stochastic depth, layer
+    initialization, torchvision's transforms.
     """
     settle_in_forked_child()
     has_cuda = device is not None and device.type == "cuda"
     with _LOCK, torch.random.fork_rng([device] if has_cuda else []):
         torch.default_generator.manual_seed(seed)
         if has_cuda:
-            with torch.cuda.device(device):  # not the one that happens to be current
+            with torch.cuda.device(device):  # `manual_seed` seeds the current device
                 torch.cuda.manual_seed(seed)
         yield
 
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Make new tensors float32 and on the CPU inside of the block, in this thread.
+    """Create tensors as float32 on the CPU, inside the block and in this thread only.
 
     Sampling in float64 gives a different sequence, not a more precise one.
     """
@@ -58,13 +58,13 @@ def torch_defaults() -> Iterator[None]:
 
 
 class _Float32(TorchFunctionMode):
-    """Make new tensors float32; `torch.set_default_dtype` would reach all threads."""
+    """Create tensors as float32; `torch.set_default_dtype` affects all threads."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _MAKERS_OF_FLOATS and kwargs.get("dtype") is None:
+        if func in _FLOAT_FACTORIES and kwargs.get("dtype") is None:
             kwargs = {**kwargs, "dtype": torch.float32}
         return func(*args, **kwargs)
 
@@ -75,7 +75,7 @@ def fresh_seed() -> int:
 
 
 def draw_seed(random_state: Any) -> int | None:
-    """Return a seed; an int and ``None`` stand for themselves."""
+    """Return a seed; an int and ``None`` are returned unchanged."""
     if random_state is None:
         return None
     if isinstance(random_state, Integral):
@@ -84,15 +84,15 @@ def draw_seed(random_state: Any) -> int | None:
 
 
 def derived_seed(seed: int, purpose: str, *numbers: int) -> np.random.SeedSequence:
-    """Return a seed for one purpose; those of other purposes and numbers are unrelated.
+    """Return a seed that is independent of those for other purposes and numbers.
 
-    Sums such as ``seed + stage`` are not: the second stage of one seed would have the
-    numbers of the first stage of the next.
+    Sums such as ``seed + stage`` are not: the second stage of one seed would draw the
+    same values as the first stage of the next.
     """
     name = int.from_bytes(blake2b(purpose.encode(), digest_size=4).digest())
     return np.random.SeedSequence([seed, name, *numbers])
 
 
 def as_int(seed: np.random.SeedSequence) -> int:
-    """Return a seed as the integer that torch and scikit-learn take."""
+    """Return a seed as an integer, for torch and scikit-learn."""
     return int(seed.generate_state(1)[0])

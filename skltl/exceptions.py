@@ -1,27 +1,27 @@
-"""Every error and warning class of skltl.
+"""Error and warning classes of skltl.
 
 ::
 
     Exception
     ├── ValueError
-    │   ├── EngineError           the engine cannot run here
+    │   ├── EngineError           the engine cannot run on this machine
     │   ├── ImageReadError        an item of X cannot be read as an image
-    │   ├── TrainingError         the loss is no longer a number
+    │   ├── TrainingError         the loss is NaN or infinite
     │   ├── UnknownBackboneError  no backbone has this name
-    │   ├── UnknownLayerError     the backbone has no such cut point
-    │   └── WeightsError          a weights file does not fit or cannot be trusted
-    │       └── WeightsNotFoundError   the weights are neither here nor downloadable
+    │   ├── UnknownLayerError     the backbone has no such layer
+    │   └── WeightsError          a weights file is incompatible or unsafe
+    │       └── WeightsNotFoundError   weights are neither local nor downloadable
     └── TypeError
-        └── ImageTypeError        an item of X is not an image at all
+        └── ImageTypeError        an item of X has a type that holds no image
     UserWarning
-    ├── CacheWarning              features cannot be stored, or not be read again
+    ├── CacheWarning              features cannot be stored or read again
     ├── CheckpointWarning         the state of a fit cannot be saved
-    ├── EngineWarning             another engine runs than the one that was fitted
-    ├── ImageRangeWarning         floats lie outside [0, 1]
-    └── PrecisionWarning          float32 stands in for bfloat16
+    ├── EngineWarning             the engine differs from that used in fit
+    ├── ImageRangeWarning         pixel values are outside the expected range
+    └── PrecisionWarning          float32 is used instead of bfloat16
 
-They inherit from the built-in class that scikit-learn would raise, so that
-``GridSearchCV(error_score=...)`` and existing ``except`` clauses treat them as usual.
+They inherit from the built-in classes that scikit-learn raises, so that
+``GridSearchCV(error_score=...)`` and existing ``except`` clauses apply to them.
 """
 
 from __future__ import annotations
@@ -43,16 +43,12 @@ __all__ = [
 ]
 
 
-# Of a message, also of one with a hostile name in it.
+# Maximum length of a message, whatever names it contains.
 MOST_CHARACTERS = 480
 
 
-class CheckpointWarning(UserWarning):
-    """The state of a fit cannot be saved; the fit goes on without."""
-
-
 def shorten(text: str, n_characters: int = 80) -> str:
-    """Leave out the middle of a long text, so that a message can be read."""
+    """Replace the middle of a long text by "..." to keep messages readable."""
     if len(text) <= n_characters:
         return text
     n_first = (n_characters - 3) // 3
@@ -60,18 +56,34 @@ def shorten(text: str, n_characters: int = 80) -> str:
 
 
 def quote(text: str, n_characters: int = 80) -> str:
-    """Return a text as Python writes it, shortened before and after."""
+    """Return the ``repr`` of a text, shortened."""
     return shorten(repr(shorten(text, n_characters)), n_characters)
 
 
+class CacheWarning(UserWarning):
+    """The feature cache is damaged, full or not writable; results are unaffected."""
+
+
+class CheckpointWarning(UserWarning):
+    """The state of a fit cannot be saved; training continues without checkpoints."""
+
+
 class EngineError(ValueError):
-    """An engine cannot run a network here."""
+    """The engine cannot run the network on this machine."""
 
 
 class EngineWarning(UserWarning):
-    """A network is run by another engine than where it was fitted.
+    """The network runs with another engine than in ``fit``.
 
     Features differ in the last digits.
+    """
+
+
+class ImageRangeWarning(UserWarning):
+    """Pixel values are outside the expected range, so that features are unreliable.
+
+    Floats are outside [0, 1], or 16-bit values are below an eighth of 65535. The
+    message gives the range and a remedy.
     """
 
 
@@ -81,42 +93,46 @@ class ImageReadError(ValueError):
     Parameters
     ----------
     index : int
-        Position of the item in ``X``.
+        Index of the item in ``X``.
     path : str or None
-        The file's path, ``None`` for an item that is not a file.
+        Path of the file; ``None`` for an item that is not a file.
     reason : str
-        What is wrong with it.
+        Reason why it cannot be read.
 
     Attributes
     ----------
     index, path, reason
-        As above. The error of the decoder, if any, is ``__cause__``.
+        The parameters. The decoder's own error, if any, is ``__cause__``.
     """
 
     def __init__(self, index: int, path: str | None, reason: str) -> None:
-        # All three are kept in `args`: joblib pickles errors to bring them back
-        # from its workers, and an error is rebuilt from its `args`.
+        # joblib pickles the errors of its workers, and an error is rebuilt from `args`.
         super().__init__(index, path, reason)
         self.index = index
         self.path = path
         self.reason = reason
 
     def __str__(self) -> str:
-        # A hostile path or file shall not fill the screen; the attributes keep all.
+        # A hostile path must not fill the screen; the attributes are complete.
         name = "" if self.path is None else f" ({quote(self.path, 120)})"
         reason = shorten(self.reason, 300)
         return f"Image {self.index}{name} could not be read: {reason}."
 
 
 class ImageTypeError(TypeError):
-    """An item of ``X`` is of a type that cannot hold an image.
+    """An item of ``X`` has a type that cannot hold an image.
 
     Parameters
     ----------
     index : int
-        Position of the item in ``X``.
+        Index of the item in ``X``.
     reason : str
-        What it is, and what was expected.
+        Description of the item and of what was expected.
+
+    Attributes
+    ----------
+    index, reason
+        The parameters.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -129,43 +145,31 @@ class ImageTypeError(TypeError):
 
 
 class PrecisionWarning(UserWarning):
-    """An estimator that was fitted in bfloat16 computes in float32 on this device."""
+    """An estimator fitted in bfloat16 computes in float32 on this device."""
 
 
 class TrainingError(ValueError):
-    """Training went astray: the loss became infinite or NaN."""
+    """Training diverged: the loss became infinite or NaN."""
 
 
-class _InShort:
-    """A hostile file or parameter shall not fill the screen; `args` keep all."""
+class _Shortened:
+    """Shorten the message, so that a hostile name cannot fill the screen."""
 
     def __str__(self) -> str:
         return shorten(super().__str__(), MOST_CHARACTERS)
 
 
-class UnknownBackboneError(_InShort, ValueError):
-    """No backbone is registered under this name."""
+class UnknownBackboneError(_Shortened, ValueError):
+    """No backbone has this name."""
 
 
-class UnknownLayerError(_InShort, ValueError):
-    """The backbone has no cut point of this name."""
+class UnknownLayerError(_Shortened, ValueError):
+    """The backbone has no layer of this name."""
 
 
-class WeightsError(_InShort, ValueError):
-    """A weights file does not fit the backbone, or cannot be loaded safely."""
+class WeightsError(_Shortened, ValueError):
+    """A weights file is incompatible with the backbone or cannot be loaded safely."""
 
 
 class WeightsNotFoundError(WeightsError):
-    """The weights are neither on this machine nor could they be downloaded."""
-
-
-class CacheWarning(UserWarning):
-    """The cache of features is damaged, full or not writable; results stay right."""
-
-
-class ImageRangeWarning(UserWarning):
-    """Images have another range than expected, so that features mean little.
-
-    Floats outside [0, 1], or 16-bit values that do not reach an eighth of 65535. The
-    message gives the range and what to do.
-    """
+    """The weights are not on this machine and could not be downloaded."""

@@ -1,7 +1,14 @@
-"""From whatever ``X`` is to batches of RGB images."""
+"""Read ``X`` and turn it into batches of RGB images."""
 
-from skltl.images._batches import Batch, Crop, iter_batches, iter_crops, map_ahead
-from skltl.images._check import BadImage, find_bad_images
+from skltl.images._batches import (
+    Batch,
+    Crop,
+    iter_batches,
+    iter_crops,
+    map_ahead,
+    prefetch,
+)
+from skltl.images._check import find_bad_images
 from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._identity import (
     FILE_STATE_BYTES,
@@ -10,12 +17,11 @@ from skltl.images._identity import (
     file_identity,
     file_state,
 )
-from skltl.images._preprocessing import Preprocessing, as_float, normalise
+from skltl.images._preprocessing import Preprocessing, as_float, normalise, normalize
 from skltl.images._source import ImageSource, check_not_masked, read_images
 
 __all__ = [
     "FILE_STATE_BYTES",
-    "BadImage",
     "Batch",
     "Crop",
     "ImageSource",
@@ -32,6 +38,8 @@ __all__ = [
     "iter_crops",
     "map_ahead",
     "normalise",
+    "normalize",
+    "prefetch",
     "read_images",
     "tensor_to_array",
 ]

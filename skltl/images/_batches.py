@@ -1,4 +1,4 @@
-"""Iterate over a source in batches of one fixed size, decoding in threads."""
+"""Iterate over the images of a source in batches of one size, decoded by threads."""
 
 from __future__ import annotations
 
@@ -6,157 +6,85 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
-from skltl.images._decode import Pixels
+from skltl.images._decode import Pixels, one_image
 from skltl.images._identity import content_key, file_state
 from skltl.images._preprocessing import Preprocessing, as_float
-from skltl.images._sharing import one_image
 from skltl.images._source import ImageSource
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Number of prefetched batches: one being decoded while another one waits. More would
+# take memory and gain nothing.
+PREFETCHED_BATCHES = 2
 
-def map_ahead(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    n_threads: int,
-    n_ahead: int,
-) -> Generator[Result, None, None]:
-    """Yield ``function(item)`` of each item, in order, computed ahead in threads.
-
-    Parameters
-    ----------
-    function : callable
-        What to apply. Pillow and hashlib let other threads run while they work.
-    items : iterable
-        To what.
-    n_threads : int
-        How many threads work.
-    n_ahead : int
-        How many results, at most, exist besides the ones yielded.
-
-    Yields
-    ------
-    object
-        The results. An exception is raised where its result would have been yielded.
-    """
-    remaining = iter(items)
-    with _threads(n_threads) as pool:
-        ahead: deque[Future[Result]] = deque(
-            pool.submit(function, item) for item in islice(remaining, n_ahead)
-        )
-        while ahead:
-            result = ahead.popleft().result()
-            for item in islice(remaining, 1):
-                ahead.append(pool.submit(function, item))
-            yield result
-
-
-def map_in_bursts(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    n_threads: int,
-    n_burst: int,
-) -> Generator[Result, None, None]:
-    """Yield ``function(item)`` of each item, in order, computed many at a time.
-
-    For results that are used on the same cores: between two bursts no thread works, so
-    that none holds up those that use the results.
-
-    Parameters
-    ----------
-    function : callable
-        What to apply.
-    items : iterable
-        To what.
-    n_threads : int
-        How many threads work.
-    n_burst : int
-        How many results are computed together, and wait at most.
-
-    Yields
-    ------
-    object
-        The results. An exception is raised where its result would have been yielded.
-    """
-    remaining = iter(items)
-    with _threads(n_threads) as pool:
-        while burst := deque(
-            pool.submit(function, item) for item in islice(remaining, n_burst)
-        ):
-            wait(burst)
-            while burst:
-                yield burst.popleft().result()
-
-
-@contextmanager
-def _threads(n_threads: int) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
-    try:
-        yield pool
-    finally:
-        # Also reached when the caller stops early or an exception is raised.
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# How many batches are decoded ahead of the one in use: one being filled while another
-# waits. More would cost memory and gain nothing.
-BATCHES_AHEAD = 2
-
-# Where decoding and the network share the cores they take turns: threads that decode
-# would hold up those of the network, which wait for each other after every layer. A
-# turn is long enough that waiting for its last image counts for little.
-IMAGES_A_TURN = 64
-IMAGES_A_THREAD = 8
-BYTES_A_TURN = 2**28
+# Where decoding and the network share the cores they alternate: decoding threads would
+# delay those of the network, which wait for each other after every layer. A turn is
+# long enough that waiting for its last image hardly counts.
+IMAGES_PER_TURN = 64
+IMAGES_PER_THREAD = 8
+BYTES_PER_TURN = 2**28
 
 
 @dataclass(frozen=True)
 class Crop:
-    """An image as the network will see it.
+    """A decoded image, resized and cropped for the network."""
 
-    Parameters
-    ----------
-    position : int
-        Where the image stands in the source.
-    pixels : array of shape (h, w, 3)
-        Resized and cropped; uint8 or float32.
-    key : bytes, default=b""
-        Names the decoded image by its content, if that was asked for.
-    file : bytes or None, default=None
-        The state of the file it was decoded from, if that did not change meanwhile.
-    """
-
-    position: int
-    pixels: Pixels
-    key: bytes = b""
-    file: bytes | None = None
+    position: int  # in the source
+    pixels: Pixels  # (h, w, 3), uint8 or float32
+    key: bytes = b""  # content key of the decoded image, if requested
+    file: bytes | None = None  # state of its file, unless that changed meanwhile
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images ready for the network.
-
-    Parameters
-    ----------
-    positions : list of int
-        Where they stand in the source.
-    keys : list of bytes
-        Their crops' keys.
-    pixels : array of shape (batch_size, h, w, 3)
-        uint8, or float32 if one image is; black after the last image.
-    """
+    """Crops stacked for the network: uint8, or float32 if one of them is."""
 
     positions: list[int]
     keys: list[bytes]
-    pixels: Pixels
+    pixels: Pixels  # (batch_size, h, w, 3), black after the last image
+
+
+def prefetch(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    n_threads: int,
+    n_in_flight: int,
+    in_turns: bool = False,
+) -> Generator[Result, None, None]:
+    """Yield ``function(item)`` for each item, in order, prefetched by threads.
+
+    At most `n_in_flight` results are in flight. With `in_turns` these are computed
+    together, and no thread runs while they are used. An exception is raised in place of
+    its result.
+    """
+    if n_threads == 1:
+        yield from map(function, items)
+        return
+    remaining = iter(items)
+    in_flight: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
+    try:
+        while True:
+            if not (in_turns and in_flight):
+                for item in islice(remaining, n_in_flight - len(in_flight)):
+                    in_flight.append(pool.submit(function, item))
+                if in_turns:
+                    wait(in_flight)
+            if not in_flight:
+                return
+            yield in_flight.popleft().result()
+    finally:  # also if the caller stops early or an exception is raised
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+map_ahead = prefetch
 
 
 def iter_crops(
@@ -168,35 +96,11 @@ def iter_crops(
     with_keys: bool = False,
     in_turns: bool = False,
 ) -> Generator[Crop, None, None]:
-    """Yield images of a source, resized and cropped.
+    """Yield the crops at the given positions of a source, prefetched by threads.
 
-    Parameters
-    ----------
-    source : ImageSource
-        The images.
-    positions : iterable of int
-        Which of them, in which order.
-    preprocessing : Preprocessing
-        Its resize and crop are applied.
-    batch_size : int
-        Of the batches that will be made.
-    n_threads : int
-        Threads that decode.
-    with_keys : bool, default=False
-        Whether the crops' `key` and `file` are wanted.
-    in_turns : bool, default=False
-        Whether decoding stands still while the crops are used, for use on the same
-        cores.
-
-    Yields
-    ------
-    Crop
-        In the order of the positions.
-
-    Raises
-    ------
-    ImageReadError
-        For the first image, in this order, that cannot be read.
+    `with_keys` sets `Crop.key` and `Crop.file`. With `in_turns` no image is decoded
+    while the crops are used, which is faster on shared cores. `ImageReadError` is
+    raised for the first image, in the order of the positions, that cannot be read.
     """
 
     def read(position: int) -> Crop:
@@ -211,58 +115,41 @@ def iter_crops(
             return Crop(position, crop, key, after if before == after else None)
 
     if in_turns:
-        n_crops = images_a_turn(preprocessing.crop_size, batch_size, n_threads)
-        return map_in_bursts(read, positions, n_threads, n_crops)
-    return map_ahead(read, positions, n_threads, batch_size * (1 + BATCHES_AHEAD))
+        n_in_flight = images_per_turn(preprocessing.crop_size, batch_size, n_threads)
+    else:
+        n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
+    return prefetch(read, positions, n_threads, n_in_flight, in_turns)
 
 
-def images_a_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
-    """Return how many images are decoded before the network runs; whole batches."""
-    n_images = max(IMAGES_A_TURN, IMAGES_A_THREAD * n_threads)
-    n_that_fit = BYTES_A_TURN // (3 * 4 * crop_size**2)  # they may be float32
+def images_per_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
+    """Return the number of images to decode before the network runs: whole batches."""
+    n_images = max(IMAGES_PER_TURN, IMAGES_PER_THREAD * n_threads)
+    n_that_fit = BYTES_PER_TURN // (3 * 4 * crop_size**2)  # they may be float32
     n_batches = min(math.ceil(n_images / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size
 
 
 def iter_batches(crops: Iterable[Crop], batch_size: int) -> Iterator[Batch]:
-    """Yield crops, in order, in batches of one fixed size.
+    """Yield crops, in order, in batches of one size.
 
-    The last batch is filled up with black images: kernels round differently for other
-    batch sizes, and an image shall give the same bits wherever it stands.
-
-    Parameters
-    ----------
-    crops : iterable of Crop
-        All of one height and width.
-    batch_size : int
-        Images in each batch.
-
-    Yields
-    ------
-    Batch
-        The next images.
+    The last batch is padded with black images: kernels round differently for other
+    batch sizes, and the features of an image must not depend on its position.
     """
-    waiting: list[Crop] = []
-    for crop in crops:
-        waiting.append(crop)
-        if len(waiting) == batch_size:
-            yield _batch(waiting, batch_size)
-            waiting = []
-    if waiting:
-        yield _batch(waiting, batch_size)
+    remaining = iter(crops)
+    while group := list(islice(remaining, batch_size)):
+        yield _stack(group, batch_size)
+        group.clear()  # frees their memory before the next ones are decoded
 
 
-def _batch(crops: list[Crop], batch_size: int) -> Batch:
-    positions = [crop.position for crop in crops]
-    keys = [crop.key for crop in crops]
-    return Batch(positions, keys, _stack([crop.pixels for crop in crops], batch_size))
-
-
-def _stack(images: list[Pixels], batch_size: int) -> Pixels:
+def _stack(crops: list[Crop], batch_size: int) -> Batch:
+    """Copy crops to the beginning of a black batch."""
+    images = [crop.pixels for crop in crops]
     if any(image.dtype != np.uint8 for image in images):
         images = [as_float(image) for image in images]
     shape: Any = (batch_size, *images[0].shape)
-    stacked: Pixels = np.zeros(shape, images[0].dtype)
+    pixels: Pixels = np.zeros(shape, images[0].dtype)
     for row, image in enumerate(images):
-        stacked[row] = image
-    return stacked
+        pixels[row] = image
+    return Batch(
+        [crop.position for crop in crops], [crop.key for crop in crops], pixels
+    )

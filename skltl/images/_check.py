@@ -1,21 +1,21 @@
-"""Find the images that cannot be read, before a long job does."""
+"""Find unreadable images before a long computation does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from joblib import effective_n_jobs
 from tqdm import tqdm
 
 from skltl.exceptions import ImageReadError, ImageTypeError
-from skltl.images._sharing import one_image
-from skltl.images._source import ImageSource, read_images
+from skltl.images._batches import IMAGES_PER_THREAD, prefetch
+from skltl.images._decode import one_image
+from skltl.images._source import read_images
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be read: its position, path (if it is a file), and why."""
+    """Index in ``X``, path (if it is a file) and reason of an unreadable image."""
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`, not needed here
     path: str | None
@@ -25,27 +25,27 @@ class BadImage(NamedTuple):
 def find_bad_images(
     X: Any, *, n_jobs: int | None = None, verbose: bool | int = False
 ) -> list[BadImage]:
-    """Decode every image once and list those that cannot be read.
+    """Decode each image once and list the unreadable ones.
 
     Parameters
     ----------
     X : sequence of paths, PIL images, arrays or tensors, or one array of images
-        What `CNNFeatureTransformer` takes. Rows of numbers are not images here.
+        Images, as for `CNNFeatureTransformer` without `image_shape`.
     n_jobs : int, default=None
-        Number of threads that decode; ``None`` and -1 use one for each core.
+        Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
         Whether to show a progress bar.
 
     Returns
     -------
     list of BadImage
-        Named tuples (index, path, reason) in the order of ``X``, empty if all is well;
-        the path is ``None`` for an image that is not a file.
+        Named tuples (index, path, reason) in the order of ``X``, empty if all images
+        are readable. The path is ``None`` for an image that is not a file.
 
     Raises
     ------
     TypeError, ValueError
-        If ``X`` as a whole is not a sequence of images.
+        If ``X`` is not a sequence of images.
 
     Examples
     --------
@@ -57,29 +57,20 @@ def find_bad_images(
     """
     source = read_images(X, check_items=False)
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
-    with tqdm(
-        total=len(source), desc="images", unit="img", disable=not verbose
-    ) as progress:
-        found = []
-        for bad in _faults(source, n_threads):
-            progress.update()
-            if bad is not None:
-                found.append(bad)
-        return found
 
+    def check(index: int) -> BadImage | None:
+        try:
+            with one_image():
+                source.decode(index)
+        except ImageReadError as error:
+            return BadImage(error.index, error.path, error.reason)
+        except ImageTypeError as error:
+            return BadImage(error.index, None, f"it is {error.reason}")
+        return None
 
-def _faults(source: ImageSource, n_threads: int) -> Iterator[BadImage | None]:
-    """Yield what is wrong with each image, in order."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        yield from pool.map(lambda index: _fault(source, index), range(len(source)))
-
-
-def _fault(source: ImageSource, index: int) -> BadImage | None:
-    try:
-        with one_image():  # which is gone at its end
-            source.decode(index)
-    except ImageReadError as error:
-        return BadImage(error.index, error.path, error.reason)
-    except ImageTypeError as error:
-        return BadImage(error.index, None, f"it is {error.reason}")
-    return None
+    n_in_flight = IMAGES_PER_THREAD * n_threads
+    with closing(prefetch(check, range(len(source)), n_threads, n_in_flight)) as found:
+        progress = tqdm(
+            found, total=len(source), desc="images", unit="img", disable=not verbose
+        )
+        return [bad for bad in progress if bad is not None]

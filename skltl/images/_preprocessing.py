@@ -1,9 +1,9 @@
-"""How an image becomes what a network was trained on.
+"""Resize, crop and normalize images as for the pretraining of a network.
 
-The same arithmetic as torchvision's ``ImageClassification`` preset on a PIL image:
-resize the shorter side, crop the centre, scale to [0, 1], normalise by channel. The
-first two steps run per image in the decoding threads and keep 8-bit images 8-bit;
-the last two run on whole batches, on the network's device.
+The arithmetic is that of torchvision's ``ImageClassification`` preset on a PIL image:
+resize the shorter side, crop the center, scale to [0, 1], normalize each channel. The
+first two steps run per image in the decoding threads and keep 8-bit images 8-bit; the
+last two run on whole batches, on the network's device.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 
-# Resizing the whole image before the crop is what torchvision does, but an image of
-# 1 x 100,000 pixels would become 256 x 25,600,000. Past this many pixels only the part
-# under the crop is resized (equal up to rounding).
+# torchvision resizes the whole image before the crop, which would make 256 x 25,600,000
+# pixels of 1 x 100,000. Above this limit only the region of the crop is resized (equal
+# up to rounding).
 _MAX_RESIZED_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are resized, cropped and normalised for a network.
+    """Resizing, cropping and normalization of images for a network.
 
     Parameters
     ----------
     crop_size : int
-        Height and width in pixels of what the network sees.
+        Height and width of the network's input, in pixels.
     resize_size : int or None, default=None
-        Length in pixels of the image's shorter side before the centre is cropped;
-        ``None`` is `crop_size`, which crops nothing from a square image.
+        Length of the image's shorter side before the center is cropped, in pixels. If
+        ``None``, it is `crop_size`: nothing is cropped from a square image.
     interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
-        Pillow's resampling filter.
+        Resampling filter of Pillow.
     mean : tuple of 3 floats, default=(0.485, 0.456, 0.406)
-        Of the training images' channels (red, green, blue), in units of [0, 1]. The
-        default is ImageNet's, which torchvision's weights use.
+        Mean of each channel (red, green, blue) that is subtracted, in units of [0, 1].
+        The default is that of ImageNet, which torchvision's weights use.
     std : tuple of 3 floats, default=(0.229, 0.224, 0.225)
-        Their standard deviations, likewise.
+        Standard deviation by which each channel is divided, in units of [0, 1].
 
     Examples
     --------
@@ -67,8 +67,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            numbers = _three_numbers(name, getattr(self, name))
-            object.__setattr__(self, name, numbers)  # the usual way, in a frozen class
+            values = _three_floats(name, getattr(self, name))
+            object.__setattr__(self, name, values)  # the class is frozen
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}.")
         for name in ("crop_size", "resize_size"):
@@ -79,7 +79,7 @@ class Preprocessing:
                     f"{name} must be a number of pixels, at least 1; got "
                     f"{shorten(repr(size))}."
                 )
-        if self.interpolation not in list(INTERPOLATIONS):  # it may have no hash
+        if self.interpolation not in list(INTERPOLATIONS):  # it may be unhashable
             raise ValueError(
                 f"Unknown interpolation {shorten(repr(self.interpolation))}. "
                 f"Known: {', '.join(INTERPOLATIONS)}."
@@ -87,21 +87,21 @@ class Preprocessing:
 
     @property
     def shorter_side(self) -> int:
-        """Length of the shorter side before the crop, in pixels."""
+        """Length of the image's shorter side before the crop, in pixels."""
         return self.crop_size if self.resize_size is None else self.resize_size
 
     def resized_to(self, crop_size: int) -> Preprocessing:
-        """Return the same preprocessing for another size of what the network sees.
+        """Return the same preprocessing for another input size.
 
         Parameters
         ----------
         crop_size : int
-            The new height and width, in pixels.
+            New height and width of the network's input, in pixels.
 
         Returns
         -------
         Preprocessing
-            The crop keeps the same share of the image.
+            Preprocessing that crops the same fraction of the image.
         """
         resize_size = round(self.shorter_side * crop_size / self.crop_size)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
@@ -112,30 +112,30 @@ class Preprocessing:
         Parameters
         ----------
         image : array of shape (h, w, 3) or PIL image
-            With dtype uint8 or float32; or in mode RGB, RGBA (of which the alpha
-            channel is left out), L or F.
+            Image of dtype uint8 or float32; or of mode RGB, RGBA (whose alpha channel
+            is ignored), L or F.
 
         Returns
         -------
         array of shape (crop_size, crop_size, 3)
-            Of the same dtype; of a PIL image uint8, or float32 if its mode is F.
+            Crop of the image's dtype; of a PIL image uint8, or float32 in mode F. Black
+            outside of the image.
         """
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image) and image.mode == "RGB":
             return np.asarray(self._crop_image(image))
-        # Pillow resizes floats one channel at a time, and RGBA by way of a copy.
-        planes = [*map(np.asarray, map(self._crop_image, _planes(image)))]
-        if len(planes) == 1:
-            return np.repeat(planes[0][:, :, np.newaxis], 3, axis=2)
-        return np.stack(planes, axis=2)
+        # Pillow resizes floats one channel at a time only, and copies RGBA.
+        crops = [np.asarray(self._crop_image(channel)) for channel in _channels(image)]
+        return np.stack(crops if len(crops) == 3 else crops * 3, axis=2)
 
     def _crop_image(self, image: Image.Image) -> Image.Image:
+        """Resize and crop all channels of a PIL image together."""
         width, height = self._resized_size(*image.size)
         left, top = self._first_pixel(width), self._first_pixel(height)
         resample = INTERPOLATIONS[self.interpolation]
         if width * height > _MAX_RESIZED_PIXELS:
-            # Only what is under the crop. Outside of the image the crop is black.
+            # Only the region of the crop. Outside of the image the crop is black.
             x, y = max(left, 0), max(top, 0)
             right = min(left + self.crop_size, width)
             bottom = min(top + self.crop_size, height)
@@ -153,20 +153,21 @@ class Preprocessing:
         return resized.crop((left, top, left + self.crop_size, top + self.crop_size))
 
     def _first_pixel(self, length: int) -> int:
-        """Return where the crop begins; torchvision's rounding, to the same pixel."""
+        """Return where the crop begins, rounded as in torchvision."""
         if length < self.crop_size:
             return -((self.crop_size - length) // 2)
         return round((length - self.crop_size) / 2)
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size of the image before the crop."""
         short = self.shorter_side
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
 
 
-def _planes(image: Decoded) -> Iterator[Image.Image]:
-    """Yield the colours of an image, or the one channel of a grey one."""
+def _channels(image: Decoded) -> Iterator[Image.Image]:
+    """Yield the red, green and blue channels of an image, or its only channel."""
     if isinstance(image, np.ndarray):
         yield from map(Image.fromarray, np.moveaxis(image, 2, 0))
     elif image.mode == "RGBA":
@@ -175,38 +176,31 @@ def _planes(image: Decoded) -> Iterator[Image.Image]:
         yield image
 
 
-def normalise(batch: Any, mean: Any, std: Any) -> Any:
-    """Scale a batch to [0, 1] if it is 8-bit, then normalise its channels.
+def normalize(batch: Any, mean: Any, std: Any) -> Any:
+    """Scale a batch (n, 3, h, w) to [0, 1] if it is 8-bit, then normalize its channels.
 
-    Parameters
-    ----------
-    batch : tensor of shape (n, 3, h, w)
-        uint8 or float32.
-    mean, std : tensor of shape (3, 1, 1)
-        float32, on the same device.
-
-    Returns
-    -------
-    tensor of shape (n, 3, h, w)
-        float32.
+    `mean` and `std` are float32 tensors (3, 1, 1) on the batch's device.
     """
     # In place: on a CPU new memory costs more than the arithmetic.
     if batch.is_floating_point():
         return batch.clone().sub_(mean).div_(std)
-    # Not by a Python number: a GPU would multiply by 1 / 255, which is not the same.
+    # Not a Python number: a GPU would multiply by 1 / 255, which rounds differently.
     white = mean.new_full((), 255)
     return batch.float().div_(white).sub_(mean).div_(std)
 
 
+normalise = normalize
+
+
 def as_float(pixels: Pixels) -> NDArray[np.float32]:
-    """Bring 8-bit pixels to [0, 1] as `normalise` does; floats stay as they are."""
+    """Scale 8-bit pixels to [0, 1] as `normalize` does; return floats unchanged."""
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255)
     return pixels.astype(np.float32, copy=False)
 
 
-def _three_numbers(name: str, value: Any) -> tuple[float, float, float]:
-    """Return three finite floats, one for each channel."""
+def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
+    """Check the values of the three channels."""
     try:
         red, green, blue = map(float, value)
     except (TypeError, ValueError):

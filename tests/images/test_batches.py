@@ -1,8 +1,7 @@
-"""Batches keep order and size, and hold few images at a time."""
+"""Batches keep their order and size; prefetching is bounded and leaves no threads."""
 
 import threading
 import time
-import weakref
 from contextlib import closing
 
 import numpy as np
@@ -10,12 +9,18 @@ import pytest
 
 from skltl import Preprocessing
 from skltl.exceptions import ImageReadError
-from skltl.images import ImageSource, iter_batches, iter_crops, read_images
-from skltl.images._batches import BATCHES_AHEAD, IMAGES_A_TURN, images_a_turn
+from skltl.images import (
+    ImageSource,
+    iter_batches,
+    iter_crops,
+    prefetch,
+    read_images,
+)
+from skltl.images._batches import IMAGES_PER_TURN, PREFETCHED_BATCHES, images_per_turn
 
 
 def batches_of(source, size, batch_size, n_threads, in_turns=False):
-    """Yield all of a source in batches; `crops` is closed with the generator."""
+    """Yield all batches of a source; the crops are closed with the generator."""
     crops = iter_crops(
         source,
         range(len(source)),
@@ -28,27 +33,38 @@ def batches_of(source, size, batch_size, n_threads, in_turns=False):
         yield from iter_batches(crops, batch_size)
 
 
-def test_batches_have_one_size_and_keep_the_order(images):
-    batches = list(batches_of(read_images(images), 40, batch_size=4, n_threads=3))
+def decoding_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
+
+
+def wait_until(condition):
+    """Wait until a condition holds, for 20 seconds at most."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_batches_have_one_size_and_keep_the_order(images, n_threads):
+    batches = list(batches_of(read_images(images), 40, 4, n_threads))
 
     assert [len(batch.pixels) for batch in batches] == [4, 4, 4]
     assert [position for batch in batches for position in batch.positions] == [
         *range(9)
     ]
     assert (batches[-1].pixels[1:] == 0).all()
-    middle = images[:, :, 4:44]
+    center = images[:, :, 4:44]
     together = np.concatenate([batch.pixels for batch in batches])[:9]
-    np.testing.assert_array_equal(together, middle)
+    np.testing.assert_array_equal(together, center)
 
 
 class CountingImages:
-    """A sequence that knows how many of its images were read, and how many live."""
+    """A sequence that counts the images read from it, and the threads that read."""
 
     def __init__(self, n):
         self.n = n
         self.n_read = 0
-        self.n_most_alive = 0
-        self.alive = weakref.WeakSet()
         self.threads = set()
         self.lock = threading.Lock()
 
@@ -56,40 +72,34 @@ class CountingImages:
         return self.n
 
     def __getitem__(self, index):
+        time.sleep(0.001)
         with self.lock:
             self.n_read += 1
-            image = Tracked((8, 8, 3), np.uint8)
-            self.alive.add(image)
-            self.n_most_alive = max(self.n_most_alive, len(self.alive))
             self.threads.add(threading.current_thread().name)
-        time.sleep(0.001)
-        return image
+        return np.zeros((8, 8, 3), np.uint8)
 
 
-class Tracked(np.ndarray):
-    """An array that can be watched, by identity."""
+def test_prefetching_is_bounded():
+    items = CountingImages(70)
+    n_in_flight = 10 * (1 + PREFETCHED_BATCHES)
+    crops = iter_crops(ImageSource(items), range(70), Preprocessing(8), 10, 4)
 
-    __hash__ = object.__hash__
+    with closing(crops):
+        for n_used, _ in enumerate(crops):
+            expected = min(70, n_used + n_in_flight)
+            wait_until(lambda expected=expected: items.n_read >= expected)
+            assert items.n_read == expected
 
-
-def test_few_images_are_decoded_ahead_and_none_is_kept():
-    items = CountingImages(500)
-    batches = batches_of(ImageSource(items), 8, 10, n_threads=4)
-
-    for number, _ in enumerate(batches, start=1):
-        assert items.n_read <= 10 * (number + BATCHES_AHEAD)
-
-    assert items.n_read == 500
-    assert items.n_most_alive <= 10 * (1 + BATCHES_AHEAD)
+    assert len(items.threads) == 4
 
 
-def test_in_turns_nothing_is_decoded_while_images_are_used():
+def test_in_turns_no_image_is_decoded_while_others_are_used():
     items = CountingImages(150)
     crops = iter_crops(
         ImageSource(items), range(150), Preprocessing(8), 10, 4, in_turns=True
     )
     turn = 70  # whole batches
-    assert 0 <= turn - IMAGES_A_TURN < 10
+    assert 0 <= turn - IMAGES_PER_TURN < 10
 
     n_read = []
     with closing(crops):
@@ -111,37 +121,35 @@ def test_in_turns_nothing_is_decoded_while_images_are_used():
         (224, 8, 128, 440),  # of 445 that fit
         (1024, 8, 2, 16),  # of 21
         (2500, 2, 2, 2),
-        (2500, 8, 2, 8),  # a batch is needed in any case
+        (2500, 8, 2, 8),  # at least one batch
     ],
 )
-def test_a_turn_is_many_images_but_at_most_256_megabytes(
-    size, batch_size, n_threads, n_expected
-):
-    n_images = images_a_turn(size, batch_size, n_threads)
+def test_a_turn_takes_at_most_256_megabytes(size, batch_size, n_threads, n_expected):
+    n_images = images_per_turn(size, batch_size, n_threads)
 
     assert n_images == n_expected
     assert n_images % batch_size == 0
-    n_bytes = n_images * np.zeros((size, size, 3), np.float32).nbytes
-    assert n_bytes <= 2**28 or n_images == batch_size
-
-
-@pytest.mark.parametrize("n_threads", [1, 4])
-def test_so_many_threads_decode(n_threads):
-    items = CountingImages(60)
-
-    list(batches_of(ImageSource(items), 8, 10, n_threads))
-
-    assert len(items.threads) == n_threads
+    assert n_images * size**2 * 3 * 4 <= 2**28 or n_images == batch_size
 
 
 @pytest.mark.parametrize("in_turns", [False, True])
-def test_the_first_unreadable_image_is_named_and_threads_end(images, in_turns):
+def test_a_single_thread_is_the_callers(in_turns):
+    items = CountingImages(20)
+
+    list(batches_of(ImageSource(items), 8, 10, 1, in_turns))
+
+    assert items.threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_the_first_unreadable_image_is_named(images, in_turns, n_threads):
     items = [*images, "missing.png", *images, "also missing.png"]
 
     with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
-        list(batches_of(read_images(items), 8, 4, 4, in_turns))
+        list(batches_of(read_images(items), 8, 4, n_threads, in_turns))
 
-    assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
+    assert not decoding_threads()
 
 
 @pytest.mark.parametrize("in_turns", [False, True])
@@ -150,4 +158,20 @@ def test_a_caller_may_stop_early(images, in_turns):
     next(batches)
     batches.close()
 
-    assert not [t for t in threading.enumerate() if t.name.startswith("skltl-decode")]
+    assert not decoding_threads()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_no_thread_outlives_an_error(error, in_turns):
+    def fail_at_3(number):
+        if number == 3:
+            raise error
+        return number
+
+    results = prefetch(fail_at_3, range(100), 2, 8, in_turns)
+
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(error):
+        next(results)
+    assert not decoding_threads()

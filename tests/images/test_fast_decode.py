@@ -1,4 +1,4 @@
-"""JPEG files decoded at a smaller scale: when, how far, and what that changes."""
+"""Decoding of JPEG files at a reduced scale, and its effect on features."""
 
 import numpy as np
 import pytest
@@ -8,20 +8,30 @@ from PIL import Image
 from skltl import CNNFeatureTransformer, cache_info
 from skltl.images import read_images
 
+SIZES = {"0.jpg": (1600, 900), "1.jpg": (700, 1200), "2.png": (900, 900)}
 
-@pytest.fixture
-def photographs(tmp_path):
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
     """Large images with soft shapes, as JPEG and PNG files."""
     rng = np.random.default_rng(0)
-    paths = []
-    for number, (name, size) in enumerate(
-        [("wide.jpg", (1600, 900)), ("high.jpg", (700, 1200)), ("same.png", (900, 900))]
-    ):
+    folder = tmp_path_factory.mktemp("photographs")
+    for name, size in SIZES.items():
         soft = rng.integers(256, size=(12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(soft).resize(size, Image.Resampling.BICUBIC)
-        paths.append(tmp_path / f"{number}_{name}")
-        image.save(paths[-1], quality=90)
-    return paths
+        image.save(folder / name, quality=90)
+    return [folder / name for name in SIZES]
+
+
+def extracted(paths, decode, **settings):
+    settings = {"image_size": 64, "precision": "float32", "engine": "torch"} | settings
+    return CNNFeatureTransformer("tiny", decode=decode, **settings).fit_transform(paths)
+
+
+@pytest.fixture(scope="module")
+def features(photographs):
+    """Features of the images by the value of `decode`."""
+    return {decode: extracted(photographs, decode) for decode in ("exact", "fast")}
 
 
 @pytest.mark.parametrize(
@@ -33,43 +43,32 @@ def photographs(tmp_path):
         (901, [(900, 1600), (1200, 700), (900, 900)]),
     ],
 )
-def test_no_side_gets_too_short(least_side, shapes, photographs):
+def test_both_sides_keep_the_least_length(least_side, shapes, photographs):
     source = read_images(photographs).reduced_to(least_side)
 
     found = [image.shape[:2] for image in source]
 
-    for shape, expected, full in zip(
-        found, shapes, ((900, 1600), (1200, 700), (900, 900)), strict=True
+    for shape, expected, (width, height) in zip(
+        found, shapes, SIZES.values(), strict=True
     ):
-        assert min(shape) >= min(least_side, min(full))
+        assert min(shape) >= min(least_side, width, height)
         assert shape == expected or least_side == 100
-        assert full[0] / shape[0] == pytest.approx(full[1] / shape[1], rel=0.02)
+        assert height / shape[0] == pytest.approx(width / shape[1], rel=0.02)
 
 
-def test_features_differ_a_little(photographs):
-    exact, fast = (
-        CNNFeatureTransformer(
-            "tiny", decode=decode, precision="float32", engine="torch"
-        ).fit_transform(photographs)
-        for decode in ("exact", "fast")
-    )
+def test_features_differ_slightly(features):
+    exact, fast = features["exact"], features["fast"]
 
-    assert_array_equal(fast[2], exact[2])  # a PNG file has one scale
+    assert_array_equal(fast[2], exact[2])  # PNG files have one scale
     for one, other in zip(fast[:2], exact[:2], strict=True):
         assert 0 < np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
 
 
-def test_a_cache_keeps_both_apart(photographs, tmp_path):
+def test_a_cache_distinguishes_both(photographs, features, tmp_path):
     folder = tmp_path / "cache"
-    settings = {"cache": folder, "image_size": 64}
-    for decode in ("exact", "fast"):
-        alone = CNNFeatureTransformer("tiny", decode=decode, image_size=64)
-        cached = CNNFeatureTransformer("tiny", decode=decode, **settings)
-        expected = alone.fit_transform(photographs)
-        for _ in range(2):
-            assert_array_equal(cached.fit_transform(photographs), expected)
-    again = CNNFeatureTransformer("tiny", decode="exact", **settings)
-    exact = CNNFeatureTransformer("tiny", image_size=64).fit_transform(photographs)
 
-    assert_array_equal(again.fit_transform(photographs), exact)
+    for decode in ("exact", "fast", "fast", "exact"):
+        found = extracted(photographs, decode, cache=folder)
+        assert_array_equal(found, features[decode])
+
     assert cache_info(folder).n_bytes > 0

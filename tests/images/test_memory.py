@@ -1,15 +1,26 @@
-"""How much memory decoding takes at most, measured in processes of their own."""
+"""Memory of large images: what waits for what, and the peak memory of processes."""
 
+import os
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from struct import pack
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from skltl import find_bad_images
+from skltl.images import read_images
+from skltl.images._decode import (
+    BYTES_OF_LARGE_IMAGES,
+    LARGE_IMAGE,
+    lock_of,
+    one_image,
+    reserve_memory,
+)
 
 resource = pytest.importorskip("resource")
 
@@ -17,6 +28,124 @@ GIGABYTE = 1e9
 
 # Below Pillow's limit of 89,478,485 pixels.
 SHAPES = [(9459, 9459), (16383, 5461), (5461, 16383), (11184, 8000), (8000, 11184)]
+
+
+def most_at_once(n_pixels, bytes_per_pixel, n_threads=6):
+    """Count how many threads hold the memory of such an image at the same time."""
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def decode():
+        with one_image():
+            reserve_memory(n_pixels, bytes_per_pixel)
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            time.sleep(0.02)
+            with lock:
+                now[0] -= 1
+
+    threads = [threading.Thread(target=decode, daemon=True) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    return most[0]
+
+
+@pytest.mark.parametrize(
+    ("n_pixels", "bytes_per_pixel", "n_at_once"),
+    [
+        (80_000_000, BYTES_OF_LARGE_IMAGES // 80_000_000, 1),  # fills the budget
+        (1_000_000_000, 8, 1),  # exceeds it
+        (40_000_000, BYTES_OF_LARGE_IMAGES // 120_000_000, 3),
+    ],
+)
+def test_large_images_share_a_memory_budget(n_pixels, bytes_per_pixel, n_at_once):
+    assert most_at_once(n_pixels, bytes_per_pixel) == n_at_once
+
+
+def test_images_of_common_sizes_never_wait():
+    everyone = threading.Barrier(6)
+
+    def decode(_):
+        with one_image():
+            reserve_memory(LARGE_IMAGE, 1000)
+            everyone.wait(timeout=20)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(decode, range(6)))  # a broken barrier is an error
+
+
+def test_memory_is_reserved_once_in_nested_blocks():
+    with one_image():
+        for _ in range(2):
+            with one_image():
+                reserve_memory(10 * LARGE_IMAGE, 8)
+
+    assert most_at_once(10 * LARGE_IMAGE, 8, n_threads=2) == 1
+
+
+def test_an_error_releases_the_memory():
+    def fail():
+        with one_image():
+            reserve_memory(10 * LARGE_IMAGE, 8)
+            raise OSError
+
+    with pytest.raises(OSError, match="^$"):
+        fail()
+
+    assert most_at_once(10 * LARGE_IMAGE, 8, n_threads=1) == 1
+
+
+def test_an_object_has_one_lock_while_it_is_used(image):
+    with lock_of(image):
+        assert lock_of(image) is lock_of(image)
+        assert lock_of(image) is not lock_of(image.copy())
+
+
+def in_a_child(function):
+    """Run a function in a forked child and return its exit status."""
+    child = os.fork()
+    if not child:
+        threading.Timer(20, os._exit, [1]).start()
+        function()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_child_can_read_what_another_thread_was_reading(image):
+    reading, may_end = threading.Event(), threading.Event()
+
+    def read():
+        with lock_of(image), one_image():
+            reserve_memory(10 * LARGE_IMAGE, 8)
+            reading.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    reading.wait()
+    status = in_a_child(
+        lambda: (read_images([image])[0], most_at_once(10 * LARGE_IMAGE, 8, 1))
+    )
+    may_end.set()
+    thread.join()
+
+    assert status == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_its_thread_holds_memory_has_the_whole_budget():
+    with one_image():
+        reserve_memory(10 * LARGE_IMAGE, 8)
+        status = in_a_child(lambda: most_at_once(10 * LARGE_IMAGE, 8, 1))
+
+    assert status == 0
+    assert most_at_once(10 * LARGE_IMAGE, 8, 1) == 1
+
 
 MEASURE = """
 import pathlib, resource, sys
@@ -35,13 +164,13 @@ def chunk(kind, body):
     return pack(">I", len(body)) + kind + body + pack(">I", zlib.crc32(kind + body))
 
 
-def png(path, size, n_bits, colour_type, n_channels, further=b""):
-    """Write an empty PNG file by hand, row by row."""
+def png(path, size, n_bits, color_type, n_channels, further=b""):
+    """Write a black PNG file by hand, row by row."""
     width, height = size
     row = b"\0" + bytes(width * n_channels * n_bits // 8)
     packer = zlib.compressobj(9)
     pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    header = pack(">IIBBBBB", width, height, n_bits, colour_type, 0, 0, 0)
+    header = pack(">IIBBBBB", width, height, n_bits, color_type, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -59,8 +188,8 @@ BOMBS = {
     "png rgb": lambda path, size: png(path, size, 8, 2, 3),
     "png rgb 16 bits": lambda path, size: png(path, size, 16, 2, 3),
     "png palette": lambda path, size: png(path, size, 8, 3, 1, PALETTE),
-    "png grey 16 bits": lambda path, size: png(path, size, 16, 0, 1),
-    "png grey and alpha": lambda path, size: png(path, size, 8, 4, 2),
+    "png gray 16 bits": lambda path, size: png(path, size, 16, 0, 1),
+    "png gray and alpha": lambda path, size: png(path, size, 8, 4, 2),
     "webp rgba": lambda path, size: Image.new("RGBA", size).save(
         path, "WEBP", lossless=True
     ),
@@ -76,7 +205,7 @@ BOMBS = {
 
 
 def measured(code, *arguments):
-    """Run code in a new process and return the numbers that it prints."""
+    """Run code in a new process and return the values that it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE + code, *map(str, arguments)],
         capture_output=True,
@@ -86,43 +215,54 @@ def measured(code, *arguments):
     return [float(number) for number in done.stdout.split()]
 
 
-@pytest.mark.parametrize(
-    ("kind", "most"), [("png rgba", 6), ("png palette", 7), ("png grey 16 bits", 8)]
-)
-def test_one_image_takes_a_few_bytes_a_pixel(kind, most, tmp_path):
-    size = (5000, 5000)
-    BOMBS[kind](tmp_path / "bomb", size)
-    code = """
-from skltl.images import Preprocessing, iter_crops, read_images
-before = peak()
-list(iter_crops(read_images(sys.argv[1:]), [0], Preprocessing(224), 1, 1, True))
-print(peak() - before)
-"""
-
-    (taken,) = measured(code, tmp_path / "bomb")
-
-    assert taken / np.prod(size) < most
-
-
-def test_four_threads_decode_large_images_in_turn(tmp_path):
-    """Nor does the allocator keep for one thread what another one needs."""
-    size = (9459, 9459)
-    BOMBS["png rgba"](tmp_path / "bomb", size)
-    code = """
+PEAKS = """
+import os
 from skltl import find_bad_images
-before = peak()
-found = find_bad_images(sys.argv[1:] * 4, n_jobs=4)
-print(peak() - before, len(found))
+from skltl.images import Preprocessing, _decode, iter_crops, read_images
+
+def crop(path):
+    list(iter_crops(read_images([path]), [0], Preprocessing(224), 1, 1, True))
+
+def decode_in_four_threads(path):
+    _decode.BYTES_OF_LARGE_IMAGES = 8 * 4600 * 4600  # room for one
+    assert find_bad_images([path] * 4, n_jobs=4) == []
+
+def peak_in_child(function, path):
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        before = peak()
+        function(path)
+        os.write(write_end, str(peak() - before).encode())
+        os._exit(0)
+    os.close(write_end)
+    print(os.read(read_end, 99).decode() or "nan")
+    os.wait()
+
+for path in sys.argv[1:]:
+    peak_in_child(crop, path)
+peak_in_child(decode_in_four_threads, sys.argv[1])
 """
 
-    taken, n_bad = measured(code, tmp_path / "bomb")
 
-    assert taken / np.prod(size) < 7
-    assert n_bad == 0
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_decoding_takes_a_few_bytes_per_pixel(tmp_path):
+    """Also in four threads, whose large images are decoded one after the other."""
+    size = (4600, 4600)
+    limits = {"png rgba": 6, "png palette": 7, "png gray 16 bits": 8}
+    paths = [tmp_path / kind for kind in limits]
+    for path in paths:
+        BOMBS[path.name](path, size)
+
+    *alone, together = measured(PEAKS, *paths)
+
+    assert LARGE_IMAGE < 4600**2
+    for taken, most in zip(alone, limits.values(), strict=True):
+        assert taken / 4600**2 < most
+    assert together / 4600**2 < 7
 
 
-def test_files_whose_decoder_takes_too_much_are_refused_by_their_header(tmp_path):
-    """WebP takes 16 bytes a pixel: 46 bytes on disk would become 1.4 GB."""
+def test_files_whose_decoder_takes_too_much_memory_are_refused(tmp_path):
+    """WebP takes 16 bytes per pixel: 46 bytes on disk would become 1.4 GB."""
     Image.new("RGBA", (16, 16)).save(tmp_path / "bomb.webp", lossless=True)
     content = bytearray((tmp_path / "bomb.webp").read_bytes())
     bits = (16383 - 1) | (5461 - 1) << 14 | 1 << 28  # width, height, alpha
@@ -135,7 +275,7 @@ def test_files_whose_decoder_takes_too_much_are_refused_by_their_header(tmp_path
     assert "a WebP file needs 16 bytes" in bad.reason
 
 
-def test_the_limit_for_the_decoder_goes_with_pillows(tmp_path, monkeypatch):
+def test_the_limit_of_the_decoder_follows_that_of_pillow(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "image.webp")
     limits = {8000: 1, 64 * 64 * 3: 0, None: 0}
 
@@ -147,7 +287,7 @@ def test_the_limit_for_the_decoder_goes_with_pillows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "n_bytes"), [({"subsampling": 0}, 10), ({"subsampling": 2}, 7)]
 )
-def test_progressive_files_hold_their_coefficients(
+def test_progressive_jpeg_files_have_a_lower_limit(
     options, n_bytes, tmp_path, monkeypatch
 ):
     path = tmp_path / "image.jpg"

@@ -1,4 +1,4 @@
-"""Images reach the network as torchvision's own transforms would bring them."""
+"""Preprocessing gives what torchvision's own transforms give."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from skltl import Preprocessing
-from skltl.images import iter_batches, iter_crops, normalise, read_images
+from skltl.images import iter_batches, iter_crops, normalize, read_images
 from skltl.networks import get_backbone
 
 SIZES = [(500, 375), (375, 500), (224, 224), (90, 60), (301, 17), (1, 1)]
 
 
 def prepared(items, preprocessing):
-    """All the way to the network's input, as the package does it."""
+    """Return the input of a network for some images."""
     n = len(items)
     crops = iter_crops(read_images(items), range(n), preprocessing, n, n_threads=2)
     (batch,) = iter_batches(crops, n)
@@ -24,12 +24,12 @@ def prepared(items, preprocessing):
         torch.tensor(values).view(3, 1, 1)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    return normalise(pixels, mean, std)
+    return normalize(pixels, mean, std)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "convnext_tiny"])
-def test_equal_to_torchvision(name, size):
+def test_the_input_is_that_of_torchvisions_preset(name, size):
     noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
     image = Image.fromarray(noise.astype(np.uint8))
     weights = models.get_model_weights(name).IMAGENET1K_V1
@@ -40,13 +40,13 @@ def test_equal_to_torchvision(name, size):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-def test_floats_are_resized_like_bytes(images, dtype):
+def test_floats_are_resized_like_8_bit_images(images, dtype):
     preprocessing = Preprocessing(24, resize_size=30)
     scale = 257 if dtype is np.uint16 else 1 / 255
     finer = (images.astype(float) * scale).astype(dtype)
 
-    # Pillow rounds bytes after each of its two passes, half a step of 1/255 each time,
-    # and its weights for bytes are fixed-point numbers.
+    # Pillow rounds bytes after each of its two passes, by half a step of 1/255 each
+    # time, and its weights for bytes are fixed-point values.
     step = 1.01 / 255 / min(preprocessing.std)
     torch.testing.assert_close(
         prepared(finer, preprocessing),
@@ -66,7 +66,7 @@ def test_an_image_is_the_same_beside_floats(images):
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1), (2, 60_000)])
-def test_very_long_images_give_their_middle(shape):
+def test_very_long_images_give_their_center(shape):
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
     image = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] == 1 else ramp, shape)
 
@@ -76,7 +76,7 @@ def test_very_long_images_give_their_middle(shape):
     np.testing.assert_allclose(crop, 127, atol=2)
 
 
-def test_image_size_keeps_the_share_that_is_cropped():
+def test_resized_to_keeps_the_fraction_that_is_cropped():
     small = Preprocessing(224, resize_size=256).resized_to(112)
 
     assert (small.crop_size, small.shorter_side) == (112, 128)
@@ -90,13 +90,13 @@ def test_image_size_keeps_the_share_that_is_cropped():
         {"crop_size": 8, "interpolation": "best"},
     ],
 )
-def test_impossible_preprocessing_is_refused(arguments):
+def test_invalid_settings_are_refused(arguments):
     with pytest.raises(ValueError, match="pixels, at least 1|Unknown interpolation"):
         Preprocessing(**arguments)
 
 
 def by_hand(image, preprocessing):
-    """Torchvision's own resize and crop, with black where the crop is larger."""
+    """Resize and crop with torchvision, which pads with black."""
     resized = functional.resize(image, preprocessing.shorter_side)
     return np.asarray(functional.center_crop(resized, preprocessing.crop_size))
 
@@ -105,7 +105,7 @@ def by_hand(image, preprocessing):
 @pytest.mark.parametrize(
     ("crop_size", "resize_size"), [(43, 40), (40, 37), (41, 40), (64, 9), (9, 64)]
 )
-def test_crops_larger_than_the_image_have_torchvisions_borders(
+def test_crops_larger_than_the_image_are_padded_as_by_torchvision(
     size, crop_size, resize_size
 ):
     noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
@@ -137,10 +137,10 @@ def test_every_mode_of_decoded_images_is_cropped_as_rgb(mode, size):
 
 @pytest.mark.parametrize("shape", [(100_000, 1), (1, 100_000), (80_000, 2)])
 def test_a_crop_larger_than_a_very_long_image_takes_little_memory(shape, monkeypatch):
-    """A whole resize would be one of 256 x 25,600,000 pixels: 19.7 GB."""
+    """Resizing the whole image would make 256 x 25,600,000 pixels: 19.7 GB."""
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
-    grey = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] < 3 else ramp, shape)
-    image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
+    gray = np.broadcast_to(ramp.reshape(-1, 1) if shape[1] < 3 else ramp, shape)
+    image = Image.fromarray(np.ascontiguousarray(gray)).convert("RGB")
     sizes = []
     resize = Image.Image.resize
 
@@ -159,14 +159,14 @@ def test_a_crop_larger_than_a_very_long_image_takes_little_memory(shape, monkeyp
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_only_what_is_under_the_crop_gives_the_same_pixels(mode, monkeypatch):
-    """Both ways agree up to rounding where both can be afforded."""
+def test_resizing_only_the_region_of_the_crop_gives_the_same_pixels(mode, monkeypatch):
+    """Up to rounding, where both can be computed."""
     noise = np.random.default_rng(0).integers(256, size=(30, 700, 3))
     image = Image.fromarray(noise.astype(np.uint8)).convert(mode)
     preprocessing = Preprocessing(50, resize_size=44)
     whole = preprocessing.crop(image).astype(int)
 
     monkeypatch.setattr("skltl.images._preprocessing._MAX_RESIZED_PIXELS", 0)
-    part = preprocessing.crop(image)
+    region = preprocessing.crop(image)
 
-    np.testing.assert_allclose(part, whole, atol=1)
+    np.testing.assert_allclose(region, whole, atol=1)

@@ -1,4 +1,4 @@
-"""PIL images that are not loaded yet are decoded as safely as files, and left alone."""
+"""PIL images that are not loaded yet are decoded like files, and not changed."""
 
 import io
 import os
@@ -22,12 +22,7 @@ def opened(image, file_format, **options):
     return Image.open(encoded(image, file_format, **options))
 
 
-@pytest.fixture
-def image(images):
-    return Image.fromarray(images[0])
-
-
-def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
+def test_eps_images_start_no_program(tmp_path, monkeypatch):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
@@ -40,21 +35,21 @@ def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file_format", ["PPM", "TGA"])
-def test_formats_that_files_may_not_have_are_refused(image, file_format):
+def test_formats_that_are_refused_as_files_are_refused(image, file_format):
     lazy = opened(image, file_format)
 
     with pytest.raises(ImageReadError, match="not loaded yet.*JPEG, PNG"):
         read_images([lazy])[0]
 
 
-def test_an_image_that_the_user_has_loaded_may_have_any_format(image):
+def test_a_loaded_image_may_have_any_format(image):
     loaded = opened(image, "PPM")
     loaded.load()
 
     np.testing.assert_array_equal(read_images([loaded])[0], np.asarray(image))
 
 
-def test_the_limit_for_pixels_holds_as_for_files(image, tmp_path, monkeypatch):
+def test_the_limit_on_pixels_is_that_of_files(image, tmp_path, monkeypatch):
     image.save(tmp_path / "image.png")
     lazy = opened(image, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1919)
@@ -69,7 +64,7 @@ def test_the_limit_for_pixels_holds_as_for_files(image, tmp_path, monkeypatch):
     assert "1,920 pixels, more than the limit of 1,919" in messages[0]
 
 
-def test_a_loaded_image_is_in_memory_already_and_has_no_limit(image, monkeypatch):
+def test_a_loaded_image_has_no_limit_on_pixels(image, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
 
     np.testing.assert_array_equal(read_images([image])[0], np.asarray(image))
@@ -77,7 +72,7 @@ def test_a_loaded_image_is_in_memory_already_and_has_no_limit(image, monkeypatch
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("least_side", [None, 8])
-def test_the_users_image_stays_as_it_was(image, file_format, least_side):
+def test_the_users_image_is_not_changed(image, file_format, least_side):
     lazy = opened(image, file_format)
     before = lazy.mode, lazy.size, dict(lazy.info), lazy.fp.tell()
     source = read_images([lazy])
@@ -90,7 +85,7 @@ def test_the_users_image_stays_as_it_was(image, file_format, least_side):
     np.testing.assert_array_equal(np.asarray(lazy.convert("RGB")), np.asarray(by_hand))
 
 
-def test_fast_decoding_gives_what_a_file_gives(tmp_path):
+def test_reduced_decoding_is_that_of_files(tmp_path):
     noise = np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((800, 600))
     large.save(tmp_path / "large.jpg")
@@ -103,7 +98,7 @@ def test_fast_decoding_gives_what_a_file_gives(tmp_path):
     np.testing.assert_array_equal(from_memory, from_file)
 
 
-def test_an_image_may_be_read_again_and_again(image):
+def test_an_image_may_be_read_repeatedly(image):
     lazy = opened(image, "PNG")
     source = read_images([lazy, lazy])
 
@@ -112,8 +107,8 @@ def test_an_image_may_be_read_again_and_again(image):
             np.testing.assert_array_equal(pixels, np.asarray(image))
 
 
-def test_a_damaged_image_stays_an_error(image):
-    """Pillow takes an image for loaded once decoding it has failed."""
+def test_a_damaged_image_is_an_error_each_time(image):
+    """Pillow regards an image as loaded after decoding it has failed."""
     content = bytearray(encoded(image, "PNG").getvalue())
     content[len(content) // 2] ^= 0xFF
     source = read_images([Image.open(io.BytesIO(content))])
@@ -123,8 +118,8 @@ def test_a_damaged_image_stays_an_error(image):
             source[0]
 
 
-def test_the_frame_at_which_the_image_stands_is_read():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+def test_the_current_frame_is_read():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     lazy = opened(frames[0], "GIF", save_all=True, append_images=frames[1:])
     lazy.seek(1)
 
@@ -132,7 +127,7 @@ def test_the_frame_at_which_the_image_stands_is_read():
     assert lazy.tell() == 1
 
 
-def test_what_the_user_asked_of_the_decoder_is_done(image):
+def test_draft_mode_set_by_the_user_is_kept(image):
     large = image.resize((480, 400))
     lazy = opened(large, "JPEG")
     lazy.draft("L", (120, 100))
@@ -147,7 +142,7 @@ def test_what_the_user_asked_of_the_decoder_is_done(image):
 @pytest.mark.parametrize(
     "close", [lambda lazy: lazy.close(), lambda lazy: lazy.fp.close()]
 )
-def test_a_file_that_was_closed_is_told(image, close):
+def test_a_closed_file_is_named(image, close):
     lazy = opened(image, "PNG")
     close(lazy)
 
@@ -156,7 +151,7 @@ def test_a_file_that_was_closed_is_told(image, close):
 
 
 class MeetingPlace(io.BytesIO):
-    """A file whose readers wait, once asked to, until as many others read theirs."""
+    """A file whose reader waits, if it has a barrier, for the readers of others."""
 
     barrier = None
 
@@ -167,7 +162,7 @@ class MeetingPlace(io.BytesIO):
         return super().read(*size)
 
 
-def test_images_are_decoded_at_the_same_time(images):
+def test_images_are_decoded_in_parallel(images):
     files = []
     for image in images[:3]:
         content = encoded(Image.fromarray(image), "PNG").getvalue()
@@ -184,7 +179,7 @@ def test_images_are_decoded_at_the_same_time(images):
 
 
 def test_two_images_may_share_one_file(image):
-    """Their threads must not move each other's place in it."""
+    """Their threads must not move each other's position in it."""
     buffer = encoded(image, "PNG")
     lazy = [Image.open(buffer) for _ in range(40)]
 
@@ -196,7 +191,7 @@ def test_two_images_may_share_one_file(image):
 
 @pytest.mark.parametrize("is_loaded", [False, True], ids=["pending", "loaded"])
 @pytest.mark.parametrize("frame", [0, 1, 2])
-def test_every_frame_of_a_grey_animation_is_read(frame, is_loaded):
+def test_every_frame_of_a_gray_animation_is_read(frame, is_loaded):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, size=(3, 40, 40), dtype=np.uint8)
     first, *others = map(Image.fromarray, frames)
@@ -214,10 +209,42 @@ def test_every_frame_of_a_grey_animation_is_read(frame, is_loaded):
     np.testing.assert_allclose(found[..., 0], frames[frame], atol=2)
 
 
-def test_grey_images_with_multiplied_alpha_are_read(image):
+def test_gray_images_with_premultiplied_alpha_are_read(image):
     plain = image.convert("LA")
     plain.putalpha(128)
 
     found, expected = read_images([plain.convert("La"), plain])
 
     np.testing.assert_allclose(found, expected, atol=1)
+
+
+def test_an_image_may_occur_many_times(image_files, images):
+    with Image.open(image_files[0]) as lazy:
+        source = read_images([lazy] * 60)
+        crops = list(iter_crops(source, range(60), Preprocessing(40), 60, n_threads=8))
+
+    assert len(crops) == 60
+    for crop in crops:
+        np.testing.assert_array_equal(crop.pixels, images[0][:, 4:44])
+
+
+def test_an_image_may_be_in_many_sources(image_files, images):
+    lazy = [Image.open(path) for path in image_files]
+    barrier = threading.Barrier(4)
+    found = []
+
+    def read_all():
+        barrier.wait()
+        found.append([pixels.copy() for pixels in read_images(lazy)])
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for image in lazy:
+        image.close()
+
+    assert len(found) == 4
+    for read in found:
+        np.testing.assert_array_equal(read, images)

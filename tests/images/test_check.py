@@ -1,20 +1,22 @@
-"""Images that cannot be read are all found, with their reasons."""
+"""`find_bad_images` lists all unreadable images with their reasons."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from skltl import find_bad_images
 
 
-def test_bad_images_are_listed_in_order(image_files, tmp_path):
+@pytest.mark.parametrize("n_jobs", [1, 3])
+def test_bad_images_are_listed_in_order(image_files, tmp_path, n_jobs):
     (tmp_path / "empty.jpg").write_bytes(b"")
     nan = np.full((4, 4), np.nan)
     five = np.zeros((5, 4, 5), np.uint8)
     items = [*image_files, tmp_path / "empty.jpg", None, nan, "missing.jpg", five]
 
-    bad = find_bad_images(items)
+    bad = find_bad_images(items, n_jobs=n_jobs)
 
-    assert [(index, path) for index, path, _ in bad] == [
+    assert [(one.index, one.path) for one in bad] == [
         (9, str(tmp_path / "empty.jpg")),
         (10, None),
         (11, None),
@@ -32,10 +34,20 @@ def test_bad_images_are_listed_in_order(image_files, tmp_path):
         assert words in found.reason
 
 
-def test_nothing_bad_among_good_images(image_files):
+def test_missing_cells_are_listed_with_their_index_label():
+    series = pd.Series([None, "missing.jpg"], index=["a", "b"])
+
+    bad = find_bad_images(series)
+
+    assert [one.index for one in bad] == [0, 1]
+    assert "missing value" in bad[0].reason
+    assert "index label 'a'" in bad[0].reason
+
+
+def test_the_list_is_empty_for_readable_images(image_files):
     assert find_bad_images(image_files) == []
 
 
-def test_what_is_no_list_of_images_is_an_error():
+def test_a_single_path_is_refused():
     with pytest.raises(TypeError, match="put it in a list"):
         find_bad_images("flower.jpg")
