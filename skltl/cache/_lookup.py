@@ -42,33 +42,32 @@ POLL_SECONDS = 0.1
 class CachedFeatures:
     """Fill an array with features from the cache, and with those that are computed.
 
-    The features at all blocks of `recipe` are stored; those at the blocks in `asked` go
-    into `features`, side by side. `report` is called with the number of images that
-    have been filled in.
+    The features at all blocks of `config` are stored; those at `blocks` are written to
+    `features`, side by side. `report` is called with the number of images written.
     """
 
     def __init__(
         self,
         folder: Path,
-        recipe: Recipe,
-        asked: Sequence[str],
+        config: Recipe,
+        blocks: Sequence[str],
         source: ImageSource,
         features: NDArray[np.float32],
         report: Callable[[int], object],
     ) -> None:
         max_bytes()  # an invalid limit is an error before any work
-        names = [FEATURES + fingerprint for fingerprint in recipe.fingerprints()]
-        widths = dict(zip(recipe.blocks, recipe.widths(), strict=True))
+        names = [FEATURES + fingerprint for fingerprint in config.fingerprints()]
+        widths = dict(zip(config.blocks, config.widths(), strict=True))
         self._folder = folder
         self._source = source
         self._features = features
         self._report = report
-        self._chunk_size = max(recipe.batch_size, MIN_CHUNK)
+        self._chunk_size = max(config.batch_size, MIN_CHUNK)
         self._columns = _columns(widths)
-        self._asked = _columns({block: widths[block] for block in asked})
+        self._wanted = _columns({block: widths[block] for block in blocks})
         self._stores = {
-            block: Store(folder, name, 4 * widths[block], partial(recipe.about, block))
-            for block, name in zip(recipe.blocks, names, strict=True)
+            block: Store(folder, name, 4 * widths[block], partial(config.about, block))
+            for block, name in zip(config.blocks, names, strict=True)
         }
         files = files_database()
         self._known_files = Store(folder, files, FILE_ENTRY_BYTES)
@@ -110,8 +109,8 @@ class CachedFeatures:
                     self._skipped.append(crop.position)
 
     def add(self, batch: Batch, rows: NDArray[np.float32]) -> None:
-        """Take the computed features of a batch, at all blocks of the recipe."""
-        for block, columns in self._asked.items():
+        """Take the computed features of a batch, at all blocks of `config`."""
+        for block, columns in self._wanted.items():
             self._features[batch.positions, columns] = rows[:, self._columns[block]]
         self._report(len(rows))
         self._unstored.append((batch.keys, rows))
@@ -149,7 +148,7 @@ class CachedFeatures:
             if position in self._keys:
                 positions_of[self._keys[position]].append(position)
         found = set(positions_of)
-        for block, columns in self._asked.items():
+        for block, columns in self._wanted.items():
             stored = set()
             for key, value in self._stores[block].read(list(found)):
                 features = np.frombuffer(value, "<f4")

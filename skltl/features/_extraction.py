@@ -24,18 +24,18 @@ from skltl.inference import Recipe, UnderWay, n_under_way
 
 def extract_features(
     source: ImageSource,
-    recipe: Recipe,
-    asked: Sequence[str],
+    config: Recipe,
+    blocks: Sequence[str],
     n_threads: int,
     verbose: bool = False,
     cache: Path | None = None,
     out: NDArray[Any] | None = None,
     then: Callable[[Tensor], Tensor] | None = None,
 ) -> NDArray[Any]:
-    """Return the features of each image at the blocks in `asked`, float32 of (n, d).
+    """Return the features of each image at `blocks`, a float32 array (n, d).
 
-    Without a cache, `asked` is ``recipe.blocks``; with a cache folder, the features at
-    further blocks of the recipe are computed and stored as well. The batch size is
+    Without a cache, `blocks` is ``config.blocks``; with a cache folder, the features at
+    further blocks of the config are computed and stored as well. The batch size is
     halved if a batch does not fit into the memory of the device. Results are written to
     `out` if it is given. Without a cache, they may be those of ``then(features)``, such
     as the logits, computed for a batch at once.
@@ -43,14 +43,14 @@ def extract_features(
     Raises `ImageReadError` for the first image that cannot be read, and `ValueError`
     for the first whose features are not finite.
     """
-    source = recipe.scaled(source)
-    n_features = sum(replace(recipe, blocks=tuple(asked)).widths())
+    source = config.scaled(source)
+    n_features = sum(replace(config, blocks=tuple(blocks)).widths())
     shape = (len(source), n_features)
     features = new_array(shape, np.float32) if out is None else out
 
     def extract(batch_size: int) -> None:
         # Features depend on the batch size, so a smaller one starts over.
-        this = replace(recipe, batch_size=batch_size)
+        this = replace(config, batch_size=batch_size)
         with tqdm(
             total=len(source), desc="features", unit="img", disable=not verbose
         ) as progress:
@@ -59,41 +59,41 @@ def extract_features(
                 _extract_all(source, this, n_threads, features, then, report)
                 return
             with closing(
-                CachedFeatures(cache, this, asked, source, features, report)
+                CachedFeatures(cache, this, blocks, source, features, report)
             ) as cached:
                 _extract_missing(source, this, n_threads, cached)
 
-    halve_until_it_fits(extract, recipe.batch_size)
+    halve_until_it_fits(extract, config.batch_size)
     source.warn_of_odd_range()
     return features
 
 
 def _extract_all(
     source: ImageSource,
-    recipe: Recipe,
+    config: Recipe,
     n_threads: int,
     features: NDArray[Any],
     then: Callable[[Tensor], Tensor] | None,
     report: Callable[[int], object],
 ) -> None:
     """Compute the features of every image, without a cache."""
-    with closing(_crops(source, range(len(source)), recipe, n_threads)) as crops:
-        for batch, rows in _computed(crops, source, recipe):
+    with closing(_crops(source, range(len(source)), config, n_threads)) as crops:
+        for batch, rows in _computed(crops, source, config):
             rows = rows if then is None else then(rows)
             features[batch.positions] = rows.numpy()[: len(batch.positions)]
             report(len(batch.positions))
 
 
 def _extract_missing(
-    source: ImageSource, recipe: Recipe, n_threads: int, cached: CachedFeatures
+    source: ImageSource, config: Recipe, n_threads: int, cached: CachedFeatures
 ) -> None:
     """Compute the features that are not in the cache."""
     missing = cached.read_stored(n_threads)
     while missing:
         with closing(
-            _crops(source, missing, recipe, n_threads, with_keys=True)
+            _crops(source, missing, config, n_threads, with_keys=True)
         ) as crops:
-            for batch, rows in _computed(cached.not_stored(crops), source, recipe):
+            for batch, rows in _computed(cached.not_stored(crops), source, config):
                 cached.add(batch, rows.numpy()[: len(batch.positions)])
         missing = cached.wait_for_others()
 
@@ -101,7 +101,7 @@ def _extract_missing(
 def _crops(
     source: ImageSource,
     positions: Sequence[int],
-    recipe: Recipe,
+    config: Recipe,
     n_threads: int,
     with_keys: bool = False,
 ) -> Generator[Crop, None, None]:
@@ -109,18 +109,18 @@ def _crops(
     return iter_crops(
         source,
         positions,
-        recipe.preprocessing,
-        recipe.batch_size,
+        config.preprocessing,
+        config.batch_size,
         n_threads,
         with_keys=with_keys,
-        in_turns=recipe.device.type == "cpu",
+        in_turns=config.device.type == "cpu",
     )
 
 
 def _computed(
-    crops: Iterable[Crop], source: ImageSource, recipe: Recipe
+    crops: Iterable[Crop], source: ImageSource, config: Recipe
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield batches and their features (batch_size, d), computed ahead on a GPU."""
+    """Yield batches and their features (batch_size, d); a GPU has several in flight."""
     in_flight: deque[tuple[Batch, UnderWay]] = deque()
 
     def oldest() -> tuple[Batch, Tensor]:
@@ -129,9 +129,9 @@ def _computed(
         _check_finite(batch, rows, source)
         return batch, rows
 
-    for batch in iter_batches(crops, recipe.batch_size):
-        in_flight.append((batch, recipe.start(torch.from_numpy(batch.pixels))))
-        if len(in_flight) == n_under_way(recipe.device):
+    for batch in iter_batches(crops, config.batch_size):
+        in_flight.append((batch, config.start(torch.from_numpy(batch.pixels))))
+        if len(in_flight) == n_under_way(config.device):
             yield oldest()
     while in_flight:
         yield oldest()

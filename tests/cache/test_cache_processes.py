@@ -227,7 +227,7 @@ def shared_folder(fork):
 
 
 def extract_as_users(fork, computed, folder, umask):
-    """Let two users extract in turns: what they compute, store, and are warned of."""
+    """Let two users alternate; return what they compute and store, and the warnings."""
     X = random_images(30)
     turns = [
         (USERS[0], 0, 10, "avg"),
