@@ -1,7 +1,7 @@
-"""Keys of images: their content, and the content that known files are recalled to have.
+"""Keys of images, and the database of files whose images are known.
 
 The keys of pixels and file states are in `skltl.images`, which computes them while an
-image is decoded; those of networks and settings in `ExtractionConfig.fingerprints`.
+image is decoded; those of networks and settings in `skltl.inference.fingerprints`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from skltl.images import (
     ImageSource,
     content_key,
     file_state,
-    map_ahead,
+    prefetch,
 )
 from skltl.inference import FORMAT
 
@@ -106,7 +106,7 @@ def _keys_of_arrays(
         for start in range(0, len(positions), IMAGES_PER_TASK)
     ]
     keys: dict[int, bytes] = {}
-    for some in map_ahead(hash_images, groups, n_threads, 2 * n_threads):
+    for some in prefetch(hash_images, groups, n_threads, 2 * n_threads):
         keys |= some
     return keys
 

@@ -25,7 +25,7 @@ from skltl.cache._folder import FEATURES, drop_oldest, max_bytes
 from skltl.cache._keys import FILE_ENTRY_BYTES, file_entry, files_database, find_keys
 from skltl.cache._store import Entry, Leases, Store
 from skltl.images import Batch, Crop, ImageSource
-from skltl.inference import Recipe
+from skltl.inference import ExtractionConfig, describe, fingerprints
 
 # Computed features are stored after so much time, or at such a size: what a killed
 # process loses.
@@ -49,14 +49,14 @@ class CachedFeatures:
     def __init__(
         self,
         folder: Path,
-        config: Recipe,
+        config: ExtractionConfig,
         blocks: Sequence[str],
         source: ImageSource,
         features: NDArray[np.float32],
         report: Callable[[int], object],
     ) -> None:
         max_bytes()  # an invalid limit is an error before any work
-        names = [FEATURES + fingerprint for fingerprint in config.fingerprints()]
+        names = [FEATURES + fingerprint for fingerprint in fingerprints(config)]
         widths = dict(zip(config.blocks, config.widths(), strict=True))
         self._folder = folder
         self._source = source
@@ -66,7 +66,9 @@ class CachedFeatures:
         self._columns = _columns(widths)
         self._wanted = _columns({block: widths[block] for block in blocks})
         self._stores = {
-            block: Store(folder, name, 4 * widths[block], partial(config.about, block))
+            block: Store(
+                folder, name, 4 * widths[block], partial(describe, config, block)
+            )
             for block, name in zip(config.blocks, names, strict=True)
         }
         files = files_database()

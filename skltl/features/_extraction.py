@@ -19,12 +19,12 @@ from skltl._large_arrays import new_array
 from skltl._parameters import halve_until_it_fits
 from skltl.cache import CachedFeatures
 from skltl.images import Batch, Crop, ImageSource, iter_batches, iter_crops
-from skltl.inference import Recipe, UnderWay, n_under_way
+from skltl.inference import ExtractionConfig, InFlight, n_in_flight
 
 
 def extract_features(
     source: ImageSource,
-    config: Recipe,
+    config: ExtractionConfig,
     blocks: Sequence[str],
     n_threads: int,
     verbose: bool = False,
@@ -70,7 +70,7 @@ def extract_features(
 
 def _extract_all(
     source: ImageSource,
-    config: Recipe,
+    config: ExtractionConfig,
     n_threads: int,
     features: NDArray[Any],
     then: Callable[[Tensor], Tensor] | None,
@@ -85,7 +85,10 @@ def _extract_all(
 
 
 def _extract_missing(
-    source: ImageSource, config: Recipe, n_threads: int, cached: CachedFeatures
+    source: ImageSource,
+    config: ExtractionConfig,
+    n_threads: int,
+    cached: CachedFeatures,
 ) -> None:
     """Compute the features that are not in the cache."""
     missing = cached.read_stored(n_threads)
@@ -101,7 +104,7 @@ def _extract_missing(
 def _crops(
     source: ImageSource,
     positions: Sequence[int],
-    config: Recipe,
+    config: ExtractionConfig,
     n_threads: int,
     with_keys: bool = False,
 ) -> Generator[Crop, None, None]:
@@ -118,10 +121,10 @@ def _crops(
 
 
 def _computed(
-    crops: Iterable[Crop], source: ImageSource, config: Recipe
+    crops: Iterable[Crop], source: ImageSource, config: ExtractionConfig
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches and their features (batch_size, d); a GPU has several in flight."""
-    in_flight: deque[tuple[Batch, UnderWay]] = deque()
+    in_flight: deque[tuple[Batch, InFlight]] = deque()
 
     def oldest() -> tuple[Batch, Tensor]:
         batch, features = in_flight.popleft()
@@ -131,7 +134,7 @@ def _computed(
 
     for batch in iter_batches(crops, config.batch_size):
         in_flight.append((batch, config.start(torch.from_numpy(batch.pixels))))
-        if len(in_flight) == n_under_way(config.device):
+        if len(in_flight) == n_in_flight(config.device):
             yield oldest()
     while in_flight:
         yield oldest()

@@ -15,7 +15,7 @@ from skltl import CNNFeatureTransformer, cache_info, clear_cache
 from skltl.cache import _store
 from skltl.cache._store import Leases
 from skltl.exceptions import CacheWarning
-from skltl.inference import Recipe
+from skltl.inference import ExtractionConfig
 
 
 def transformer(folder, **parameters):
@@ -186,7 +186,7 @@ def test_an_entry_under_the_key_of_another_image_is_a_miss(filled, images, expec
 def test_features_of_another_format_are_not_read(filled, images, expected, monkeypatch):
     """An older or a newer one."""
     damage_entries(filled, "UPDATE entries SET value = zeroblob(length(value))")
-    monkeypatch.setattr(sys.modules[Recipe.__module__], "FORMAT", 0)
+    monkeypatch.setattr(sys.modules[ExtractionConfig.__module__], "FORMAT", 0)
 
     found = transformer(filled).fit_transform(images)
 

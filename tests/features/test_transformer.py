@@ -483,7 +483,7 @@ def test_batches_in_flight_are_returned_in_order(
         "tiny", batch_size=2, engine="torch"
     ).fit_transform(items)
 
-    monkeypatch.setattr("skltl.features._extraction.n_under_way", lambda device: 3)
+    monkeypatch.setattr("skltl.features._extraction.n_in_flight", lambda device: 3)
     found = CNNFeatureTransformer("tiny", **settings).fit_transform(items)
 
     np.testing.assert_array_equal(found, expected)
