@@ -7,7 +7,7 @@ import math
 from sklearn.utils.validation import check_is_fitted
 
 from skltl.displays._layout import axes_library, axes_to_draw_on
-from skltl.strategy import LEAD_THAT_COUNTS, relative_size, similarity_of
+from skltl.strategy import MIN_LEAD, relative_size, similarity_of
 
 # Left and lower corner of each box, its ways of transfer, and what they are in words.
 BOXES = {
@@ -100,7 +100,7 @@ class StrategyDisplay:
             n_smallest = self.n_images // self.n_classes
         size = relative_size(self.n_images, n_smallest)
         is_similar = similarity_of(self.lead) == "similar"
-        right = 1 - (self.lead - LEAD_THAT_COUNTS) / LEAD_SHOWN
+        right = 1 - (self.lead - MIN_LEAD) / LEAD_SHOWN
         up = 1 + math.log10(max(size, 1e-9)) / DECADES
         return _within(right, is_similar), _within(up, size >= 1)
 
