@@ -28,12 +28,13 @@ from skltl.exceptions import ImageReadError, ImageTypeError, WeightsError
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import encode_labels
 from skltl.inference import n_pooled
-from skltl.networks import block_shapes, get_backbone, resolve_weights
+from skltl.networks import block_shapes, get_backbone
 from skltl.pretrained import PretrainedCNNClassifier, map_by_names
 from skltl.strategy._rules import (
     MIN_LEAD,
     TransformerMetaEstimator,
     feature_map_layers,
+    find_class_map,
     find_early_layer,
     recommend_strategy,
     shared_parameters,
@@ -64,6 +65,7 @@ SIMILARITY_TEXTS = {
     "better by 1 percentage point or more.",
 }
 
+Features = NDArray[np.float32]
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -104,10 +106,9 @@ class StrategyAdvisor(TransformerMetaEstimator):
         Recommended strategy: `name`, `reasons`, `estimator`, and cost.
     similarity_ : {"contained", "similar", "different"}
         Similarity to the pretraining data.
-    layer_scores_ : dict of str to float
-        Cross-validated accuracy of a linear classifier at each main layer.
-    layer_errors_ : dict of str to float
-        Standard errors of `layer_scores_`.
+    layer_scores_, layer_errors_ : dict of str to float
+        Cross-validated accuracy of a linear classifier at each main layer, and its
+        standard error.
     best_layer_ : str
         Layer with the highest accuracy.
     lead_ : tuple of float
@@ -116,18 +117,15 @@ class StrategyAdvisor(TransformerMetaEstimator):
     layer_ : str
         Layer that suits the images: `best_layer_` if they are different, otherwise the
         last one.
-    size_scores_ : dict of int to float
-        Cross-validated accuracy at `layer_` by number of training images. The last one
-        is that of `layer_scores_`.
-    size_errors_ : dict of int to float
-        Standard errors of `size_scores_`.
+    size_scores_, size_errors_ : dict of int to float
+        Cross-validated accuracy at `layer_` by number of training images, and its
+        standard error. The last one is that of `layer_scores_`.
     gain_ : tuple of float
         Difference in accuracy from the last doubling of the number of training images,
         and its standard error.
-    as_is_score_ : float or None
-        Accuracy of the pretrained classifier, if the classes are among its categories.
-    as_is_error_ : float or None
-        Standard error of `as_is_score_`.
+    as_is_score_, as_is_error_ : float or None
+        Accuracy of the pretrained classifier, and its standard error, if the classes
+        are among its categories.
     class_map_ : dict or None
         Category of each class, if all classes are categories of the pretrained
         classifier.
@@ -136,11 +134,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
     n_evaluated_, n_folds_, n_repeats_ : int
         Number of images evaluated on, of folds, and of repetitions of the
         cross-validation.
-    n_features_in_ : int
-        Number of features seen during :term:`fit`. Only with `image_shape`.
-    feature_names_in_ : array of shape (`n_features_in_`,)
-        Names of features seen during :term:`fit`, if ``X`` has any. Only with
-        `image_shape`.
+    n_features_in_, feature_names_in_ : int, array of shape (`n_features_in_`,)
+        Number and names of features seen during :term:`fit`. Only with `image_shape`.
 
     See Also
     --------
@@ -153,10 +148,9 @@ class StrategyAdvisor(TransformerMetaEstimator):
     accuracy or more; a smaller difference is not worth leaving the last one for. This
     is model selection, not a hypothesis test: among layers of equal quality an earlier
     one may win by chance, the more so as it is the best of several. `lead_` has the
-    standard error of the difference. Up to 500 images, the cross-validation is repeated
+    standard error of the difference, corrected like all standard errors for the training
+    images that the folds share [1]_. Up to 500 images, the cross-validation is repeated
     three times.
-
-    Standard errors are corrected for the training images that the folds share [1]_.
 
     References
     ----------
@@ -183,13 +177,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     }
 
     def __init__(
-        self,
-        transformer=None,
-        *,
-        cv=5,
-        max_images=2000,
-        random_state=None,
-        verbose=0,
+        self, transformer=None, *, cv=5, max_images=2000, random_state=None, verbose=0
     ):
         self.transformer = transformer
         self.cv = cv
@@ -241,7 +229,34 @@ class StrategyAdvisor(TransformerMetaEstimator):
             Several lines of text.
         """
         check_is_fitted(self)
-        return write_report(self)
+        strategy, n_repeats = self.strategy_, self.n_repeats_
+        repeated = f" repeated {n_repeats} times" if n_repeats > 1 else ""
+        passes = "forward pass" if strategy.n_passes == 1 else "forward passes"
+        lines = [
+            f"{self.n_images_:,} images in {self.n_classes_} classes, "
+            f"{self.n_smallest_:,} in the smallest",
+            f"Evaluated on {self.n_evaluated_:,} images, {self.n_folds_}-fold "
+            f"cross-validation{repeated}",
+            "",
+            "Accuracy of a linear classifier (standard error)",
+            *_describe_layers(self),
+            *([] if strategy.name == "as_is" else _describe_sizes(self)),
+        ]
+        if self.as_is_score_ is not None:
+            lines.append(
+                "Accuracy of the pretrained classifier without training: "
+                f"{self.as_is_score_:.3f} ({self.as_is_error_:.3f})"
+            )
+        lines += [
+            "",
+            *_describe_similarity(self),
+            "",
+            f"Strategy: {strategy.name}",
+            *(f"  {reason}" for reason in strategy.reasons),
+            f"  Cost of a fit: about {strategy.n_passes:g} {passes} over the data",
+        ]
+        wrapped = [part for line in lines for part in _wrap(line)]
+        return "\n".join([*wrapped, f"  {strategy.code}"])
 
     def _evaluate(self, X, y, sample_weight, groups):
         """Fit; return the evaluated images and their features by layer."""
@@ -261,14 +276,12 @@ class StrategyAdvisor(TransformerMetaEstimator):
         self.n_evaluated_, self.n_folds_ = len(evaluated.targets), n_folds
         self.n_repeats_ = -(-len(splits) // n_folds)
         self.class_map_ = find_class_map(transformer, labeled.classes)
-        self.as_is_score_, self.as_is_error_ = score_pretrained(
-            transformer, evaluated, self.class_map_, seed
-        )
+        as_is = score_pretrained(transformer, evaluated, self.class_map_, seed)
         by_layer = {
             layer: score_linear(some, evaluated, splits, seed)
             for layer, some in features.items()
         }
-        self._compare_layers(by_layer)
+        self._compare_layers(by_layer, as_is)
         full = by_layer[self.layer_]
         some = features[self.layer_]
         self._compare_sizes(score_sizes(some, evaluated, splits, seed, full))
@@ -282,49 +295,49 @@ class StrategyAdvisor(TransformerMetaEstimator):
         )
         return evaluated, features
 
-    def _compare_layers(self, by_layer):
+    def _compare_layers(self, by_layer, as_is):
         """Set the fitted attributes that follow from the scores by layer."""
         *earlier, last = by_layer
         scores = {layer: float(some.mean()) for layer, some in by_layer.items()}
         best = max(
             reversed(scores), key=lambda layer: scores[layer]
-        )  # of equal ones, the last
+        )  # the last of ties
+        self.layer_scores_, self.best_layer_ = scores, best
+        self.layer_errors_ = self._standard_errors(by_layer)
         self.lead_ = 0.0, 0.0
         if earlier:
             best_earlier = max(earlier, key=lambda layer: scores[layer])
-            self.lead_ = self._mean_and_error(by_layer[best_earlier] - by_layer[last])
+            leads = by_layer[best_earlier] - by_layer[last]
+            self.lead_ = float(leads.mean()), self._standard_error(leads)
         self.similarity_ = similarity_of(self.lead_[0])
-        as_is = self.as_is_score_
-        if as_is is not None and as_is + self.as_is_error_ >= scores[best]:
+        self.as_is_score_ = None if as_is is None else as_is[0]
+        self.as_is_error_ = None if as_is is None else as_is[1]
+        if as_is is not None and sum(as_is) >= scores[best]:
             self.similarity_ = "contained"
-        self.best_layer_ = best
         self.layer_ = best if self.similarity_ == "different" else last
-        self.layer_scores_, self.layer_errors_ = self._means_and_errors(by_layer)
 
     def _compare_sizes(self, by_size):
         """Set the fitted attributes that follow from the scores by size."""
+        self.size_scores_ = {size: float(some.mean()) for size, some in by_size.items()}
+        self.size_errors_ = self._standard_errors(by_size)
         self.gain_ = 0.0, 0.0
         if len(by_size) > 1:
             smaller, larger = list(by_size)[-2:]
             doublings = np.log2(larger / smaller)
             gains = (by_size[larger] - by_size[smaller]) / doublings
-            self.gain_ = self._mean_and_error(gains)
-        self.size_scores_, self.size_errors_ = self._means_and_errors(by_size)
+            self.gain_ = float(gains.mean()), self._standard_error(gains)
 
-    def _means_and_errors(self, scores):
-        """Return two dictionaries: mean accuracies and their standard errors."""
-        pairs = {name: self._mean_and_error(some) for name, some in scores.items()}
-        means = {name: mean for name, (mean, _) in pairs.items()}
-        return means, {name: error for name, (_, error) in pairs.items()}
+    def _standard_errors(self, scores):
+        return {name: self._standard_error(some) for name, some in scores.items()}
 
-    def _mean_and_error(self, values):
-        """Return the mean over splits and its standard error.
+    def _standard_error(self, values):
+        """Return the standard error of a mean over splits.
 
-        Splits share training images, for which the error is corrected (see Notes).
+        Splits share training images, for which it is corrected (see Notes).
         """
         test_per_train = 1 / (self.n_folds_ - 1)
         variance = values.var(ddof=1) * (1 / len(values) + test_per_train)
-        return float(values.mean()), float(np.sqrt(variance))
+        return float(np.sqrt(variance))
 
     def _repr_html_inner(self):
         """Show the report of a fitted advisor in notebooks."""
@@ -356,8 +369,6 @@ class LabeledImages:
 
     def subset(self, rows: NDArray[np.int64]) -> LabeledImages:
         """Return some of the images."""
-        if len(rows) == len(self.positions):
-            return self
         return replace(
             self,
             X=take(self.X, rows),
@@ -380,10 +391,7 @@ class LabeledImages:
 def label_images(
     X: Any, y: Any, n_images: int, sample_weight: Any, groups: Any
 ) -> LabeledImages:
-    """Check labels, weights and groups, and leave out images of weight 0.
-
-    No image is decoded.
-    """
+    """Check labels, weights and groups, and leave out images of weight 0."""
     classes, targets = encode_labels(y, n_images)
     positions = np.arange(n_images)
     weights = None
@@ -485,16 +493,14 @@ def split_folds(
     return splits
 
 
-def extract_layers(
-    transformer: Any, X: Any
-) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+def extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
     """Extract the features of all main layers; return the fitted transformer, too."""
     layers = feature_map_layers(transformer.backbone, transformer.image_size)
     if not layers:
         name = get_backbone(transformer.backbone).name
         raise ValueError(f"{name!r} has no layer with a feature map to compare.")
     fitted = clone(transformer).set_params(layer=layers).fit(X)
-    features = np.asarray(fitted.transform(X))
+    features = fitted.transform(X)
     shapes = block_shapes(fitted.backbone_, fitted.preprocessing_.crop_size)
     widths = [
         n_pooled(shapes[point.block], fitted.pooling_) for point in fitted.cut_points_
@@ -504,29 +510,23 @@ def extract_layers(
 
 
 def score_linear(
-    features: NDArray[np.float32],
-    labeled: LabeledImages,
-    splits: list[Split],
-    seed: int,
+    features: Features, labeled: LabeledImages, splits: list[Split], seed: int
 ) -> NDArray[np.float64]:
     """Return the accuracy of a linear classifier in each split."""
-    targets, weights = labeled.targets, labeled.weights
+    probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
     scores = []
     for train, test in splits:
-        train_weights, test_weights = (
-            None if weights is None else weights[rows] for rows in (train, test)
-        )
-        probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
-        fit_linear(probe, features[train], targets[train], train_weights)
+        y, weights = labeled.targets, labeled.weights
+        w_train = None if weights is None else weights[train]
+        w_test = None if weights is None else weights[test]
+        fit_linear(probe, features[train], y[train], w_train)
         predicted = probe.predict(features[test])
-        scores.append(
-            accuracy_score(targets[test], predicted, sample_weight=test_weights)
-        )
+        scores.append(accuracy_score(y[test], predicted, sample_weight=w_test))
     return np.array(scores, dtype=np.float64)
 
 
 def score_sizes(
-    features: NDArray[np.float32],
+    features: Features,
     labeled: LabeledImages,
     splits: list[Split],
     seed: int,
@@ -558,24 +558,15 @@ def fit_linear(
         steps.fit(features, y, **weights)
 
 
-def find_class_map(transformer: Any, classes: NDArray[Any]) -> Any:
-    """Return the category of each class, or None if a class is not a category."""
-    backbone = get_backbone(transformer.backbone)
-    weights = resolve_weights(backbone, transformer.weights)
-    if weights is None:
-        return None
-    return map_by_names(classes, weights.categories or backbone.weights[0].categories)
-
-
 def score_pretrained(
     transformer: Any, labeled: LabeledImages, class_map: Any, seed: int
-) -> tuple[float, float] | tuple[None, None]:
+) -> tuple[float, float] | None:
     """Return the accuracy of the pretrained classifier and its standard error.
 
     It is evaluated on a part of the images, and only if it knows their classes.
     """
     if class_map is None:
-        return None, None
+        return None
     targets, classes = labeled.targets, labeled.classes
     n_most = max(len(classes), round(PRETRAINED_FRACTION * len(targets)))
     some = sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
@@ -585,45 +576,14 @@ def score_pretrained(
         try:
             categories = classifier.fit(some.X).categories_.tolist()
         except WeightsError:  # the network has no head
-            return None, None
+            return None
         if map_by_names(classes, categories) is None:  # a file with another head
-            return None, None
-        classifier.set_params(class_map=class_map)
-        predicted = classifier.fit(some.X).predict(some.X)
+            return None
+        classifier.set_params(class_map=class_map).fit(some.X)
+        predicted = classifier.predict(some.X)
     is_right = predicted == classes[some.targets]
     score = float(np.average(is_right, weights=some.weights))
     return score, float(np.sqrt(score * (1 - score) / len(is_right)))
-
-
-def write_report(advisor: Any) -> str:
-    """Describe the measurements and the recommendation of a fitted advisor."""
-    strategy, n_repeats = advisor.strategy_, advisor.n_repeats_
-    passes = "forward pass" if strategy.n_passes == 1 else "forward passes"
-    lines = [
-        f"{advisor.n_images_:,} images in {advisor.n_classes_} classes, "
-        f"{advisor.n_smallest_:,} in the smallest",
-        f"Evaluated on {advisor.n_evaluated_:,} images, {advisor.n_folds_}-fold "
-        f"cross-validation{f' repeated {n_repeats} times' if n_repeats > 1 else ''}",
-        "",
-        "Accuracy of a linear classifier (standard error)",
-        *_describe_layers(advisor),
-        *([] if strategy.name == "as_is" else _describe_sizes(advisor)),
-    ]
-    if advisor.as_is_score_ is not None:
-        lines.append(
-            "Accuracy of the pretrained classifier without training: "
-            f"{advisor.as_is_score_:.3f} ({advisor.as_is_error_:.3f})"
-        )
-    lines += [
-        "",
-        *_describe_similarity(advisor),
-        "",
-        f"Strategy: {strategy.name}",
-        *(f"  {reason}" for reason in strategy.reasons),
-        f"  Cost of a fit: about {strategy.n_passes:g} {passes} over the data",
-    ]
-    wrapped = [part for line in lines for part in _wrap(line)]
-    return "\n".join([*wrapped, f"  {strategy.code}"])
 
 
 def _wrap(line: str) -> list[str]:
@@ -632,12 +592,8 @@ def _wrap(line: str) -> list[str]:
 
 
 def _describe_layers(advisor: Any) -> list[str]:
-    lines = ["  by layer:"]
-    for name, score in advisor.layer_scores_.items():
-        mark = "  best" if name == advisor.best_layer_ else ""
-        lines.append(
-            f"    {name:<12} {score:.3f} ({advisor.layer_errors_[name]:.3f}){mark}"
-        )
+    lines = ["  by layer:", *_table(advisor.layer_scores_, advisor.layer_errors_)]
+    lines[1 + list(advisor.layer_scores_).index(advisor.best_layer_)] += "  best"
     lead, error = advisor.lead_
     if len(advisor.layer_scores_) == 1:
         return lines
@@ -652,9 +608,10 @@ def _describe_layers(advisor: Any) -> list[str]:
 
 
 def _describe_sizes(advisor: Any) -> list[str]:
-    lines = [f"  at {advisor.layer_}, by number of training images:"]
-    for size, score in advisor.size_scores_.items():
-        lines.append(f"    {size:<12,} {score:.3f} ({advisor.size_errors_[size]:.3f})")
+    lines = [
+        f"  at {advisor.layer_}, by number of training images:",
+        *_table(advisor.size_scores_, advisor.size_errors_),
+    ]
     if len(advisor.size_scores_) < 2:
         return [*lines, "  There are too few images to estimate the gain from more."]
     gain, error = advisor.gain_
@@ -673,16 +630,20 @@ def _describe_sizes(advisor: Any) -> list[str]:
     ]
 
 
+def _table(scores: dict[Any, float], errors: dict[Any, float]) -> list[str]:
+    return [
+        f"    {name:<12} {score:.3f} ({errors[name]:.3f})"
+        for name, score in scores.items()
+    ]
+
+
 def _describe_similarity(advisor: Any) -> list[str]:
-    has_one_layer = len(advisor.layer_scores_) == 1
-    if has_one_layer and advisor.similarity_ == "similar":
+    lead, error = advisor.lead_
+    if advisor.similarity_ != "contained" and len(advisor.layer_scores_) == 1:
         return [
-            "With a single layer, the similarity to the pretraining data cannot be "
-            "estimated; it is assumed."
+            "Similar images are assumed: with a single layer, there is no estimate."
         ]
     lines = [SIMILARITY_TEXTS[advisor.similarity_]]
-    lead, error = advisor.lead_
-    is_open = not has_one_layer and abs(lead - MIN_LEAD) < error
-    if is_open and advisor.similarity_ != "contained":
+    if advisor.similarity_ != "contained" and abs(lead - MIN_LEAD) < error:
         lines.append("This is within the standard error and may be due to chance.")
     return lines

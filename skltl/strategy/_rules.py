@@ -15,8 +15,15 @@ from skltl._random import draw_seed
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNNClassifier
-from skltl.networks import Backbone, block_shapes, get_backbone, resolve_layer, skeleton
-from skltl.pretrained import PretrainedCNNClassifier
+from skltl.networks import (
+    Backbone,
+    block_shapes,
+    get_backbone,
+    resolve_layer,
+    resolve_weights,
+    skeleton,
+)
+from skltl.pretrained import PretrainedCNNClassifier, map_by_names
 
 STRATEGIES = (
     "as_is",
@@ -332,6 +339,15 @@ def feature_map_layers(
     return [name for name, block in layers.items() if len(shapes[block]) == 3]
 
 
+def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
+    """Return the category of each class, or None if a class is not a category."""
+    backbone = get_backbone(transformer.backbone)
+    weights = resolve_weights(backbone, transformer.weights)
+    if weights is None:
+        return None
+    return map_by_names(classes, weights.categories or backbone.weights[0].categories)
+
+
 def code_of(estimator: Any) -> str:
     """Return code that builds an estimator of skltl or one of its pipelines."""
     if not isinstance(estimator, Pipeline):
@@ -375,6 +391,8 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
         """Return a clone of the transformer with a seed and the verbosity filled in."""
         given = self.transformer
         transformer = CNNFeatureTransformer() if given is None else clone(given)
+        # Classifiers are fitted on arrays: features are reused without column names.
+        transformer.set_output(transform="default")
         own_seed = draw_seed(transformer.random_state)
         return transformer.set_params(
             random_state=seed if own_seed is None else own_seed,

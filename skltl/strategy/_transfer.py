@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import get_config
 from sklearn.base import ClassifierMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
@@ -21,7 +20,6 @@ from skltl.finetuning import FineTunedCNNClassifier
 from skltl.strategy._advisor import (
     LabeledImages,
     StrategyAdvisor,
-    find_class_map,
     fit_linear,
     label_images,
 )
@@ -29,6 +27,7 @@ from skltl.strategy._rules import (
     STRATEGIES,
     TransformerMetaEstimator,
     build_strategy,
+    find_class_map,
     reader_of,
     shared_parameters,
 )
@@ -327,13 +326,12 @@ def fit_pipeline(
     y = labeled.classes[labeled.targets]
     transformer = pipeline[0].fit(labeled.X)
     known = features.get(transformer.cut_points_[0].name)
-    # With another output format, the transformer names the columns.
-    if known is None or get_config()["transform_output"] != "default":
+    if known is None:
         with labeled.original_positions():
-            extracted = transformer.transform(labeled.X)
-    else:
-        extracted = _complete(known, transformer, labeled, evaluated)
-    fit_linear(pipeline[1:], extracted, y, labeled.weights)
+            known = transformer.transform(labeled.X)
+    elif len(known) < len(y):
+        known = _complete(known, transformer, labeled, evaluated)
+    fit_linear(pipeline[1:], known, y, labeled.weights)
 
 
 def _complete(
@@ -344,11 +342,9 @@ def _complete(
 ) -> NDArray[np.float32]:
     """Return the features of all images, given those of the evaluated ones."""
     is_known = np.isin(labeled.positions, evaluated.positions)
-    if is_known.all():
-        return known
-    extracted = np.empty((len(is_known), known.shape[1]), known.dtype)
-    extracted[is_known] = known
+    features = np.empty((len(is_known), known.shape[1]), known.dtype)
+    features[is_known] = known
     others = labeled.subset(np.flatnonzero(~is_known))
     with others.original_positions():
-        extracted[~is_known] = transformer.transform(others.X)
-    return extracted
+        features[~is_known] = transformer.transform(others.X)
+    return features
