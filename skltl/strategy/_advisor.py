@@ -148,7 +148,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     accuracy or more; a smaller difference is not worth leaving the last one for. This
     is model selection, not a hypothesis test: among layers of equal quality an earlier
     one may win by chance, the more so as it is the best of several. `lead_` has the
-    standard error of the difference, corrected like all standard errors for the training
+    standard error of the difference; all standard errors are corrected for the training
     images that the folds share [1]_. Up to 500 images, the cross-validation is repeated
     three times.
 

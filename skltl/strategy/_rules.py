@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from os import PathLike, fspath
 from typing import Any
 
 from sklearn.base import MetaEstimatorMixin, clone
@@ -360,16 +361,12 @@ def code_of(estimator: Any) -> str:
 def _arguments(estimator: Any) -> list[str]:
     """Return the backbone and the parameters that are not at their defaults."""
     parameters = inspect.signature(type(estimator)).parameters
-    values = estimator.get_params(deep=False)
-    texts = {
-        name: repr(value)
-        for name, value in values.items()
-        if name != "backbone" and repr(value) != repr(parameters[name].default)
-    }
-    changed = [
-        f"{name}={text if len(text) <= MAX_CHARACTERS else '...'}"
-        for name, text in texts.items()
-    ]
+    changed = []
+    for name, value in estimator.get_params(deep=False).items():
+        text = repr(fspath(value) if isinstance(value, PathLike) else value)
+        if name != "backbone" and text != repr(parameters[name].default):
+            short = text if len(text) <= MAX_CHARACTERS else "..."
+            changed.append(f"{name}={short}")
     return [repr(estimator.backbone), *changed]
 
 
