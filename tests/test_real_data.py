@@ -278,9 +278,8 @@ def test_the_network_as_it_is_names_imagenet_images(real_data, squeezenet_weight
 def test_flowers_are_similar_to_what_the_network_knows(flowers, squeezenet_weights):
     paths, labels = flowers
 
-    advisor = StrategyAdvisor(
-        "squeezenet1_0", weights=squeezenet_weights, random_state=0
-    ).fit(paths, labels)
+    transformer = CNNFeatureTransformer("squeezenet1_0", weights=squeezenet_weights)
+    advisor = StrategyAdvisor(transformer, random_state=0).fit(paths, labels)
 
     assert advisor.similarity_ == "similar"
     assert advisor.strategy_.name == "extract"
@@ -303,7 +302,8 @@ def test_few_digits_are_different_and_an_earlier_cut_is_better(
     )
     network = {"weights": squeezenet_weights, "image_shape": (8, 8), "image_size": 96}
 
-    advised = TransferClassifier("squeezenet1_0", random_state=seed, **network)
+    transformer = CNNFeatureTransformer("squeezenet1_0", **network)
+    advised = TransferClassifier(transformer, random_state=seed)
     score = advised.fit(X_train, y_train).score(X_test, y_test)
     last = make_feature_pipeline("squeezenet1_0", "svm", **network)
     score_at_last = last.fit(X_train, y_train).score(X_test, y_test)

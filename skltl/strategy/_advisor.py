@@ -164,7 +164,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     >>> digits, labels = load_digits(return_X_y=True)
     >>> transformer = CNNFeatureTransformer("tiny", image_shape=(8, 8), image_size=32)
     >>> advisor = StrategyAdvisor(transformer, random_state=0)
-    >>> advisor.fit(digits[:200] / 16, labels[:200]).similarity_
+    >>> advisor.fit(digits[:100] / 16, labels[:100]).similarity_
     'different'
     """
 

@@ -126,7 +126,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
     >>> digits, labels = load_digits(return_X_y=True)
     >>> transformer = CNNFeatureTransformer("tiny", image_shape=(8, 8), image_size=32)
     >>> classifier = TransferClassifier(transformer, random_state=0)
-    >>> classifier.fit(digits[:200] / 16, labels[:200]).strategy_.name
+    >>> classifier.fit(digits[:100] / 16, labels[:100]).strategy_.name
     'extract_early'
     """
 

@@ -128,7 +128,26 @@ class Kind:
 
     def fresh(self, params):
         """Return an estimator with parameters that it has all to itself."""
-        return self.make(**copy.deepcopy(params))
+        params = copy.deepcopy(params)
+        own = self.make().get_params(deep=False)
+        if "transformer" not in own:
+            return self.make(**params)
+        nested = {name: params.pop(name) for name in params.keys() - own.keys()}
+        return self.make(CNNFeatureTransformer(**nested), **params)
+
+
+def params_of(estimator):
+    """Return the parameters of an estimator, with those of its transformer if any."""
+    params = estimator.get_params(deep=False)
+    transformer = params.pop("transformer", None)
+    return params if transformer is None else transformer.get_params() | params
+
+
+def set_params(estimator, **params):
+    """Set parameters of an estimator, or of its transformer if they are not its own."""
+    own = estimator.get_params(deep=False)
+    names = {name: name if name in own else f"transformer__{name}" for name in params}
+    estimator.set_params(**{names[name]: value for name, value in params.items()})
 
 
 COMMON = {
@@ -260,7 +279,7 @@ FILES = {
 
 TRANSFORMERS = ("transformer", "tuned")
 METHODS = ("transform", "decision_function", "predict_proba", "predict")
-MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_looked_at_", "strategy_")
+MEASURED = ("layer_scores_", "lead_", "size_scores_", "n_evaluated_", "strategy_")
 
 
 def outcome(estimator, X):
@@ -306,7 +325,7 @@ def expected_of(name, given, data, later):
         if kind.is_frozen:
             given = given | {key: one for key, one in later.items() if one != "auto"}
         fresh = kind.fresh(given).fit(DATA[data].X, DATA[data].y)
-        fresh.set_params(**later)
+        set_params(fresh, **later)
         _known[key] = outcome(fresh, DATA[data].X), fitted_names(fresh)
     return _known[key]
 
@@ -346,14 +365,14 @@ class Life(RuleBasedStateMachine):
     @initialize(draw=st.data(), data=st.sampled_from([*sorted(DATA), None]))
     def begin(self, draw, data):
         estimator = self.kind.fresh(self.kind.fixed)
-        self.now = Record(estimator, estimator.get_params(deep=False))
+        self.now = Record(estimator, params_of(estimator))
         self.generators = global_generators()
         if data is not None:
             self.fit(draw, data)
 
     def check(self, record):
         """Compare an estimator with one that was made for its parameters."""
-        params = record.estimator.get_params(deep=False)
+        params = params_of(record.estimator)
         assert params.keys() == record.params.keys()
         for name, value in record.params.items():
             if not hasattr(value, "get_state"):
@@ -391,16 +410,16 @@ class Life(RuleBasedStateMachine):
         for name, value in draw.draw(self.kind.changes()):
             own = copy.deepcopy(value)
             own = str(self.folder / name) if value == FOLDER else own
-            self.now.estimator.set_params(**{name: own})
+            set_params(self.now.estimator, **{name: own})
             self.now.params[name] = own
 
     @rule(draw=st.data(), data=st.sampled_from(sorted(DATA)))
     def fit(self, draw, data):
         self.set_parameters(draw)
         self.now.params["image_shape"] = DATA[data].image_shape
-        self.now.estimator.set_params(image_shape=DATA[data].image_shape)
+        set_params(self.now.estimator, image_shape=DATA[data].image_shape)
         # Before the fit, which draws from a generator that is a parameter.
-        given = copy.deepcopy(self.now.estimator.get_params(deep=False))
+        given = copy.deepcopy(params_of(self.now.estimator))
         self.now.estimator.fit(DATA[data].X, DATA[data].y)
         here = given.keys() & WITHOUT_EFFECT.keys()
         self.now.given = given | {name: WITHOUT_EFFECT[name] for name in here}
@@ -409,14 +428,14 @@ class Life(RuleBasedStateMachine):
     def fail_to_fit(self, X, y, **params):
         """Try to fit, with other parameters meanwhile."""
         before = {name: self.now.params[name] for name in params}
-        self.now.estimator.set_params(**params)
+        set_params(self.now.estimator, **params)
         with pytest.raises((ValueError, TypeError)):
             self.now.estimator.fit(X, y)
-        self.now.estimator.set_params(**before)
+        set_params(self.now.estimator, **before)
 
     @rule(data=st.sampled_from(sorted(DATA)), wrong=st.sampled_from(WRONG_IN_FIT))
     def fail_to_fit_with_a_wrong_parameter(self, data, wrong):
-        if wrong.keys() <= self.now.params.keys():
+        if wrong.keys() <= self.kind.fixed.keys() | self.kind.choices.keys():
             shape = {"image_shape": DATA[data].image_shape}
             self.fail_to_fit(DATA[data].X, DATA[data].y, **shape, **wrong)
 
@@ -433,10 +452,10 @@ class Life(RuleBasedStateMachine):
     @rule(wrong=st.sampled_from(WRONG))
     def a_wrong_parameter_is_refused_after_the_fit(self, wrong):
         (name,) = wrong
-        self.now.estimator.set_params(**wrong)
+        set_params(self.now.estimator, **wrong)
         with pytest.raises((ValueError, TypeError)):
             self.ask(self.now.estimator, DATA[self.now.data].X)
-        self.now.estimator.set_params(**{name: self.now.params[name]})
+        set_params(self.now.estimator, **{name: self.now.params[name]})
 
     @rule(draw=st.data(), way=st.sampled_from(sorted(COPIES)))
     def go_on_with_a_copy(self, draw, way):

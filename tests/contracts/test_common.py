@@ -76,7 +76,7 @@ OTHERS = {
         "tiny", class_map="learn", image_shape=(1, -1), image_size=8
     ),
     "advised": TransferClassifier(
-        "tiny", image_shape=(1, -1), image_size=8, random_state=0
+        CNNFeatureTransformer("tiny", image_shape=(1, -1), image_size=8), random_state=0
     ),
 }
 

@@ -25,6 +25,7 @@ from skltl import (
 )
 
 ROWS = {"image_shape": (8, 8), "image_size": 32}
+TINY = CNNFeatureTransformer("tiny", **ROWS)
 SHORT = {"layer": "block2", "unfreeze": 1, "head_epochs": 1, "finetune_epochs": 1}
 
 ESTIMATORS = {
@@ -39,10 +40,10 @@ ESTIMATORS = {
     ),
     "pretrained": PretrainedCNNClassifier("tiny", **ROWS),
     "pretrained, learned": PretrainedCNNClassifier("tiny", class_map="learn", **ROWS),
-    "advisor": StrategyAdvisor("tiny", **ROWS),
-    "advised": TransferClassifier("tiny", **ROWS),
-    "extract_early": TransferClassifier("tiny", strategy="extract_early", **ROWS),
-    "extract": TransferClassifier("tiny", strategy="extract", **ROWS),
+    "advisor": StrategyAdvisor(TINY),
+    "advised": TransferClassifier(TINY),
+    "extract_early": TransferClassifier(TINY, strategy="extract_early"),
+    "extract": TransferClassifier(TINY, strategy="extract"),
 }
 METHODS = ["transform", "predict", "decision_function", "predict_proba", "report"]
 
@@ -96,7 +97,7 @@ def test_displays_leave_global_generators_alone(digits):
     X, y = digits
     pipeline = make_feature_pipeline("tiny", "softmax", random_state=0, **ROWS)
     pipeline.fit(X, y)
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(X, y)
+    advisor = StrategyAdvisor(TINY).fit(X, y)
     tuned = FineTunedCNNClassifier("tiny", **SHORT, **ROWS).fit(X, y)
     before = global_states()
 

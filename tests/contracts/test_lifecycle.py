@@ -139,11 +139,15 @@ ESTIMATORS = {
         lambda fitted, X: fitted.predict_proba(X),
     ),
     "transfer": (
-        lambda X: TransferClassifier("tiny", strategy="extract", **SMALL),
+        lambda X: TransferClassifier(
+            CNNFeatureTransformer("tiny", **SMALL), strategy="extract"
+        ),
         lambda fitted, X: fitted.predict_proba(X),
     ),
     "advisor": (
-        lambda X: StrategyAdvisor("tiny", cv=2, **SMALL),
+        lambda X: StrategyAdvisor(
+            CNNFeatureTransformer("tiny", image_size=32), cv=2, random_state=0
+        ),
         lambda fitted, X: np.array(list(fitted.layer_scores_.values())),
     ),
 }

@@ -48,12 +48,14 @@ def tuned_with_views():
 
 
 def advised():
-    advisor = StrategyAdvisor("tiny", cv=2, **TINY).fit(ROWS, LABELS)
+    transformer = CNNFeatureTransformer("tiny", **TINY)
+    advisor = StrategyAdvisor(transformer, cv=2, random_state=0).fit(ROWS, LABELS)
     return np.array(list(advisor.layer_scores_.values()))
 
 
 def transferred():
-    classifier = TransferClassifier("tiny", strategy="extract", **TINY)
+    transformer = CNNFeatureTransformer("tiny", **TINY)
+    classifier = TransferClassifier(transformer, strategy="extract")
     return classifier.fit(ROWS, LABELS).decision_function(ROWS)
 
 

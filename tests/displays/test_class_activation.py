@@ -195,14 +195,15 @@ CLASSIFIERS = {
         "tiny", class_map="learn", precision="float32"
     ),
     "advised": lambda: TransferClassifier(
-        "tiny", strategy="extract", image_size=32, precision="float32", random_state=0
+        CNNFeatureTransformer("tiny", image_size=32, precision="float32"),
+        strategy="extract", random_state=0,
     ),
     "advised, tuned": lambda: TransferClassifier(
-        "tiny", strategy="finetune_top", image_size=32, precision="float32",
-        random_state=0,
+        CNNFeatureTransformer("tiny", image_size=32, precision="float32"),
+        strategy="finetune_top", random_state=0,
     ),
     "advised, as it is": lambda: TransferClassifier(
-        "tiny", strategy="as_is", precision="float32"
+        CNNFeatureTransformer("tiny", precision="float32"), strategy="as_is"
     ),
 }  # fmt: skip
 

@@ -173,7 +173,7 @@ def everything_is_used(backbone, images):
     FineTunedCNNClassifier(backbone, head_epochs=1, finetune_epochs=1).fit(
         images, labels
     ).predict(images)
-    StrategyAdvisor(backbone, cv=2).fit(images, labels)
+    StrategyAdvisor(CNNFeatureTransformer(backbone), cv=2).fit(images, labels)
 
 
 def test_a_dropped_backbone_is_gone_with_its_weights(images):

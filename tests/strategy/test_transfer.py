@@ -33,6 +33,14 @@ from skltl.exceptions import EngineError, ImageReadError, UnknownLayerError
 STRATEGIES = ["as_is", "extract", "extract_early", "finetune", "finetune_top", "auto"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cross_validate_once():
+    """Save time: no promise of this file is about repetitions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skltl.strategy._advisor.N_REPEATS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_classifier(make_transformer):
     """Function that returns a small classifier of rows."""
