@@ -126,9 +126,12 @@ class Kind:
 
     def fresh(self, params):
         """Return a new estimator that owns its parameters."""
-        estimator = self.make()
-        set_params(estimator, **copy.deepcopy(params))
-        return estimator
+        params = copy.deepcopy(params)
+        own = self.make().get_params(deep=False)
+        if "transformer" not in own:
+            return self.make(**params)
+        nested = {name: params.pop(name) for name in params.keys() - own.keys()}
+        return self.make(CNNFeatureTransformer(**nested), **params)
 
 
 def params_of(estimator):

@@ -172,9 +172,8 @@ def tuned_classifier(**parameters):
 
 
 def transfer_classifier(strategy):
-    return TransferClassifier(
-        "tiny", strategy=strategy, image_size=32, precision="float32", random_state=0
-    )
+    transformer = CNNFeatureTransformer("tiny", image_size=32, precision="float32")
+    return TransferClassifier(transformer, strategy=strategy, random_state=0)
 
 
 @pytest.mark.parametrize(("kind", "labels"), CASES)
