@@ -309,8 +309,8 @@ def _load_whole(
         check_finite({**network.blocks, **network.head}, weights)
     if not network.head:
         raise WeightsError(
-            f"{backbone.name!r} with these weights has no classification head. Its "
-            "features can be used all the same: see CNNFeatureTransformer."
+            f"{backbone.name!r} with these weights has no head, which classification "
+            "needs. CNNFeatureTransformer extracts its features without one."
         )
     head = nn.Sequential(*network.head.values())
     # The modules that a backbone owns are never run: a layer may modify itself.

@@ -160,11 +160,14 @@ def test_main_layers_have_growing_strides_and_short_names(name):
             assert resolve_layer(get_backbone(name), alias).block == layer.path
 
 
+@pytest.mark.parametrize(
+    "built",
+    [*ONE_PER_FAMILY, pytest.param("efficientnet_v2_s", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_prepared_blocks_give_the_feature_maps_of_torchvision(built):
     """Folded, channels last, in segments: equal up to rounding at every layer."""
-    name, network, model = built
-    if name not in (*ONE_PER_FAMILY, "efficientnet_v2_s"):
-        pytest.skip("one network per kind of block")
+    _, network, model = built
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (2, 96, 96, 3), generator=generator)
     mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.22)
