@@ -268,7 +268,15 @@ def through_skops(estimator):
     return skops.io.loads(saved, trusted=skltl.SKOPS_TRUSTED)
 
 
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+def shallow_copy(estimator):
+    """Copy an estimator, but not share its transformer, as shallow copies do."""
+    copied = copy.copy(estimator)
+    if hasattr(copied, "transformer"):
+        copied.transformer = clone(copied.transformer)
+    return copied
+
+
+COPIES = {"copy": shallow_copy, "deepcopy": copy.deepcopy}
 FILES = {
     "pickle": lambda estimator: pickle.loads(pickle.dumps(estimator)),
     "joblib": through_joblib,
