@@ -200,7 +200,7 @@ class LayerScoresDisplay:
         y : array of shape (n,)
             Target values.
         layers : "all" or list, default="all"
-            Values of the parameter `layer`. ``"all"`` stands for all main cut points
+            Values of the parameter `layer`. ``"all"`` stands for all main layers
             that an image of the estimator's size reaches.
         cv : int or splitter, default=5
             Cross-validation splits, as in scikit-learn's ``GridSearchCV``.
@@ -429,22 +429,22 @@ def _depth_and_name(backbone, layer):
     """Return a key that sorts values of `layer` by depth, and the name of the layer."""
     backbone = get_backbone(backbone)
     several = layer if isinstance(layer, (list, tuple)) else [layer]
-    cut_points = [resolve_layer(backbone, one) for one in several]
+    layers = [resolve_layer(backbone, one) for one in several]
     blocks = list(skeleton(backbone).blocks)
-    depth = max(blocks.index(cut_point.block) for cut_point in cut_points)
-    name = " + ".join(cut_point.name for cut_point in cut_points)
-    return (depth, len(cut_points)), name
+    depth = max(blocks.index(layer.block) for layer in layers)
+    name = " + ".join(layer.name for layer in layers)
+    return (depth, len(layers)), name
 
 
 def _main_layers(transformer, X):
-    """Return the main cut points that an image of the transformer's size reaches."""
+    """Return the main layers that an image of the transformer's size reaches."""
     fitted = clone(transformer).set_params(layer=0, pooling="avg").fit(X)
     backbone, size = fitted.backbone_, fitted.preprocessing_.crop_size
     reached = reached_main_blocks(backbone, size)
     shapes = block_shapes(backbone, size, reached)
     return [
         name
-        for name, block in skeleton(backbone).cut_points.items()
+        for name, block in skeleton(backbone).layers.items()
         if block in reached and can_pool(shapes[block], transformer.pooling)
     ]
 

@@ -14,11 +14,26 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._estimator import read_images_of
+from skltl._parameters import (
+    DTYPES,
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
-from skltl.features import CNNFeatureTransformer, FeatureEstimator, extract_features
+from skltl.features import (
+    CNNFeatureTransformer,
+    FeatureEstimator,
+    NetworkClassifier,
+    extract_features,
+    extraction_config,
+    fitted_parameters,
+    truncated_backbone,
+)
 from skltl.finetuning._checkpoint import Checkpoint, fingerprint
 from skltl.finetuning._conversion import (
     SHARED_PARAMETERS,
@@ -45,7 +60,6 @@ from skltl.finetuning._network import (
     head_state,
     split_network,
 )
-from skltl.finetuning._prediction import NetworkClassifier
 from skltl.finetuning._training import (
     PEAK_LRS,
     Callbacks,
@@ -180,7 +194,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Fine-tuned network up to `layer`.
     head_ : Module
         Head.
-    cut_points_ : list of CutPoint
+    layers_ : list of ResolvedLayer
         One element: the layer at which the head is attached.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
@@ -379,7 +393,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """
         # A fit that fails leaves `self` unchanged.
         new = type(self)(**self.get_params())
-        source = new._read_images(X, y, reset=True)
+        source = read_images_of(new, X, y, reset=True)
         new.classes_, targets = encode_labels(y, len(source))
         labels, class_weight = new.classes_[targets], self.class_weight
         weights = example_weights(sample_weight, class_weight, new.classes_, targets)
@@ -433,7 +447,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         transformer, scaler, classifier = parts_of_pipeline(pipeline)
         check_not_determined(parameters)
         shared = {name: getattr(transformer, name) for name in SHARED_PARAMETERS}
-        shared |= transformer._fitted_parameters()
+        shared |= fitted_parameters(transformer)
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
@@ -462,10 +476,10 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             `fit`, give the same features.
         """
         check_is_fitted(self)
-        backbone = self._own_backbone()
+        backbone = truncated_backbone(self)
         parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
         parameters |= {"backbone": backbone, "weights": "imagenet"}
-        parameters |= {"layer": self.cut_points_[0].name, "pooling": self.pooling_}
+        parameters |= {"layer": self.layers_[0].name, "pooling": self.pooling_}
         # The input size of the fine-tuned network is that of its backbone.
         parameters |= {"image_size": None, "image_shape": self._fitted_image_shape}
         transformer = CNNFeatureTransformer(**parameters)
@@ -488,10 +502,15 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             Features, pooled as those of `CNNFeatureTransformer`.
         """
         check_is_fitted(self)
-        source = self._read_images(X, reset=False)
-        block = self.cut_points_[0].block
-        config = self._make_recipe(
-            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling_
+        source = read_images_of(self, X)
+        block = self.layers_[0].block
+        config = extraction_config(
+            self,
+            self.backbone_,
+            self.network_,
+            (block,),
+            self.preprocessing_,
+            self.pooling_,
         )
         threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
         return extract_features(source, config, [block], threads, verbose)
@@ -543,7 +562,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             self.backbone, self.weights, self.image_size
         )
         layer = resolve_layer(self.backbone_, self.layer)
-        self.cut_points_, self.pooling_ = [layer], self.pooling
+        self.layers_, self.pooling_ = [layer], self.pooling
         # Random weights without a `random_state` are never requested again.
         is_shared = self.random_state is not None
         self.network_ = load_prefix(
@@ -555,7 +574,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 f"{layer.name!r}, of shape {self._map_shape()} for an image."
             )
         device = resolve_device(self.device)
-        self.precision_ = self._fitted_precision(device)
+        self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
 
     def _is_warm(self):
@@ -580,7 +599,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             self._check_same_network(new, head)
             new.network_ = self.network_
             head = copy.deepcopy(self.head_).float().requires_grad_(True)
-        blocks, (layer,) = new.network_.blocks, new.cut_points_
+        blocks, (layer,) = new.network_.blocks, new.layers_
         n_frozen = count_frozen(new.backbone_, blocks, layer, self.unfreeze)
         new.stages_ = plan_stages(new, len(blocks), n_frozen)
         n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
@@ -599,7 +618,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         compared = {
             "classes": (self.classes_.tolist(), new.classes_.tolist()),
             "backbone": (self.backbone_, new.backbone_),
-            "layer": (self.cut_points_[0].name, new.cut_points_[0].name),
+            "layer": (self.layers_[0].name, new.layers_[0].name),
             "preprocessing": (self.preprocessing_, new.preprocessing_),
             "head": (head_specs(self.head_), head_specs(head)),
         }

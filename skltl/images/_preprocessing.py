@@ -189,9 +189,6 @@ def normalize(batch: Any, mean: Any, std: Any) -> Any:
     return batch.float().div_(white).sub_(mean).div_(std)
 
 
-normalise = normalize
-
-
 def as_float(pixels: Pixels) -> NDArray[np.float32]:
     """Scale 8-bit pixels to [0, 1] as `normalize` does; return floats unchanged."""
     if pixels.dtype == np.uint8:

@@ -14,8 +14,8 @@ from skltl.networks._backbone import (
 )
 from skltl.networks._identity import is_known_code, prefix_digests, structure, versions
 from skltl.networks._layers import (
-    CutPoint,
     Layer,
+    ResolvedLayer,
     block_shapes,
     build_skeleton,
     forget_networks,
@@ -45,10 +45,10 @@ from skltl.networks._weights import (
 __all__ = [
     "TORCH_FILE_ERRORS",
     "Backbone",
-    "CutPoint",
     "Layer",
     "Network",
     "PretrainedWeights",
+    "ResolvedLayer",
     "block_shapes",
     "build_skeleton",
     "check_finite",

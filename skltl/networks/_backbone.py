@@ -98,13 +98,13 @@ def freeze(modules: Mapping[str, nn.Module]) -> None:
 class Network:
     """The blocks of a network, in the order of the forward pass, and its head.
 
-    `blocks` and `head` are named by module paths. `cut_points` maps the name of each
+    `blocks` and `head` are named by module paths. `layers` maps the name of each
     main layer to the block that computes it, `aliases` further names to main layers.
     """
 
     blocks: Mapping[str, nn.Module]
     head: Mapping[str, nn.Module]
-    cut_points: Mapping[str, str]
+    layers: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def logits(self, batch: Tensor) -> Tensor:

@@ -14,11 +14,19 @@ from scipy.special import logsumexp, softmax
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._estimator import read_images_of
+from skltl._parameters import (
+    DTYPES,
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from skltl._random import draw_seed
 from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
-from skltl.finetuning import NetworkClassifier, encode_labels, example_weights
+from skltl.features import NetworkClassifier
+from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
     ENGINES,
     head_from_state,
@@ -28,7 +36,7 @@ from skltl.inference import (
 )
 from skltl.networks import (
     Backbone,
-    CutPoint,
+    ResolvedLayer,
     imagenet_names,
     nearest,
     resolve_network,
@@ -96,7 +104,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Network up to its last layer with parameters.
     head_ : Module
         Remaining layers, which return the logits of the categories.
-    cut_points_ : list of CutPoint
+    layers_ : list of ResolvedLayer
         The one layer at which the head begins.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
@@ -202,7 +210,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
             If `class_map` does not match the network's categories.
         """
         fitted = clone(self)  # if it fails, the previous fit remains
-        source = fitted._read_images(X, y, reset=True)
+        source = read_images_of(fitted, X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         learns_map = self.class_map == "learn"
@@ -210,13 +218,13 @@ class PretrainedCNNClassifier(NetworkClassifier):
             classes, targets = encode_labels(y, len(source))
             weights = example_weights(sample_weight, None, classes, targets)
         fitted._load_network(draw_seed(self.random_state))
-        fitted.precision_ = fitted._fitted_precision(device)
+        fitted.precision_ = name_of_dtype(resolve_precision(fitted.precision, device))
         fitted.engine_ = resolve_engine(self.engine, device, fitted.network_.blocks)
         if learns_map:
             proba = softmax(fitted._category_logits(X), axis=1)
             fitted.classes_ = classes
             fitted.class_map_ = _learn_class_map(proba, targets, weights, len(classes))
-        self._read_images(X, reset=True)
+        read_images_of(self, X, reset=True)
         self.__dict__.update(
             {name: value for name, value in vars(fitted).items() if name.endswith("_")}
         )
@@ -262,7 +270,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.backbone_ = backbone
         self.preprocessing_ = preprocessing
         block = list(self.network_.blocks)[-1]
-        self.cut_points_ = [CutPoint(block, block)]
+        self.layers_ = [ResolvedLayer(block, block)]
         with torch.inference_mode():
             shape = (1, *self._map_shape())
             zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -22,6 +22,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import Interval, check_sample_weight, fit_context, take
 from skltl.exceptions import ImageReadError, ImageTypeError, WeightsError
@@ -260,7 +261,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
 
     def _evaluate(self, X, y, sample_weight, groups):
         """Fit; return the evaluated images and their features by layer."""
-        n_images = len(self._read_images(X, reset=True))
+        n_images = len(read_images_of(self, X, reset=True))
         labeled = label_images(X, y, n_images, sample_weight, groups)
         seed = draw_seed(self.random_state)
         transformer = self._make_transformer(seed)
@@ -503,7 +504,7 @@ def extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
     features = fitted.transform(X)
     shapes = block_shapes(fitted.backbone_, fitted.preprocessing_.crop_size)
     widths = [
-        n_pooled(shapes[point.block], fitted.pooling_) for point in fitted.cut_points_
+        n_pooled(shapes[point.block], fitted.pooling_) for point in fitted.layers_
     ]
     by_layer = np.split(features, np.cumsum(widths)[:-1], axis=1)
     return fitted, dict(zip(layers, by_layer, strict=True))

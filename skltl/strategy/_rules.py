@@ -321,7 +321,7 @@ def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
             f"layer={shorten(repr(layer))}."
         )
     if layer == "last":
-        names = feature_map_layers(backbone) or list(skeleton(backbone).cut_points)
+        names = feature_map_layers(backbone) or list(skeleton(backbone).layers)
         return names[round((len(names) - 1) * 2 / 3)]
     resolve_layer(backbone, layer)  # raises if there is no such layer
     return layer
@@ -336,7 +336,7 @@ def feature_map_layers(
     """
     resolved = get_backbone(backbone)
     shapes = block_shapes(resolved, image_size or resolved.preprocessing.crop_size)
-    layers = skeleton(resolved).cut_points
+    layers = skeleton(resolved).layers
     return [name for name, block in layers.items() if len(shapes[block]) == 3]
 
 

@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import Interval, StrOptions, fit_context
 from skltl.features import CNNFeatureTransformer
@@ -241,7 +242,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         return self._configured_estimator().decision_function(X)
 
     def _fit(self, X, y, sample_weight, groups):
-        n_images = len(self._read_images(X, reset=True))
+        n_images = len(read_images_of(self, X, reset=True))
         labeled = label_images(X, y, n_images, sample_weight, groups)
         seed = draw_seed(self.random_state)
         # The same for the evaluation and the recommended estimator.
@@ -325,7 +326,7 @@ def fit_pipeline(
     """
     y = labeled.classes[labeled.targets]
     transformer = pipeline[0].fit(labeled.X)
-    known = features.get(transformer.cut_points_[0].name)
+    known = features.get(transformer.layers_[0].name)
     if known is None:
         with labeled.original_positions():
             known = transformer.transform(labeled.X)

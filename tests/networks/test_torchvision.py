@@ -123,7 +123,7 @@ def test_truncated_blocks_and_the_rest_share_no_weights(built):
     blocks = list(network.blocks)
     sizes = []
 
-    for layer, block in network.cut_points.items():
+    for layer, block in network.layers.items():
         kept = truncate(network.blocks, [block])
         rest = {key: network.blocks[key] for key in blocks[blocks.index(block) + 1 :]}
         states = [state_of(part) for part in (kept, rest, network.head)]
@@ -172,7 +172,7 @@ def test_prepared_blocks_give_the_feature_maps_of_torchvision(built):
     pixels = torch.randint(256, (2, 96, 96, 3), generator=generator)
     mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.22)
     # The last layer of DenseNet is a function, not a module that can have a hook.
-    wanted = [block for block in network.cut_points.values() if block != "relu"]
+    wanted = [block for block in network.layers.values() if block != "relu"]
     runner = FrozenPrefix(network.blocks).runner(
         torch.device("cpu"), torch.float32, wanted
     )
