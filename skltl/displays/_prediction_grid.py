@@ -208,18 +208,18 @@ def _margins(scores, columns):
 
 
 def _read_images(estimator, X, image_shape):
-    """Read images as the part of the estimator does that reads them."""
+    """Read images with the `image_shape` and checks of the fitted estimator."""
     reader = _find_reader(estimator)
     if image_shape is not None or reader is None:
         return read_images(X, image_shape=image_shape)
     if hasattr(reader, "_fitted_image_shape"):
         return reader._read_images(X, reset=False)
-    # A parameter of the estimator, of which it has fitted clones.
+    # An unfitted parameter of a meta-estimator, which has fitted clones of it.
     return clone(reader)._read_images(X, reset=True)
 
 
 def _find_reader(estimator):
-    """Return the first part of an estimator that reads images, or ``None``."""
+    """Return the first nested estimator that reads images, or ``None``."""
     if hasattr(estimator, "_read_images"):
         return estimator
     names = ("best_estimator_", "estimator_", "estimator")
