@@ -37,7 +37,7 @@ Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 def grad_cam(
     estimator: Any, X: Any, labels: Any = None
 ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any], NDArray[np.float64]]:
-    """Compute what `GradCAMDisplay` holds: images, maps, labels and scores."""
+    """Return the images, maps, labels and scores of a `GradCAMDisplay`."""
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
     network, block, head = _split(estimator)
@@ -72,7 +72,7 @@ def grad_cam(
 
 
 def _split(estimator: Any) -> tuple[Any, str, Head]:
-    """Return the estimator with the network, a block's name, and what follows it."""
+    """Return the estimator with the network, a block, and the layers after it."""
     if isinstance(estimator, Pipeline):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
         pooling = getattr(transformer, "pooling_", transformer.pooling)

@@ -344,7 +344,7 @@ def _resolve_metric(search, metric):
 
 
 def _score_name(search, metric):
-    """Return the name of a metric; of "score", what the estimator's `score` is."""
+    """Return the name of the metric; for "score", that of the estimator's `score`."""
     if metric != "score":
         return metric
     if isinstance(search.scoring, str):
@@ -450,7 +450,7 @@ def _main_layers(transformer, X):
 
 
 def _line_names(settings):
-    """Name lines by their parameters, as briefly as distinguishes them."""
+    """Name lines by their parameters; briefly, if that is unambiguous."""
     if not any(settings):
         return [""] * len(settings)
     keys = [_identity(one) for one in settings]
@@ -462,16 +462,14 @@ def _line_names(settings):
 
 
 def _describe(settings, is_exact):
-    """Write settings as text, exactly or without steps and further digits."""
+    """Write settings as text: exactly, or shortened to last names and three digits."""
     texts = []
     for name, value in settings.items():
-        text = str(value)
-        if is_exact:
-            text = repr(value)
-        elif hasattr(value, "get_params"):
-            text = type(value).__name__
-        elif isinstance(value, Real) and not isinstance(value, Integral):
-            text = f"{value:.3g}"
+        is_float = isinstance(value, Real) and not isinstance(value, Integral)
+        if hasattr(value, "get_params"):
+            text = repr(value) if is_exact else type(value).__name__
+        else:
+            text = f"{value:.3g}" if is_float and not is_exact else str(value)
         name = name if is_exact else name.rpartition("__")[2]
         texts.append(f"{name}={' '.join(text.split())}")
     return ", ".join(texts) or "as given"

@@ -210,13 +210,13 @@ def _margins(scores, columns):
 
 
 def _read_images(estimator, X, image_shape):
-    """Read images as the part of the estimator does that reads them."""
+    """Read images with the `image_shape` and checks of the fitted estimator."""
     reader = _find_reader(estimator)
     if image_shape is not None or reader is None:
         return read_images(X, image_shape=image_shape)
     if hasattr(reader, "_fitted_image_shape"):
         return read_images_of(reader, X)
-    # A parameter of the estimator, of which it has fitted clones.
+    # An unfitted parameter of a meta-estimator, which has fitted clones of it.
     return read_images_of(clone(reader), X, reset=True)
 
 

@@ -6,7 +6,7 @@ import math
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl.displays._layout import axes_library, axes_to_draw_on
+from skltl.displays._layout import import_pyplot, resolve_ax
 from skltl.strategy import MIN_LEAD, relative_size, similarity_of
 
 # Left and lower corner of each box, its strategies, and their description.
@@ -80,7 +80,7 @@ class StrategyDisplay:
         StrategyDisplay
             The plotted display.
         """
-        axes_library()
+        import_pyplot()
         check_is_fitted(advisor)
         advisor = getattr(advisor, "advisor_", advisor)
         if advisor is None:
@@ -121,7 +121,7 @@ class StrategyDisplay:
         StrategyDisplay
             The display itself.
         """
-        ax = axes_to_draw_on(ax, figsize=(6.4, 4.6))
+        ax = resolve_ax(ax, figsize=(6.4, 4.6))
         right, up = self.place
         for (left, low), (names, words) in BOXES.items():
             # Above the point if that is in the lower half of the box, or below it.
@@ -129,7 +129,7 @@ class StrategyDisplay:
             height = 0.75 if has_low_point else 0.25
             is_chosen = self.strategy in names
             ax.add_patch(
-                axes_library().Rectangle(
+                import_pyplot().Rectangle(
                     (left + 0.02, low + 0.02),
                     0.96,
                     0.96,

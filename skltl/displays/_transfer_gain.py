@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.model_selection import learning_curve
 
-from skltl.displays._layout import axes_library, axes_to_draw_on
+from skltl.displays._layout import import_pyplot, resolve_ax
 from skltl.displays._training_history import trained_in
 
 # The slope of a curve is taken up to this fraction of its final score.
@@ -99,7 +99,7 @@ class TransferGainDisplay:
         TransferGainDisplay
             The plotted display.
         """
-        axes_library()
+        import_pyplot()
         both = (with_transfer, from_scratch)
         if X is None:
             steps, scores, asymptotes = _by_epoch(both)
@@ -149,7 +149,7 @@ class TransferGainDisplay:
         TransferGainDisplay
             The display itself.
         """
-        ax = axes_to_draw_on(ax, figsize=(6.4, 4.2))
+        ax = resolve_ax(ax, figsize=(6.4, 4.2))
         names = ("with transfer", "from scratch")
         for number, name in enumerate(names):
             ax.plot(

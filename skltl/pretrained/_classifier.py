@@ -96,8 +96,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Names of the network's categories in the order of its logits; their indices if
         the names are unknown.
     class_map_ : array of shape (n_categories, n_classes), or None
-        Weight with which the probability of each category counts for each class, in
-        [0, 1].
+        Share of each category's probability that is assigned to each class, in [0, 1].
     backbone_ : Backbone
         The backbone.
     network_ : FrozenPrefix
@@ -105,7 +104,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     head_ : Module
         Remaining layers, which return the logits of the categories.
     layers_ : list of ResolvedLayer
-        The one layer at which the head begins.
+        Layer at which the head begins, in a list of one.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
     precision_ : {"float32", "bfloat16"}
