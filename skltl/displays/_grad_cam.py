@@ -191,6 +191,8 @@ class GradCAMDisplay:
     ['cat']
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, images, maps, labels, scores=None):
         self.images = images
         self.maps = maps

@@ -85,6 +85,8 @@ class LayerScoresDisplay:
     ('block2', 'C=0.1', 0.75)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, *, layers, scores, deviations, score_name="score", best=None):
         self.layers = list(layers)
         self.scores = {name: np.asarray(line, float) for name, line in scores.items()}

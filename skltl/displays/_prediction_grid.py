@@ -62,6 +62,8 @@ class PredictionGridDisplay:
     1
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, images, y_true, y_pred, margins):
         check_consistent_length(images, y_true, y_pred, margins)
         self.images = list(images)

@@ -57,6 +57,8 @@ class StrategyDisplay:
     [1.1, 0.74]
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, n_images, n_classes, lead, strategy, n_smallest=None):
         self.n_images = n_images
         self.n_classes = n_classes

@@ -52,6 +52,8 @@ class TransferGainDisplay:
     {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, steps, scores, step_name="epoch", asymptotes=None):
         self.steps = tuple(np.asarray(one, dtype=float) for one in steps)
         self.scores = tuple(np.asarray(one, dtype=float) for one in scores)

@@ -180,6 +180,8 @@ class CNNFeatureTransformer(FeatureEstimator):
     (10, 96)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],

@@ -237,6 +237,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     35
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],

@@ -59,6 +59,8 @@ class Preprocessing:
     Preprocessing(crop_size=112, resize_size=128, interpolation='bilinear', ...)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     crop_size: int
     resize_size: int | None = None
     interpolation: str = "bilinear"

@@ -182,6 +182,8 @@ class Backbone:
     Backbone('mine')
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     name: str
     build: Callable[[int | None], Network]
     preprocessing: Preprocessing

@@ -133,6 +133,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
     (2, 3)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],

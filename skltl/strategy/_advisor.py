@@ -169,6 +169,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
     'different'
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
         "transformer": [CNNFeatureTransformer, None],
         "cv": [Interval(Integral, 2, None, closed="left")],

@@ -83,6 +83,8 @@ class Strategy:
     FineTunedCNNClassifier('tiny')
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     name: str
     reasons: tuple[str, ...]
     estimator: Any = field(repr=False)

@@ -131,6 +131,8 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
     'extract_early'
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
         "transformer": [CNNFeatureTransformer, None],
         "strategy": [StrOptions({"auto", *STRATEGIES})],

@@ -158,9 +158,6 @@ def read_description(parameter):
             read_description,
             DIFFERENT_DESCRIPTIONS,
             id="description",
-            marks=pytest.mark.xfail(
-                reason="the descriptions are being rewritten", strict=False
-            ),
         ),
     ],
 )
