@@ -43,7 +43,7 @@ N_SHOWN = 20
 
 
 class CacheEntry(NamedTuple):
-    """One way to compute features, and how much of it is stored; see `cache_info`."""
+    """One way to compute features, and the amount stored; see `cache_info`."""
 
     backbone: str
     layer: str
@@ -117,7 +117,7 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
 
     Returns
     -------
-    info : CacheInfo
+    CacheInfo
         Named tuple that prints as a table, with the fields
 
         - `folder` (Path);

@@ -33,7 +33,14 @@ from skltl.inference import (
     n_pooled,
     resolve_engine,
 )
-from skltl.networks import Backbone, Network, block_shapes, largest_map, skeleton
+from skltl.networks import (
+    Backbone,
+    Network,
+    block_shapes,
+    largest_map,
+    own_backbone,
+    skeleton,
+)
 
 
 def extraction_config(
@@ -154,7 +161,7 @@ def truncated_backbone(estimator):
     blocks, whole = estimator.network_.blocks, skeleton(estimator.backbone_)
     layers = {name: one for name, one in whole.layers.items() if one in blocks}
     aliases = {name: one for name, one in whole.aliases.items() if one in layers}
-    return Backbone.from_network(
+    return own_backbone(
         estimator.backbone_.name,
         Network(blocks, {}, layers, aliases),
         estimator.preprocessing_,

@@ -66,7 +66,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         torchvision's weights, such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt``
         or ``.pth`` file with a state dict, whose head may have another number of
         classes; or ``None`` for random weights. The older ImageNet weights are the
-        default because newer training recipes, although more accurate on ImageNet,
+        default because newer training procedures, although more accurate on ImageNet,
         give worse features for linear classifiers [2]_.
     layer : str, int or list of them, default="last"
         Layer at which the network is truncated: a name of :func:`~skltl.list_layers`,
@@ -74,9 +74,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         from the end), or ``"last"``, the last convolutional one. The features of
         several layers are concatenated; they take a single forward pass.
     pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        How a feature map becomes a feature vector: the average or the maximum of each
-        channel, both, all values, or averages over a grid of `pooling` x `pooling`
-        cells.
+        Conversion of a feature map to a feature vector: the average or the maximum of
+        each channel, both, all values, or averages over a grid of `pooling` x
+        `pooling` cells.
     image_size : int, default=None
         Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
         the size that the network was trained on.
@@ -97,7 +97,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         Data type of the computation. ``"auto"`` is bfloat16 where the device supports
         it natively, else float32. Features are float32 in any case.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What runs the frozen network: eager torch, torch's compiler (needs a C++
+        Engine of the frozen network: eager torch, torch's compiler (needs a C++
         compiler, and seconds to minutes for the first batch), or OpenVINO, the fastest
         on CPUs with AMX (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on
         a CPU where it is installed, for networks of standard layers, else torch. See

@@ -84,7 +84,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        Name of one of :func:`~skltl.list_backbones`, or a `Backbone` of your own.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     weights : str, path or None, default="imagenet"
         Pretrained weights, as for `CNNFeatureTransformer`. ``None`` (random weights)
         with ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
@@ -149,22 +149,24 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     patience : int, default=5
         Number of epochs without a higher validation score before a stage ends.
     image_size : int, default=None
-        Height and width of the network's input in pixels, from 1 to 10,000. ``None`` is
-        the size with which the weights were trained.
+        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
+        the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        Shape of the image in each row of ``X``, an array (n, d), as for
-        `CNNFeatureTransformer`.
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
+        -1)``.
     batch_size : int, default=32
         Number of images per step.
     device : str, default="auto"
-        Device, as for `CNNFeatureTransformer`.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
+        is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Data type of matrix products and convolutions; ``"auto"`` is bfloat16 where the
         device supports it natively. Parameters are float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        Engine of frozen blocks, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        Decoding of JPEG files, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     cache : bool, str or path, default=None
         Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
@@ -176,13 +178,13 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Whether `fit` starts from the result of the previous `fit`, with the same
         classes and layers.
     n_jobs : int, default=None
-        Number of decoding threads, as for `CNNFeatureTransformer`.
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
     random_state : int, RandomState instance or None, default=None
         Controls random weights, the initialization of the head, shuffling,
         augmentation, the validation split and dropout.
     verbose : int, default=0
-        Whether progress bars are shown. The callbacks of scikit-learn 1.9 are supported
-        as well: ``set_callbacks(ProgressBar())``.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------

@@ -34,7 +34,7 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How images are turned into features.
+    """Configuration of the extraction of features from images.
 
     Features are taken after each of `blocks`, side by side; `network` extends at least
     to the last of them. `decode` changes the images, not what is computed from them,

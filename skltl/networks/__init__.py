@@ -9,6 +9,7 @@ from skltl.networks._backbone import (
     has_hooks,
     is_module,
     load_state,
+    own_backbone,
     state_of,
     truncate,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "load_network",
     "load_state",
     "nearest",
+    "own_backbone",
     "prefix_digests",
     "random_network",
     "reached_main_blocks",

@@ -53,8 +53,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        Name of a backbone (see :func:`~skltl.list_backbones`), or a `Backbone` with a
-        head.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     weights : str, path or None, default="imagenet"
         Pretrained weights, as for `CNNFeatureTransformer`. The categories of a file
         are named after those of the default weights if there are as many of them.
@@ -65,28 +64,31 @@ class PretrainedCNNClassifier(NetworkClassifier):
         ``"learn"`` estimates the assignment from labeled images [1]_. ``None`` keeps
         the categories as classes.
     image_size : int, default=None
-        Height and width of the network's input in pixels, as for
-        `CNNFeatureTransformer`.
+        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
+        the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        Shape of the image in each row of an array ``X`` of shape (n, d), as for
-        `CNNFeatureTransformer`.
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
+        -1)``.
     batch_size : int or "auto", default="auto"
         Number of images per forward pass, as for `CNNFeatureTransformer`.
     device : str, default="auto"
-        Device that runs the network, as for `CNNFeatureTransformer`.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
+        is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Data type of the network's computations. Its last layer with parameters
         computes in float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        Engine that runs the network, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        Decoding of JPEG files, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     n_jobs : int, default=None
-        Number of decoding threads, as for `CNNFeatureTransformer`.
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
     random_state : int, RandomState instance or None, default=None
         Seed of random weights, with ``weights=None``.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------

@@ -96,8 +96,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
         that of the transformer is ``None``, it also controls random weights and the
         recommended estimator.
     verbose : int, default=0
-        Verbosity level. If nonzero, a progress bar is shown, as with that of the
-        transformer.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
@@ -148,7 +147,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     Images are different if an earlier layer is better than the last one by 0.01 in
     accuracy or more; a smaller difference is not worth leaving the last one for. This
     is model selection, not a hypothesis test: among layers of equal quality an earlier
-    one may win by chance, the more so as it is the best of several. `lead_` has the
+    one may win by chance, especially as the best of several. `lead_` has the
     standard error of the difference; all standard errors are corrected for the training
     images that the folds share [1]_. Up to 500 images, the cross-validation is repeated
     three times.

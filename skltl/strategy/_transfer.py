@@ -79,15 +79,14 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         ``"extract_early"``, ``"finetune"``, ``"finetune_top"`` and ``"scratch"`` skip
         the evaluation; see `recommend_strategy`.
     cv : int, default=5
-        Number of cross-validation folds of the evaluation, at least 2. It is reduced to
-        the number of images in the smallest class.
+        Number of cross-validation folds, at least 2. It is reduced to the number of
+        images in the smallest class.
     random_state : int, RandomState instance or None, default=None
         Controls the folds, the sampling of images and the linear classifiers. Where
         that of the transformer is ``None``, it also controls random weights and the
         recommended estimator.
     verbose : int, default=0
-        Verbosity level. If nonzero, a progress bar is shown, as with that of the
-        transformer.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
