@@ -197,9 +197,15 @@ def iter_pixels(decoded: Decoded) -> Iterator[Pixels]:
         yield decoded
         return
     for box in _boxes(decoded):
-        strip = decoded.crop(box)
-        values: Any = np.array(strip.convert("RGB") if strip.mode == "RGBA" else strip)
-        yield np.repeat(values[..., np.newaxis], 3, 2) if values.ndim == 2 else values
+        yield _rgb_array(decoded.crop(box))
+
+
+def _rgb_array(image: Image.Image) -> Pixels:
+    """Convert a PIL image to an array (h, w, 3) at once."""
+    values: Any = np.array(image.convert("RGB") if image.mode == "RGBA" else image)
+    is_gray = values.ndim == 2
+    pixels: Pixels = np.repeat(values[..., np.newaxis], 3, 2) if is_gray else values
+    return pixels
 
 
 # Memory of large images. Images up to this size never wait: even one per core takes
@@ -490,10 +496,14 @@ def _on_white(image: Image.Image, is_own: bool) -> Image.Image:
     is_reused = len(boxes) > 1 and is_own and image.mode in ("RGB", "RGBA")
     page = image if is_reused else Image.new(mode, image.size)
     for box in boxes:
-        strip = image.crop(box).convert("RGBA")
-        white = Image.new("RGBA", strip.size, (BACKGROUND,) * 4)
-        page.paste(Image.alpha_composite(white, strip).convert(page.mode), box)
+        page.paste(_strip_on_white(image.crop(box), page.mode), box)
     return page
+
+
+def _strip_on_white(strip: Image.Image, mode: str) -> Image.Image:
+    """Composite a strip on white; its copies are freed before the next strip."""
+    white = Image.new("RGBA", strip.size, (BACKGROUND,) * 4)
+    return Image.alpha_composite(white, strip.convert("RGBA")).convert(mode)
 
 
 def _array_on_white(rgba: Pixels) -> Decoded:

@@ -127,8 +127,9 @@ class Preprocessing:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image) and image.mode == "RGB":
             return np.asarray(self._crop_image(image))
-        # Pillow resizes floats one channel at a time only, and copies RGBA.
-        crops = [np.asarray(self._crop_image(channel)) for channel in _channels(image)]
+        # Pillow resizes floats one channel at a time only, and copies RGBA. Unlike a
+        # loop variable, `map` keeps no channel while the next one is extracted.
+        crops = list(map(np.asarray, map(self._crop_image, _channels(image))))
         return np.stack(crops if len(crops) == 3 else crops * 3, axis=2)
 
     def _crop_image(self, image: Image.Image) -> Image.Image:
