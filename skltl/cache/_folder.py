@@ -117,7 +117,7 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
 
     Returns
     -------
-    info : CacheInfo
+    CacheInfo
         Named tuple that prints as a table, with the fields
 
         - `folder` (Path);
