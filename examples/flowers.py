@@ -25,6 +25,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from skltl import (
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     GradCAMDisplay,
     PredictionGridDisplay,
@@ -137,9 +138,8 @@ def compare(arguments, train, test, cache):
     network = {"weights": arguments.weights}
     features = {**network, "cache": cache}
     start = time.perf_counter()
-    advisor = StrategyAdvisor(
-        arguments.backbone, random_state=arguments.seed, **features
-    ).fit(*train)
+    transformer = CNNFeatureTransformer(arguments.backbone, **features)
+    advisor = StrategyAdvisor(transformer, random_state=arguments.seed).fit(*train)
     seconds = time.perf_counter() - start
     print(f"{advisor.report()}\n(measured in {seconds:.1f} s)\n")
 

@@ -7,7 +7,7 @@ objects that it was trained on. Which layer gives the best features depends on t
 images, so `layer` is searched for like any other hyperparameter.
 
 With a cache, such a search is cheap. The network runs once on each image, the features
-of all main cut points are stored, and all folds and candidates read them. With
+of all main layers are stored, and all folds and candidates read them. With
 ``cache=True`` they are stored in the user's cache directory, with ``cache="folder"`` in
 that folder.
 """
@@ -55,7 +55,7 @@ print(f"{time.perf_counter() - start:.1f} s for 75 fits")
 LayerScoresDisplay.from_search(search)
 
 # %%
-# For a single pipeline and all main cut points, no search has to be written:
+# For a single pipeline and all main layers, no search has to be written:
 
 pipeline.set_params(softmax__C=0.01)
 LayerScoresDisplay.from_estimator(pipeline, digits, labels)

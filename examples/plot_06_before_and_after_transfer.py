@@ -1,16 +1,16 @@
 """
-Before and after transfer
-=========================
+Transfer learning and training from scratch
+===========================================
 
-What does a pretrained network gain over one that begins with random numbers? A higher
-start, a higher slope, and a higher asymptote. Both networks here are the same, and
-learn from the same 200 digits for the same number of epochs.
+Compared with random initialization, pretrained weights may give a higher start, a
+higher slope and a higher asymptote of the learning curve. Here, the same network is
+trained on the same 200 digits for the same number of epochs, with both.
 """
 
 # %%
-# Twice the same network
-# ----------------------
-# A quarter of the images is held out, to be scored after each epoch.
+# Learning curves
+# ---------------
+# A quarter of the images is the validation set, which is scored after each epoch.
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -40,14 +40,15 @@ from_scratch.fit(X_train, y_train)
 TransferGainDisplay.from_estimators(with_transfer, from_scratch)
 
 # %%
-# On images that neither has seen:
+# Accuracy on the test set:
 
 print(f"with transfer: {with_transfer.score(X_test, y_test):.3f}")
 print(f"from scratch: {from_scratch.score(X_test, y_test):.3f}")
 
 # %%
-# What is still wrong
-# -------------------
-# The digits about which the network with transfer is most mistaken.
+# Remaining errors
+# ----------------
+# The test images with the most confident wrong predictions of the network with
+# transfer.
 
 PredictionGridDisplay.from_estimator(with_transfer, X_test, y_test)

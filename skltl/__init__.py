@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     )
 
 SKOPS_TRUSTED = [
-    "skltl.finetuning._classifier.FineTunedCNNClassifier",
-    "skltl.pretrained._classifier.PretrainedCNNClassifier",
-    "skltl.features._transformer.CNNFeatureTransformer",
-    "skltl.strategy._advisor.StrategyAdvisor",
-    "skltl.strategy._rules.Strategy",
-    "skltl.strategy._transfer.TransferClassifier",
+    "skltl.CNNFeatureTransformer",
+    "skltl.FineTunedCNNClassifier",
+    "skltl.PretrainedCNNClassifier",
+    "skltl.Strategy",
+    "skltl.StrategyAdvisor",
+    "skltl.TransferClassifier",
 ]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 

@@ -16,6 +16,3 @@ def user_stacklevel() -> int:
     while frame and frame.f_globals.get("__name__", "").startswith(PACKAGES):
         frame, level = frame.f_back, level + 1
     return level
-
-
-level_of_the_user = user_stacklevel

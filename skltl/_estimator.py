@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike, fspath
 
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
@@ -21,10 +21,10 @@ from skltl.images import (
     tensor_to_array,
 )
 from skltl.inference import prefix_from_state, prefix_state
-from skltl.networks import CutPoint, is_module, is_registered, versions
+from skltl.networks import ResolvedLayer, is_module, is_registered, versions
 
 # Version of the format of a saved estimator, raised when its state changes.
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 # Attributes that describe the ``X`` of `fit`.
 INPUT_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "_fitted_image_shape")
@@ -46,13 +46,6 @@ class ImageEstimator(BaseEstimator):
     A pickled estimator is self-contained and plain: weights as numpy arrays, configs as
     dictionaries. It loads on a machine without a GPU.
     """
-
-    def _read_images(self, X, y=None, *, reset):
-        if not reset:
-            return read_images_of(self, X)
-        source, attributes = read_images_for_fit(self, X, y)
-        set_input_attributes(self, attributes)
-        return source
 
     def _validate_params(self):
         """Validate the parameters; the message is short enough to be read."""
@@ -93,7 +86,7 @@ class ImageEstimator(BaseEstimator):
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
             state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
-            state["cut_points_"] = [list(point) for point in self.cut_points_]
+            state["layers_"] = [list(point) for point in self.layers_]
             state["preprocessing_"] = asdict(self.preprocessing_)
             del state["backbone_"]  # part of the state of the network
             state.pop("_recorder", None)  # deeper than the truncated network
@@ -110,49 +103,32 @@ class ImageEstimator(BaseEstimator):
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
             state["backbone_"], state["network_"] = backbone, network
-            state["cut_points_"] = [CutPoint(*point) for point in state["cut_points_"]]
+            state["layers_"] = [ResolvedLayer(*point) for point in state["layers_"]]
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
         super().__setstate__(state)
 
 
-def read_images_of(estimator, X):
-    """Return ``X`` as the image source that a fitted estimator expects.
+def read_images_of(estimator, X, y=None, *, reset=False):
+    """Return ``X`` as an image source; no image is decoded.
 
-    No image is decoded.
+    With `reset`, as in `fit`, the attributes that describe ``X`` are set.
     """
-    return _read(estimator, X, estimator._fitted_image_shape, reset=False)
-
-
-def read_images_for_fit(estimator, X, y=None):
-    """Return ``X`` as an image source, and the attributes that `fit` sets for it.
-
-    The estimator is not changed: a `fit` that fails later leaves the one before. See
-    `set_input_attributes`.
-    """
-    reader = clone(estimator)
-    shape = estimator.image_shape  # a list belongs to the user, who may change it
-    reader._fitted_image_shape = None if shape is None else tuple(shape)
-    source = _read(reader, X, reader._fitted_image_shape, reset=True)
+    if reset:
+        for name in INPUT_ATTRIBUTES:
+            vars(estimator).pop(name, None)
+        shape = estimator.image_shape  # a list belongs to the user, who may change it
+        estimator._fitted_image_shape = None if shape is None else tuple(shape)
+    image_shape = estimator._fitted_image_shape
+    if image_shape is None:
+        source = read_images(X)
+    else:
+        check_not_masked(X)
+        X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
+        table = validate_data(estimator, X, reset=reset, dtype="numeric")
+        source = read_images(table, image_shape=image_shape)
     if y is not None:
         check_consistent_length(source, y)
-    found = vars(reader)
-    return source, {name: found[name] for name in INPUT_ATTRIBUTES if name in found}
-
-
-def set_input_attributes(estimator, attributes):
-    """Set the attributes that describe the ``X`` of `fit`; drop those of an old one."""
-    for name in INPUT_ATTRIBUTES:
-        vars(estimator).pop(name, None)
-    vars(estimator).update(attributes)
-
-
-def _read(estimator, X, image_shape, *, reset):
-    if image_shape is None:
-        return read_images(X)
-    check_not_masked(X)
-    X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
-    table = validate_data(estimator, X, reset=reset, dtype="numeric")
-    return read_images(table, image_shape=image_shape)
+    return source
 
 
 def _leave_out(state):

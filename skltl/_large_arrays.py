@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skltl._caller import level_of_the_user
+from skltl._caller import user_stacklevel
 
 # Size above which arrays are stored in a file in the system's temporary folder.
 MAX_BYTES_IN_MEMORY = 2**31
@@ -40,7 +40,7 @@ def new_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
             f"({error.strerror}). To use another folder, set the environment variable "
             "TMPDIR before Python starts.",
             RuntimeWarning,
-            stacklevel=level_of_the_user(),
+            stacklevel=user_stacklevel(),
         )
         return np.empty(shape, dtype)
     return np.frombuffer(buffer, dtype).reshape(shape)

@@ -17,7 +17,7 @@ from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 fit_context = _fit_context(prefer_skip_nested_validation=True)
 """Decorator of ``fit``: check the parameters against ``_parameter_constraints``."""
 
-# Sides of what a network sees, in pixels. The largest take gigabytes an image.
+# Height and width of a network's input, in pixels. The largest take gigabytes.
 IMAGE_SIZES = Interval(Integral, 1, 10_000, closed="both")
 
 __all__ = [

@@ -273,7 +273,9 @@ def test_balanced_class_weights_improve_the_recall_of_rare_flowers(
 
 @pytest.mark.slow
 def test_flowers_are_similar_to_imagenet(flower_paths, squeezenet, cache):
-    advisor = StrategyAdvisor(**squeezenet, random_state=0, cache=cache)
+    advisor = StrategyAdvisor(
+        CNNFeatureTransformer(**squeezenet, cache=cache), random_state=0
+    )
 
     advisor.fit(*flower_paths)
 
@@ -293,7 +295,9 @@ def test_few_digits_are_different_and_an_earlier_layer_is_better(
         X, y, train_size=100, test_size=1000, stratify=y, random_state=seed
     )
 
-    classifier = TransferClassifier(random_state=seed, **squeezenet, **DIGITS)
+    classifier = TransferClassifier(
+        CNNFeatureTransformer(**squeezenet, **DIGITS), random_state=seed
+    )
     score = classifier.fit(X_train, y_train).score(X_test, y_test)
     last = make_feature_pipeline(classifier="svm", **squeezenet, **DIGITS)
     score_at_last = last.fit(X_train, y_train).score(X_test, y_test)

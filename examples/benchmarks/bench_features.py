@@ -25,6 +25,7 @@ from peers import peers
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
+from skltl.features import transformer_config
 from skltl.images import iter_batches, iter_crops, read_images
 from skltl.inference import ENGINES, can_run
 
@@ -34,7 +35,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 def forward_only(fitted, batch_size):
     """Return a function that runs the network on images in memory."""
     fitted.set_params(batch_size=batch_size)
-    recipe = fitted._recipe()
+    recipe = transformer_config(fitted)
     size = recipe.preprocessing.crop_size
     pixels = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8)
 
@@ -51,7 +52,7 @@ def decode_only(fitted, paths, n_threads):
     def run():
         preprocessing, everything = fitted.preprocessing_, range(len(paths))
         crops = iter_crops(
-            read_images(paths), everything, preprocessing, 8, n_threads, in_turns=True
+            read_images(paths), everything, preprocessing, 8, n_threads, alternate=True
         )
         for _ in iter_batches(crops, 8):
             pass

@@ -16,6 +16,7 @@ import torch
 from reporting import print_table, write_json
 
 from skltl import CNNFeatureTransformer
+from skltl.features import transformer_config
 from skltl.inference import ENGINES
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
@@ -23,7 +24,7 @@ BATCH_SIZES = (32, 64, 128, 256, 512)
 
 def forward_rate(fitted, batch_size, device, seconds):
     """Return the throughput of the forward pass in images per second."""
-    recipe = fitted.set_params(batch_size=batch_size)._recipe()
+    recipe = transformer_config(fitted.set_params(batch_size=batch_size))
     size = recipe.preprocessing.crop_size
     shape = (batch_size, size, size, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device)

@@ -103,7 +103,8 @@ def print_advice(settings, X, y):
             3, train_size=100, test_size=1000, random_state=0
         )
         for train, test in splits.split(X, y):
-            advised = TransferClassifier(BACKBONE, random_state=0, **more)
+            transformer = CNNFeatureTransformer(BACKBONE, **more)
+            advised = TransferClassifier(transformer, random_state=0)
             last = make_feature_pipeline(BACKBONE, random_state=0, **more)
             accuracies = [
                 one.fit(X[train], y[train]).score(X[test], y[test])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from platformdirs import user_cache_path
 
-from skltl._caller import level_of_the_user
+from skltl._caller import user_stacklevel
 from skltl.cache._store import (
     COMPANIONS,
     DamagedDatabaseError,
@@ -43,7 +43,7 @@ N_SHOWN = 20
 
 
 class CacheEntry(NamedTuple):
-    """One way to compute features, and how much of it is stored; see `cache_info`."""
+    """One way to compute features, and the amount stored; see `cache_info`."""
 
     backbone: str
     layer: str
@@ -189,7 +189,7 @@ def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
             f"{', '.join(left[:2])}, ... Close other programs that use them, or check "
             "the permissions of the folder.",
             CacheWarning,
-            stacklevel=level_of_the_user(),
+            stacklevel=user_stacklevel(),
         )
 
 

@@ -30,7 +30,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skltl._caller import level_of_the_user
+from skltl._caller import user_stacklevel
 from skltl.exceptions import CacheWarning, shorten
 
 Entry = tuple[bytes, bytes]  # key and value
@@ -302,7 +302,7 @@ class Store:
             warnings.warn(
                 f"The feature cache in {folder} {what}",
                 CacheWarning,
-                stacklevel=level_of_the_user(),
+                stacklevel=user_stacklevel(),
             )
 
 

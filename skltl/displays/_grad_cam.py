@@ -15,11 +15,12 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import nn
 from torch.nn.functional import interpolate
 
+from skltl._estimator import read_images_of
 from skltl._parameters import resolve_threads
 from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
-from skltl.features import extract_features
+from skltl.features import extract_features, extraction_config
 from skltl.finetuning import (
-    TunedNetwork,
+    FineTunedCNNClassifier,
     columns_of,
     decode_crops,
     head_of_pipeline,
@@ -36,12 +37,12 @@ Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 def grad_cam(
     estimator: Any, X: Any, labels: Any = None
 ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any], NDArray[np.float64]]:
-    """Compute what `GradCAMDisplay` holds: images, maps, labels and scores."""
+    """Return the images, maps, labels and scores of a `GradCAMDisplay`."""
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
     network, block, head = _split(estimator)
     shape = _feature_map_shape(network, block)
-    source = network._read_images(X, reset=False)
+    source = read_images_of(network, X)
     labels = estimator.predict(X) if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
     labels = np.broadcast_to(labels, len(source)) if is_single else column_or_1d(labels)
@@ -49,8 +50,13 @@ def grad_cam(
     columns = columns_of(estimator.classes_, labels)
 
     threads = resolve_threads(network.n_jobs)
-    config = network._make_recipe(
-        network.backbone_, network.network_, (block,), network.preprocessing_, "flatten"
+    config = extraction_config(
+        network,
+        network.backbone_,
+        network.network_,
+        (block,),
+        network.preprocessing_,
+        "flatten",
     )
     features = extract_features(source, config, [block], threads)
     feature_maps = torch.from_numpy(features).reshape(-1, *shape)  # (n, c, h', w')
@@ -66,14 +72,14 @@ def grad_cam(
 
 
 def _split(estimator: Any) -> tuple[Any, str, Head]:
-    """Return the estimator with the network, a block's name, and what follows it."""
+    """Return the estimator with the network, a block, and the layers after it."""
     if isinstance(estimator, Pipeline):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
         pooling = getattr(transformer, "pooling_", transformer.pooling)
         head = head_of_pipeline(pooling, scaler, classifier)
-        return transformer, transformer.cut_points_[0].block, head
-    if isinstance(estimator, TunedNetwork):
-        return estimator, estimator.cut_points_[0].block, estimator.head_
+        return transformer, transformer.layers_[0].block, head
+    if isinstance(estimator, FineTunedCNNClassifier):
+        return estimator, estimator.layers_[0].block, estimator.head_
     if isinstance(estimator, PretrainedCNNClassifier):
         block = resolve_layer(estimator.backbone_, "last").block
         blocks = estimator.network_.blocks
@@ -108,7 +114,7 @@ def _feature_map_shape(network: Any, block: str) -> tuple[int, ...]:
     shape = block_shapes(network.backbone_, size, (block,))[block]
     if len(shape) == 3:
         return shape
-    layers = {point.block: point.name for point in network.cut_points_}
+    layers = {point.block: point.name for point in network.layers_}
     output = f"a vector of size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
     raise ValueError(
         "Grad-CAM needs a spatial feature map, but layer "
@@ -184,6 +190,8 @@ class GradCAMDisplay:
     >>> GradCAMDisplay(images, np.ones((1, 8, 8)), ["cat"]).labels
     ['cat']
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     def __init__(self, images, maps, labels, scores=None):
         self.images = images

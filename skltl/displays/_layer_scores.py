@@ -85,6 +85,8 @@ class LayerScoresDisplay:
     ('block2', 'C=0.1', 0.75)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, *, layers, scores, deviations, score_name="score", best=None):
         self.layers = list(layers)
         self.scores = {name: np.asarray(line, float) for name, line in scores.items()}
@@ -200,7 +202,7 @@ class LayerScoresDisplay:
         y : array of shape (n,)
             Target values.
         layers : "all" or list, default="all"
-            Values of the parameter `layer`. ``"all"`` stands for all main cut points
+            Values of the parameter `layer`. ``"all"`` stands for all main layers
             that an image of the estimator's size reaches.
         cv : int or splitter, default=5
             Cross-validation splits, as in scikit-learn's ``GridSearchCV``.
@@ -344,7 +346,7 @@ def _resolve_metric(search, metric):
 
 
 def _score_name(search, metric):
-    """Return the name of a metric; of "score", what the estimator's `score` is."""
+    """Return the name of the metric; for "score", that of the estimator's `score`."""
     if metric != "score":
         return metric
     if isinstance(search.scoring, str):
@@ -429,28 +431,28 @@ def _depth_and_name(backbone, layer):
     """Return a key that sorts values of `layer` by depth, and the name of the layer."""
     backbone = get_backbone(backbone)
     several = layer if isinstance(layer, (list, tuple)) else [layer]
-    cut_points = [resolve_layer(backbone, one) for one in several]
+    layers = [resolve_layer(backbone, one) for one in several]
     blocks = list(skeleton(backbone).blocks)
-    depth = max(blocks.index(cut_point.block) for cut_point in cut_points)
-    name = " + ".join(cut_point.name for cut_point in cut_points)
-    return (depth, len(cut_points)), name
+    depth = max(blocks.index(layer.block) for layer in layers)
+    name = " + ".join(layer.name for layer in layers)
+    return (depth, len(layers)), name
 
 
 def _main_layers(transformer, X):
-    """Return the main cut points that an image of the transformer's size reaches."""
+    """Return the main layers that an image of the transformer's size reaches."""
     fitted = clone(transformer).set_params(layer=0, pooling="avg").fit(X)
     backbone, size = fitted.backbone_, fitted.preprocessing_.crop_size
     reached = reached_main_blocks(backbone, size)
     shapes = block_shapes(backbone, size, reached)
     return [
         name
-        for name, block in skeleton(backbone).cut_points.items()
+        for name, block in skeleton(backbone).layers.items()
         if block in reached and can_pool(shapes[block], transformer.pooling)
     ]
 
 
 def _line_names(settings):
-    """Name lines by their parameters, as briefly as distinguishes them."""
+    """Name lines by their parameters; briefly, if that is unambiguous."""
     if not any(settings):
         return [""] * len(settings)
     keys = [_identity(one) for one in settings]
@@ -462,16 +464,14 @@ def _line_names(settings):
 
 
 def _describe(settings, is_exact):
-    """Write settings as text, exactly or without steps and further digits."""
+    """Write settings as text: exactly, or shortened to last names and three digits."""
     texts = []
     for name, value in settings.items():
-        text = str(value)
-        if is_exact:
-            text = repr(value)
-        elif hasattr(value, "get_params"):
-            text = type(value).__name__
-        elif isinstance(value, Real) and not isinstance(value, Integral):
-            text = f"{value:.3g}"
+        is_float = isinstance(value, Real) and not isinstance(value, Integral)
+        if hasattr(value, "get_params"):
+            text = repr(value) if is_exact else type(value).__name__
+        else:
+            text = f"{value:.3g}" if is_float and not is_exact else str(value)
         name = name if is_exact else name.rpartition("__")[2]
         texts.append(f"{name}={' '.join(text.split())}")
     return ", ".join(texts) or "as given"

@@ -81,7 +81,3 @@ def line_style(defaults, given):
     from matplotlib.lines import Line2D
 
     return {**defaults, **normalize_kwargs(given, Line2D)}
-
-
-# The names that the other displays import.
-axes_library, axes_to_draw_on = import_pyplot, resolve_ax

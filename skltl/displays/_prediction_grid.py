@@ -11,9 +11,11 @@ from sklearn.utils.validation import (
     column_or_1d,
 )
 
+from skltl._estimator import ImageEstimator, read_images_of
 from skltl._sklearn import take
 from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
-from skltl.finetuning import NetworkClassifier, columns_of, unwrapped
+from skltl.features import NetworkClassifier
+from skltl.finetuning import columns_of, unwrapped
 from skltl.images import read_images
 
 
@@ -59,6 +61,8 @@ class PredictionGridDisplay:
     >>> display.n_wrong_
     1
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     def __init__(self, images, y_true, y_pred, margins):
         check_consistent_length(images, y_true, y_pred, margins)
@@ -208,19 +212,19 @@ def _margins(scores, columns):
 
 
 def _read_images(estimator, X, image_shape):
-    """Read images as the part of the estimator does that reads them."""
+    """Read images with the `image_shape` and checks of the fitted estimator."""
     reader = _find_reader(estimator)
     if image_shape is not None or reader is None:
         return read_images(X, image_shape=image_shape)
     if hasattr(reader, "_fitted_image_shape"):
-        return reader._read_images(X, reset=False)
-    # A parameter of the estimator, of which it has fitted clones.
-    return clone(reader)._read_images(X, reset=True)
+        return read_images_of(reader, X)
+    # An unfitted parameter of a meta-estimator, which has fitted clones of it.
+    return read_images_of(clone(reader), X, reset=True)
 
 
 def _find_reader(estimator):
     """Return the first part of an estimator that reads images, or ``None``."""
-    if hasattr(estimator, "_read_images"):
+    if isinstance(estimator, ImageEstimator):
         return estimator
     names = ("best_estimator_", "estimator_", "estimator")
     parts = [

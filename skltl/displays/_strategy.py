@@ -1,4 +1,4 @@
-"""``StrategyDisplay``: the four boxes, and where a data set lies in them."""
+"""``StrategyDisplay``: a data set among the strategies by size and similarity."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ import math
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl.displays._layout import axes_library, axes_to_draw_on
-from skltl.strategy import LEAD_THAT_COUNTS, relative_size, similarity_of
+from skltl.displays._layout import import_pyplot, resolve_ax
+from skltl.strategy import MIN_LEAD, relative_size, similarity_of
 
-# Left and lower corner of each box, its ways of transfer, and what they are in words.
+# Left and lower corner of each box, its strategies, and their description.
 BOXES = {
     (0, 0): (("extract_early",), "linear classifier\non earlier features"),
     (1, 0): (("extract",), "linear classifier\non the last features"),
     (0, 1): (
         ("finetune_top", "scratch"),
-        "fine-tune without the top\n(train anew if very large)",
+        "fine-tune without the last layers\n(from scratch if very large)",
     ),
     (1, 1): (("finetune",), "fine-tune\nall layers"),
 }
 
-# How much is shown on each side of the borders: decades of size, and accuracy.
+# Extent of a box: decades of size, and accuracy.
 DECADES = 2.0
 LEAD_SHOWN = 0.1
 
 
 class StrategyDisplay:
-    """The textbooks' four boxes with a data set placed in them.
+    """Diagram of the strategies by data set size and domain similarity.
 
-    Make one with :meth:`from_advisor`.
+    A point shows where a data set is in it. Create the display with
+    :meth:`from_advisor`.
 
     Parameters
     ----------
     n_images, n_classes : int
-        The size of the data.
+        Number of images and of classes.
     lead : float
-        Accuracy by which the best earlier cut is ahead of the last one.
+        Difference in accuracy between the best of the earlier layers and the last one.
     strategy : str
-        Name of the way of transfer.
+        Name of the strategy to highlight.
     n_smallest : int, default=None
-        Images of the smallest class; ``None`` takes all classes for equal.
+        Number of images in the smallest class; ``None`` assumes balanced classes.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
-        After a plot.
+        Axes with the diagram.
     figure_ : matplotlib Figure
-        Likewise.
+        Figure with the diagram.
 
     Examples
     --------
@@ -55,6 +56,8 @@ class StrategyDisplay:
     >>> [round(value, 2) for value in display.place]
     [1.1, 0.74]
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     def __init__(self, n_images, n_classes, lead, strategy, n_smallest=None):
         self.n_images = n_images
@@ -65,25 +68,28 @@ class StrategyDisplay:
 
     @classmethod
     def from_advisor(cls, advisor, *, ax=None):
-        """Draw where the data of an advisor lie.
+        """Plot the data set of a fitted advisor.
 
         Parameters
         ----------
         advisor : StrategyAdvisor or TransferClassifier
-            Fitted.
+            Fitted estimator.
         ax : matplotlib Axes, default=None
-            Where to draw; ``None`` makes a figure.
+            Axes to plot on; ``None`` creates a new figure.
 
         Returns
         -------
         StrategyDisplay
-            The display, drawn.
+            The plotted display.
         """
-        axes_library()
+        import_pyplot()
         check_is_fitted(advisor)
-        advisor = getattr(advisor, "advisor_", advisor)  # of a `TransferClassifier`
+        advisor = getattr(advisor, "advisor_", advisor)
         if advisor is None:
-            raise ValueError("Nothing was measured: the strategy was asked for.")
+            raise ValueError(
+                "The TransferClassifier has no advisor: it was fitted with a given "
+                "strategy instead of strategy='auto'."
+            )
         return cls(
             advisor.n_images_,
             advisor.n_classes_,
@@ -94,39 +100,38 @@ class StrategyDisplay:
 
     @property
     def place(self):
-        """Where the data lie: (0, 0) is small and different, (2, 2) the opposite."""
+        """Coordinates of the data set, from (0, 0), small and different, to (2, 2)."""
         n_smallest = self.n_smallest
         if n_smallest is None:
             n_smallest = self.n_images // self.n_classes
         size = relative_size(self.n_images, n_smallest)
         is_similar = similarity_of(self.lead) == "similar"
-        right = 1 - (self.lead - LEAD_THAT_COUNTS) / LEAD_SHOWN
+        right = 1 - (self.lead - MIN_LEAD) / LEAD_SHOWN
         up = 1 + math.log10(max(size, 1e-9)) / DECADES
         return _within(right, is_similar), _within(up, size >= 1)
 
     def plot(self, *, ax=None):
-        """Draw the boxes and the data set.
+        """Plot the strategies and the data set.
 
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw; ``None`` makes a figure.
+            Axes to plot on; ``None`` creates a new figure.
 
         Returns
         -------
         StrategyDisplay
             The display itself.
         """
-        ax = axes_to_draw_on(ax, figsize=(6.4, 4.6))
+        ax = resolve_ax(ax, figsize=(6.4, 4.6))
         right, up = self.place
         for (left, low), (names, words) in BOXES.items():
-            # Below the data set, or above it.
-            height = (
-                0.75 if (left, low) == (int(right), int(up)) and up % 1 < 0.5 else 0.25
-            )
+            # Above the point if that is in the lower half of the box, or below it.
+            has_low_point = (left, low) == (int(right), int(up)) and up % 1 < 0.5
+            height = 0.75 if has_low_point else 0.25
             is_chosen = self.strategy in names
             ax.add_patch(
-                axes_library().Rectangle(
+                import_pyplot().Rectangle(
                     (left + 0.02, low + 0.02),
                     0.96,
                     0.96,
@@ -146,8 +151,8 @@ class StrategyDisplay:
         ax.set(xlim=(0, 2), ylim=(0, 2))
         ax.set_xticks([0.5, 1.5], ["different", "similar"])
         ax.set_yticks([0.5, 1.5], ["small", "large"], rotation=90, va="center")
-        ax.set_xlabel("likeness to what the network knows")
-        ax.set_ylabel("size of the data")
+        ax.set_xlabel("similarity to the pretraining data")
+        ax.set_ylabel("data set size")
         ax.tick_params(length=0)
         for spine in ax.spines.values():
             spine.set_visible(False)
@@ -157,10 +162,10 @@ class StrategyDisplay:
     def _draw_data(self, ax):
         right, up = self.place
         ax.plot(right, up, "o", color="C3", markersize=9, zorder=3)
-        # Above the point, or below it where the box ends.
+        # Above the point, or below it near the upper border of the box.
         is_high = up % 1 > 0.85
         ax.annotate(
-            f"{self.n_images:,} images of {self.n_classes} classes",
+            f"{self.n_images:,} images, {self.n_classes} classes",
             (int(right) + 0.5, up),
             xytext=(0, -9 if is_high else 9),
             va="top" if is_high else "bottom",
@@ -170,11 +175,11 @@ class StrategyDisplay:
         )
         if self.strategy == "as_is":
             ax.set_title(
-                "The network knows these classes: use it as it is.", fontsize="medium"
+                "The pretrained classifier knows these classes.", fontsize="medium"
             )
 
 
 def _within(value, is_beyond):
-    """Keep a coordinate off the borders of the box that the rule has chosen."""
+    """Clip a coordinate to the inside of the box that the rules have chosen."""
     low, high = (1.03, 1.9) if is_beyond else (0.1, 0.97)
     return min(max(value, low), high)

@@ -57,6 +57,8 @@ class TrainingHistoryDisplay:
     [('head', 2)]
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     def __init__(self, history):
         self.history = list(history)
         if not self.history:

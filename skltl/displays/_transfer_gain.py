@@ -1,41 +1,41 @@
-"""``TransferGainDisplay``: what transfer gains over learning from scratch."""
+"""``TransferGainDisplay``: transfer learning compared with training from scratch."""
 
 from __future__ import annotations
 
 import numpy as np
 from sklearn.model_selection import learning_curve
 
-from skltl.displays._layout import axes_library, axes_to_draw_on
+from skltl.displays._layout import import_pyplot, resolve_ax
 from skltl.displays._training_history import trained_in
 
-# A curve's slope is taken to where it has risen to this share of its last score.
-RISEN = 0.9
+# The slope of a curve is taken up to this fraction of its final score.
+RISE_FRACTION = 0.9
 
 
 class TransferGainDisplay:
-    """Scores with transfer and from scratch, and the three gains.
+    """Learning curves with transfer and from scratch, and the gains of transfer.
 
-    Transfer may give a higher start, a higher slope and a higher asymptote [1]_. Make
-    one with :meth:`from_estimators`.
+    Transfer may give a higher start, a higher slope and a higher asymptote [1]_. Create
+    the display with :meth:`from_estimators`.
 
     Parameters
     ----------
     steps : tuple of two arrays
         Epochs, or numbers of training images, with transfer and from scratch.
     scores : tuple of two arrays
-        The scores there.
+        Scores at the steps.
     step_name : str, default="epoch"
-        What the steps are.
+        Label of the steps.
     asymptotes : tuple of two floats, default=None
-        The scores at the end; ``None`` takes the last ones. Another one counts where an
-        epoch before the last was kept.
+        Final scores; ``None`` is the last ones. They differ where the weights of an
+        epoch before the last are kept.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
-        After a plot.
+        Axes with the curves.
     figure_ : matplotlib Figure
-        Likewise.
+        Figure with the curves.
 
     References
     ----------
@@ -51,6 +51,8 @@ class TransferGainDisplay:
     >>> {name: round(gain, 2) for name, gain in display.gains.items()}
     {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     def __init__(self, steps, scores, step_name="epoch", asymptotes=None):
         self.steps = tuple(np.asarray(one, dtype=float) for one in steps)
@@ -71,34 +73,35 @@ class TransferGainDisplay:
         random_state=0,
         ax=None,
     ):
-        """Draw what two classifiers have learned, or learn.
+        """Plot the learning curves of two classifiers.
 
         Parameters
         ----------
         with_transfer, from_scratch : FineTunedCNNClassifier
-            Fitted, for scores by epoch: those on images held out where both have
-            them, else those of training. Pipelines, searches and a `TransferClassifier`
-            that hold one will do. With `X`, any classifiers, which are fitted
-            for scores by number of images.
+            Fitted classifiers, for scores by epoch: those on the validation set if both
+            have one, otherwise those of training. They may be in a pipeline, a search
+            or a `TransferClassifier`. With `X`, any classifiers; they are fitted for
+            scores by number of training images.
         X : sequence of n images, or array of shape (n, d), default=None
-            What to learn from.
+            Training data.
         y : array of shape (n,), default=None
-            Its labels.
+            Labels.
         sizes : sequence of float or int, default=None
-            Shares or numbers of images; ``None`` is a fifth to all in five steps.
+            Fractions or numbers of training images; ``None`` is a fifth to all of them
+            in five steps.
         cv : int or splitter, default=3
-            Folds, as in scikit-learn.
+            Cross-validation folds, as in scikit-learn.
         random_state : int, default=0
-            Of the choice of images, the same for both.
+            Controls the sampling of training images, the same for both classifiers.
         ax : matplotlib Axes, default=None
-            Where to draw; ``None`` makes a figure.
+            Axes to plot on; ``None`` creates a new figure.
 
         Returns
         -------
         TransferGainDisplay
-            The display, drawn.
+            The plotted display.
         """
-        axes_library()
+        import_pyplot()
         both = (with_transfer, from_scratch)
         if X is None:
             steps, scores, asymptotes = _by_epoch(both)
@@ -121,7 +124,7 @@ class TransferGainDisplay:
 
     @property
     def gains(self):
-        """The gains in start, slope (per step) and asymptote."""
+        """Gains in start, slope (per step) and asymptote."""
         ends = self.asymptotes
         if ends is None:
             ends = [scores[-1] for scores in self.scores]
@@ -136,19 +139,19 @@ class TransferGainDisplay:
         }
 
     def plot(self, *, ax=None):
-        """Draw both curves, and the gains in words.
+        """Plot both curves, with the gains in the title.
 
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw; ``None`` makes a figure.
+            Axes to plot on; ``None`` creates a new figure.
 
         Returns
         -------
         TransferGainDisplay
             The display itself.
         """
-        ax = axes_to_draw_on(ax, figsize=(6.4, 4.2))
+        ax = resolve_ax(ax, figsize=(6.4, 4.2))
         names = ("with transfer", "from scratch")
         for number, name in enumerate(names):
             ax.plot(
@@ -171,14 +174,14 @@ class TransferGainDisplay:
 
 
 def _by_epoch(estimators):
-    """Return epochs, their scores, and the scores of the fitted estimators."""
+    """Return the epochs, the scores by epoch and those of the final weights."""
     trained = [trained_in(estimator) for estimator in estimators]
     histories = [one.history_ for one in trained]
     if not all(histories):
-        raise ValueError("A history is empty: there was no epoch.")
-    has_both = all("validation_score" in records[-1] for records in histories)
+        raise ValueError("The training history of a classifier is empty.")
+    has_both = all("validation_score" in history[-1] for history in histories)
     key = "validation_score" if has_both else "score"
-    scores = [[record[key] for record in records] for records in histories]
+    scores = [[epoch[key] for epoch in history] for history in histories]
     kept = [one.best_validation_score_ if has_both else None for one in trained]
     ends = [
         one[-1] if end is None else end for one, end in zip(scores, kept, strict=True)
@@ -187,9 +190,9 @@ def _by_epoch(estimators):
 
 
 def _start_slope_asymptote(steps, scores, asymptote):
-    """Return the first score, the rise per step until most is learned, the last."""
+    """Return the first score, the slope up to most of the final one, and that one."""
     start = scores[0]
-    has_risen = np.flatnonzero(scores >= RISEN * asymptote)
+    has_risen = np.flatnonzero(scores >= RISE_FRACTION * asymptote)
     until = max(int(has_risen[0]) if len(has_risen) else len(scores) - 1, 1)
     until = min(until, len(scores) - 1)
     if until == 0:

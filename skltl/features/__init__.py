@@ -1,14 +1,31 @@
 """Features of frozen networks, as a scikit-learn transformer."""
 
-from skltl.features._estimators import FeatureEstimator, NetworkEstimator
+from skltl.features._estimators import (
+    FeatureEstimator,
+    NetworkClassifier,
+    cache_folder,
+    extraction_config,
+    n_features_by_layer,
+    truncated_backbone,
+)
 from skltl.features._extraction import extract_features
 from skltl.features._pipeline import make_feature_pipeline
-from skltl.features._transformer import CNNFeatureTransformer
+from skltl.features._transformer import (
+    CNNFeatureTransformer,
+    fitted_parameters,
+    transformer_config,
+)
 
 __all__ = [
     "CNNFeatureTransformer",
     "FeatureEstimator",
-    "NetworkEstimator",
+    "NetworkClassifier",
+    "cache_folder",
     "extract_features",
+    "extraction_config",
+    "fitted_parameters",
     "make_feature_pipeline",
+    "n_features_by_layer",
+    "transformer_config",
+    "truncated_backbone",
 ]

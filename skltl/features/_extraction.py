@@ -116,7 +116,7 @@ def _crops(
         config.batch_size,
         n_threads,
         with_keys=with_keys,
-        in_turns=config.device.type == "cpu",
+        alternate=config.device.type == "cpu",
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral
 from os import PathLike, fspath
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import (
-    read_images_for_fit,
-    read_images_of,
-    set_input_attributes,
+from skltl._estimator import read_images_of
+from skltl._parameters import (
+    DTYPES,
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
 )
-from skltl._parameters import DTYPES, resolve_device, resolve_threads
 from skltl._random import draw_seed
 from skltl._sklearn import (
     IMAGE_SIZES,
@@ -22,7 +25,12 @@ from skltl._sklearn import (
     fit_context,
 )
 from skltl.exceptions import WeightsError, shorten
-from skltl.features._estimators import FeatureEstimator
+from skltl.features._estimators import (
+    FeatureEstimator,
+    cache_folder,
+    extraction_config,
+    truncated_backbone,
+)
 from skltl.features._extraction import extract_features
 from skltl.inference import (
     ENGINES,
@@ -58,7 +66,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         torchvision's weights, such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt``
         or ``.pth`` file with a state dict, whose head may have another number of
         classes; or ``None`` for random weights. The older ImageNet weights are the
-        default because newer training recipes, although more accurate on ImageNet,
+        default because newer training procedures, although more accurate on ImageNet,
         give worse features for linear classifiers [2]_.
     layer : str, int or list of them, default="last"
         Layer at which the network is truncated: a name of :func:`~skltl.list_layers`,
@@ -66,9 +74,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         from the end), or ``"last"``, the last convolutional one. The features of
         several layers are concatenated; they take a single forward pass.
     pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        How a feature map becomes a feature vector: the average or the maximum of each
-        channel, both, all values, or averages over a grid of `pooling` x `pooling`
-        cells.
+        Conversion of a feature map to a feature vector: the average or the maximum of
+        each channel, both, all values, or averages over a grid of `pooling` x
+        `pooling` cells.
     image_size : int, default=None
         Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
         the size that the network was trained on.
@@ -89,7 +97,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         Data type of the computation. ``"auto"`` is bfloat16 where the device supports
         it natively, else float32. Features are float32 in any case.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What runs the frozen network: eager torch, torch's compiler (needs a C++
+        Engine of the frozen network: eager torch, torch's compiler (needs a C++
         compiler, and seconds to minutes for the first batch), or OpenVINO, the fastest
         on CPUs with AMX (``pip install 'skltl[openvino]'``). ``"auto"`` is OpenVINO on
         a CPU where it is installed, for networks of standard layers, else torch. See
@@ -119,7 +127,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         The network's description.
     network_ : FrozenPrefix
         The truncated network.
-    cut_points_ : list of CutPoint
+    layers_ : list of ResolvedLayer
         Name of each layer, and the block that it is the output of.
     preprocessing_ : Preprocessing
         Resizing, cropping and normalization.
@@ -171,6 +179,8 @@ class CNNFeatureTransformer(FeatureEstimator):
     >>> transformer.fit_transform(digits.data[:10] / 16).shape
     (10, 96)
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
@@ -255,37 +265,40 @@ class CNNFeatureTransformer(FeatureEstimator):
         TypeError, ValueError
             If ``X`` is not a sequence of images, or `y` has another length.
         """
-        # Nothing is set before the end: a `fit` that fails leaves the one before.
-        _, input_attributes = read_images_for_fit(self, X, y)
+        fitted = copy.copy(self)
+        fitted._fit(X, y)
+        self.__dict__ = fitted.__dict__  # a fit that fails changes nothing
+        return self
+
+    def _fit(self, X, y):
+        read_images_of(self, X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         backbone, weights, preprocessing = resolve_network(
             self.backbone, self.weights, self.image_size
         )
-        cut_points = _resolve_layers(backbone, self.layer)
-        blocks = tuple(cut_point.block for cut_point in cut_points)
+        layers = _resolve_layers(backbone, self.layer)
+        blocks = tuple(layer.block for layer in layers)
         shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
-        for cut_point in cut_points:
-            _check_output(cut_point, shapes[cut_point.block], self.pooling)
+        for layer in layers:
+            _check_output(layer, shapes[layer.block], self.pooling)
         seed = draw_seed(self.random_state) if weights is None else None
         size = preprocessing.crop_size
         recorded = recorded_blocks(backbone, blocks, size, self.pooling)
         recorder = None
-        if self._cache_folder() is not None:
+        if cache_folder(self) is not None:
             recorder = _load_recorder(backbone, weights, seed, recorded)
         network = load_prefix(backbone, weights, seed, blocks)
         engine = resolve_engine(self.engine, device, network.blocks)
-        set_input_attributes(self, input_attributes)
         self.backbone_ = backbone
-        self.cut_points_ = cut_points
+        self.layers_ = layers
         self.network_ = network
         self._recorder = recorder
         self.preprocessing_ = preprocessing
         self.pooling_ = self.pooling
-        self.precision_ = self._fitted_precision(device)
+        self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = engine
         self._fitted_weights = _plain(self.weights)
-        return self
 
     def transform(self, X):
         """Extract the features of images.
@@ -311,48 +324,11 @@ class CNNFeatureTransformer(FeatureEstimator):
         source = read_images_of(self, X)
         return extract_features(
             source,
-            self._recipe(),
-            [cut_point.block for cut_point in self.cut_points_],
+            transformer_config(self),
+            [layer.block for layer in self.layers_],
             resolve_threads(self.n_jobs),
             verbose=bool(self.verbose),
-            cache=self._cache_folder(),
-        )
-
-    def _fitted_parameters(self):
-        """Return the parameters of the fitted network, whatever was set since."""
-        found = {
-            "layer": self.cut_points_[0].name,
-            "pooling": self.pooling_,
-            "image_shape": self._fitted_image_shape,
-        }
-        if self._fitted_weights is None:  # random weights cannot be named
-            own = self._own_backbone()
-            return found | {"backbone": own, "weights": "imagenet", "image_size": None}
-        size = self.preprocessing_.crop_size
-        is_usual = size == self.backbone_.preprocessing.crop_size
-        is_same = isinstance(self.backbone, str) and is_registered(self.backbone_)
-        return found | {
-            "backbone": self.backbone_.name if is_same else self.backbone_,
-            "weights": self._fitted_weights,
-            "image_size": None if is_usual else size,
-        }
-
-    def _recipe(self):
-        """Return how images become features, those that a cache stores included."""
-        blocks = tuple(cut_point.block for cut_point in self.cut_points_)
-        network = self.network_
-        if self._cache_folder() is not None:
-            network = self.__dict__.get("_recorder") or self.network_
-            size = self.preprocessing_.crop_size
-            recorded = recorded_blocks(self.backbone_, blocks, size, self.pooling_)
-            blocks = tuple(block for block in recorded if block in network.blocks)
-        return self._make_recipe(
-            self.backbone_,
-            network,
-            blocks,
-            self.preprocessing_,
-            self.pooling_,
-            self.batch_size,
+            cache=cache_folder(self),
         )
 
     def __sklearn_tags__(self):
@@ -361,26 +337,70 @@ class CNNFeatureTransformer(FeatureEstimator):
         return tags
 
 
+def fitted_parameters(transformer):
+    """Return the parameters of the fitted network, whatever was set since."""
+    found = {
+        "layer": transformer.layers_[0].name,
+        "pooling": transformer.pooling_,
+        "image_shape": transformer._fitted_image_shape,
+    }
+    if transformer._fitted_weights is None:  # random weights cannot be named
+        own = truncated_backbone(transformer)
+        return found | {"backbone": own, "weights": "imagenet", "image_size": None}
+    size = transformer.preprocessing_.crop_size
+    is_usual = size == transformer.backbone_.preprocessing.crop_size
+    is_same = isinstance(transformer.backbone, str) and is_registered(
+        transformer.backbone_
+    )
+    return found | {
+        "backbone": transformer.backbone_.name if is_same else transformer.backbone_,
+        "weights": transformer._fitted_weights,
+        "image_size": None if is_usual else size,
+    }
+
+
+def transformer_config(transformer):
+    """Return how images become features, those that a cache stores included."""
+    blocks = tuple(layer.block for layer in transformer.layers_)
+    network = transformer.network_
+    if cache_folder(transformer) is not None:
+        network = transformer.__dict__.get("_recorder") or transformer.network_
+        size = transformer.preprocessing_.crop_size
+        recorded = recorded_blocks(
+            transformer.backbone_, blocks, size, transformer.pooling_
+        )
+        blocks = tuple(block for block in recorded if block in network.blocks)
+    return extraction_config(
+        transformer,
+        transformer.backbone_,
+        network,
+        blocks,
+        transformer.preprocessing_,
+        transformer.pooling_,
+        transformer.batch_size,
+    )
+
+
 def _plain(weights):
     return fspath(weights) if isinstance(weights, PathLike) else weights
 
 
 def _resolve_layers(backbone, layer):
     """Return the layers that a `layer` parameter names, each of them once."""
-    layers = layer if isinstance(layer, (list, tuple)) else [layer]
-    is_name = [isinstance(one, (str, Integral)) for one in layers]
-    if not all(is_name) or any(isinstance(one, bool) for one in layers):
+    names = layer if isinstance(layer, (list, tuple)) else [layer]
+    is_name = [isinstance(one, (str, Integral)) for one in names]
+    if not all(is_name) or any(isinstance(one, bool) for one in names):
         raise InvalidParameterError(
             "The 'layer' parameter of CNNFeatureTransformer must be a name, an index "
             f"or a list of them. Got {shorten(repr(layer))} instead."
         )
-    cut_points = [resolve_layer(backbone, one) for one in layers]
-    n_blocks = len({cut_point.block for cut_point in cut_points})
-    if not cut_points or n_blocks < len(cut_points):
+    layers = [resolve_layer(backbone, name) for name in names]
+    n_blocks = len({one.block for one in layers})
+    if not layers or n_blocks < len(layers):
         raise ValueError(
             f"layer={layer!r} must name at least one layer, and none of them twice."
         )
-    return cut_points
+    return layers
 
 
 def _load_recorder(backbone, weights, seed, blocks):
@@ -395,16 +415,16 @@ def _load_recorder(backbone, weights, seed, blocks):
         return None
 
 
-def _check_output(cut_point, shape, pooling):
+def _check_output(layer, shape, pooling):
     """Raise an error for a layer whose output cannot be pooled."""
     if can_pool(shape, pooling):
         return
     if len(shape) != 3:
         raise ValueError(
-            f"The output of layer {cut_point.name!r} for an image has shape {shape}; "
+            f"The output of layer {layer.name!r} for an image has shape {shape}; "
             "expected a feature map (c, h, w) or a vector (d,)."
         )
     raise ValueError(
         f"pooling={pooling} is a finer grid than the feature map of {shape[1]} x "
-        f"{shape[2]} at layer {cut_point.name!r}."
+        f"{shape[2]} at layer {layer.name!r}."
     )

@@ -8,15 +8,9 @@ from skltl.finetuning._data import (
     encode_labels,
     example_weights,
 )
-from skltl.finetuning._prediction import NetworkClassifier
-
-# The former base class of the classifier, which displays still ask for.
-TunedNetwork = FineTunedCNNClassifier
 
 __all__ = [
     "FineTunedCNNClassifier",
-    "NetworkClassifier",
-    "TunedNetwork",
     "columns_of",
     "decode_crops",
     "encode_labels",

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skltl._caller import level_of_the_user
+from skltl._caller import user_stacklevel
 from skltl.exceptions import CheckpointWarning
 from skltl.finetuning._data import OnTheFlyInputs
 from skltl.images import ImageSource, Preprocessing, content_key, file_digest
@@ -316,7 +316,7 @@ class Checkpoint:
                 f"be deleted ({error.strerror}). Delete it: the same fit would resume "
                 "from it.",
                 CheckpointWarning,
-                stacklevel=level_of_the_user(),
+                stacklevel=user_stacklevel(),
             )
 
     def _unfinished_path(self) -> Path:
@@ -363,7 +363,7 @@ class Checkpoint:
             "from the last saved state, if any. Free disk space or choose another "
             "folder.",
             CheckpointWarning,
-            stacklevel=level_of_the_user(),
+            stacklevel=user_stacklevel(),
         )
 
 

@@ -14,11 +14,26 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._estimator import read_images_of
+from skltl._parameters import (
+    DTYPES,
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
-from skltl.features import CNNFeatureTransformer, FeatureEstimator, extract_features
+from skltl.features import (
+    CNNFeatureTransformer,
+    FeatureEstimator,
+    NetworkClassifier,
+    extract_features,
+    extraction_config,
+    fitted_parameters,
+    truncated_backbone,
+)
 from skltl.finetuning._checkpoint import Checkpoint, fingerprint
 from skltl.finetuning._conversion import (
     SHARED_PARAMETERS,
@@ -45,7 +60,6 @@ from skltl.finetuning._network import (
     head_state,
     split_network,
 )
-from skltl.finetuning._prediction import NetworkClassifier
 from skltl.finetuning._training import (
     PEAK_LRS,
     Callbacks,
@@ -70,7 +84,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        Name of one of :func:`~skltl.list_backbones`, or a `Backbone` of your own.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     weights : str, path or None, default="imagenet"
         Pretrained weights, as for `CNNFeatureTransformer`. ``None`` (random weights)
         with ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
@@ -135,22 +149,24 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     patience : int, default=5
         Number of epochs without a higher validation score before a stage ends.
     image_size : int, default=None
-        Height and width of the network's input in pixels, from 1 to 10,000. ``None`` is
-        the size with which the weights were trained.
+        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
+        the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        Shape of the image in each row of ``X``, an array (n, d), as for
-        `CNNFeatureTransformer`.
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
+        -1)``.
     batch_size : int, default=32
         Number of images per step.
     device : str, default="auto"
-        Device, as for `CNNFeatureTransformer`.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
+        is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Data type of matrix products and convolutions; ``"auto"`` is bfloat16 where the
         device supports it natively. Parameters are float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        Engine of frozen blocks, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        Decoding of JPEG files, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     cache : bool, str or path, default=None
         Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
@@ -162,13 +178,13 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Whether `fit` starts from the result of the previous `fit`, with the same
         classes and layers.
     n_jobs : int, default=None
-        Number of decoding threads, as for `CNNFeatureTransformer`.
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
     random_state : int, RandomState instance or None, default=None
         Controls random weights, the initialization of the head, shuffling,
         augmentation, the validation split and dropout.
     verbose : int, default=0
-        Whether progress bars are shown. The callbacks of scikit-learn 1.9 are supported
-        as well: ``set_callbacks(ProgressBar())``.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
@@ -180,7 +196,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Fine-tuned network up to `layer`.
     head_ : Module
         Head.
-    cut_points_ : list of CutPoint
+    layers_ : list of ResolvedLayer
         One element: the layer at which the head is attached.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
@@ -222,6 +238,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     >>> classifier.fit(digits.data[:100] / 16, digits.target[:100]).n_epochs_
     35
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
@@ -379,7 +397,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """
         # A fit that fails leaves `self` unchanged.
         new = type(self)(**self.get_params())
-        source = new._read_images(X, y, reset=True)
+        source = read_images_of(new, X, y, reset=True)
         new.classes_, targets = encode_labels(y, len(source))
         labels, class_weight = new.classes_[targets], self.class_weight
         weights = example_weights(sample_weight, class_weight, new.classes_, targets)
@@ -433,7 +451,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         transformer, scaler, classifier = parts_of_pipeline(pipeline)
         check_not_determined(parameters)
         shared = {name: getattr(transformer, name) for name in SHARED_PARAMETERS}
-        shared |= transformer._fitted_parameters()
+        shared |= fitted_parameters(transformer)
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
@@ -462,10 +480,10 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             `fit`, give the same features.
         """
         check_is_fitted(self)
-        backbone = self._own_backbone()
+        backbone = truncated_backbone(self)
         parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
         parameters |= {"backbone": backbone, "weights": "imagenet"}
-        parameters |= {"layer": self.cut_points_[0].name, "pooling": self.pooling_}
+        parameters |= {"layer": self.layers_[0].name, "pooling": self.pooling_}
         # The input size of the fine-tuned network is that of its backbone.
         parameters |= {"image_size": None, "image_shape": self._fitted_image_shape}
         transformer = CNNFeatureTransformer(**parameters)
@@ -488,10 +506,15 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             Features, pooled as those of `CNNFeatureTransformer`.
         """
         check_is_fitted(self)
-        source = self._read_images(X, reset=False)
-        block = self.cut_points_[0].block
-        config = self._make_recipe(
-            self.backbone_, self.network_, (block,), self.preprocessing_, self.pooling_
+        source = read_images_of(self, X)
+        block = self.layers_[0].block
+        config = extraction_config(
+            self,
+            self.backbone_,
+            self.network_,
+            (block,),
+            self.preprocessing_,
+            self.pooling_,
         )
         threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
         return extract_features(source, config, [block], threads, verbose)
@@ -543,7 +566,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             self.backbone, self.weights, self.image_size
         )
         layer = resolve_layer(self.backbone_, self.layer)
-        self.cut_points_, self.pooling_ = [layer], self.pooling
+        self.layers_, self.pooling_ = [layer], self.pooling
         # Random weights without a `random_state` are never requested again.
         is_shared = self.random_state is not None
         self.network_ = load_prefix(
@@ -555,7 +578,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 f"{layer.name!r}, of shape {self._map_shape()} for an image."
             )
         device = resolve_device(self.device)
-        self.precision_ = self._fitted_precision(device)
+        self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
 
     def _is_warm(self):
@@ -580,7 +603,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             self._check_same_network(new, head)
             new.network_ = self.network_
             head = copy.deepcopy(self.head_).float().requires_grad_(True)
-        blocks, (layer,) = new.network_.blocks, new.cut_points_
+        blocks, (layer,) = new.network_.blocks, new.layers_
         n_frozen = count_frozen(new.backbone_, blocks, layer, self.unfreeze)
         new.stages_ = plan_stages(new, len(blocks), n_frozen)
         n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
@@ -599,7 +622,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         compared = {
             "classes": (self.classes_.tolist(), new.classes_.tolist()),
             "backbone": (self.backbone_, new.backbone_),
-            "layer": (self.cut_points_[0].name, new.cut_points_[0].name),
+            "layer": (self.layers_[0].name, new.layers_[0].name),
             "preprocessing": (self.preprocessing_, new.preprocessing_),
             "head": (head_specs(self.head_), head_specs(head)),
         }

@@ -27,7 +27,7 @@ SHARED_PARAMETERS = (
     *("device", "precision", "engine", "decode", "n_jobs"),
 )
 SHARED_ATTRIBUTES = (
-    *("backbone_", "cut_points_", "network_", "preprocessing_", "pooling_"),
+    *("backbone_", "layers_", "network_", "preprocessing_", "pooling_"),
     *("precision_", "engine_", "n_features_in_", "feature_names_in_"),
     "_fitted_image_shape",
 )
@@ -96,8 +96,8 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "StandardScaler, and a linear classifier, got "
             f"{', '.join(type(step).__name__ for step in steps) or 'none'}."
         )
-    if len(first.cut_points_) > 1:
-        names = [cut_point.name for cut_point in first.cut_points_]
+    if len(first.layers_) > 1:
+        names = [layer.name for layer in first.layers_]
         raise ValueError(
             f"The transformer extracts features from {len(names)} layers, "
             f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: a network "

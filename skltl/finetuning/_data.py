@@ -24,11 +24,10 @@ from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
-from skltl.features import extract_features
+from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
-from skltl.images import ImageSource, Preprocessing, as_float, iter_crops, normalise
-from skltl.inference import FrozenPrefix
-from skltl.inference import Recipe as ExtractionConfig
+from skltl.images import ImageSource, Preprocessing, as_float, iter_crops, normalize
+from skltl.inference import ExtractionConfig, FrozenPrefix
 from skltl.networks import block_shapes, nearest
 
 # The fraction that early stopping holds out by default.
@@ -354,7 +353,7 @@ def build_inputs(
     """
     threads, augment = resolve_threads(estimator.n_jobs), estimator.augment
     config = _extraction_config(estimator, network) if network.frozen else None
-    cache, verbose = estimator._cache_folder(), bool(estimator.verbose)
+    cache, verbose = cache_folder(estimator), bool(estimator.verbose)
     if augment is None and config is not None:
         return _compute_activations(source, 0, config, threads, verbose, cache)
     n_views = 0 if augment is None else estimator.n_views
@@ -378,7 +377,8 @@ def build_inputs(
 def _extraction_config(estimator: Any, network: SplitNetwork) -> ExtractionConfig:
     """Return how the frozen blocks run: pooled at once if only the head follows."""
     needs_feature_map = len(network.tuned) > 0 or estimator.conv_channels
-    config: ExtractionConfig = estimator._make_recipe(
+    config: ExtractionConfig = extraction_config(
+        estimator,
         estimator.backbone_,
         FrozenPrefix(network.frozen),
         (list(network.frozen)[-1],),
@@ -430,7 +430,7 @@ def normalizing_forward(
 
     def forward(pixels: NDArray[Any]) -> Tensor:
         batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        batch = normalise(batch, mean, std)
+        batch = normalize(batch, mean, std)
         return torch.Tensor.contiguous(batch, memory_format=torch.channels_last)
 
     return forward

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skltl._random import as_int, derived_seed, own_random_state, torch_defaults
 from skltl.exceptions import UnknownLayerError
 from skltl.inference import FrozenPrefix, as_tensor, n_pooled, pool
-from skltl.networks import Backbone, CutPoint, freeze, resolve_layer, skeleton
+from skltl.networks import Backbone, ResolvedLayer, freeze, resolve_layer, skeleton
 
 
 class Pool(nn.Module):
@@ -143,10 +143,10 @@ def split_network(
 
 
 def group_blocks(
-    backbone: Backbone, blocks: Iterable[str], layer: CutPoint
+    backbone: Backbone, blocks: Iterable[str], layer: ResolvedLayer
 ) -> list[tuple[str, ...]]:
     """Group the names of the blocks up to `layer` by the main layers they end in."""
-    ends = {*skeleton(backbone).cut_points.values(), layer.block}
+    ends = {*skeleton(backbone).layers.values(), layer.block}
     groups, group = [], []
     for name in blocks:
         group.append(name)
@@ -159,7 +159,7 @@ def group_blocks(
 def count_frozen(
     backbone: Backbone,
     blocks: Mapping[str, nn.Module],
-    layer: CutPoint,
+    layer: ResolvedLayer,
     unfreeze: str | int | None,
 ) -> int:
     """Return how many of the blocks up to `layer`, from the first one, stay frozen."""

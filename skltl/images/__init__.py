@@ -5,7 +5,6 @@ from skltl.images._batches import (
     Crop,
     iter_batches,
     iter_crops,
-    map_ahead,
     prefetch,
 )
 from skltl.images._check import find_bad_images
@@ -17,7 +16,7 @@ from skltl.images._identity import (
     file_identity,
     file_state,
 )
-from skltl.images._preprocessing import Preprocessing, as_float, normalise, normalize
+from skltl.images._preprocessing import Preprocessing, as_float, normalize
 from skltl.images._source import ImageSource, check_not_masked, read_images
 
 __all__ = [
@@ -36,8 +35,6 @@ __all__ = [
     "is_tensor",
     "iter_batches",
     "iter_crops",
-    "map_ahead",
-    "normalise",
     "normalize",
     "prefetch",
     "read_images",

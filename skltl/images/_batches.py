@@ -56,11 +56,11 @@ def prefetch(
     items: Iterable[Item],
     n_threads: int,
     n_in_flight: int,
-    in_turns: bool = False,
+    alternate: bool = False,
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` for each item, in order, prefetched by threads.
 
-    At most `n_in_flight` results are in flight. With `in_turns` these are computed
+    At most `n_in_flight` results are in flight. With `alternate` these are computed
     together, and no thread runs while they are used. An exception is raised in place of
     its result.
     """
@@ -72,19 +72,16 @@ def prefetch(
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="skltl-decode")
     try:
         while True:
-            if not (in_turns and in_flight):
+            if not (alternate and in_flight):
                 for item in islice(remaining, n_in_flight - len(in_flight)):
                     in_flight.append(pool.submit(function, item))
-                if in_turns:
+                if alternate:
                     wait(in_flight)
             if not in_flight:
                 return
             yield in_flight.popleft().result()
     finally:  # also if the caller stops early or an exception is raised
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-map_ahead = prefetch
 
 
 def iter_crops(
@@ -94,11 +91,11 @@ def iter_crops(
     batch_size: int,
     n_threads: int,
     with_keys: bool = False,
-    in_turns: bool = False,
+    alternate: bool = False,
 ) -> Generator[Crop, None, None]:
     """Yield the crops at the given positions of a source, prefetched by threads.
 
-    `with_keys` sets `Crop.key` and `Crop.file`. With `in_turns` no image is decoded
+    `with_keys` sets `Crop.key` and `Crop.file`. With `alternate` no image is decoded
     while the crops are used, which is faster on shared cores. `ImageReadError` is
     raised for the first image, in the order of the positions, that cannot be read.
     """
@@ -114,11 +111,11 @@ def iter_crops(
             crop, key = preprocessing.crop(decoded), content_key(decoded)
             return Crop(position, crop, key, after if before == after else None)
 
-    if in_turns:
+    if alternate:
         n_in_flight = images_per_turn(preprocessing.crop_size, batch_size, n_threads)
     else:
         n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
-    return prefetch(read, positions, n_threads, n_in_flight, in_turns)
+    return prefetch(read, positions, n_threads, n_in_flight, alternate)
 
 
 def images_per_turn(crop_size: int, batch_size: int, n_threads: int) -> int:

@@ -59,6 +59,8 @@ class Preprocessing:
     Preprocessing(crop_size=112, resize_size=128, interpolation='bilinear', ...)
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     crop_size: int
     resize_size: int | None = None
     interpolation: str = "bilinear"
@@ -187,9 +189,6 @@ def normalize(batch: Any, mean: Any, std: Any) -> Any:
     # Not a Python number: a GPU would multiply by 1 / 255, which rounds differently.
     white = mean.new_full((), 255)
     return batch.float().div_(white).sub_(mean).div_(std)
-
-
-normalise = normalize
 
 
 def as_float(pixels: Pixels) -> NDArray[np.float32]:

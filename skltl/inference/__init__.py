@@ -25,11 +25,6 @@ from skltl.inference._state import (
 )
 from skltl.inference._torch import InFlight, n_in_flight
 
-# The names that callers used before.
-Recipe = ExtractionConfig
-UnderWay = InFlight
-n_under_way = n_in_flight
-
 __all__ = [
     "ENGINES",
     "FORMAT",
@@ -37,9 +32,7 @@ __all__ = [
     "ExtractionConfig",
     "FrozenPrefix",
     "InFlight",
-    "Recipe",
     "Runner",
-    "UnderWay",
     "as_tensor",
     "can_pool",
     "can_run",
@@ -51,7 +44,6 @@ __all__ = [
     "load_with_head",
     "n_in_flight",
     "n_pooled",
-    "n_under_way",
     "pool",
     "prefix_from_state",
     "prefix_state",

@@ -34,7 +34,7 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How images are turned into features.
+    """Configuration of the extraction of features from images.
 
     Features are taken after each of `blocks`, side by side; `network` extends at least
     to the last of them. `decode` changes the images, not what is computed from them,
@@ -75,7 +75,7 @@ class ExtractionConfig:
 
         The pixels are resized and cropped, in uint8 or float32.
         """
-        mains = tuple(skeleton(self.backbone).cut_points.values())
+        mains = tuple(skeleton(self.backbone).layers.values())
         runner = self.network.runner(
             self.device, self.dtype, self.blocks, self.engine, mains
         )
@@ -133,7 +133,7 @@ def recorded_blocks(
 
 def describe(config: ExtractionConfig, block: str) -> str:
     """Describe the features of a block for people, as JSON."""
-    mains = skeleton(config.backbone).cut_points
+    mains = skeleton(config.backbone).layers
     names = {main_block: name for name, main_block in mains.items()}
     digests = prefix_digests(config.backbone, config.network.blocks)
     preprocessing = config.preprocessing
@@ -196,7 +196,7 @@ def _splits(config: ExtractionConfig, block: str) -> list[str]:
     """
     blocks = config.network.blocks
     before = list(blocks)[: list(blocks).index(block)]
-    mains = set(skeleton(config.backbone).cut_points.values())
+    mains = set(skeleton(config.backbone).layers.values())
     return [
         one
         for one in before

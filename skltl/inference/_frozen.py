@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from skltl._locks import Lock
 from skltl._random import fresh_seed
 from skltl.exceptions import WeightsError
-from skltl.images import file_identity, normalise
+from skltl.images import file_identity, normalize
 from skltl.inference._openvino import OpenVINOEngine
 from skltl.inference._torch import compile_segment, run_segments, to_device
 from skltl.networks import (
@@ -152,7 +152,7 @@ class Runner:
         ):
             # A view: in memory, images have their channels last.
             batch = to_device(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
-            batch = normalise(batch, mean, std)
+            batch = normalize(batch, mean, std)
             batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
             features = self._engine(batch, pooling)
             return torch.cat([features[name] for name in self._wanted], dim=1)
@@ -309,8 +309,8 @@ def _load_whole(
         check_finite({**network.blocks, **network.head}, weights)
     if not network.head:
         raise WeightsError(
-            f"{backbone.name!r} with these weights has no classification head. Its "
-            "features can be used all the same: see CNNFeatureTransformer."
+            f"{backbone.name!r} with these weights has no head, which classification "
+            "needs. CNNFeatureTransformer extracts its features without one."
         )
     head = nn.Sequential(*network.head.values())
     # The modules that a backbone owns are never run: a layer may modify itself.

@@ -9,13 +9,14 @@ from skltl.networks._backbone import (
     has_hooks,
     is_module,
     load_state,
+    own_backbone,
     state_of,
     truncate,
 )
 from skltl.networks._identity import is_known_code, prefix_digests, structure, versions
 from skltl.networks._layers import (
-    CutPoint,
     Layer,
+    ResolvedLayer,
     block_shapes,
     build_skeleton,
     forget_networks,
@@ -45,10 +46,10 @@ from skltl.networks._weights import (
 __all__ = [
     "TORCH_FILE_ERRORS",
     "Backbone",
-    "CutPoint",
     "Layer",
     "Network",
     "PretrainedWeights",
+    "ResolvedLayer",
     "block_shapes",
     "build_skeleton",
     "check_finite",
@@ -67,6 +68,7 @@ __all__ = [
     "load_network",
     "load_state",
     "nearest",
+    "own_backbone",
     "prefix_digests",
     "random_network",
     "reached_main_blocks",

@@ -31,7 +31,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the children of a module, each as often as it is used.
+    """Return the children of a module, with repetitions.
 
     ``named_children`` skips repetitions, such as the second use of a shared ReLU.
     """
@@ -98,13 +98,13 @@ def freeze(modules: Mapping[str, nn.Module]) -> None:
 class Network:
     """The blocks of a network, in the order of the forward pass, and its head.
 
-    `blocks` and `head` are named by module paths. `cut_points` maps the name of each
+    `blocks` and `head` are named by module paths. `layers` maps the name of each
     main layer to the block that computes it, `aliases` further names to main layers.
     """
 
     blocks: Mapping[str, nn.Module]
     head: Mapping[str, nn.Module]
-    cut_points: Mapping[str, str]
+    layers: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def logits(self, batch: Tensor) -> Tensor:
@@ -249,22 +249,7 @@ class Backbone:
         ends = {block: last_block(expanded, block) for block in own}
         head_modules = {} if own_head is None else expand({"head": own_head})
         network = Network(expanded, head_modules, ends)
-        return cls.from_network(name, network, preprocessing)
-
-    @classmethod
-    def from_network(
-        cls, name: str, network: Network, preprocessing: Preprocessing
-    ) -> Backbone:
-        """Make a backbone that owns a network, with its present weights only.
-
-        The network is frozen and moved to the CPU and to float32, in place.
-        """
-        modules = {**network.blocks, **network.head}
-        for module in modules.values():
-            module.cpu().float()
-        freeze(modules)
-        own = PretrainedWeights("own", None, preprocessing)
-        return cls(name, OwnNetwork(network), preprocessing, weights=(own,))
+        return own_backbone(name, network, preprocessing)
 
     @property
     def own_network(self) -> Network | None:
@@ -286,9 +271,26 @@ class Backbone:
         return f"Backbone({self.name!r})"
 
 
+# The path in saved files. Not in the class, where dataclasses would look up `InitVar`.
+Backbone.__module__ = "skltl"
+
+
+def own_backbone(name: str, network: Network, preprocessing: Preprocessing) -> Backbone:
+    """Return a backbone that owns a network, with its present weights only.
+
+    The network is frozen and moved to the CPU and to float32, in place.
+    """
+    modules = {**network.blocks, **network.head}
+    for module in modules.values():
+        module.cpu().float()
+    freeze(modules)
+    own = PretrainedWeights("own", None, preprocessing)
+    return Backbone(name, OwnNetwork(network), preprocessing, weights=(own,))
+
+
 @dataclass(frozen=True)
 class OwnNetwork:
-    """Builder of copies of a network, for `Backbone.from_network`."""
+    """Builder of copies of a network, for `own_backbone`."""
 
     network: Network
 

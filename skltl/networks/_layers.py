@@ -61,7 +61,7 @@ class Layer(NamedTuple):
     n_features: int
 
 
-class CutPoint(NamedTuple):
+class ResolvedLayer(NamedTuple):
     """A resolved `layer`: its name in feature names, and the block that computes it."""
 
     name: str
@@ -124,20 +124,20 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
             strides.get(block),
             math.prod(shapes[block]),
         )
-        for name, block in network.cut_points.items()
+        for name, block in network.layers.items()
     ]
 
 
-def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
+def resolve_layer(backbone: Backbone, layer: str | int) -> ResolvedLayer:
     """Return the layer given by a name, an alias, a torch path or an index.
 
     ``"last"`` is the last main layer with a feature map.
     """
     network = skeleton(backbone)
-    mains = list(network.cut_points)
+    mains = list(network.layers)
     if layer == "last":
         shapes = block_shapes(backbone, backbone.preprocessing.crop_size)
-        spatial = [name for name in mains if len(shapes[network.cut_points[name]]) == 3]
+        spatial = [name for name in mains if len(shapes[network.layers[name]]) == 3]
         layer = (spatial or mains)[-1]
     if isinstance(layer, str):
         return _named_layer(backbone, network, layer)
@@ -146,18 +146,18 @@ def resolve_layer(backbone: Backbone, layer: str | int) -> CutPoint:
             f"layer={layer}, but {backbone.name!r} has {len(mains)} main layers: "
             f"{', '.join(mains)}."
         )
-    return CutPoint(mains[layer], network.cut_points[mains[layer]])
+    return ResolvedLayer(mains[layer], network.layers[mains[layer]])
 
 
-def _named_layer(backbone: Backbone, network: Network, layer: str) -> CutPoint:
+def _named_layer(backbone: Backbone, network: Network, layer: str) -> ResolvedLayer:
     """Return the layer given by a name, an alias or a torch path."""
     name = network.aliases.get(layer, layer)
-    if name in network.cut_points:
-        return CutPoint(name, network.cut_points[name])
+    if name in network.layers:
+        return ResolvedLayer(name, network.layers[name])
     try:
-        return CutPoint(name, last_block(network.blocks, name))
+        return ResolvedLayer(name, last_block(network.blocks, name))
     except KeyError:
-        mains = list(network.cut_points)
+        mains = list(network.layers)
         known = [*mains, *network.aliases, *network.blocks]
         hint = did_you_mean(layer, mains) or did_you_mean(layer, known)
         raise UnknownLayerError(
@@ -224,7 +224,7 @@ def block_shapes(
 def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
     """Return the blocks of the main layers before which images do not vanish."""
     reached = []
-    for block in skeleton(backbone).cut_points.values():
+    for block in skeleton(backbone).layers.values():
         try:
             block_shapes(backbone, size, (block,))
         except ValueError:

@@ -14,11 +14,19 @@ from scipy.special import logsumexp, softmax
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._parameters import DTYPES, resolve_device, resolve_threads
+from skltl._estimator import read_images_of
+from skltl._parameters import (
+    DTYPES,
+    name_of_dtype,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from skltl._random import draw_seed
 from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
-from skltl.finetuning import NetworkClassifier, encode_labels, example_weights
+from skltl.features import NetworkClassifier
+from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
     ENGINES,
     head_from_state,
@@ -28,7 +36,7 @@ from skltl.inference import (
 )
 from skltl.networks import (
     Backbone,
-    CutPoint,
+    ResolvedLayer,
     imagenet_names,
     nearest,
     resolve_network,
@@ -45,8 +53,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        Name of a backbone (see :func:`~skltl.list_backbones`), or a `Backbone` with a
-        head.
+        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
     weights : str, path or None, default="imagenet"
         Pretrained weights, as for `CNNFeatureTransformer`. The categories of a file
         are named after those of the default weights if there are as many of them.
@@ -57,28 +64,31 @@ class PretrainedCNNClassifier(NetworkClassifier):
         ``"learn"`` estimates the assignment from labeled images [1]_. ``None`` keeps
         the categories as classes.
     image_size : int, default=None
-        Height and width of the network's input in pixels, as for
-        `CNNFeatureTransformer`.
+        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
+        the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
-        Shape of the image in each row of an array ``X`` of shape (n, d), as for
-        `CNNFeatureTransformer`.
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
+        -1)``.
     batch_size : int or "auto", default="auto"
         Number of images per forward pass, as for `CNNFeatureTransformer`.
     device : str, default="auto"
-        Device that runs the network, as for `CNNFeatureTransformer`.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
+        is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Data type of the network's computations. Its last layer with parameters
         computes in float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        Engine that runs the network, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
-        Decoding of JPEG files, as for `CNNFeatureTransformer`.
+        See `CNNFeatureTransformer`.
     n_jobs : int, default=None
-        Number of decoding threads, as for `CNNFeatureTransformer`.
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
     random_state : int, RandomState instance or None, default=None
         Seed of random weights, with ``weights=None``.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
@@ -88,16 +98,15 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Names of the network's categories in the order of its logits; their indices if
         the names are unknown.
     class_map_ : array of shape (n_categories, n_classes), or None
-        Weight with which the probability of each category counts for each class, in
-        [0, 1].
+        Share of each category's probability that is assigned to each class, in [0, 1].
     backbone_ : Backbone
         The backbone.
     network_ : FrozenPrefix
         Network up to its last layer with parameters.
     head_ : Module
         Remaining layers, which return the logits of the categories.
-    cut_points_ : list of CutPoint
-        The one layer at which the head begins.
+    layers_ : list of ResolvedLayer
+        Layer at which the head begins, in a list of one.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
     precision_ : {"float32", "bfloat16"}
@@ -125,6 +134,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
     >>> classifier.predict_top_k(images, k=3).shape
     (2, 3)
     """
+
+    __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
@@ -202,7 +213,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
             If `class_map` does not match the network's categories.
         """
         fitted = clone(self)  # if it fails, the previous fit remains
-        source = fitted._read_images(X, y, reset=True)
+        source = read_images_of(fitted, X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         learns_map = self.class_map == "learn"
@@ -210,13 +221,13 @@ class PretrainedCNNClassifier(NetworkClassifier):
             classes, targets = encode_labels(y, len(source))
             weights = example_weights(sample_weight, None, classes, targets)
         fitted._load_network(draw_seed(self.random_state))
-        fitted.precision_ = fitted._fitted_precision(device)
+        fitted.precision_ = name_of_dtype(resolve_precision(fitted.precision, device))
         fitted.engine_ = resolve_engine(self.engine, device, fitted.network_.blocks)
         if learns_map:
             proba = softmax(fitted._category_logits(X), axis=1)
             fitted.classes_ = classes
             fitted.class_map_ = _learn_class_map(proba, targets, weights, len(classes))
-        self._read_images(X, reset=True)
+        read_images_of(self, X, reset=True)
         self.__dict__.update(
             {name: value for name, value in vars(fitted).items() if name.endswith("_")}
         )
@@ -262,7 +273,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.backbone_ = backbone
         self.preprocessing_ = preprocessing
         block = list(self.network_.blocks)[-1]
-        self.cut_points_ = [CutPoint(block, block)]
+        self.layers_ = [ResolvedLayer(block, block)]
         with torch.inference_mode():
             shape = (1, *self._map_shape())
             zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -1,12 +1,9 @@
-"""Which strategy to use: what to train, and where to truncate."""
+"""Data-driven selection of a transfer learning strategy."""
 
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._rules import (
-    LARGE_N_IMAGES,
-    LARGE_N_PER_CLASS,
-    LEAD_THAT_COUNTS,
+    MIN_LEAD,
     Strategy,
-    build_strategy,
     recommend_strategy,
     relative_size,
     similarity_of,
@@ -14,13 +11,10 @@ from skltl.strategy._rules import (
 from skltl.strategy._transfer import TransferClassifier
 
 __all__ = [
-    "LARGE_N_IMAGES",
-    "LARGE_N_PER_CLASS",
-    "LEAD_THAT_COUNTS",
+    "MIN_LEAD",
     "Strategy",
     "StrategyAdvisor",
     "TransferClassifier",
-    "build_strategy",
     "recommend_strategy",
     "relative_size",
     "similarity_of",

@@ -1,141 +1,109 @@
-"""Rules: which strategy to use, by size of the data and domain similarity."""
+"""Rules: the recommended strategy by data set size and domain similarity."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from os import PathLike, fspath
 from typing import Any
 
-from sklearn.base import clone
+from sklearn.base import MetaEstimatorMixin, clone
 from sklearn.pipeline import Pipeline
 
-from skltl._estimator import LEFT_OUT_OF_FILES
+from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
+from skltl._random import draw_seed
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNNClassifier
-from skltl.networks import Backbone, block_shapes, get_backbone, resolve_layer, skeleton
-from skltl.pretrained import PretrainedCNNClassifier
+from skltl.networks import (
+    Backbone,
+    block_shapes,
+    get_backbone,
+    resolve_layer,
+    resolve_weights,
+    skeleton,
+)
+from skltl.pretrained import PretrainedCNNClassifier, map_by_names
 
-# A longer value, such as a map of a thousand classes, is not printed.
-MOST_CHARACTERS = 200
+STRATEGIES = (
+    "as_is",
+    "extract",
+    "extract_early",
+    "finetune",
+    "finetune_top",
+    "scratch",
+)
+SIMILARITIES = ("contained", "similar", "different")
 
-
-def code_of(estimator: Any) -> str:
-    """Return code that makes an estimator: one of skltl's, or its feature pipeline."""
-    if not isinstance(estimator, Pipeline):
-        return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
-    backbone, *others = _arguments(estimator[0])
-    classifier = repr(estimator.steps[-1][0])
-    return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
-
-
-def _arguments(estimator: Any) -> list[str]:
-    """Return the backbone and the parameters that are not at their defaults."""
-    parameters = inspect.signature(type(estimator)).parameters
-    changed = [
-        f"{name}={_shown(value)}"
-        for name, value in estimator.get_params(deep=False).items()
-        if name != "backbone" and repr(value) != repr(parameters[name].default)
-    ]
-    return [_shown(estimator.backbone), *changed]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MOST_CHARACTERS else "..."
-
-
-# Below either of them a data set counts as small: there is too little to change a
-# network by. With 16 images of each of 17 flowers fine-tuning gained nothing over a
-# linear classifier, with 100 of each of 10 digits it did (see the user guide).
+# A data set below either of them is small: fine-tuning would overfit. With 16 images of
+# each of 17 flowers fine-tuning gained nothing over a linear classifier, with 100 of
+# each of 10 digits it did (see the user guide).
 LARGE_N_IMAGES = 1_000
 LARGE_N_PER_CLASS = 50
 
-# From here on, images that are unlike those of the pretraining may be learned from
-# scratch: that is as good from COCO's 118,000 images on [He2019]_.
+# From here on, training from scratch is an alternative for data that differ from the
+# pretraining data: it is as good from COCO's 118,000 images on [He2019]_.
 VERY_LARGE_N_IMAGES = 100_000
 
-# By how much accuracy an earlier layer must be ahead of the last one to be chosen.
-LEAD_THAT_COUNTS = 0.01
-
-SIMILARITIES = ("contained", "similar", "different")
+# Accuracy by which an earlier layer must be better than the last one to be chosen.
+MIN_LEAD = 0.01
 
 # A training step costs as much as three forward passes: one forward, two backward.
 PASSES_PER_EPOCH = 3.0
 
-# Epochs from scratch: what torchvision's reference recipe for ImageNet takes.
+# Epochs from scratch: those of torchvision's reference training for ImageNet.
 SCRATCH_EPOCHS = 90
+
+# A longer value, such as a class map with a thousand classes, is not printed.
+MAX_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way of transfer, why it is taken, and the estimator that takes it.
+    """A transfer learning strategy, the reasons for it and its estimator.
 
     Parameters
     ----------
     name : {"as_is", "extract", "extract_early", "finetune", "finetune_top", "scratch"}
-        Which way.
+        Name of the strategy.
     reasons : tuple of str
-        Sentences that say why.
+        Sentences that explain the recommendation.
     estimator : estimator
-        Configured, not fitted.
-    n_passes : float
-        What its fit costs, in forward passes of the whole network over the data.
+        Configured estimator, not fitted.
 
     Examples
     --------
-    >>> from skltl import recommend_strategy
-    >>> strategy = recommend_strategy(5000, 10, "similar", backbone="tiny")
-    >>> strategy
-    Strategy(name='finetune', reasons=(...), n_passes=31.0)
+    >>> from skltl import CNNFeatureTransformer, recommend_strategy
+    >>> transformer = CNNFeatureTransformer("tiny")
+    >>> strategy = recommend_strategy(5000, 10, "similar", transformer=transformer)
+    >>> strategy.name, strategy.n_passes
+    ('finetune', 31.0)
     >>> print(strategy.code)
     FineTunedCNNClassifier('tiny')
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     name: str
     reasons: tuple[str, ...]
     estimator: Any = field(repr=False)
-    n_passes: float
 
     @property
     def code(self) -> str:
-        """The estimator as code to run, with the parameters that are no defaults."""
+        """Code that builds the estimator, without parameters at their defaults."""
         return code_of(self.estimator)
 
-
-def portable(strategy: Strategy) -> Strategy:
-    """Return a strategy for a file: one that is loaded writes no features anywhere."""
-    estimator = clone(strategy.estimator)
-    reader = estimator[0] if isinstance(estimator, Pipeline) else estimator
-    known = reader.get_params()
-    unset = LEFT_OUT_OF_FILES
-    reader.set_params(**{name: unset[name] for name in unset if name in known})
-    return replace(strategy, estimator=estimator)
-
-
-def relative_size(n_images: int, n_smallest: int) -> float:
-    """Return the size of a data set in units of where large ones begin.
-
-    Parameters
-    ----------
-    n_images : int
-        Labelled images.
-    n_smallest : int
-        Images of the smallest class.
-
-    Returns
-    -------
-    float
-        At least 1 for a large data set, below 1 for a small one.
-    """
-    return min(n_images / LARGE_N_IMAGES, n_smallest / LARGE_N_PER_CLASS)
-
-
-def similarity_of(lead: float) -> str:
-    """Return ``"different"`` if the best earlier layer is ahead by enough accuracy."""
-    return "different" if lead >= LEAD_THAT_COUNTS else "similar"
+    @property
+    def n_passes(self) -> float:
+        """Cost of a fit, in forward passes of the whole network over the data."""
+        estimator = self.estimator
+        if isinstance(estimator, PretrainedCNNClassifier):
+            return 1.0 if estimator.class_map == "learn" else 0.0
+        if isinstance(estimator, FineTunedCNNClassifier):
+            n_for_head = 1 if estimator.head_epochs else 0
+            return n_for_head + PASSES_PER_EPOCH * estimator.finetune_epochs
+        return 1.0
 
 
 def recommend_strategy(
@@ -143,56 +111,58 @@ def recommend_strategy(
     n_classes: int,
     similarity: str,
     *,
-    backbone: str | Backbone = "resnet50",
-    layer: str | None = None,
+    transformer: CNNFeatureTransformer | None = None,
     n_smallest: int | None = None,
     class_map: dict[Any, Any] | None = None,
-    **parameters: Any,
 ) -> Strategy:
-    """Recommend a way of transfer, by the size of the data and their likeness.
+    """Recommend a strategy by data set size and domain similarity.
 
     Parameters
     ----------
     n_images : int
-        Labelled images that there are.
+        Number of labeled images.
     n_classes : int
-        Classes that are to be told apart.
+        Number of classes.
     similarity : {"contained", "similar", "different"}
-        The classes are among the categories of the network; the images are like those
-        that it was trained on; or they are not. `StrategyAdvisor` measures this.
-    backbone : str or Backbone, default="resnet50"
-        The network.
-    layer : str, default=None
-        Where to cut if not at the end; ``None`` is the main cut point at about two
-        thirds of the depth.
+        Similarity to the pretraining data: the classes are among the categories of the
+        pretrained classifier, the images are similar to the pretraining data, or
+        neither of them. `StrategyAdvisor` estimates it.
+    transformer : CNNFeatureTransformer, default=None
+        Transformer whose parameters configure the recommended estimator: backbone,
+        weights, preprocessing, device and so on. A `layer` other than ``"last"`` is
+        where ``"extract_early"`` and ``"finetune_top"`` truncate the network; with
+        ``"last"``, they truncate it at about two thirds of its depth. ``None`` is
+        ``CNNFeatureTransformer()``.
     n_smallest : int, default=None
-        Images of the smallest class; ``None`` takes all classes for equal.
+        Number of images in the smallest class; ``None`` assumes balanced classes.
     class_map : dict, default=None
-        For ``"contained"``: which categories the classes are; ``None`` is to be learned
-        from images.
-    **parameters
-        Further parameters of the estimator, such as `weights` and `image_shape`. The
-        pretrained classifier leaves out those of training.
+        Class map of the pretrained classifier, for ``"contained"``; ``None`` learns it
+        from the images.
 
     Returns
     -------
     Strategy
-        The way, the reasons, and the estimator.
+        Name, reasons and estimator.
 
     Raises
     ------
+    TypeError
+        If `transformer` is not a `CNNFeatureTransformer`.
     ValueError
-        If a number is no positive integer, or `similarity` is another word.
+        If a number is not a positive integer, or `similarity` is not one of the above.
 
     Notes
     -----
-    Small and similar: a linear classifier on the last cut. Small and different: a
-    linear support vector machine on an earlier one. Large and similar: all layers are
-    fine-tuned, after the head. Large and different: fine-tuning with the top left out,
-    or, from 100,000 images on, training from scratch [He2019]_. These are the rules
-    of [CS231n]_; Yosinski et al. [Yosinski2014]_ measured what is behind them: the more
-    two tasks differ, the less is gained from late layers. Small means less than 1,000
-    images or less than 50 of a class.
+    A data set is small if it has less than 1,000 images or less than 50 in a class.
+
+    - Small and similar: a linear classifier on the features of the last layer.
+    - Small and different: a linear classifier on the features of an earlier layer.
+    - Large and similar: all layers are fine-tuned, after the head.
+    - Large and different: the last layers are removed and the others fine-tuned; from
+      100,000 images on, the network is trained from scratch [He2019]_.
+
+    These are the rules of [CS231n]_. Yosinski et al. [Yosinski2014]_ measured that the
+    features of late layers transfer the less, the more the two tasks differ.
 
     References
     ----------
@@ -204,20 +174,22 @@ def recommend_strategy(
 
     Examples
     --------
-    >>> from skltl import recommend_strategy
-    >>> strategy = recommend_strategy(300, 5, "similar", backbone="tiny")
+    >>> from skltl import CNNFeatureTransformer, recommend_strategy
+    >>> transformer = CNNFeatureTransformer("tiny")
+    >>> strategy = recommend_strategy(300, 5, "similar", transformer=transformer)
     >>> strategy.name
     'extract'
     >>> print(strategy.reasons[0])
-    300 images, 60 of the smallest class, are few: a network would learn them ...
+    300 images, 60 in the smallest class, are few: fine-tuning would overfit.
     """
-    numbers: dict[str, Any] = {"n_images": n_images, "n_classes": n_classes}
+    check_transformer(transformer, "recommend_strategy")
+    counts: dict[str, Any] = {"n_images": n_images, "n_classes": n_classes}
     if n_smallest is not None:
-        numbers["n_smallest"] = n_smallest
-    for name, number in numbers.items():
-        is_count = not isinstance(number, bool) and isinstance(number, Integral)
-        if not is_count or number < 1:
-            got = shorten(repr(number))
+        counts["n_smallest"] = n_smallest
+    for name, count in counts.items():
+        is_count = not isinstance(count, bool) and isinstance(count, Integral)
+        if not is_count or count < 1:
+            got = shorten(repr(count))
             raise ValueError(f"{name} must be a positive integer, got {got}.")
     if similarity not in SIMILARITIES:
         raise ValueError(
@@ -227,185 +199,242 @@ def recommend_strategy(
     if n_smallest is None:
         n_smallest = n_images // n_classes
     name, reasons = _choose(n_images, n_smallest, similarity)
-    return build_strategy(
-        name,
-        reasons,
-        backbone=backbone,
-        layer=layer,
-        class_map=class_map,
-        **parameters,
-    )
-
-
-def build_strategy(
-    name: str,
-    reasons: tuple[str, ...] = (),
-    *,
-    backbone: str | Backbone = "resnet50",
-    layer: str | None = None,
-    class_map: dict[Any, Any] | None = None,
-    **parameters: Any,
-) -> Strategy:
-    """Configure the estimator of a way of transfer.
-
-    Parameters
-    ----------
-    name : str
-        Which way; see `Strategy`.
-    reasons : tuple of str, default=()
-        Why.
-    backbone, layer, class_map, **parameters
-        See `recommend_strategy`.
-
-    Returns
-    -------
-    Strategy
-        With its estimator and its costs.
-    """
-    if layer is not None:
-        resolve_layer(get_backbone(backbone), layer)  # is there such a layer
-    if name == "as_is":
-        parameters = {
-            key: one for key, one in parameters.items() if key not in TRAINING_ONLY
-        }
-        parameters["class_map"] = class_map or "learn"
-    early = layer or _early_layer(backbone)
-    estimator = STRATEGIES[name](backbone, early, parameters)
-    return Strategy(name, reasons, estimator, _count_passes(estimator))
+    if transformer is None:
+        transformer = CNNFeatureTransformer()
+    return build_strategy(name, reasons, transformer, class_map)
 
 
 def _choose(
     n_images: int, n_smallest: int, similarity: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the name of a box, and why it is that one."""
-    is_large = relative_size(n_images, n_smallest) >= 1
-    have = f"{n_images:,} images, {n_smallest:,} of the smallest class,"
+    """Return the name of the recommended strategy and the reasons for it."""
     if similarity == "contained":
         return "as_is", (
-            "The classes are among the categories that the network knows.",
-            "It needs no training to tell them apart.",
+            "All classes are among the categories of the pretrained classifier.",
+            "It classifies the images without training.",
         )
-    if not is_large:
-        few = f"{have} are few: a network would learn them by heart."
-        if similarity == "similar":
-            return "extract", (
-                few,
-                "They are like those the network knows, so its last features, the most "
-                "special ones, are the best to classify by.",
-            )
-        return "extract_early", (
+    is_large = relative_size(n_images, n_smallest) >= 1
+    size = f"{n_images:,} images, {n_smallest:,} in the smallest class,"
+    few = f"{size} are few: fine-tuning would overfit."
+    many = f"{size} are enough to fine-tune the network."
+    if similarity == "similar" and not is_large:
+        return "extract", (
             few,
-            "They are unlike those the network knows, so its last features are too "
-            "special: earlier ones are more general.",
+            "They are similar to the pretraining data: the features of the last layer, "
+            "the most specific ones, transfer best.",
         )
-    many = f"{have} are enough to fine-tune a network."
     if similarity == "similar":
         return "finetune", (
             many,
-            "They are like those the network knows, so all its layers are a good "
-            "beginning.",
+            "They are similar to the pretraining data: the pretrained weights are a "
+            "good initialization of all layers.",
         )
-    if n_images >= VERY_LARGE_N_IMAGES:
-        return "scratch", (
-            f"{have} are enough to train a network from scratch.",
-            "They are unlike those the network knows, so there is little to transfer.",
+    if not is_large:
+        return "extract_early", (
+            few,
+            "They differ from the pretraining data: the features of the last layer are "
+            "too specific, those of earlier layers are more general.",
         )
-    return "finetune_top", (
-        many,
-        "They are unlike those the network knows, so its last layers are left out, and "
-        "all before them learn.",
+    if n_images < VERY_LARGE_N_IMAGES:
+        return "finetune_top", (
+            many,
+            "They differ from the pretraining data: the last layers are too specific "
+            "and are removed, all others are fine-tuned.",
+        )
+    return "scratch", (
+        f"{size} are enough to train the network from scratch.",
+        "They differ from the pretraining data: there is little to transfer.",
     )
 
 
-def map_layers(backbone: str | Backbone, image_size: int | None = None) -> list[str]:
-    """Return the main cut points that give a feature map, from the image on.
+def relative_size(n_images: int, n_smallest: int) -> float:
+    """Return the size of a data set; it is large from 1 on."""
+    return min(n_images / LARGE_N_IMAGES, n_smallest / LARGE_N_PER_CLASS)
 
-    Parameters
-    ----------
-    backbone : str or Backbone
-        The network.
-    image_size : int, default=None
-        Height and width of what it sees; ``None`` is the usual size.
 
-    Returns
-    -------
-    list of str
-        Their names. Where the map ends, as in fully connected layers, is decided by the
-        shape: a map of one pixel, behind adaptive pooling, is one, too.
+def similarity_of(lead: float) -> str:
+    """Return the domain similarity, from the lead of the best earlier layer."""
+    return "different" if lead >= MIN_LEAD else "similar"
 
-    Raises
-    ------
-    ValueError
-        If images of this size cannot cross the network.
+
+def build_strategy(
+    name: str,
+    reasons: tuple[str, ...],
+    transformer: CNNFeatureTransformer,
+    class_map: dict[Any, Any] | None = None,
+) -> Strategy:
+    """Configure the estimator of a strategy with the parameters of a transformer."""
+    early = find_early_layer(transformer)
+    estimator: Any
+    match name:
+        case "as_is":
+            estimator = PretrainedCNNClassifier(class_map=class_map or "learn")
+        case "extract":
+            estimator = _feature_pipeline(transformer, "softmax", layer="last")
+        case "extract_early":
+            estimator = _feature_pipeline(transformer, "svm", layer=early)
+        case "finetune":
+            estimator = FineTunedCNNClassifier()
+        case "finetune_top":
+            estimator = FineTunedCNNClassifier(layer=early)
+        case _:
+            estimator = FineTunedCNNClassifier(
+                head_init="random",
+                head_epochs=0,
+                finetune_epochs=SCRATCH_EPOCHS,
+                head_lr=0.1,
+                backbone_lr=0.1,
+            )
+    if not isinstance(estimator, Pipeline):
+        estimator.set_params(**shared_parameters(transformer, estimator))
+    if name == "scratch":
+        estimator.set_params(weights=None)
+    return Strategy(name, reasons, estimator)
+
+
+def _feature_pipeline(
+    transformer: CNNFeatureTransformer, classifier: str, layer: str | int
+) -> Pipeline:
+    """Build a pipeline of the transformer, at a layer, and a linear classifier."""
+    pipeline = make_feature_pipeline(
+        classifier=classifier, random_state=transformer.random_state
+    )
+    return pipeline.set_params(feat=clone(transformer).set_params(layer=layer))
+
+
+def shared_parameters(
+    transformer: CNNFeatureTransformer, estimator: Any
+) -> dict[str, Any]:
+    """Return the parameters of a transformer that another estimator has, too."""
+    known = estimator.get_params(deep=False).keys() - {"layer"}
+    if isinstance(estimator, FineTunedCNNClassifier):
+        known -= {"batch_size"}  # there it is that of training
+    values = transformer.get_params(deep=False)
+    return {name: value for name, value in values.items() if name in known}
+
+
+def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
+    """Return the layer of a transformer, or the one at two thirds of the depth."""
+    backbone = get_backbone(transformer.backbone)
+    layer: Any = transformer.layer
+    if isinstance(layer, (list, tuple)):
+        raise ValueError(
+            "A strategy needs a transformer with a single layer; got "
+            f"layer={shorten(repr(layer))}."
+        )
+    if layer == "last":
+        names = feature_map_layers(backbone) or list(skeleton(backbone).layers)
+        return names[round((len(names) - 1) * 2 / 3)]
+    resolve_layer(backbone, layer)  # raises if there is no such layer
+    return layer
+
+
+def feature_map_layers(
+    backbone: str | Backbone, image_size: int | None = None
+) -> list[str]:
+    """Return the main layers that output a feature map, from the input on.
+
+    Shapes decide, not strides: the output of adaptive pooling is a feature map, too.
     """
-    record = get_backbone(backbone)
-    shapes = block_shapes(record, image_size or record.preprocessing.crop_size)
-    cut_points = skeleton(record).cut_points
-    return [name for name, block in cut_points.items() if len(shapes[block]) == 3]
+    resolved = get_backbone(backbone)
+    shapes = block_shapes(resolved, image_size or resolved.preprocessing.crop_size)
+    layers = skeleton(resolved).layers
+    return [name for name, block in layers.items() if len(shapes[block]) == 3]
 
 
-def _early_layer(backbone: str | Backbone) -> str:
-    """Return the main cut point with a feature map at about two thirds of the depth."""
-    names = map_layers(backbone) or list(skeleton(get_backbone(backbone)).cut_points)
-    return names[round((len(names) - 1) * 2 / 3)]
+def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
+    """Return the category of each class, or None if a class is not a category."""
+    backbone = get_backbone(transformer.backbone)
+    weights = resolve_weights(backbone, transformer.weights)
+    if weights is None:
+        return None
+    return map_by_names(classes, weights.categories or backbone.weights[0].categories)
 
 
-def _count_passes(estimator: Any) -> float:
-    """Return what a fit costs, in forward passes of the whole network."""
-    if isinstance(estimator, PretrainedCNNClassifier):
-        return 1.0 if estimator.class_map == "learn" else 0.0
-    if not isinstance(estimator, FineTunedCNNClassifier):
-        return 1.0
-    n_head = 1 if estimator.head_epochs else 0
-    return n_head + PASSES_PER_EPOCH * estimator.finetune_epochs
+def code_of(estimator: Any) -> str:
+    """Return code that builds an estimator of skltl or one of its pipelines."""
+    if not isinstance(estimator, Pipeline):
+        return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
+    backbone, *others = _arguments(estimator[0])
+    classifier = repr(estimator.steps[-1][0])
+    return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
 
 
-def _as_is(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    return PretrainedCNNClassifier(backbone, **parameters)
+def _arguments(estimator: Any) -> list[str]:
+    """Return the backbone and the parameters that are not at their defaults."""
+    parameters = inspect.signature(type(estimator)).parameters
+    changed = []
+    for name, value in estimator.get_params(deep=False).items():
+        text = repr(fspath(value) if isinstance(value, PathLike) else value)
+        if name != "backbone" and text != repr(parameters[name].default):
+            short = text if len(text) <= MAX_CHARACTERS else "..."
+            changed.append(f"{name}={short}")
+    return [repr(estimator.backbone), *changed]
 
 
-def _extract(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    return make_feature_pipeline(backbone, "softmax", **parameters)
+class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
+    """Base of the meta-estimators of a `CNNFeatureTransformer`."""
+
+    @property
+    def image_shape(self):
+        """The `image_shape` of the transformer."""
+        return getattr(self.transformer, "image_shape", None)
+
+    def _validate_params(self):
+        check_transformer(self.transformer, type(self).__name__)
+        super()._validate_params()
+        if self.transformer is not None:
+            self.transformer._validate_params()
+
+    def _make_transformer(self, seed=None):
+        """Return a clone of the transformer with a seed and the verbosity filled in."""
+        given = self.transformer
+        transformer = CNNFeatureTransformer() if given is None else clone(given)
+        # Classifiers are fitted on arrays: features are reused without column names.
+        transformer.set_output(transform="default")
+        own_seed = draw_seed(transformer.random_state)
+        return transformer.set_params(
+            random_state=seed if own_seed is None else own_seed,
+            verbose=transformer.verbose or self.verbose,
+        )
+
+    def __getstate__(self):
+        return _for_file(super().__getstate__())
+
+    def __setstate__(self, state):
+        super().__setstate__(_for_file(state))  # whoever wrote the file
 
 
-def _extract_early(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    return make_feature_pipeline(backbone, "svm", layer=layer, **parameters)
+def _for_file(state):
+    """Return a state that, once loaded, writes nowhere and prints nothing."""
+    if "strategy_" not in state:  # not fitted
+        return state
+    strategy, transformer = state["strategy_"], state["transformer"]
+    estimator = clone(strategy.estimator)
+    readers = [reader_of(estimator)]
+    if transformer is not None:
+        transformer = clone(transformer)
+        readers.append(transformer)
+    for reader in readers:
+        names = LEFT_OUT_OF_FILES.keys() & reader.get_params(deep=False).keys()
+        reader.set_params(**{name: LEFT_OUT_OF_FILES[name] for name in names})
+    strategy = replace(strategy, estimator=estimator)
+    return {**state, "strategy_": strategy, "transformer": transformer}
 
 
-def _finetune(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    return FineTunedCNNClassifier(backbone, **parameters)
+def reader_of(estimator: Any) -> Any:
+    """Return the part of a recommended estimator that reads images."""
+    return estimator[0] if isinstance(estimator, Pipeline) else estimator
 
 
-def _finetune_top(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    return FineTunedCNNClassifier(backbone, layer=layer, **parameters)
-
-
-def _scratch(backbone: Any, layer: str, parameters: dict[str, Any]) -> Any:
-    settings: dict[str, Any] = {
-        "head_epochs": 0,
-        "finetune_epochs": SCRATCH_EPOCHS,
-        "head_lr": 0.1,
-    }
-    settings |= {"backbone_lr": 0.1, "head_init": "random"}
-    return FineTunedCNNClassifier(
-        backbone, **{**settings, **parameters, "weights": None}
+def check_transformer(transformer: Any, owner: str) -> None:
+    """Raise a TypeError if a `transformer` parameter is something else."""
+    if transformer is None or isinstance(transformer, CNNFeatureTransformer):
+        return
+    got = shorten(repr(transformer))
+    is_backbone = isinstance(transformer, (str, Backbone))
+    raise TypeError(
+        f"The 'transformer' parameter of {owner} must be a CNNFeatureTransformer or "
+        f"None, got {got}."
+        + (f" Pass CNNFeatureTransformer({got})." if is_backbone else "")
     )
-
-
-# What `recommend_strategy` may be given for other ways than the pretrained classifier,
-# which trains nothing and keeps nothing.
-TRAINING_ONLY = (
-    FineTunedCNNClassifier().get_params().keys()
-    | CNNFeatureTransformer().get_params().keys()
-) - PretrainedCNNClassifier().get_params().keys()
-
-Build = Callable[[Any, str, dict[str, Any]], Any]
-
-STRATEGIES: dict[str, Build] = {
-    "as_is": _as_is,
-    "extract": _extract,
-    "extract_early": _extract_early,
-    "finetune": _finetune,
-    "finetune_top": _finetune_top,
-    "scratch": _scratch,
-}

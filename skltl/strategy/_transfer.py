@@ -1,37 +1,44 @@
-"""``TransferClassifier``: advice that is taken at once."""
+"""``TransferClassifier``: fit the recommended estimator."""
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral
-from os import PathLike
+from typing import Any
 
 import numpy as np
-from sklearn import config_context, get_config
+from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted, has_fit_parameter
+from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
-from skltl._parameters import DTYPES
+from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
-from skltl.inference import ENGINES
-from skltl.networks import Backbone, get_backbone, resolve_layer
-from skltl.strategy._advisor import StrategyAdvisor
-from skltl.strategy._measurement import (
-    SHARED_PARAMETERS,
-    label,
-    map_of_classes,
-    measure,
+from skltl._sklearn import Interval, StrOptions, fit_context
+from skltl.features import CNNFeatureTransformer
+from skltl.finetuning import FineTunedCNNClassifier
+from skltl.strategy._advisor import (
+    LabeledImages,
+    StrategyAdvisor,
+    fit_linear,
+    label_images,
 )
-from skltl.strategy._rules import STRATEGIES, build_strategy, portable
+from skltl.strategy._rules import (
+    STRATEGIES,
+    TransformerMetaEstimator,
+    build_strategy,
+    find_class_map,
+    reader_of,
+    shared_parameters,
+)
 
-# What `layer` has a meaning for.
-CUT_EARLY = ("auto", "extract_early", "finetune_top")
+# Strategies that may truncate the network earlier than at the last layer.
+TRUNCATING = ("auto", "extract_early", "finetune_top")
 
-# What may be set after `fit`.
-LATER_PARAMETERS = (
+# Parameters of the transformer that take effect after `fit`.
+RUNTIME_PARAMETERS = (
+    "batch_size",
     "device",
     "precision",
     "engine",
@@ -42,287 +49,255 @@ LATER_PARAMETERS = (
 )
 
 
-def _can(name):
-    """Tell whether what was advised has a method; before `fit`, nobody knows."""
+def _estimator_has(method):
+    """Check that the fitted estimator has a method; before `fit`, it may."""
 
     def check(classifier):
-        fitted = getattr(classifier, "estimator_", None)
-        return fitted is None or hasattr(fitted, name)
+        estimator = getattr(classifier, "estimator_", None)
+        return estimator is None or hasattr(estimator, method)
 
     return check
 
 
-class TransferClassifier(ClassifierMixin, ImageEstimator):
-    """Take the way of transfer that suits the data.
+class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
+    """Classify images with the transfer learning strategy that suits the data.
 
-    It advises itself on the training images as `StrategyAdvisor` does, and then is
-    what was advised: the network as it is, a linear classifier on its features at the
-    end or earlier, or a fine-tuned network.
+    `fit` runs `StrategyAdvisor` on the training data and fits the recommended
+    estimator: the pretrained classifier, a linear classifier on features of the last or
+    of an earlier layer, or a fine-tuned network.
 
     Parameters
     ----------
-    backbone : str or Backbone, default="resnet50"
-        The network: any of :func:`~skltl.list_backbones`, or a record of your own.
+    transformer : CNNFeatureTransformer, default=None
+        Transformer whose parameters configure all estimators: backbone, weights,
+        preprocessing, device and so on. A `layer` other than ``"last"`` is where
+        ``"extract_early"`` and ``"finetune_top"`` truncate the network; with
+        ``"last"``, they use the best layer that was evaluated, or the one at about two
+        thirds of the depth if none was. ``None`` is ``CNNFeatureTransformer()``.
     strategy : str, default="auto"
-        ``"auto"`` measures. Or one of ``"as_is"``, ``"extract"``, ``"extract_early"``,
-        ``"finetune"``, ``"finetune_top"``, ``"scratch"``; see `Strategy`.
-    layer : str, default=None
-        Where ``"extract_early"`` and ``"finetune_top"`` cut; ``None`` is the best of
-        the cut points that were measured, or that at about two thirds of the depth.
-    weights : str, path or None, default="imagenet"
-        As for `CNNFeatureTransformer`.
+        ``"auto"`` fits the recommended estimator. ``"as_is"``, ``"extract"``,
+        ``"extract_early"``, ``"finetune"``, ``"finetune_top"`` and ``"scratch"`` skip
+        the evaluation; see `recommend_strategy`.
     cv : int, default=5
-        Folds of the measurement, at least 2.
-    image_size : int, default=None
-        As for `CNNFeatureTransformer`.
-    image_shape : tuple of 2 or 3 ints, default=None
-        If given, ``X`` is an array (n, d), and each row is an image of this shape.
-    device : str, default="auto"
-        As for `CNNFeatureTransformer`.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        What the network computes in.
-    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What runs the frozen network; see :ref:`the user guide <engines>`.
-    decode : {"exact", "fast"}, default="exact"
-        ``"fast"`` decodes large JPEG files at a smaller scale.
-    cache : bool, str or path, default=None
-        As for `CNNFeatureTransformer`. Without one, too, a linear classifier is fitted
-        on the features that were measured, not on new ones.
-    n_jobs : int, default=None
-        Threads that decode images.
+        Number of cross-validation folds, at least 2. It is reduced to the number of
+        images in the smallest class.
     random_state : int, RandomState instance or None, default=None
-        Of everything random, in what measures and in what is fitted.
+        Controls the folds, the sampling of images and the linear classifiers. Where
+        that of the transformer is ``None``, it also controls random weights and the
+        recommended estimator.
     verbose : int, default=0
-        Whether progress is shown.
+        Verbosity level. If positive, a progress bar is shown.
 
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
-        The labels.
+        Class labels.
     strategy_ : Strategy
-        What was advised, or asked for.
+        Recommended or requested strategy.
     advisor_ : StrategyAdvisor or None
-        What was measured, with ``strategy="auto"``.
+        Fitted advisor, with ``strategy="auto"``. It has no `transformer_`: the network
+        is that of `estimator_`.
     estimator_ : estimator
-        What was advised, fitted.
+        Fitted estimator of the strategy.
+    n_features_in_ : int
+        Number of features seen during :term:`fit`. Only with `image_shape`.
+    feature_names_in_ : array of shape (`n_features_in_`,)
+        Names of features seen during :term:`fit`, if ``X`` has any. Only with
+        `image_shape`.
 
     See Also
     --------
-    StrategyAdvisor : The measurement alone.
+    StrategyAdvisor : The recommendation without the fit.
+
+    Notes
+    -----
+    The network runs once: a linear classifier is fitted on the features that were
+    evaluated. Parameters of the transformer that were set after `fit` take effect at
+    once if they only concern how the network runs, such as ``transformer__n_jobs``, and
+    in the next `fit` otherwise.
+
+    With metadata routing, `sample_weight` and `groups` are consumed here: request them
+    with `set_fit_request`. The fitted estimator receives those that it supports.
 
     Examples
     --------
     >>> from sklearn.datasets import load_digits
-    >>> from skltl import TransferClassifier
+    >>> from skltl import CNNFeatureTransformer, TransferClassifier
     >>> digits, labels = load_digits(return_X_y=True)
-    >>> classifier = TransferClassifier(
-    ...     "tiny", image_shape=(8, 8), image_size=32, random_state=0
-    ... )
-    >>> classifier.fit(digits[:200] / 16, labels[:200]).strategy_.name
+    >>> transformer = CNNFeatureTransformer("tiny", image_shape=(8, 8), image_size=32)
+    >>> classifier = TransferClassifier(transformer, random_state=0)
+    >>> classifier.fit(digits[:100] / 16, labels[:100]).strategy_.name
     'extract_early'
     """
 
+    __module__ = "skltl"  # the path in saved files
+
     _parameter_constraints: dict = {
-        "backbone": [str, Backbone],
+        "transformer": [CNNFeatureTransformer, None],
         "strategy": [StrOptions({"auto", *STRATEGIES})],
-        "layer": [str, None],
-        "weights": [str, PathLike, None],
         "cv": [Interval(Integral, 2, None, closed="left")],
-        "image_size": [IMAGE_SIZES, None],
-        "image_shape": [tuple, list, None],
-        "device": [str],
-        "precision": [StrOptions({"auto", *DTYPES})],
-        "engine": [StrOptions({"auto", *ENGINES})],
-        "decode": [StrOptions({"exact", "fast"})],
-        "cache": ["boolean", str, PathLike, None],
-        "n_jobs": [Integral, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
 
     def __init__(
         self,
-        backbone="resnet50",
+        transformer=None,
         *,
         strategy="auto",
-        layer=None,
-        weights="imagenet",
         cv=5,
-        image_size=None,
-        image_shape=None,
-        device="auto",
-        precision="auto",
-        engine="auto",
-        decode="exact",
-        cache=None,
-        n_jobs=None,
         random_state=None,
         verbose=0,
     ):
-        self.backbone = backbone
+        self.transformer = transformer
         self.strategy = strategy
-        self.layer = layer
-        self.weights = weights
         self.cv = cv
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.device = device
-        self.precision = precision
-        self.engine = engine
-        self.decode = decode
-        self.cache = cache
-        self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
 
     @fit_context
     def fit(self, X, y, sample_weight=None, groups=None):
-        """Measure if that was asked for, and fit what was advised.
+        """Recommend a strategy, unless it is given, and fit its estimator.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `CNNFeatureTransformer` takes.
+            Images, of any kind that `CNNFeatureTransformer` accepts.
         y : array of shape (n,)
-            Their labels.
+            Labels.
         sample_weight : array of shape (n,), default=None
-            Weights of the images, in the measurement and in what is fitted.
+            Sample weights, for the evaluation and the fit. Images of weight 0 are
+            ignored.
         groups : array of shape (n,), default=None
-            Which images belong together (of one plant, one patient): the folds of the
-            measurement and the images that a fine-tuned network holds out keep them
-            together. Other strategies hold nothing out, and have no use for them.
+            Group labels (one plant, one patient): images of one group are in the same
+            fold, and all or none of them in the validation set of a fine-tuned network.
+            Other estimators do not use groups.
 
         Returns
         -------
         TransferClassifier
-            The classifier itself.
+            The fitted classifier.
 
         Raises
         ------
+        TypeError
+            If `transformer` is not a `CNNFeatureTransformer`.
         ValueError
-            If there is nothing to tell apart, or nothing to measure by, or lengths
-            differ.
+            If there are fewer than two classes, too few images to evaluate, a `layer`
+            that the strategy does not use, or lengths are inconsistent.
         """
-        n_images = len(clone(self)._read_images(X, reset=True))
-        labelled = label(X, y, n_images, sample_weight, groups)
-        seed = draw_seed(self.random_state)
-        shared = {name: getattr(self, name) for name in SHARED_PARAMETERS}
-        # The same for what measures and what is advised.
-        shared["random_state"] = fresh_seed() if seed is None else seed
-        self._check_layer()
-        advisor, measured = None, None
-        if self.strategy == "auto":
-            advisor = StrategyAdvisor(self.backbone, cv=self.cv, **shared)
-            measured = measure(advisor, X, y, sample_weight, groups)
-            advisor._take(measured, X)
-        strategy = self._build_strategy(labelled.classes, measured, shared)
-        estimator = clone(strategy.estimator)
-        known = () if measured is None else measured.features_of(strategy.estimator)
-        _fit(estimator, labelled, known)
-        # Only now does anything change: a fit that fails leaves the one before.
-        self._read_images(X, reset=True)
-        self.advisor_ = advisor
-        self.strategy_ = strategy
-        self.estimator_ = estimator
-        self._set_at_fit = {name: getattr(self, name) for name in LATER_PARAMETERS}
+        fitted = copy.copy(self)
+        fitted._fit(X, y, sample_weight, groups)
+        self.__dict__ = fitted.__dict__  # a fit that fails changes nothing
         return self
 
     @property
     def classes_(self):
-        """The labels."""
+        """Class labels."""
         return self.estimator_.classes_
 
     def predict(self, X):
-        """Return the most probable class of each image.
+        """Predict the class of each image.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `fit` takes.
+            Images, of any kind that `fit` accepts.
 
         Returns
         -------
         array of shape (n,)
-            Of `classes_`.
+            Predicted labels.
         """
-        return self._ask("predict", X)
+        return self._configured_estimator().predict(X)
 
-    @available_if(_can("predict_proba"))
+    @available_if(_estimator_has("predict_proba"))
     def predict_proba(self, X):
-        """Return the probability of each class; a support vector machine has none.
+        """Predict class probabilities; a support vector machine has none.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `fit` takes.
+            Images, of any kind that `fit` accepts.
 
         Returns
         -------
         array of shape (n, n_classes)
-            In the order of `classes_`.
+            Probabilities, in the order of `classes_`.
         """
-        return self._ask("predict_proba", X)
+        return self._configured_estimator().predict_proba(X)
 
     def decision_function(self, X):
-        """Return how sure the classifier is of each class.
+        """Return the confidence scores of the classes.
 
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Of any kind that `fit` takes.
+            Images, of any kind that `fit` accepts.
 
         Returns
         -------
         array of shape (n, n_classes), or (n,) for two classes
-            As what was advised gives it.
+            Scores of the fitted estimator, in the order of `classes_`.
         """
-        return self._ask("decision_function", X)
+        return self._configured_estimator().decision_function(X)
 
-    def _check_layer(self):
-        """Refuse a `layer` that does not exist, or that the strategy does not use."""
-        if self.layer is None:
-            return
-        resolve_layer(get_backbone(self.backbone), self.layer)
-        if self.strategy not in CUT_EARLY:
+    def _fit(self, X, y, sample_weight, groups):
+        n_images = len(read_images_of(self, X, reset=True))
+        labeled = label_images(X, y, n_images, sample_weight, groups)
+        seed = draw_seed(self.random_state)
+        # The same for the evaluation and the recommended estimator.
+        seed = fresh_seed() if seed is None else seed
+        transformer = self._make_transformer(seed)
+        self._check_layer(transformer.layer)
+        advisor, evaluated, features = None, labeled, {}
+        if self.strategy == "auto":
+            advisor = StrategyAdvisor(transformer, cv=self.cv, random_state=seed)
+            evaluated, features = advisor._evaluate(X, y, sample_weight, groups)
+            del advisor.transformer_  # or its network would be kept and saved twice
+            strategy = advisor.strategy_
+        else:
+            class_map = find_class_map(transformer, labeled.classes)
+            reasons = ("It was requested.",)
+            strategy = build_strategy(self.strategy, reasons, transformer, class_map)
+        self.advisor_, self.strategy_ = advisor, strategy
+        self.estimator_ = clone(self.strategy_.estimator)
+        if isinstance(self.estimator_, Pipeline):
+            fit_pipeline(self.estimator_, labeled, evaluated, features)
+        else:
+            fit_classifier(self.estimator_, labeled)
+
+    def _check_layer(self, layer):
+        """Raise a ValueError for a layer that the requested strategy does not use."""
+        if layer != "last" and self.strategy not in TRUNCATING:
             raise ValueError(
-                f"layer={self.layer!r} is of no use to strategy={self.strategy!r}: "
-                f"{', '.join(CUT_EARLY[1:])} can be cut anywhere."
+                f"layer={layer!r} is not used by strategy={self.strategy!r}; only "
+                f"{', '.join(TRUNCATING[1:])} truncate the network at another layer "
+                "than 'last'."
             )
 
-    def _build_strategy(self, classes, measured, shared):
-        """Return the strategy that was asked for or, if measured, is advised."""
-        if measured is None:
-            name, reasons, layer = self.strategy, ("It was asked for.",), self.layer
-            class_map = map_of_classes(self.backbone, self.weights, classes)
-        else:
-            name, reasons = measured.strategy.name, measured.strategy.reasons
-            layer = self.layer or measured.depths.best
-            class_map = measured.class_map
-        return build_strategy(
-            name,
-            reasons,
-            backbone=self.backbone,
-            layer=layer,
-            class_map=class_map,
-            **shared,
-        )
+    def _configured_estimator(self):
+        """Return the fitted estimator with the runtime parameters that were set since.
 
-    def _ask(self, method, X):
+        It is a copy, for threads and for what the user has set on `estimator_`.
+        """
         check_is_fitted(self)
-        self._validate_params()  # they may have been set after `fit`
-        self._read_images(X, reset=False)
+        self._validate_params()
+        at_fit = reader_of(self.strategy_.estimator)
+        now = shared_parameters(self._make_transformer(), at_fit)
         changed = {
-            name: getattr(self, name)
-            for name, value in self._set_at_fit.items()
-            if getattr(self, name) != value
+            name: now[name]
+            for name in RUNTIME_PARAMETERS
+            if name in now and now[name] != getattr(at_fit, name)
         }
-        return getattr(_with_parameters(self.estimator_, changed), method)(X)
-
-    def __getstate__(self):
-        return _portable(super().__getstate__())
-
-    def __setstate__(self, state):
-        super().__setstate__(_portable(state))
+        if not changed:
+            return self.estimator_
+        estimator = copy.copy(self.estimator_)
+        if not isinstance(estimator, Pipeline):
+            return estimator.set_params(**changed)
+        (name, reader), *others = estimator.steps
+        estimator.steps = [(name, copy.copy(reader).set_params(**changed)), *others]
+        return estimator
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -330,75 +305,48 @@ class TransferClassifier(ClassifierMixin, ImageEstimator):
         return tags
 
 
-def _portable(state):
-    """Return a state for a file, or from one: it does not say where features go."""
-    if "strategy_" not in state:
-        return state
-    known = state["_set_at_fit"]
-    unset = {name: one for name, one in LEFT_OUT_OF_FILES.items() if name in known}
-    return {
-        **state,
-        "strategy_": portable(state["strategy_"]),
-        "_set_at_fit": {**known, **unset},
-    }
+def fit_classifier(classifier: Any, labeled: LabeledImages) -> None:
+    """Fit a pretrained or fine-tuned classifier."""
+    y = labeled.classes[labeled.targets]
+    metadata = {"sample_weight": labeled.weights}
+    if isinstance(classifier, FineTunedCNNClassifier):
+        metadata["groups"] = labeled.groups
+    with labeled.original_positions():
+        classifier.fit(labeled.X, y, **metadata)
 
 
-def _fit(estimator, labelled, known):
-    """Fit what was advised; `known` are the features of some images, and which."""
-    X, y = labelled.X, labelled.classes[labelled.targets]
-    sample_weight = labelled.weights
-    given = {"sample_weight": sample_weight, "groups": labelled.groups}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not isinstance(estimator, Pipeline):
-        takes = {name: has_fit_parameter(estimator, name) for name in given}
-        with labelled.named():
-            estimator.fit(X, y, **{name: given[name] for name in given if takes[name]})
-        return
-    by_step = {
-        f"{name}__sample_weight": sample_weight
-        for name, step in estimator.steps
-        if "sample_weight" in given and has_fit_parameter(step, "sample_weight")
-    }
-    # These are names of steps, whether the user has metadata routed or not.
-    with config_context(enable_metadata_routing=False):
-        # Tables get their columns' names from the transformer.
-        if known and get_config()["transform_output"] == "default":
-            transformer = estimator[0].fit(X, y)
-            features = _completed(transformer, labelled, *known)
-            estimator[1:].fit(features, y, **by_step)
-        else:
-            with labelled.named():
-                estimator.fit(X, y, **by_step)
+def fit_pipeline(
+    pipeline: Any,
+    labeled: LabeledImages,
+    evaluated: LabeledImages,
+    features: dict[str, NDArray[np.float32]],
+) -> None:
+    """Fit a feature pipeline, on the features of evaluated images as far as possible.
 
-
-def _completed(transformer, labelled, features, known):
-    """Return the features of all images; those of some are known."""
-    n = len(labelled.positions)
-    if len(known) == n:
-        return features
-    others = np.setdiff1d(np.arange(n), known)
-    rows = np.empty((n, features.shape[1]), features.dtype)
-    rows[known] = features
-    part = labelled.part(others)
-    with part.named():
-        rows[others] = transformer.transform(part.X)
-    return rows
-
-
-def _with_parameters(estimator, parameters):
-    """Return the estimator with other parameters, as a copy that shares what is fitted.
-
-    So threads may ask at the same time, and what a user has set on it stays.
+    `features` are those of the evaluated images by layer.
     """
-    if not parameters:
-        return estimator
-    changed = object.__new__(type(estimator))
-    vars(changed).update(vars(estimator))
-    if isinstance(estimator, Pipeline):
-        (name, first), *others = estimator.steps
-        changed.steps = [(name, _with_parameters(first, parameters)), *others]
-        return changed
-    known = changed.get_params(deep=False)
-    return changed.set_params(
-        **{name: value for name, value in parameters.items() if name in known}
-    )
+    y = labeled.classes[labeled.targets]
+    transformer = pipeline[0].fit(labeled.X)
+    known = features.get(transformer.layers_[0].name)
+    if known is None:
+        with labeled.original_positions():
+            known = transformer.transform(labeled.X)
+    elif len(known) < len(y):
+        known = _complete(known, transformer, labeled, evaluated)
+    fit_linear(pipeline[1:], known, y, labeled.weights)
+
+
+def _complete(
+    known: NDArray[np.float32],
+    transformer: Any,
+    labeled: LabeledImages,
+    evaluated: LabeledImages,
+) -> NDArray[np.float32]:
+    """Return the features of all images, given those of the evaluated ones."""
+    is_known = np.isin(labeled.positions, evaluated.positions)
+    features = np.empty((len(is_known), known.shape[1]), known.dtype)
+    features[is_known] = known
+    others = labeled.subset(np.flatnonzero(~is_known))
+    with others.original_positions():
+        features[~is_known] = transformer.transform(others.X)
+    return features

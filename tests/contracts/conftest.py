@@ -85,10 +85,17 @@ KINDS = {
         decision_function,
     ),
     "transfer": Kind(
-        lambda X, y: TransferClassifier("tiny", strategy="extract", **SMALL),
+        lambda X, y: TransferClassifier(
+            CNNFeatureTransformer("tiny", **SMALL), strategy="extract", random_state=0
+        ),
         predict_proba,
     ),
-    "advisor": Kind(lambda X, y: StrategyAdvisor("tiny", cv=2, **SMALL), layer_scores),
+    "advisor": Kind(
+        lambda X, y: StrategyAdvisor(
+            CNNFeatureTransformer("tiny", **SMALL), cv=2, random_state=0
+        ),
+        layer_scores,
+    ),
 }
 
 

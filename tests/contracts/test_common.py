@@ -62,7 +62,12 @@ SUITES = {
         GRADIENT_DESCENT,
     ),
     "transfer": (
-        TransferClassifier("tiny", strategy="extract", cv=2, random_state=0, **ROWS),
+        TransferClassifier(
+            CNNFeatureTransformer("tiny", **ROWS),
+            strategy="extract",
+            cv=2,
+            random_state=0,
+        ),
         50,
         FOLDS,
     ),
@@ -92,11 +97,15 @@ SLOW_SUITES = {
         GRADIENT_DESCENT,
     ),
     "transfer, recommended strategy": (
-        TransferClassifier("tiny", random_state=0, **ROWS),
+        TransferClassifier(CNNFeatureTransformer("tiny", **ROWS), random_state=0),
         50,
         FOLDS,
     ),
-    "advisor": (StrategyAdvisor("tiny", cv=2, random_state=0, **ROWS), 40, FOLDS),
+    "advisor": (
+        StrategyAdvisor(CNNFeatureTransformer("tiny", **ROWS), cv=2, random_state=0),
+        40,
+        FOLDS,
+    ),
 }
 
 FURTHER_CHECKS = [

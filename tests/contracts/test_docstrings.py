@@ -121,6 +121,7 @@ DIFFERENT_DESCRIPTIONS = {
     "pooling": "only the transformer describes all kinds of pooling",
     "precision": "the weights of a fine-tuned network stay in float32",
     "random_state": "what is random differs",
+    "transformer": "what else it configures, and the use of its layer, differ",
     "weights": "without a head, with the original head, or trained from scratch",
 }
 REFERENCE = re.compile(r"(See|As (for|in)) :?(class:)?`~?(skltl\.)?CNNFeatureTransform")
@@ -158,9 +159,6 @@ def read_description(parameter):
             read_description,
             DIFFERENT_DESCRIPTIONS,
             id="description",
-            marks=pytest.mark.xfail(
-                reason="the descriptions are being rewritten", strict=False
-            ),
         ),
     ],
 )

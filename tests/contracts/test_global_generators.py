@@ -24,6 +24,7 @@ from skltl import (
 )
 
 ROWS = {"image_shape": (8, 8), "image_size": 16}
+TRANSFORMER = CNNFeatureTransformer("tiny", **ROWS)
 SHORT = {"layer": "block1", "unfreeze": 1, "head_epochs": 1, "finetune_epochs": 1}
 
 ESTIMATORS = {
@@ -38,8 +39,8 @@ ESTIMATORS = {
     "pretrained, learned class map": PretrainedCNNClassifier(
         "tiny", class_map="learn", **ROWS
     ),
-    "advisor": StrategyAdvisor("tiny", cv=2, **ROWS),
-    "transfer": TransferClassifier("tiny", cv=2, **ROWS),
+    "advisor": StrategyAdvisor(TRANSFORMER, cv=2),
+    "transfer": TransferClassifier(TRANSFORMER, cv=2),
 }
 METHODS = ["transform", "predict", "decision_function", "predict_proba"]
 
@@ -98,7 +99,7 @@ def test_displays_leave_global_generators_unchanged(few_digits):
     pipeline = make_feature_pipeline(
         "tiny", "softmax", layer="block1", random_state=0, **ROWS
     ).fit(X, y)
-    advisor = StrategyAdvisor("tiny", cv=2, **ROWS).fit(X, y)
+    advisor = StrategyAdvisor(TRANSFORMER, cv=2).fit(X, y)
     tuned = FineTunedCNNClassifier("tiny", **SHORT, **ROWS).fit(X, y)
     before = global_states()
 

@@ -26,6 +26,7 @@ IMAGES = np.zeros((4, 16, 16, 3), np.uint8)
 LABELS = [0, 1, 0, 1]
 ESTIMATORS = [CNNFeatureTransformer, PretrainedCNNClassifier, FineTunedCNNClassifier]
 LONG = "x" * 100_000
+HUGE = CNNFeatureTransformer("tiny", image_size=10**6)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +172,10 @@ def test_weights_that_overflow_name_the_image():
         lambda: recommend_strategy(100, 10, "similar", n_smallest="many"),
         lambda: CNNFeatureTransformer("tiny", n_jobs=0).fit_transform(IMAGES),
         lambda: CNNFeatureTransformer("tiny", layer=[1.5] * 400).fit(IMAGES),
-        lambda: TransferClassifier("tiny", image_size=10**6).fit(IMAGES, LABELS),
-        lambda: StrategyAdvisor("tiny", image_size=10**6).fit(IMAGES, LABELS),
+        lambda: TransferClassifier(HUGE).fit(IMAGES, LABELS),
+        lambda: StrategyAdvisor(HUGE).fit(IMAGES, LABELS),
+        lambda: TransferClassifier(LONG).fit(IMAGES, LABELS),
+        lambda: StrategyAdvisor(LONG).fit(IMAGES, LABELS),
         lambda: CNNFeatureTransformer("tiny", layer=["x"] * 400).fit(IMAGES),
         lambda: CNNFeatureTransformer("tiny", weights=LONG + ".pt").fit(IMAGES),
         lambda: CNNFeatureTransformer("tiny").fit(np.array([b"a.png", b"b.png"])),

@@ -9,11 +9,6 @@ from torch import nn
 
 from skltl import Backbone, CNNFeatureTransformer, Preprocessing
 
-pending = pytest.mark.xfail(
-    reason="public paths come with the merge",
-    strict=False,
-)
-
 
 @pytest.fixture(scope="module")
 def fitted_with_own_backbone(shared_images):
@@ -55,7 +50,6 @@ def private(paths):
     }
 
 
-@pending
 @pytest.mark.parametrize("paths", [paths_in_pickle, paths_in_skops])
 def test_saved_files_name_only_public_paths(paths, fitted):
     found = paths(fitted)
@@ -65,7 +59,6 @@ def test_saved_files_name_only_public_paths(paths, fitted):
 
 
 # skops stores no modules of torch: an own backbone is saved with pickle or joblib.
-@pending
 def test_a_pickle_with_an_own_backbone_names_only_public_paths(
     fitted_with_own_backbone,
 ):

@@ -64,13 +64,17 @@ def fine_tuned_on_augmented_views():
 
 
 def advised():
-    advisor = StrategyAdvisor("tiny", cv=2, **TINY).fit(*rows())
+    advisor = StrategyAdvisor(
+        CNNFeatureTransformer("tiny", **TINY), cv=2, random_state=0
+    ).fit(*rows())
     return np.array(list(advisor.layer_scores_.values()))
 
 
 def transferred():
     X, y = rows()
-    classifier = TransferClassifier("tiny", strategy="extract", **TINY)
+    classifier = TransferClassifier(
+        CNNFeatureTransformer("tiny", **TINY), strategy="extract", random_state=0
+    )
     return classifier.fit(X, y).decision_function(X)
 
 

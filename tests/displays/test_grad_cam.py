@@ -172,9 +172,8 @@ def tuned_classifier(**parameters):
 
 
 def transfer_classifier(strategy):
-    return TransferClassifier(
-        "tiny", strategy=strategy, image_size=32, precision="float32", random_state=0
-    )
+    transformer = CNNFeatureTransformer("tiny", image_size=32, precision="float32")
+    return TransferClassifier(transformer, strategy=strategy, random_state=0)
 
 
 @pytest.mark.parametrize(("kind", "labels"), CASES)
@@ -200,7 +199,7 @@ def test_pretrained_network_matches_its_last_feature_map(class_map, images):
     backbone = get_backbone("tiny")
     network = load_network(backbone, resolve_weights(backbone, "imagenet"))
     blocks = list(network.blocks.items())
-    last = list(network.blocks).index(network.cut_points["block4"]) + 1
+    last = list(network.blocks).index(network.layers["block4"]) + 1
     rest = nn.Sequential(*(one for _, one in blocks[last:]), *network.head.values())
     with torch.no_grad():
         feature_maps = network_input(images, backbone.preprocessing)

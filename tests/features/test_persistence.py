@@ -29,7 +29,7 @@ def test_a_file_of_joblib_has_the_same_features(transformer, images, tmp_path):
         loaded.transform(images), transformer.transform(images)
     )
     assert loaded.get_params() == transformer.get_params()
-    assert loaded.cut_points_ == transformer.cut_points_
+    assert loaded.layers_ == transformer.layers_
     assert loaded.preprocessing_ == transformer.preprocessing_
     assert loaded.backbone_ is transformer.backbone_
 

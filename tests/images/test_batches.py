@@ -19,7 +19,7 @@ from skltl.images import (
 from skltl.images._batches import IMAGES_PER_TURN, PREFETCHED_BATCHES, images_per_turn
 
 
-def batches_of(source, size, batch_size, n_threads, in_turns=False):
+def batches_of(source, size, batch_size, n_threads, alternate=False):
     """Yield all batches of a source; the crops are closed with the generator."""
     crops = iter_crops(
         source,
@@ -27,7 +27,7 @@ def batches_of(source, size, batch_size, n_threads, in_turns=False):
         Preprocessing(size),
         batch_size,
         n_threads,
-        in_turns=in_turns,
+        alternate=alternate,
     )
     with closing(crops):
         yield from iter_batches(crops, batch_size)
@@ -96,7 +96,7 @@ def test_prefetching_is_bounded():
 def test_in_turns_no_image_is_decoded_while_others_are_used():
     items = CountingImages(150)
     crops = iter_crops(
-        ImageSource(items), range(150), Preprocessing(8), 10, 4, in_turns=True
+        ImageSource(items), range(150), Preprocessing(8), 10, 4, alternate=True
     )
     turn = 70  # whole batches
     assert 0 <= turn - IMAGES_PER_TURN < 10
@@ -132,29 +132,29 @@ def test_a_turn_takes_at_most_256_megabytes(size, batch_size, n_threads, n_expec
     assert n_images * size**2 * 3 * 4 <= 2**28 or n_images == batch_size
 
 
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_a_single_thread_is_the_callers(in_turns):
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_single_thread_is_the_callers(alternate):
     items = CountingImages(20)
 
-    list(batches_of(ImageSource(items), 8, 10, 1, in_turns))
+    list(batches_of(ImageSource(items), 8, 10, 1, alternate))
 
     assert items.threads == {threading.current_thread().name}
 
 
 @pytest.mark.parametrize("n_threads", [1, 4])
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_the_first_unreadable_image_is_named(images, in_turns, n_threads):
+@pytest.mark.parametrize("alternate", [False, True])
+def test_the_first_unreadable_image_is_named(images, alternate, n_threads):
     items = [*images, "missing.png", *images, "also missing.png"]
 
     with pytest.raises(ImageReadError, match="Image 9 .'missing.png'."):
-        list(batches_of(read_images(items), 8, 4, n_threads, in_turns))
+        list(batches_of(read_images(items), 8, 4, n_threads, alternate))
 
     assert not decoding_threads()
 
 
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_a_caller_may_stop_early(images, in_turns):
-    batches = batches_of(read_images(images), 8, 2, 2, in_turns)
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_caller_may_stop_early(images, alternate):
+    batches = batches_of(read_images(images), 8, 2, 2, alternate)
     next(batches)
     batches.close()
 
@@ -162,14 +162,14 @@ def test_a_caller_may_stop_early(images, in_turns):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_no_thread_outlives_an_error(error, in_turns):
+@pytest.mark.parametrize("alternate", [False, True])
+def test_no_thread_outlives_an_error(error, alternate):
     def fail_at_3(number):
         if number == 3:
             raise error
         return number
 
-    results = prefetch(fail_at_3, range(100), 2, 8, in_turns)
+    results = prefetch(fail_at_3, range(100), 2, 8, alternate)
 
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(error):

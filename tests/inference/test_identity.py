@@ -179,7 +179,7 @@ def use_everywhere(backbone, images):
     FineTunedCNNClassifier(backbone, head_epochs=1, finetune_epochs=1).fit(
         images, labels
     ).predict(images)
-    StrategyAdvisor(backbone, cv=2).fit(images, labels)
+    StrategyAdvisor(CNNFeatureTransformer(backbone), cv=2).fit(images, labels)
 
 
 def test_a_deleted_backbone_is_freed_with_its_weights(images):

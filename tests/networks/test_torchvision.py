@@ -123,7 +123,7 @@ def test_truncated_blocks_and_the_rest_share_no_weights(built):
     blocks = list(network.blocks)
     sizes = []
 
-    for layer, block in network.cut_points.items():
+    for layer, block in network.layers.items():
         kept = truncate(network.blocks, [block])
         rest = {key: network.blocks[key] for key in blocks[blocks.index(block) + 1 :]}
         states = [state_of(part) for part in (kept, rest, network.head)]
@@ -160,16 +160,19 @@ def test_main_layers_have_growing_strides_and_short_names(name):
             assert resolve_layer(get_backbone(name), alias).block == layer.path
 
 
+@pytest.mark.parametrize(
+    "built",
+    [*ONE_PER_FAMILY, pytest.param("efficientnet_v2_s", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_prepared_blocks_give_the_feature_maps_of_torchvision(built):
     """Folded, channels last, in segments: equal up to rounding at every layer."""
-    name, network, model = built
-    if name not in (*ONE_PER_FAMILY, "efficientnet_v2_s"):
-        pytest.skip("one network per kind of block")
+    _, network, model = built
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (2, 96, 96, 3), generator=generator)
     mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.22)
     # The last layer of DenseNet is a function, not a module that can have a hook.
-    wanted = [block for block in network.cut_points.values() if block != "relu"]
+    wanted = [block for block in network.layers.values() if block != "relu"]
     runner = FrozenPrefix(network.blocks).runner(
         torch.device("cpu"), torch.float32, wanted
     )

@@ -1,11 +1,10 @@
-"""Advice is measured, costs a pass, and is taken by ``TransferClassifier``."""
+"""``StrategyAdvisor``: measurements by hand, their cost, the report and its nesting."""
 
 import copy
 import pickle
 
 import numpy as np
 import pytest
-import skops.io
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.torch import save_file
 from sklearn import config_context
@@ -14,9 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import (
     RepeatedStratifiedKFold,
-    StratifiedKFold,
     cross_val_score,
-    cross_validate,
     train_test_split,
 )
 from sklearn.pipeline import make_pipeline
@@ -25,21 +22,25 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from torchvision.models import get_model
 
-import skltl
 from skltl import (
     Backbone,
     CNNFeatureTransformer,
     Preprocessing,
     PretrainedCNNClassifier,
     StrategyAdvisor,
-    TransferClassifier,
     recommend_strategy,
 )
-from skltl._sklearn import InvalidParameterError
 from skltl.exceptions import EngineError
 from skltl.networks import imagenet_names
 
-ROWS = {"image_shape": (8, 8), "image_size": 32, "random_state": 0}
+MEASUREMENTS = (
+    "layer_scores_",
+    "layer_errors_",
+    "lead_",
+    "size_scores_",
+    "size_errors_",
+    "gain_",
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,260 +49,370 @@ def digits():
     return rows[1:101] / 16, labels[1:101]
 
 
-@pytest.fixture
-def crossed(monkeypatch):
-    """Count the images that cross a network."""
-    counts = []
-    features = skltl.inference.Runner.features
-
-    def counted(self, pixels, *others):
-        counts.append(int(pixels.flatten(1).any(dim=1).sum()))
-        return features(self, pixels, *others)
-
-    monkeypatch.setattr(skltl.inference.Runner, "features", counted)
-    return counts
+@pytest.fixture(scope="module")
+def advisor(digits, make_transformer):
+    """Advisor that is fitted on 100 digits; tests do not change it."""
+    return StrategyAdvisor(make_transformer(), random_state=0).fit(*digits)
 
 
-def test_scores_by_layer_are_those_of_scikit_learn(digits):
+def measurements(advisor):
+    return {name: getattr(advisor, name) for name in MEASUREMENTS}
+
+
+def test_scores_by_layer_are_those_of_scikit_learn(advisor, digits, make_transformer):
     X, y = digits
-
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(X, y)
-
     folds = RepeatedStratifiedKFold(n_splits=5, n_repeats=3, random_state=0)
     probe = make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
-    assert list(advisor.layer_scores_) == [
-        "stem",
-        "block1",
-        "block2",
-        "block3",
-        "block4",
-    ]
-    for layer, score in advisor.layer_scores_.items():
-        features = CNNFeatureTransformer("tiny", layer=layer, **ROWS).fit_transform(X)
+
+    layers = ["stem", "block1", "block2", "block3", "block4"]
+    assert list(advisor.layer_scores_) == layers
+    for layer in ("stem", "block2", "block4"):
+        features = make_transformer(layer=layer).fit_transform(X)
         scores = cross_val_score(probe, features, y, cv=folds)
-        assert_allclose(score, scores.mean(), rtol=1e-12)
-        # Nadeau and Bengio: the 15 folds share training images.
+        assert_allclose(advisor.layer_scores_[layer], scores.mean(), rtol=1e-12)
+        # Nadeau and Bengio: the 15 splits share training images.
         variance = ((scores - scores.mean()) ** 2).sum() / 14
         error = (variance * (1 / 15 + 20 / 80)) ** 0.5
         assert_allclose(advisor.layer_errors_[layer], error, rtol=1e-9)
-    best = max(advisor.layer_scores_.values())
-    assert advisor.layer_scores_[advisor.best_layer_] == best
 
 
-def test_digits_are_different_and_get_an_earlier_cut(digits):
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(*digits)
+def test_digits_are_different_and_get_an_earlier_layer(advisor):
+    scores = advisor.layer_scores_
+    best = max(scores, key=scores.get)
 
+    assert best != "block4"
+    assert_allclose(advisor.lead_[0], scores[best] - scores["block4"], atol=1e-12)
     assert advisor.similarity_ == "different"
-    assert advisor.best_layer_ != "block4"
+    assert advisor.best_layer_ == advisor.layer_ == best
     assert advisor.strategy_.name == "extract_early"
-    assert advisor.strategy_.estimator[0].layer == advisor.best_layer_
+    assert advisor.strategy_.estimator[0].layer == best
     assert (advisor.n_images_, advisor.n_classes_) == (100, 10)
 
 
-def test_advice_costs_one_pass(digits, crossed):
-    StrategyAdvisor("tiny", **ROWS).fit(*digits)
+def test_the_score_with_all_images_is_that_of_the_layer(advisor, digits):
+    *_, (size, score) = advisor.size_scores_.items()
 
-    assert sum(crossed) == 100
+    assert size == 80
+    assert score == advisor.layer_scores_[advisor.layer_]
+    assert advisor.size_errors_[size] == advisor.layer_errors_[advisor.layer_]
 
 
-def test_no_more_images_are_looked_at_than_asked(digits, crossed):
-    advisor = StrategyAdvisor("tiny", max_images=60, **ROWS).fit(*digits)
+def test_similar_images_get_the_last_layer(digits, make_transformer):
+    X, y = digits
+    rows = (y < 3).nonzero()[0]
 
-    assert sum(crossed) == advisor.n_looked_at_
-    assert abs(advisor.n_looked_at_ - 60) <= 5  # of each class its share
-    assert advisor.n_images_ == 100
+    advisor = StrategyAdvisor(make_transformer(), random_state=0).fit(X[rows], y[rows])
+
+    assert advisor.lead_[0] < 0.01
+    assert advisor.similarity_ == "similar"
+    assert advisor.layer_ == "block4"
+    assert advisor.strategy_.name == "extract"
+    assert advisor.strategy_.estimator[0].layer == "last"
+    score = list(advisor.size_scores_.values())[-1]
+    assert score == advisor.layer_scores_["block4"]
+
+
+def test_scores_by_size_are_those_of_a_learning_curve(
+    advisor, digits, make_transformer
+):
+    """By hand: the training images of each fold are split once more."""
+    X, y = digits
+    features = make_transformer(layer=advisor.layer_).fit_transform(X)
+    probe = make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
+    folds = RepeatedStratifiedKFold(n_splits=5, n_repeats=3, random_state=0)
+    by_hand = []
+    for number, (train, test) in enumerate(folds.split(X, y)):
+        for fraction in (0.25, 0.5):
+            part, _ = train_test_split(
+                train, train_size=fraction, stratify=y[train], random_state=number
+            )
+            probe.fit(features[part], y[part])
+            by_hand.append(probe.score(features[test], y[test]))
+
+    assert_allclose(list(advisor.size_scores_), [20, 40, 80], atol=1)
+    by_hand = np.reshape(by_hand, (15, 2))
+    error = by_hand.std(axis=0) * np.sqrt(2 / 15)  # of the difference of two means
+    found = list(advisor.size_scores_.values())
+    assert (np.abs(found[:2] - by_hand.mean(axis=0)) < 3 * error).all()
+    (before, low), (after, high) = list(advisor.size_scores_.items())[-2:]
+    slope = (high - low) / np.log2(after / before)
+    assert_allclose(advisor.gain_[0], slope, atol=1e-12)
+
+
+def test_the_transformer_is_cloned_and_fitted(advisor, digits, make_transformer):
+    X, _ = digits
+    given = advisor.transformer
+
+    assert not hasattr(given, "network_")
+    assert given.get_params() == make_transformer().get_params()
+    layers = list(advisor.layer_scores_)
+    expected = make_transformer(layer=layers).fit_transform(X[:5])
+    assert_array_equal(advisor.transformer_.transform(X[:5]), expected)
+    assert advisor.n_features_in_ == 64
+
+
+def test_parameters_of_the_transformer_are_nested(make_transformer):
+    advisor = StrategyAdvisor(make_transformer(), cv=3)
+
+    advisor.set_params(transformer__backbone="resnet18", cv=2)
+
+    assert advisor.transformer.backbone == "resnet18"
+    assert advisor.get_params()["transformer__image_shape"] == (8, 8)
+    cloned = clone(advisor)
+    assert cloned.transformer is not advisor.transformer
+    assert cloned.transformer.get_params() == advisor.transformer.get_params()
+    with pytest.raises(TypeError, match="backbone"):
+        StrategyAdvisor(backbone="tiny")
+
+
+def test_features_are_pooled_as_the_transformer_says(few_digits, make_transformer):
+    X, y = few_digits
+    transformer = make_transformer(pooling="avgmax")
+
+    advisor = StrategyAdvisor(transformer, cv=3, random_state=0).fit(X, y)
+
+    probe = make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
+    folds = RepeatedStratifiedKFold(n_splits=3, n_repeats=3, random_state=0)
+    features = transformer.set_params(layer="block3").fit_transform(X)
+    expected = cross_val_score(probe, features, y, cv=folds).mean()
+    assert_allclose(advisor.layer_scores_["block3"], expected, rtol=1e-12)
+    assert advisor.strategy_.estimator[0].pooling == "avgmax"
+
+
+def test_a_layer_of_the_transformer_replaces_the_best_one(
+    advisor, digits, make_transformer
+):
+    given = StrategyAdvisor(make_transformer(layer="stem"), random_state=0)
+
+    given.fit(*digits)
+
+    assert given.strategy_.estimator[0].layer == "stem"
+    assert measurements(given) == measurements(advisor)
+
+
+def test_seeds_fill_in_what_is_left_open(few_digits, make_transformer):
+    settings = {"cv": 2, "random_state": 0}
+    open_one = StrategyAdvisor(make_transformer(weights=None), **settings)
+    seeded = StrategyAdvisor(make_transformer(weights=None, random_state=7), **settings)
+
+    open_one.fit(*few_digits)
+    seeded.fit(*few_digits)
+
+    assert open_one.strategy_.estimator[0].random_state == 0
+    assert seeded.strategy_.estimator[0].random_state == 7
+    assert measurements(open_one) != measurements(seeded)
+
+
+@pytest.mark.parametrize("random_state", [0, "generator"])
+def test_a_seed_gives_the_same_advice(random_state, few_digits, make_transformer):
+    found = []
+    for global_seed in (0, 1):
+        np.random.seed(global_seed)  # noqa: NPY002
+        seed = np.random.RandomState(3) if random_state == "generator" else random_state
+        advisor = StrategyAdvisor(make_transformer(), cv=2, random_state=seed)
+        found.append(advisor.fit(*few_digits))
+
+    first, second = found
+    assert first.report() == second.report()
+    assert measurements(first) == measurements(second)
+
+
+def test_the_evaluation_takes_one_forward_pass(few_digits, make_transformer, n_forward):
+    StrategyAdvisor(make_transformer(), cv=2, random_state=0).fit(*few_digits)
+
+    assert sum(n_forward) == 60
+
+
+def test_max_images_limits_the_evaluation(few_digits, make_transformer, n_forward):
+    advisor = StrategyAdvisor(make_transformer(), cv=2, max_images=30, random_state=0)
+
+    advisor.fit(*few_digits)
+
+    assert sum(n_forward) == advisor.n_evaluated_
+    assert abs(advisor.n_evaluated_ - 30) <= 2  # rounded by class
+    assert advisor.n_images_ == 60
+
+
+def test_rare_classes_keep_as_many_images_as_folds(few_digits, make_transformer):
+    X, _ = few_digits
+    y = np.array([0] * 50 + [1] * 5 + [2] * 5)
+
+    advisor = StrategyAdvisor(make_transformer(), max_images=30, random_state=0)
+    advisor.fit(X, y)
+
+    assert (advisor.n_evaluated_, advisor.n_folds_) == (25 + 5 + 5, 5)
 
 
 @pytest.fixture(scope="module")
 def known_images():
-    """Images of noise, and what the network takes them for."""
+    """Images of noise and their predicted categories."""
     rng = np.random.default_rng(0)
-    noise = rng.integers(256, size=(400, 80, 80, 3), dtype=np.uint8)
-    means = np.linspace(0.2, 1, 400).reshape(-1, 1, 1, 1)
-    tints = rng.uniform(0.2, 1, size=(400, 1, 1, 3))
+    noise = rng.integers(256, size=(200, 40, 40, 3), dtype=np.uint8)
+    means = np.linspace(0.2, 1, 200).reshape(-1, 1, 1, 1)
+    tints = rng.uniform(0.2, 1, size=(200, 1, 1, 3))
     X = (noise * means * tints).astype(np.uint8)
-    names = PretrainedCNNClassifier("tiny").fit(X).predict(X)
+    names = PretrainedCNNClassifier("tiny", image_size=40).fit(X).predict(X)
     frequent = [name for name in np.unique(names) if (names == name).sum() >= 12]
     chosen = np.isin(names, frequent)
     assert len(frequent) >= 2
     return X[chosen], names[chosen]
 
 
-@pytest.mark.parametrize("are_numbers", [False, True], ids=["names", "wordnet"])
-def test_classes_that_the_network_knows_are_noticed(are_numbers, known_images):
+@pytest.mark.parametrize("kind", ["name", "WordNet ID"])
+def test_known_categories_need_no_training(kind, known_images):
     X, y = known_images
-    if are_numbers:
-        numbers = {name: number for number, name in imagenet_names().items()}
-        y = np.array([numbers[name] for name in y])
+    if kind == "WordNet ID":
+        ids = {name: number for number, name in imagenet_names().items()}
+        y = np.array([ids[name] for name in y])
+    transformer = CNNFeatureTransformer("tiny", image_size=40)
 
-    fitted = TransferClassifier("tiny", random_state=0).fit(X[::2], y[::2])
+    advisor = StrategyAdvisor(transformer, cv=2, max_images=60, random_state=0)
+    advisor.fit(X, y)
 
-    assert fitted.advisor_.as_is_score_ > 0.9
-    assert fitted.advisor_.similarity_ == "contained"
-    assert fitted.strategy_.name == "as_is"
-    assert fitted.score(X[1::2], y[1::2]) > 0.95  # what was measured is what it is
+    assert advisor.as_is_score_ == 1  # the labels are its own predictions
+    assert advisor.similarity_ == "contained"
+    assert advisor.strategy_.name == "as_is"
+    assert set(advisor.class_map_) == set(y)
+    assert clone(advisor.strategy_.estimator).fit(X).score(X, y) == 1
+    assert "among the categories" in advisor.report()
+    assert "by number of training images" not in advisor.report()
 
 
-def test_a_file_with_another_head_knows_no_categories(tmp_path):
+def test_a_file_with_another_head_has_other_categories(tmp_path):
     model = get_model("squeezenet1_1", weights=None, num_classes=7)
     path = tmp_path / "seven.safetensors"
     save_file(model.state_dict(), path)
     X = np.random.default_rng(0).integers(256, size=(8, 64, 64, 3), dtype=np.uint8)
+    transformer = CNNFeatureTransformer("squeezenet1_1", weights=path, image_size=64)
 
-    advisor = StrategyAdvisor("squeezenet1_1", weights=path, image_size=64, cv=2)
-    advisor.fit(X, ["tabby", "beagle"] * 4)
+    advisor = StrategyAdvisor(transformer, cv=2).fit(X, ["tabby", "beagle"] * 4)
 
     assert advisor.as_is_score_ is None
     assert advisor.similarity_ != "contained"
 
 
-def test_rare_classes_keep_enough_images(digits, crossed):
+def test_a_failed_fit_keeps_the_last_one(advisor, digits, make_transformer):
     X, _ = digits
-    y = np.array([0] * 90 + [1] * 5 + [2] * 5)
-
-    advisor = StrategyAdvisor("tiny", max_images=30, **ROWS).fit(X, y)
-
-    assert np.isfinite(list(advisor.layer_scores_.values())).all()
-    assert sum(crossed) == advisor.n_looked_at_ <= 40
-
-
-def test_a_refit_that_fails_leaves_the_advice_before(digits):
-    X, y = digits
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(X, y)
     expected = advisor.report()
+    again = copy.copy(advisor)
+    again.set_params(transformer=make_transformer(image_shape=(4, 8)))
 
-    with pytest.raises(ValueError, match="one class only|single image"):
-        advisor.fit(X[:5], [0, 0, 0, 0, 1])
+    with pytest.raises(ValueError, match="single image"):
+        again.fit(X[:5, :32], [0, 0, 0, 0, 1])
 
-    assert advisor.report() == expected
+    assert again.report() == expected
+    assert again.n_features_in_ == 64
 
 
-def test_networks_with_one_cut_have_no_earlier_one(digits):
+def test_one_layer_has_no_earlier_one(few_digits):
     blocks = {"only": nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())}
     backbone = Backbone.from_blocks("one", blocks, preprocessing=Preprocessing(16))
+    transformer = CNNFeatureTransformer(backbone, image_shape=(8, 8))
 
-    advisor = StrategyAdvisor(backbone, image_shape=(8, 8)).fit(*digits)
+    advisor = StrategyAdvisor(transformer, cv=2).fit(*few_digits)
 
     assert advisor.lead_ == (0.0, 0.0)
     assert advisor.similarity_ == "similar"
     assert "earlier layer" not in advisor.report()
-    assert "cannot be measured" in advisor.report()
+    assert "Similar images are assumed" in advisor.report()
 
 
-@pytest.mark.parametrize("ending", ["adaptive pooling", "one size only"])
-def test_feature_maps_are_known_by_their_shape(ending, digits):
-    """Behind adaptive pooling, or for one size of images only, there is no stride."""
+@pytest.mark.parametrize("ending", ["adaptive pooling", "fixed size"])
+def test_feature_maps_are_recognized_by_their_shape(ending, few_digits):
+    """After adaptive pooling, or for one image size only, there is no stride."""
     blocks = {
         "stem": nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()),
         "top": nn.Sequential(nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1)),
     }
-    if ending == "one size only":
+    if ending == "fixed size":
         blocks["top"] = nn.Sequential(
             nn.Flatten(), nn.Linear(8 * 7 * 7, 18), nn.Unflatten(1, (2, 3, 3))
         )
     backbone = Backbone.from_blocks("own", blocks, preprocessing=Preprocessing(16))
+    transformer = CNNFeatureTransformer(backbone, image_shape=(8, 8))
 
-    advisor = StrategyAdvisor(backbone, image_shape=(8, 8), random_state=0).fit(*digits)
+    advisor = StrategyAdvisor(transformer, cv=2, random_state=0).fit(*few_digits)
 
     assert list(advisor.layer_scores_) == ["stem", "top"]
-    early = recommend_strategy(300, 5, "different", backbone=backbone)
+    early = recommend_strategy(300, 5, "different", transformer=transformer)
     assert early.estimator[0].layer == "top"  # two thirds of two
 
 
-def test_nothing_of_the_time_of_the_fit_is_left(digits):
-    fitted = TransferClassifier("tiny", **ROWS).fit(*digits)
+def test_the_engine_is_that_of_the_transformer(
+    few_digits, make_transformer, monkeypatch
+):
+    transformer = make_transformer(engine="openvino")
+    monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
 
-    for estimator in (
-        fitted.advisor_,
-        fitted.estimator_[0],
-        fitted.strategy_.estimator[0],
-        fitted.advisor_.strategy_.estimator[0],
-    ):
-        assert estimator.cache is None
-    with pytest.raises(NotFittedError):
-        fitted.strategy_.estimator.predict(digits[0])
-
-
-def test_random_weights_are_the_same_for_measure_and_fit(digits, crossed):
-    TransferClassifier("tiny", weights=None, image_shape=(8, 8), image_size=32).fit(
-        *digits
-    )
-
-    assert sum(crossed) == 100
-
-
-def test_a_layer_that_has_no_meaning_is_refused(digits):
-    with pytest.raises(ValueError, match="no use to strategy='extract'"):
-        TransferClassifier("tiny", strategy="extract", layer="block1", **ROWS).fit(
-            *digits
-        )
-
-
-def test_what_runs_may_change_after_the_fit(digits):
-    fitted = TransferClassifier("tiny", **ROWS).fit(*digits)
-
-    with pytest.raises(ValueError, match="Unknown device 'nonsense'"):
-        fitted.set_params(device="nonsense").predict(digits[0])
-
-    with pytest.raises(InvalidParameterError, match="'precision' parameter"):
-        fitted.set_params(device="cpu", precision="nonsense").predict(digits[0])
-    fitted.set_params(precision="float32", engine="torch", decode="fast", verbose=0)
-    expected = pickle.loads(pickle.dumps(fitted.estimator_)).set_params(
-        feat__precision="float32", feat__engine="torch", feat__decode="fast"
-    )
-    assert_array_equal(
-        fitted.decision_function(digits[0][:3]),
-        expected.decision_function(digits[0][:3]),
-    )
-
-
-@pytest.mark.parametrize("strategy", ["extract_early", "as_is", "finetune_top"])
-def test_predictions_leave_the_fitted_estimator_alone(strategy, digits, monkeypatch):
-    X, y = digits[0][:20], digits[1][:20]
-    fitted = TransferClassifier("tiny", strategy=strategy, **ROWS).fit(X, y)
-    inner = fitted.estimator_
-    reader = inner[0] if strategy == "extract_early" else inner
-    reader.set_params(n_jobs=1)  # by the user
-    before = {**inner.get_params()}
-    seen = []
-    predict = type(inner).predict
-
-    def noted(self, X):
-        seen.append(self if reader is inner else self[0])
-        return predict(self, X)
-
-    monkeypatch.setattr(type(inner), "predict", noted)
-
-    fitted.predict(X)
-    fitted.set_params(decode="fast", engine="torch").predict(X)
-
-    assert inner.get_params() == before
-    assert fitted.estimator_ is inner
-    assert [(one.n_jobs, one.decode) for one in seen] == [(1, "exact"), (1, "fast")]
-
-
-@pytest.mark.parametrize("kind", [StrategyAdvisor, TransferClassifier])
-def test_engine_and_decoding_are_those_of_all_that_runs(kind, digits, monkeypatch):
-    settings = {"engine": "torch", "decode": "fast"}
-    fitted = kind("tiny", **settings, **ROWS).fit(*digits)
-
-    advised = fitted.strategy_.estimator.get_params()
-    assert {name: advised[f"feat__{name}"] for name in settings} == settings
-
-    monkeypatch.setattr("skltl.inference._openvino.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="engine='openvino' cannot run"):
-        kind("tiny", engine="openvino", **ROWS).fit(*digits)
+        StrategyAdvisor(transformer).fit(*few_digits)
 
 
-def test_the_report_says_what_was_measured(digits):
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(*digits)
+def test_images_of_weight_0_are_not_evaluated(few_digits, make_transformer):
+    X, y = few_digits
+    weights = np.ones(len(y))
+    weights[::4] = 0
+    some = weights > 0
 
+    weighted = StrategyAdvisor(make_transformer(), cv=2, random_state=0)
+    weighted.fit(X, y, weights)
+
+    part = clone(weighted).fit(X[some], y[some])
+    assert weighted.report() == part.report()
+    assert measurements(weighted) == measurements(part)
+
+
+def test_accuracies_are_weighted(few_digits, make_transformer):
+    """For equal images with different labels, the heavier label is predicted."""
+    y = np.array([0, 1] * 15)
+    X = np.tile(few_digits[0][:1], (30, 1))
+
+    advisor = StrategyAdvisor(make_transformer(), random_state=0)
+    advisor.fit(X, y, np.where(y == 0, 3.0, 1.0))
+
+    assert_allclose(list(advisor.layer_scores_.values()), 0.75, atol=1e-9)
+
+
+def test_groups_are_in_one_fold(few_digits, make_transformer):
+    """Random labels can only be predicted from a copy of the same image."""
+    X = np.repeat(few_digits[0][:40], 2, axis=0)
+    y = np.repeat(np.random.default_rng(0).integers(2, size=40), 2)
+    groups = np.repeat(np.arange(40), 2)
+    advisor = StrategyAdvisor(make_transformer(), random_state=0)
+
+    leaking = clone(advisor).fit(X, y)
+    grouped = clone(advisor).fit(X, y, groups=groups)
+
+    assert max(leaking.layer_scores_.values()) > 0.9
+    assert max(grouped.layer_scores_.values()) < 0.75
+
+
+def test_data_that_cannot_be_evaluated_are_refused(few_digits, make_transformer):
+    X, y = few_digits
+    advisor = StrategyAdvisor(make_transformer())
+
+    with pytest.raises(ValueError, match="one class only"):
+        advisor.fit(X, np.zeros(60))
+    with pytest.raises(ValueError, match="The class 7 has a single image"):
+        advisor.fit(X[:4], [5, 5, 5, 7])
+    with pytest.raises(ValueError, match="class 0 has a single group of images"):
+        advisor.fit(X, y, groups=y)
+    with pytest.raises(ValueError, match="single layer"):
+        StrategyAdvisor(make_transformer(layer=["stem", "block1"])).fit(X, y)
+    with pytest.raises(NotFittedError):
+        StrategyAdvisor(make_transformer()).report()
+
+
+def test_the_report_contains_the_measurements(advisor, digits):
     report = advisor.report()
 
     smallest = np.bincount(digits[1]).min()
-    assert f"100 images of 10 classes, {smallest} of the smallest" in report
+    assert f"100 images in 10 classes, {smallest} in the smallest" in report
+    assert "100 images, 5-fold cross-validation repeated 3 times" in report
     for layer, score in advisor.layer_scores_.items():
-        assert f"{layer:<12} {score:.3f} ({advisor.layer_errors_[layer]:.3f})" in report
+        mark = "  best" if layer == advisor.best_layer_ else ""
+        error = advisor.layer_errors_[layer]
+        assert f"    {layer:<12} {score:.3f} ({error:.3f}){mark}\n" in report
     for size, score in advisor.size_scores_.items():
         assert f"{size:<12} {score:.3f} ({advisor.size_errors_[size]:.3f})" in report
     assert "Strategy: extract_early" in report
@@ -309,172 +420,70 @@ def test_the_report_says_what_was_measured(digits):
     assert max(map(len, report.splitlines()[:-1])) <= 80
 
 
-def fitted_with(advisor, **attributes):
-    """Return an advisor that has measured something else."""
+def with_attributes(advisor, **attributes):
+    """Return a copy of a fitted advisor with other measurements."""
     other = copy.copy(advisor)
     vars(other).update(attributes)
     return other
 
 
-def test_more_images_pay_only_where_accuracy_can_rise(digits):
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(*digits)
+@pytest.mark.parametrize(
+    ("scores", "gain", "outlook"),
+    [
+        ([0.6, 0.7, 0.8], (0.1, 0.02), "would improve"),
+        ([0.7, 0.967, 1.0], (0.033, 0.01), "would change little"),
+        ([0.7, 0.967, 0.995], (0.028, 0.01), "would change little"),
+        ([0.7, 0.701, 0.702], (0.001, 0.01), "would change little"),
+        ([0.6, 0.7, 0.72], (0.02, 0.03), "is open"),
+    ],
+)
+def test_more_images_pay_only_where_accuracy_can_rise(advisor, scores, gain, outlook):
+    sizes = dict(zip([20, 40, 80], scores, strict=True))
+    errors = dict.fromkeys(sizes, 0.01)
 
-    def outlook(scores, gain):
-        sizes = dict(zip([20, 40, 80], scores, strict=True))
-        said = fitted_with(
-            advisor, size_scores_=sizes, size_errors_=dict.fromkeys(sizes, 0.01),
-            gain_=gain,
-        ).report()  # fmt: skip
-        return [line.strip() for line in said.splitlines() if "more images" in line]
+    report = with_attributes(
+        advisor, size_scores_=sizes, size_errors_=errors, gain_=gain
+    ).report()
 
-    assert outlook([0.6, 0.7, 0.8], (0.1, 0.02)) == ["more images would pay."]
-    little = ["more images would change little."]
-    assert outlook([0.7, 0.967, 1.0], (0.033, 0.01)) == little
-    assert outlook([0.7, 0.967, 0.995], (0.028, 0.01)) == little
-    assert outlook([0.7, 0.701, 0.702], (0.001, 0.01)) == little
-    is_open = outlook([0.6, 0.7, 0.72], (0.02, 0.03))
-    assert is_open == [
-        "whether more images would pay is open, the gain is within its error."
-    ]
-
-
-def test_luck_is_named_where_it_decides(digits):
-    advisor = StrategyAdvisor("tiny", **ROWS).fit(*digits)
-
-    def says_luck(lead):
-        return "luck may have decided" in fitted_with(advisor, lead_=lead).report()
-
-    assert not says_luck((0.1, 0.03))
-    assert says_luck((0.03, 0.03))
-    assert says_luck((-0.01, 0.03))
-    assert not says_luck((-0.05, 0.03))
-
-
-def test_the_same_layer_has_one_accuracy(digits):
-    X, y = digits
-    known = (y < 3).nonzero()[0][:30]
-
-    for rows in (slice(None), known):
-        advisor = StrategyAdvisor("tiny", **ROWS).fit(X[rows], y[rows])
-
-        used = advisor.strategy_.estimator[0].layer
-        assert advisor.layer_ == ("block4" if used == "last" else used)
-        size, score = list(advisor.size_scores_.items())[-1]
-        assert score == advisor.layer_scores_[advisor.layer_]
-        assert advisor.size_errors_[size] == advisor.layer_errors_[advisor.layer_]
-        assert size == round(0.8 * len(y[rows]))
-
-
-def test_scores_by_size_are_those_of_a_learning_curve(digits):
-    """By hand: the training images of each fold are divided once more."""
-    X, y = digits
-    layer = StrategyAdvisor("tiny", **ROWS).fit(X, y).layer_
-    features = CNNFeatureTransformer("tiny", layer=layer, **ROWS).fit_transform(X)
-    probe = make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=0))
-    found, by_hand = [], []
-    for seed in range(6):
-        advisor = StrategyAdvisor("tiny", **{**ROWS, "random_state": seed}).fit(X, y)
-        (before, low), (after, high) = list(advisor.size_scores_.items())[-2:]
-        slope = (high - low) / np.log2(after / before)
-        assert_allclose(advisor.gain_[0], slope, atol=1e-12)
-        if advisor.layer_ == layer:
-            found.append(list(advisor.size_scores_.values()))
-        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-        for train, test in folds.split(X, y):
-            for share in (0.25, 0.5):
-                part, _ = train_test_split(
-                    train, train_size=share, stratify=y[train], random_state=seed
-                )
-                fitted = probe.fit(features[part], y[part])
-                by_hand.append(fitted.score(features[test], y[test]))
-
-    assert_allclose(list(advisor.size_scores_), [20, 40, 80], atol=1)
-    assert len(found) > 1
-    by_hand = np.reshape(by_hand, (-1, 2))
-    error = by_hand.std(axis=0) / np.sqrt(5 * len(found))
-    difference = np.mean(found, axis=0)[:2] - by_hand.mean(axis=0)
-    assert (np.abs(difference) < 3 * error).all()
-
-
-def test_the_report_is_shown_under_scikit_learns_switch(digits):
-    fitted = StrategyAdvisor("tiny", **ROWS).fit(*digits)
-    unfitted = StrategyAdvisor("tiny")
-
-    assert fitted._repr_html_().startswith("<pre>100 images of 10 classes")
-    assert "<pre>100 images" in fitted._repr_mimebundle_()["text/html"]
-    assert "StrategyAdvisor" in unfitted._repr_html_()
-    assert "StrategyAdvisor" in unfitted._repr_mimebundle_()["text/html"]
-    with config_context(display="text"):
-        for advisor in (fitted, unfitted):
-            assert not hasattr(advisor, "_repr_html_")
-            assert advisor._repr_mimebundle_() == {"text/plain": repr(advisor)}
-
-
-def test_what_cannot_be_advised_on_is_refused(digits):
-    X = digits[0]
-
-    with pytest.raises(ValueError, match="one class only"):
-        StrategyAdvisor("tiny", **ROWS).fit(X, np.zeros(100))
-    with pytest.raises(ValueError, match="The class 7 has a single image"):
-        StrategyAdvisor("tiny", **ROWS).fit(X[:4], [5, 5, 5, 7])
-    with pytest.raises(NotFittedError):
-        StrategyAdvisor("tiny").report()
-
-
-def test_the_classifier_is_what_was_advised(digits, crossed):
-    X, y = digits
-
-    fitted = TransferClassifier("tiny", **ROWS).fit(X, y)
-
-    assert sum(crossed) == 100  # the features that were measured serve
-    assert fitted.advisor_.strategy_.name == fitted.strategy_.name == "extract_early"
-    expected = clone(fitted.advisor_.strategy_.estimator).fit(X, y)
-    assert_allclose(
-        fitted.decision_function(X), expected.decision_function(X), atol=1e-5
-    )
-    assert fitted.estimator_[0].cache is None
-    assert not hasattr(fitted, "predict_proba")  # a support vector machine has none
+    (line,) = [line for line in report.splitlines() if "more images" in line]
+    assert outlook in line
 
 
 @pytest.mark.parametrize(
-    "strategy",
-    ["as_is", "extract", "extract_early", "finetune", "finetune_top", "scratch"],
+    ("lead", "is_open"),
+    [
+        ((0.1, 0.03), False),
+        ((0.03, 0.03), True),
+        ((-0.01, 0.03), True),
+        ((-0.05, 0.03), False),
+    ],
 )
-def test_a_strategy_may_be_named(strategy, digits, monkeypatch):
-    monkeypatch.setattr("skltl.strategy._rules.SCRATCH_EPOCHS", 1)
-    X, y = digits[0][:40], np.array(list("abcd") * 10)
+def test_chance_is_mentioned_within_the_standard_error(advisor, lead, is_open):
+    report = with_attributes(advisor, lead_=lead).report()
 
-    fitted = TransferClassifier("tiny", strategy=strategy, **ROWS).fit(X, y)
-
-    assert fitted.strategy_.name == strategy
-    assert fitted.advisor_ is None
-    assert set(fitted.predict(X)) <= set("abcd")
-    assert_array_equal(fitted.classes_, list("abcd"))
-    if strategy != "extract_early":
-        assert_allclose(fitted.predict_proba(X).sum(axis=1), 1, rtol=1e-5)
+    assert ("due to chance" in report) == is_open
 
 
-def test_each_training_fold_is_advised_on_alone(digits):
-    X, y = digits
+def test_notebooks_show_the_report_unless_scikit_learn_shows_text(advisor):
+    unfitted = StrategyAdvisor(CNNFeatureTransformer("tiny"))
 
-    results = cross_validate(
-        TransferClassifier("tiny", **ROWS), X, y, cv=2, return_estimator=True
+    assert advisor._repr_html_().startswith("<pre>100 images in 10 classes")
+    bundle = advisor._repr_mimebundle_()
+    assert "<pre>100 images" in bundle["text/html"]
+    assert bundle["text/plain"] == advisor.report()
+    assert "StrategyAdvisor" in unfitted._repr_html_()
+    assert "StrategyAdvisor" in unfitted._repr_mimebundle_()["text/html"]
+    with config_context(display="text"):
+        for either in (advisor, unfitted):
+            assert not hasattr(either, "_repr_html_")
+            assert either._repr_mimebundle_() == {"text/plain": repr(either)}
+
+
+def test_a_saved_advisor_has_the_same_report(advisor, digits):
+    loaded = pickle.loads(pickle.dumps(advisor))
+
+    assert loaded.report() == advisor.report()
+    X = digits[0][:3]
+    assert_array_equal(
+        loaded.transformer_.transform(X), advisor.transformer_.transform(X)
     )
-
-    assert [one.advisor_.n_images_ for one in results["estimator"]] == [50, 50]
-    assert results["test_score"].mean() > 0.5
-
-
-@pytest.mark.parametrize("kind", ["pickle", "skops"])
-def test_a_saved_classifier_is_the_same(kind, digits):
-    X, y = digits
-    fitted = TransferClassifier("tiny", **ROWS).fit(X, y)
-
-    if kind == "pickle":
-        loaded = pickle.loads(pickle.dumps(fitted))
-    else:
-        trusted = [*skltl.SKOPS_TRUSTED, "sklearn.svm._classes.LinearSVC"]
-        loaded = skops.io.loads(skops.io.dumps(fitted), trusted=trusted)
-
-    assert_array_equal(loaded.predict(X), fitted.predict(X))
-    assert loaded.advisor_.report() == fitted.advisor_.report()

@@ -1,0 +1,199 @@
+"""Recommendations follow the rules, and estimators the parameters of a transformer."""
+
+from pathlib import Path
+
+import pytest
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedCNNClassifier,
+    StrategyAdvisor,
+    TransferClassifier,
+    make_feature_pipeline,
+    recommend_strategy,
+)
+
+TINY = CNNFeatureTransformer("tiny")
+
+
+@pytest.mark.parametrize(
+    ("n_images", "n_classes", "similarity", "name"),
+    [
+        (300, 5, "contained", "as_is"),
+        (999, 2, "similar", "extract"),
+        (1000, 2, "similar", "finetune"),
+        (5000, 101, "similar", "extract"),
+        (5050, 101, "similar", "finetune"),
+        (300, 5, "different", "extract_early"),
+        (5000, 5, "different", "finetune_top"),
+        (99_999, 5, "different", "finetune_top"),
+        (100_000, 5, "different", "scratch"),
+        (100_000, 5, "similar", "finetune"),
+    ],
+)
+def test_size_and_similarity_determine_the_strategy(
+    n_images, n_classes, similarity, name
+):
+    strategy = recommend_strategy(n_images, n_classes, similarity, transformer=TINY)
+
+    assert strategy.name == name
+    assert len(strategy.reasons) == 2
+    assert all(reason.endswith(".") for reason in strategy.reasons)
+    clone(strategy.estimator)
+
+
+def test_the_smallest_class_determines_the_size():
+    few = recommend_strategy(5000, 2, "similar", transformer=TINY, n_smallest=10)
+
+    assert few.name == "extract"
+    assert "10 in the smallest class" in few.reasons[0]
+
+
+def test_estimators_have_the_parameters_of_the_transformer():
+    transformer = CNNFeatureTransformer(
+        "tiny",
+        layer="block2",
+        pooling="max",
+        image_size=32,
+        image_shape=(8, 8),
+        batch_size=3,
+        decode="fast",
+        cache="folder",
+        n_jobs=2,
+        random_state=7,
+    )
+    given = transformer.get_params()
+
+    def estimator(n_images, similarity):
+        strategy = recommend_strategy(n_images, 5, similarity, transformer=transformer)
+        return strategy.estimator
+
+    extract = estimator(300, "similar")
+    assert extract[0].get_params() == {**given, "layer": "last"}
+    assert isinstance(extract[-1], LogisticRegression)
+    early = estimator(300, "different")
+    assert early[0].get_params() == given
+    assert isinstance(early[-1], LinearSVC)
+    assert early[-1].random_state == 7
+    pretrained = estimator(300, "contained")
+    assert isinstance(pretrained, PretrainedCNNClassifier)
+    expected = {name: given[name] for name in given if hasattr(pretrained, name)}
+    assert pretrained.get_params() == {**expected, "class_map": "learn"}
+    fine_tuned = estimator(5000, "similar")
+    changes = {name: one for name, one in given.items() if name != "layer"}
+    del changes["batch_size"]  # of a fine-tuned classifier, that of training
+    expected = FineTunedCNNClassifier(**changes)
+    assert fine_tuned.get_params() == expected.get_params()
+    top = estimator(5000, "different")
+    assert top.get_params() == expected.set_params(layer="block2").get_params()
+    scratch = estimator(500_000, "different").get_params()
+    assert (scratch["weights"], scratch["head_epochs"]) == (None, 0)
+    assert scratch["image_shape"] == (8, 8)
+
+
+def test_a_class_map_configures_the_pretrained_classifier():
+    strategy = recommend_strategy(
+        300, 2, "contained", transformer=TINY, class_map={"a": 1, "b": 2}
+    )
+
+    assert strategy.estimator.class_map == {"a": 1, "b": 2}
+
+
+def test_the_layer_at_two_thirds_of_the_depth_is_the_default():
+    transformer = CNNFeatureTransformer("resnet18")
+
+    strategy = recommend_strategy(300, 5, "different", transformer=transformer)
+
+    assert strategy.estimator[0].layer == "layer3"
+
+
+def test_the_default_transformer_is_the_default_network():
+    strategy = recommend_strategy(300, 5, "similar")
+
+    assert strategy.code == "make_feature_pipeline('resnet50', 'softmax')"
+
+
+@pytest.mark.parametrize("n_images", [0, 10.5, float("nan"), "10", True])
+def test_sizes_that_are_not_counts_are_refused(n_images):
+    with pytest.raises(ValueError, match="n_images must be a positive integer"):
+        recommend_strategy(n_images, 5, "similar")
+
+
+def test_an_unknown_similarity_is_refused():
+    with pytest.raises(ValueError, match="one of contained, similar, different"):
+        recommend_strategy(10, 5, "alike")
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"), [("bogus", "bogus"), (["block1", "block2"], "single layer")]
+)
+def test_a_layer_that_cannot_be_used_is_refused(layer, words):
+    transformer = CNNFeatureTransformer("tiny", layer=layer)
+
+    with pytest.raises(ValueError, match=words):
+        recommend_strategy(10, 5, "similar", transformer=transformer)
+
+
+OWN = Backbone.from_blocks("own", {"a": nn.ReLU()}, preprocessing=Preprocessing(16))
+
+
+@pytest.mark.parametrize(
+    ("transformer", "words"),
+    [
+        ("resnet50", r"Pass CNNFeatureTransformer\('resnet50'\)\."),
+        (OWN, r"Pass CNNFeatureTransformer\(Backbone\('own'\)\)\."),
+        (make_feature_pipeline("tiny"), r"got Pipeline\("),
+        (CNNFeatureTransformer, r"got <class "),
+    ],
+    ids=["name", "backbone", "pipeline", "class"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda transformer: StrategyAdvisor(transformer).fit([[0.0], [1.0]], [0, 1]),
+        lambda transformer: TransferClassifier(transformer).fit([[0.0], [1.0]], [0, 1]),
+        lambda transformer: recommend_strategy(
+            300, 5, "similar", transformer=transformer
+        ),
+    ],
+    ids=["StrategyAdvisor", "TransferClassifier", "recommend_strategy"],
+)
+def test_only_transformers_are_accepted(call, transformer, words):
+    with pytest.raises(TypeError, match=f"must be a CNNFeatureTransformer.*{words}"):
+        call(transformer)
+
+
+def test_costs_are_those_of_the_estimator():
+    strategy = recommend_strategy(5000, 5, "similar", transformer=TINY)
+    usual = strategy.n_passes
+
+    strategy.estimator.set_params(finetune_epochs=2)
+
+    assert (usual, strategy.n_passes) == (1 + 3 * 10, 1 + 3 * 2)
+
+
+@pytest.mark.parametrize("n_images", [300, 5_000, 500_000])
+@pytest.mark.parametrize("similarity", ["contained", "similar", "different"])
+def test_the_code_of_a_strategy_builds_its_estimator(n_images, similarity):
+    names = {
+        "make_feature_pipeline": make_feature_pipeline,
+        "FineTunedCNNClassifier": FineTunedCNNClassifier,
+        "PretrainedCNNClassifier": PretrainedCNNClassifier,
+    }
+    transformer = CNNFeatureTransformer(
+        "tiny", image_shape=(8, 8), cache=Path("folder"), n_jobs=2, random_state=0
+    )
+    code = recommend_strategy(n_images, 3, similarity, transformer=transformer).code
+
+    built = eval(code, names)
+
+    transformer.set_params(cache="folder")  # code has no objects
+    strategy = recommend_strategy(n_images, 3, similarity, transformer=transformer)
+    assert repr(built) == repr(strategy.estimator)
