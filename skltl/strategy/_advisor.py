@@ -73,10 +73,10 @@ Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 class StrategyAdvisor(TransformerMetaEstimator):
     """Recommend a transfer learning strategy, based on cross-validated accuracy.
 
-    The features of all main layers are extracted in one pass over the images, and a
-    linear classifier is cross-validated on those of each layer. If the last layer is
-    the best, the images are similar to the pretraining data; if an earlier one is, they
-    are different. Similarity and size of the data determine the strategy.
+    The features of all main layers are extracted in one forward pass, and a linear
+    classifier is cross-validated on those of each layer. If the last layer is the best,
+    the images are similar to the pretraining data; if an earlier one is, they are
+    different. Similarity and size of the data determine the strategy.
 
     Parameters
     ----------
@@ -565,7 +565,7 @@ def score_pretrained(
 ) -> tuple[float, float] | None:
     """Return the accuracy of the pretrained classifier and its standard error.
 
-    It is evaluated on a part of the images, and only if it knows their classes.
+    It is evaluated on a sample of the images, and only if it knows their classes.
     """
     if class_map is None:
         return None
