@@ -61,10 +61,10 @@ def prefetch(
     """Yield ``function(item)`` for each item, in order, prefetched by threads.
 
     At most `n_in_flight` results are in flight. With `alternate` these are computed
-    together, and no thread runs while they are used. An exception is raised in place of
-    its result.
+    together, and no thread runs while they are used: a single thread would be no
+    faster than the caller. An exception is raised in place of its result.
     """
-    if n_threads == 1:
+    if n_threads == 1 and alternate:
         yield from map(function, items)
         return
     remaining = iter(items)

@@ -1,13 +1,21 @@
-"""Saved estimators name only public paths, so that private modules may move."""
+"""Saved estimators can be read by later versions, since they name public paths only."""
 
 import io
 import pickle
+import runpy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import skops.io
+from numpy.testing import assert_allclose
 from torch import nn
 
+import skltl
 from skltl import Backbone, CNNFeatureTransformer, Preprocessing
+
+SAVED = Path(__file__).with_name("saved")
+saved_images = runpy.run_path(str(SAVED / "write.py"))["saved_images"]
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +77,31 @@ def test_a_pickle_with_an_own_backbone_names_only_public_paths(
 
     assert any(path.startswith("skltl.") for path in found)
     assert private(found) == set()
+
+
+RELEASES = sorted(SAVED.glob("*.npz"))
+
+
+def load_pickle(path):
+    return pickle.loads(path.with_suffix(".pickle").read_bytes())
+
+
+def load_skops(path):
+    return skops.io.load(path.with_suffix(".skops"), trusted=skltl.SKOPS_TRUSTED)
+
+
+def test_there_are_files_of_a_release():
+    assert RELEASES
+
+
+@pytest.mark.parametrize("load", [load_pickle, load_skops])
+@pytest.mark.parametrize("path", RELEASES, ids=lambda path: path.stem)
+def test_files_of_earlier_releases_are_read(load, path):
+    X, y = saved_images()
+
+    transformer, classifier = load(path)
+
+    expected = np.load(path)
+    assert_allclose(transformer.transform(X), expected["features"], rtol=1e-4)
+    assert_allclose(classifier.predict_proba(X), expected["proba"], rtol=1e-4)
+    assert classifier.classes_.tolist() == sorted(set(y))

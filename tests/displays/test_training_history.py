@@ -111,9 +111,9 @@ def test_estimators_without_a_history_are_refused(digits):
 
     with pytest.raises(ValueError, match="training history; got LogisticRegression"):
         TrainingHistoryDisplay.from_estimator(pipeline)
-    with pytest.raises(ValueError, match="no epoch"):
+    with pytest.raises(ValueError, match="history.* is empty"):
         TrainingHistoryDisplay.from_estimator(converted)
-    with pytest.raises(ValueError, match="no epoch"):
+    with pytest.raises(ValueError, match="history.* is empty"):
         TransferGainDisplay.from_estimators(converted, converted)
     with pytest.raises(NotFittedError):
         TrainingHistoryDisplay.from_estimator(classifier())

@@ -102,7 +102,7 @@ def test_a_warning_is_raised_if_the_fitted_engine_cannot_run(images, monkeypatch
     fitted.engine_ = "openvino"  # as fitted on another machine
     monkeypatch.setattr("skltl.inference._openvino.find_spec", lambda name: None)
 
-    with pytest.warns(EngineWarning, match="fitted with engine='openvino', which can"):
+    with pytest.warns(EngineWarning, match="fitted with engine='openvino', which is"):
         found = pickle.loads(pickle.dumps(fitted)).transform(images)
 
     assert_array_equal(found, expected)

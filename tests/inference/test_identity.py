@@ -92,9 +92,9 @@ def test_a_new_setting_of_another_torch_version_is_accepted(registry, images):
 def test_a_pickle_of_another_format_is_refused(images):
     state = CNNFeatureTransformer("tiny").fit(images).__getstate__()
     network = state["network_"]
-    network["versions"]["skltl"] = "9.9"
+    state["_versions"]["skltl"] = network["versions"]["skltl"] = "9.9"
 
-    with pytest.raises(ValueError, match="another version of skltl.* Fit it again"):
+    with pytest.raises(ValueError, match="saved by skltl 9.9 .*fit it again"):
         CNNFeatureTransformer().__setstate__({**state, "_format": None})
     with pytest.raises(WeightsError, match="by skltl 9.9, torch .*Fit the estimator"):
         CNNFeatureTransformer().__setstate__(
@@ -241,13 +241,15 @@ def runners_of(fitted):
 
 def test_the_number_of_networks_kept_is_bounded(images):
     release_memory()
+    n_before = len(_frozen._held_prefixes)  # of estimators of other tests
     for layer in ["stem", "block1", "block2", "block3", "block4"]:
         fitted = CNNFeatureTransformer("tiny", layer=layer).fit(images)
         fitted.transform(images)
     del fitted
     gc.collect()
 
-    assert len(_frozen._prefixes) == len(_frozen._held_prefixes) == 2
+    assert len(_frozen._prefixes) == 2
+    assert len(_frozen._held_prefixes) <= n_before + 2
 
 
 def test_each_estimator_keeps_its_prepared_network(images):

@@ -354,7 +354,7 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(FirstOnly(), "expected \\(8, 3\\)"), (Tokens(), "expected a map")],
+    [(FirstOnly(), "expected \\(8, 3\\)"), (Tokens(), "expected a feature map")],
 )
 def test_outputs_of_other_shapes_are_refused(images, module, words):
     with pytest.raises(ValueError, match=words):

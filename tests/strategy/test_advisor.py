@@ -342,7 +342,7 @@ def test_the_engine_is_that_of_the_transformer(
     few_digits, make_transformer, monkeypatch
 ):
     transformer = make_transformer(engine="openvino")
-    monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
+    monkeypatch.setattr("skltl.inference._openvino.find_spec", lambda name: None)
 
     with pytest.raises(EngineError, match="engine='openvino' cannot run"):
         StrategyAdvisor(transformer).fit(*few_digits)

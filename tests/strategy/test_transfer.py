@@ -496,7 +496,7 @@ def test_threads_predict_after_parameters_were_set(fitted, fewer_digits):
 def test_an_engine_that_is_not_installed_is_refused(
     fewer_digits, make_classifier, monkeypatch
 ):
-    monkeypatch.setattr("skltl.inference._engines.find_spec", lambda name: None)
+    monkeypatch.setattr("skltl.inference._openvino.find_spec", lambda name: None)
 
     with pytest.raises(EngineError, match="engine='openvino' cannot run"):
         make_classifier("extract", engine="openvino").fit(*fewer_digits)
