@@ -37,7 +37,6 @@ def write(release):
         finetune_epochs=1,
         unfreeze="all",
         **SMALL,
-        random_state=0,
     ).fit(X, y)
     with (FOLDER / f"{release}.pickle").open("wb") as file:
         pickle.dump((transformer, classifier), file, protocol=4)
