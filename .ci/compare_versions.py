@@ -159,7 +159,11 @@ def pipeline():
     from sklearn.svm import LinearSVC
 
     X, y = flowers(4)
-    steps = squeezenet(precision="float32"), StandardScaler(), LinearSVC(C=0.01)
+    steps = (
+        squeezenet(precision="float32"),
+        StandardScaler(),
+        LinearSVC(C=0.01, random_state=0),
+    )
     return [make_pipeline(*steps).fit(X, y).decision_function(X)]
 
 
