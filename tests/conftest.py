@@ -8,10 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 # Workers of pytest-xdist share the cores.
 N_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, torch.get_num_threads() // N_WORKERS))
+N_THREADS = max(1, torch.get_num_threads() // N_WORKERS)
+torch.set_num_threads(N_THREADS)
+threadpool_limits(N_THREADS)
 
 
 @pytest.fixture(scope="session")
