@@ -103,7 +103,7 @@ def compare_with_scratch(arguments, train):
         seconds = time.perf_counter() - start
         print(f"{name}: {scores[0]:.3f} to {scores[-1]:.3f} in {seconds:.0f} s")
     display = TransferGainDisplay.from_estimators(*both)
-    print({name: round(gain, 3) for name, gain in display.gains.items()})
+    print({name: round(gain, 3) for name, gain in display.gains_.items()})
     arguments.figures.mkdir(parents=True, exist_ok=True)
     display.figure_.savefig(arguments.figures / "gain.png", dpi=120)
 

@@ -60,7 +60,7 @@ print(f"fine-tuned: {tuned.fit(X_train, y_train).score(X_test, y_test):.3f}")
 # ----------------
 # The attribute ``history_`` has one dictionary for each epoch.
 
-TrainingHistoryDisplay.from_estimator(tuned, rates=True)
+TrainingHistoryDisplay.from_estimator(tuned, learning_rates=True)
 
 # %%
 # The fine-tuned network is also a feature extractor: ``transform`` returns its

@@ -53,7 +53,7 @@ class StrategyDisplay:
     --------
     >>> from skltl import StrategyDisplay
     >>> display = StrategyDisplay(300, 5, lead=0.0, strategy="extract")
-    >>> [round(value, 2) for value in display.place]
+    >>> [round(value, 2) for value in display.coordinates_]
     [1.1, 0.74]
     """
 
@@ -99,7 +99,7 @@ class StrategyDisplay:
         ).plot(ax=ax)
 
     @property
-    def place(self):
+    def coordinates_(self):
         """Coordinates of the data set, from (0, 0), small and different, to (2, 2)."""
         n_smallest = self.n_smallest
         if n_smallest is None:
@@ -124,7 +124,7 @@ class StrategyDisplay:
             The display itself.
         """
         ax = resolve_ax(ax, figsize=(6.4, 4.6))
-        right, up = self.place
+        right, up = self.coordinates_
         for (left, low), (names, words) in BOXES.items():
             # Above the point if that is in the lower half of the box, or below it.
             has_low_point = (left, low) == (int(right), int(up)) and up % 1 < 0.5
@@ -160,7 +160,7 @@ class StrategyDisplay:
         return self
 
     def _draw_data(self, ax):
-        right, up = self.place
+        right, up = self.coordinates_
         ax.plot(right, up, "o", color="C3", markersize=9, zorder=3)
         # Above the point, or below it near the upper border of the box.
         is_high = up % 1 > 0.85

@@ -65,7 +65,7 @@ class TrainingHistoryDisplay:
             raise ValueError("The history is empty: there was no epoch.")
 
     @classmethod
-    def from_estimator(cls, estimator, *, rates=False, axes=None, **kwargs):
+    def from_estimator(cls, estimator, *, learning_rates=False, axes=None, **kwargs):
         """Plot the history of a fitted classifier.
 
         Parameters
@@ -73,9 +73,9 @@ class TrainingHistoryDisplay:
         estimator : FineTunedCNNClassifier
             Fitted classifier; or a fitted pipeline, search or `TransferClassifier`
             that contains one.
-        rates : bool, default=False
+        learning_rates : bool, default=False
             Whether to plot the learning rates as well.
-        axes : array of 2 matplotlib Axes, or 3 with `rates`, default=None
+        axes : array of 2 matplotlib Axes, or 3 with `learning_rates`, default=None
             Axes to plot on; by default those of a new figure.
         **kwargs : dict
             Keyword arguments of matplotlib's ``plot`` for all lines.
@@ -92,7 +92,7 @@ class TrainingHistoryDisplay:
         """
         import_pyplot()
         display = cls(trained_in(estimator).history_)
-        return display.plot(rates=rates, axes=axes, **kwargs)
+        return display.plot(learning_rates=learning_rates, axes=axes, **kwargs)
 
     @property
     def stages_(self):
@@ -100,14 +100,14 @@ class TrainingHistoryDisplay:
         names = [epoch["stage"] for epoch in self.history]
         return [(name, names.count(name)) for name in dict.fromkeys(names)]
 
-    def plot(self, *, rates=False, axes=None, **kwargs):
+    def plot(self, *, learning_rates=False, axes=None, **kwargs):
         """Plot the history.
 
         Parameters
         ----------
-        rates : bool, default=False
+        learning_rates : bool, default=False
             Whether to plot the learning rates as well.
-        axes : array of 2 matplotlib Axes, or 3 with `rates`, default=None
+        axes : array of 2 matplotlib Axes, or 3 with `learning_rates`, default=None
             Axes to plot on; by default those of a new figure.
         **kwargs : dict
             Keyword arguments of matplotlib's ``plot`` for all lines.
@@ -117,7 +117,7 @@ class TrainingHistoryDisplay:
         TrainingHistoryDisplay
             The display itself.
         """
-        titles = list(PANELS) if rates else ["loss", "score"]
+        titles = list(PANELS) if learning_rates else ["loss", "score"]
         axes = resolve_axes(axes, len(titles), len(titles), panel_size=(4.6, 3.8))
         self.lines_ = {}
         for ax, title in zip(axes, titles, strict=True):

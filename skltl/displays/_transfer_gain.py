@@ -48,7 +48,7 @@ class TransferGainDisplay:
     >>> display = TransferGainDisplay(
     ...     ([1, 2, 3], [1, 2, 3]), ([0.6, 0.9, 0.9], [0.1, 0.3, 0.5])
     ... )
-    >>> {name: round(gain, 2) for name, gain in display.gains.items()}
+    >>> {name: round(gain, 2) for name, gain in display.gains_.items()}
     {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
     """
 
@@ -123,7 +123,7 @@ class TransferGainDisplay:
         return cls(steps, scores, "number of training images").plot(ax=ax)
 
     @property
-    def gains(self):
+    def gains_(self):
         """Gains in start, slope (per step) and asymptote."""
         ends = self.asymptotes
         if ends is None:
@@ -161,7 +161,7 @@ class TransferGainDisplay:
                 color=f"C{number}",
                 label=name,
             )
-        words = ", ".join(f"{name} {gain:+.3g}" for name, gain in self.gains.items())
+        words = ", ".join(f"{name} {gain:+.3g}" for name, gain in self.gains_.items())
         ax.set_title(f"gains: {words}", fontsize="medium")
         ax.legend(frameon=False)
         ax.set_xlabel(self.step_name)

@@ -82,7 +82,6 @@ BRITISH = {
 # What contains a banned word and is right, and why.
 ALLOWED = {
     r"(learning|dropout|error|frame|bit|sampling)[- ]rates?": "terms of the field",
-    r"rates ?:|`+rates(=\w+)?`+": "a parameter of `TrainingHistoryDisplay`",
     r"leases\|claims": "the name of a file of 0.1.0",
     r"off-the-shelf": "the title of a paper",
 }

@@ -55,7 +55,9 @@ def test_the_point_is_in_the_box_of_the_rules():
                     n_images, 2, similarity, transformer=TINY, n_smallest=n_smallest
                 ).name
 
-                right, up = StrategyDisplay(n_images, 2, lead, name, n_smallest).place
+                right, up = StrategyDisplay(
+                    n_images, 2, lead, name, n_smallest
+                ).coordinates_
 
                 assert (int(right), int(up)) == CORNERS[name]
                 assert 0 < right < 2
@@ -75,11 +77,11 @@ def test_the_data_set_of_an_advisor_is_small_if_a_class_is():
 
     assert advisor.n_smallest_ == display.n_smallest == 10
     assert display.lead == advisor.lead_[0]
-    right, up = display.place
+    right, up = display.coordinates_
     assert (int(right), int(up)) == CORNERS[advisor.strategy_.name]
     assert int(up) == 0
     point = display.ax_.get_lines()[0]
-    assert (point.get_xdata()[0], point.get_ydata()[0]) == display.place
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == display.coordinates_
     assert "2,000 images, 2 classes" in {t.get_text() for t in display.ax_.texts}
 
 
@@ -90,9 +92,9 @@ def test_gains_are_differences_of_start_slope_and_asymptote():
     display = TransferGainDisplay((steps, steps), (transfer, scratch)).plot()
 
     # 0.9 of 0.9 is reached at the third step, 0.9 of 0.5 at the fifth.
-    assert_allclose(display.gains["start"], 0.4)
-    assert_allclose(display.gains["slope"], 0.4 / 2 - 0.4 / 4)
-    assert_allclose(display.gains["asymptote"], 0.4)
+    assert_allclose(display.gains_["start"], 0.4)
+    assert_allclose(display.gains_["slope"], 0.4 / 2 - 0.4 / 4)
+    assert_allclose(display.gains_["asymptote"], 0.4)
     lines = display.ax_.get_lines()
     assert_array_equal(lines[0].get_ydata(), transfer)
     assert_array_equal(lines[1].get_ydata(), scratch)
@@ -139,7 +141,7 @@ def test_a_classifier_has_no_gain_over_itself():
         neighbors, neighbors, rows[:300], labels[:300]
     )
 
-    assert set(display.gains.values()) == {0.0}
+    assert set(display.gains_.values()) == {0.0}
 
 
 def test_unfitted_estimators_cannot_be_plotted():
@@ -167,5 +169,5 @@ def test_the_text_of_the_point_is_in_its_box(n_images):
     display.figure_.canvas.draw()
     extent = display.ax_.texts[-1].get_window_extent()
     (_, low), (_, high) = display.ax_.transData.inverted().transform(extent)
-    box = int(display.place[1])
+    box = int(display.coordinates_[1])
     assert box <= low < high <= box + 1

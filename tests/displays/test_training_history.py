@@ -33,7 +33,7 @@ def fitted(digits):
 
 
 def test_lines_are_the_history(fitted):
-    display = TrainingHistoryDisplay.from_estimator(fitted, rates=True)
+    display = TrainingHistoryDisplay.from_estimator(fitted, learning_rates=True)
 
     panels = [
         ("loss", "validation_loss"),
@@ -75,7 +75,7 @@ def test_display_accepts_axes_and_keyword_arguments(fitted):
         assert to_rgb(line.get_color()) == to_rgb("red")
         assert line.get_linewidth() == 3
     with pytest.raises(ValueError, match="Expected axes to have 3 axes, got 2"):
-        display.plot(rates=True, axes=axes)
+        display.plot(learning_rates=True, axes=axes)
 
 
 def test_single_epoch_is_visible():
