@@ -255,7 +255,7 @@ class Store:
             if not is_full or pauses is _unused:
                 pauses[self._path] = until
             why = (
-                f"cannot be written ({shorten(str(error), 120)}, {self._path.name!r}). "
+                f"cannot be used ({shorten(str(error), 120)}, {self._path.name!r}). "
                 "Free some space, choose another folder, or check its permissions."
             )
         self._may_write = False

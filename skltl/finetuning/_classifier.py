@@ -61,7 +61,7 @@ from skltl.finetuning._network import (
     split_network,
 )
 from skltl.finetuning._training import (
-    PEAK_LRS,
+    OPTIMIZERS,
     Callbacks,
     CallbackSupportMixin,
     Stage,
@@ -262,7 +262,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             StrOptions({"auto"}),
         ],
         "backbone_lr_decay": [Interval(Real, 0, 1, closed="right")],
-        "optimizer": [StrOptions({"auto", *PEAK_LRS})],
+        "optimizer": [StrOptions({"auto", *OPTIMIZERS})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
         "augment": [callable, None],

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -369,7 +370,7 @@ def build_inputs(
     inputs = OnTheFlyInputs(crops, augment, n_views, seed, frozen_forward(config))
     if n_views is None:
         return inputs
-    if estimator.random_state is None:
+    if not isinstance(estimator.random_state, Integral):
         cache = None  # no other fit draws the same views
     return _compute_activations(inputs, n_views, config, threads, verbose, cache)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,6 +47,12 @@ except ImportError:  # before scikit-learn 1.9
 # Peak learning rates of head and backbone. The user guide has the sources and what was
 # measured.
 PEAK_LRS = {"sgd": (0.01, 0.01), "adamw": (1e-3, 1e-4)}
+
+# One-cycle schedules vary the momentum, or beta1, which an optimizer must have.
+OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adamw": torch.optim.AdamW,
+}
 
 # Families that were trained with AdamW, and are best fine-tuned with it.
 ADAMW_FAMILIES = ("convnext", "efficientnet_v2")
@@ -541,9 +548,7 @@ def build_optimizer(
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
             groups += [group] if params else []
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
-    return torch.optim.SGD(groups, lr=stage.head_lr, momentum=0.9, nesterov=True)
+    return OPTIMIZERS[config.optimizer](groups)
 
 
 def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:

@@ -90,14 +90,6 @@ class ExtractionConfig:
             )
         return features
 
-    def fingerprints(self) -> list[str]:
-        """Return `fingerprints` of this config."""
-        return fingerprints(self)
-
-    def about(self, block: str) -> str:
-        """Return `describe` of this config and a block."""
-        return describe(self, block)
-
 
 @lru_cache(maxsize=128)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -26,8 +26,9 @@ from skltl.networks._backbone import (
     last_block,
 )
 
-# Prefixes of the names of networks that are not (only) convolutional.
-NOT_CONVNETS = ("maxvit", "swin", "vit")
+# Prefixes of the names of networks that are not supported: all or part of their blocks
+# are transformers.
+UNSUPPORTED = ("maxvit", "swin", "vit")
 
 # Both have auxiliary classifiers, which are used in training only, and warn unless
 # `init_weights` is given.
@@ -259,7 +260,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
 def list_torchvision() -> list[str]:
     """Return the names of torchvision's ConvNets for image classification."""
     names = models.list_models(module=models)
-    return [name for name in names if not name.startswith(NOT_CONVNETS)]
+    return [name for name in names if not name.startswith(UNSUPPORTED)]
 
 
 def torchvision_backbone(name: str) -> Backbone:

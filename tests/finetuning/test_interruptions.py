@@ -13,6 +13,8 @@ from checkpoints import interrupt, the_file
 from numpy.testing import assert_array_equal
 from tiny_classifier import classifier, losses, saved_state
 
+from skltl.finetuning._training import OPTIMIZERS
+
 STOCHASTIC = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
 
 
@@ -35,6 +37,17 @@ def test_an_interrupted_fit_ends_with_the_same_bits(
     assert losses(resumed) == losses(uninterrupted)
     assert resumed.best_validation_score_ == uninterrupted.best_validation_score_
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_state_of_every_optimizer_is_restored(optimizer, data, tmp_path):
+    expected = classifier(optimizer=optimizer).fit(*data)
+    resumed = classifier(optimizer=optimizer, checkpoint=tmp_path)
+
+    interrupt(resumed, *data, after=4)
+    resumed.fit(*data)
+
+    assert losses(resumed) == losses(expected)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Fine-tuning equals a plain training loop, and costs what its trained layers cost."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from skltl import CNNFeatureTransformer, FineTunedCNNClassifier, Preprocessing
 from skltl._random import derived_seed
 from skltl.exceptions import TrainingError, UnknownLayerError
 from skltl.finetuning._network import SplitNetwork
+from skltl.finetuning._training import OPTIMIZERS
 from skltl.inference import load_prefix
 from skltl.networks import get_backbone, resolve_layer, resolve_weights
 
@@ -39,10 +41,22 @@ def standardized_probe(features, y):
     return weight.requires_grad_(), bias.requires_grad_(), mean, scale
 
 
-def test_losses_are_those_of_a_plain_loop_over_the_whole_network(digits):
+# Default learning rate of the head, and the same optimizer of torch.
+PLAIN_OPTIMIZERS = {
+    "sgd": (0.01, partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "adamw": (0.001, torch.optim.AdamW),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_losses_are_those_of_a_plain_loop_over_the_whole_network(name, digits):
     """Nothing is stored: the network runs from the pixels on in every step."""
     X, y = digits[0][:70], digits[1][:70]
-    fitted = classifier(schedule="constant", batch_size=23, backbone_lr=0.001).fit(X, y)
+    head_lr, plain_optimizer = PLAIN_OPTIMIZERS[name]
+    backbone_lr = head_lr / 10
+    fitted = classifier(
+        optimizer=name, schedule="constant", batch_size=23, backbone_lr=backbone_lr
+    ).fit(X, y)
 
     blocks = copy.deepcopy(dict(tiny_blocks("block3")))
     network = nn.Sequential(*blocks.values())
@@ -63,17 +77,18 @@ def test_losses_are_those_of_a_plain_loop_over_the_whole_network(digits):
     expected = []
     for number, n_epochs in enumerate((3, 2)):
         groups = [
-            {"params": [weight], "lr": 0.01, "weight_decay": 1e-4},
-            {"params": [bias], "lr": 0.01},
+            {"params": [weight], "lr": head_lr, "weight_decay": 1e-4},
+            {"params": [bias], "lr": head_lr},
         ]
         if number == 1:
             tuned = [m for name, m in blocks.items() if name.startswith("block3")]
             trainable = [p.requires_grad_() for m in tuned for p in m.parameters()]
             matrices = [p for p in trainable if p.ndim > 1]
             vectors = [p for p in trainable if p.ndim == 1]
-            groups.append({"params": matrices, "lr": 0.001, "weight_decay": 1e-4})
-            groups.append({"params": vectors, "lr": 0.001})
-        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+            groups.append({"params": matrices, "lr": backbone_lr, "weight_decay": 1e-4})
+            groups.append({"params": vectors, "lr": backbone_lr})
+        # By default, AdamW would decay vectors, too.
+        optimizer = plain_optimizer(groups, weight_decay=0)
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         for epoch in range(n_epochs):
             seed = derived_seed(0, "epoch", number, epoch)

@@ -22,7 +22,7 @@ from skltl.networks import (
 from skltl.networks._layers import MetaParameters
 from skltl.networks._torchvision import FAMILIES, list_torchvision
 
-NOT_CONVNETS = ("maxvit", "swin", "vit")  # attention, at least in part
+UNSUPPORTED = ("maxvit", "swin", "vit")
 
 # One network per family; the others are slow tests.
 ONE_PER_FAMILY = (
@@ -89,7 +89,7 @@ def built(request):
 
 def test_all_convnets_are_listed():
     named = models.list_models(module=models)
-    convnets = {name for name in named if not name.startswith(NOT_CONVNETS)}
+    convnets = {name for name in named if not name.startswith(UNSUPPORTED)}
 
     assert len(convnets) > 60
     assert convnets <= set(list_backbones())
