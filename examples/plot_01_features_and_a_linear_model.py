@@ -16,6 +16,8 @@ images of 8 x 8 pixels, ``image_size=32`` is sufficient instead of the default 8
 # %%
 # Three linear classifiers on raw pixels and on features
 # ------------------------------------------------------
+# ``"svm"`` is a linear support vector machine, ``"softmax"`` multinomial and ``"ovr"``
+# one-vs-rest logistic regression.
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score

@@ -4,7 +4,7 @@ Choosing a layer
 
 The first blocks of a ConvNet respond to edges and textures, the last ones to the
 objects that it was trained on. Which layer gives the best features depends on the
-images, so `layer` is searched for like any other hyperparameter.
+images, so ``layer`` is tuned like any other hyperparameter.
 
 With a cache, such a search is cheap. The network runs once on each image, the features
 of all main layers are stored, and all folds and candidates read them. With
@@ -55,7 +55,7 @@ print(f"{time.perf_counter() - start:.1f} s for 75 fits")
 LayerScoresDisplay.from_search(search)
 
 # %%
-# For a single pipeline and all main layers, no search has to be written:
+# To compare all main layers with the other parameters fixed, no search is needed:
 
 pipeline.set_params(softmax__C=0.01)
 LayerScoresDisplay.from_estimator(pipeline, digits, labels)

@@ -14,8 +14,8 @@ that an epoch of the head stage is almost free.
 # %%
 # Baseline: frozen features
 # -------------------------
-# A linear classifier on frozen features is the baseline that fine-tuning has to exceed.
-# It is trained on 1,000 handwritten digits.
+# A linear classifier on frozen features is the baseline for fine-tuning. It is trained
+# on 1,000 handwritten digits.
 
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -40,7 +40,7 @@ print(f"frozen features: {frozen.fit(X_train, y_train).score(X_test, y_test):.3f
 # ----------
 # Digits are unlike the photographs that the network was trained on. All blocks are
 # therefore unfrozen, with a learning rate above the default, after a short head stage.
-# The scores on a tenth of the training images, held out, are only monitored here.
+# A tenth of the training images is held out; its scores are only monitored here.
 
 tuned = FineTunedCNNClassifier(
     "tiny",

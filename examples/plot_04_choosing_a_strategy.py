@@ -2,10 +2,11 @@
 Choosing a strategy
 ===================
 
-Should a pretrained network be used without training, for features of its last or of an
-earlier layer, or be fine-tuned? The textbook answer depends on the size of the data set
-and on its similarity to the pretraining data. The size is known, and the similarity can
-be estimated.
+Should a pretrained network be used without training, to extract features at its last or
+at an earlier layer, or be fine-tuned? The textbook answer depends on the size of the
+data set and on its similarity to the pretraining data. The size is known, and the
+similarity can be estimated. The user guide explains the strategies and their names
+(:doc:`/guide/strategy`).
 """
 
 # %%
@@ -70,7 +71,8 @@ print(f"last layer: {last.score(X_test, y_test):.3f}")
 # %%
 # The rules alone
 # ---------------
-# ``recommend_strategy`` applies the rules to a known size and similarity.
+# ``recommend_strategy`` applies the rules to a known size and similarity. The cost of a
+# fit is given in forward passes over the data.
 
 for n_images in (200, 5_000, 500_000):
     for similarity in ("similar", "different"):
@@ -81,6 +83,7 @@ for n_images in (200, 5_000, 500_000):
         print(f"{n_images:>8,} {similarity:<10} {strategy.name:<14} {cost}")
 
 # %%
-# The estimator of a strategy is configured, and its parameters can be changed.
+# The estimator of a strategy is configured but not fitted; its parameters can be
+# changed.
 
 print(strategy.estimator)

@@ -4,7 +4,8 @@ Transfer learning and training from scratch
 
 Compared with random initialization, pretrained weights may give a higher start, a
 higher slope and a higher asymptote of the learning curve. Here, the same network is
-trained on the same 200 digits for the same number of epochs, with both.
+trained on the same 200 digits for the same number of epochs, once from pretrained and
+once from random weights.
 """
 
 # %%
