@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_created_gives_one_warning(images, expected, tmp
 
     cached = transformer(tmp_path / "file" / "cache")
     with pytest.warns(
-        CacheWarning, match="cannot be written .* not all of them are stored"
+        CacheWarning, match="cannot be used .* not all of them are stored"
     ) as caught:
         first = cached.fit_transform(images)
     again = cached.fit_transform(images)  # a warning would be an error
@@ -234,7 +234,7 @@ def test_a_full_disk_gives_one_warning(noise, tmp_path, limit_files, monkeypatch
     expected = transformer(None).fit_transform(noise)
 
     limit_files(200_000)
-    with pytest.warns(CacheWarning, match="cannot be written .* not all") as caught:
+    with pytest.warns(CacheWarning, match="cannot be used .* not all") as caught:
         first = transformer(tmp_path).fit_transform(noise)
     second = transformer(tmp_path).fit_transform(noise)  # a warning would be an error
     limit_files(None)

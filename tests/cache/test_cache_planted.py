@@ -442,7 +442,7 @@ def test_warnings_quote_a_folder_shortly(tmp_path, X):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "/".join(["long" * 50] * 10)
 
-    with pytest.warns(CacheWarning, match="cannot be written") as caught:
+    with pytest.warns(CacheWarning, match="cannot be used") as caught:
         extract(X, folder)
 
     assert all(len(str(one.message)) <= 500 for one in caught)

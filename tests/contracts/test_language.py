@@ -82,6 +82,7 @@ BRITISH = {
 # What contains a banned word and is right, and why.
 ALLOWED = {
     r"(learning|dropout|error|frame|bit|sampling)[- ]rates?": "terms of the field",
+    r"instead of ``rates=``": "the former name of a parameter",
     r"leases\|claims": "the name of a file of 0.1.0",
     r"off-the-shelf": "the title of a paper",
 }

@@ -41,10 +41,11 @@ def standardized_probe(features, y):
     return weight.requires_grad_(), bias.requires_grad_(), mean, scale
 
 
-# Default learning rate of the head, and the same optimizer of torch.
+# Default learning rate of the head, the same optimizer of torch, and a tolerance: AdamW
+# divides small gradients by their size, and thereby magnifies rounding.
 PLAIN_OPTIMIZERS = {
-    "sgd": (0.01, partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
-    "adamw": (0.001, torch.optim.AdamW),
+    "sgd": (0.01, partial(torch.optim.SGD, momentum=0.9, nesterov=True), 1e-4),
+    "adamw": (0.001, torch.optim.AdamW, 1e-3),
 }
 
 
@@ -52,7 +53,7 @@ PLAIN_OPTIMIZERS = {
 def test_losses_are_those_of_a_plain_loop_over_the_whole_network(name, digits):
     """Nothing is stored: the network runs from the pixels on in every step."""
     X, y = digits[0][:70], digits[1][:70]
-    head_lr, plain_optimizer = PLAIN_OPTIMIZERS[name]
+    head_lr, plain_optimizer, rtol = PLAIN_OPTIMIZERS[name]
     backbone_lr = head_lr / 10
     fitted = classifier(
         optimizer=name, schedule="constant", batch_size=23, backbone_lr=backbone_lr
@@ -106,7 +107,7 @@ def test_losses_are_those_of_a_plain_loop_over_the_whole_network(name, digits):
                 total += loss.item() * len(some)
             expected.append(total / 70)
 
-    assert_allclose(losses(fitted), expected, rtol=1e-4)
+    assert_allclose(losses(fitted), expected, rtol=rtol)
 
 
 def test_without_epochs_the_head_is_the_probe(digits):
