@@ -140,9 +140,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         The engine that was fitted. Where it is not available, torch is used, with a
         warning.
     n_features_in_ : int
-        Number of features seen during :term:`fit`. Only with `image_shape`.
+        Number of features seen during `fit`. Only with `image_shape`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of features seen during :term:`fit`. Defined only when ``X`` has feature
+        Names of features seen during `fit`. Defined only when ``X`` has feature
         names that are all strings. Only with `image_shape`.
 
     See Also

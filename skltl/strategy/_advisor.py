@@ -135,7 +135,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
         Number of images evaluated on, of folds, and of repetitions of the
         cross-validation.
     n_features_in_, feature_names_in_ : int, array of shape (`n_features_in_`,)
-        Number and names of features seen during :term:`fit`. Only with `image_shape`.
+        Number and names of features seen during `fit`. Only with `image_shape`.
 
     See Also
     --------

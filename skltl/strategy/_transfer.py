@@ -100,9 +100,9 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
     estimator_ : estimator
         Fitted estimator of the strategy.
     n_features_in_ : int
-        Number of features seen during :term:`fit`. Only with `image_shape`.
+        Number of features seen during `fit`. Only with `image_shape`.
     feature_names_in_ : array of shape (`n_features_in_`,)
-        Names of features seen during :term:`fit`, if ``X`` has any. Only with
+        Names of features seen during `fit`, if ``X`` has any. Only with
         `image_shape`.
 
     See Also
