@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 
-PACKAGES = ("skltl.", "sklearn.", "joblib.")
+PACKAGES = ("skltl.", "sklearn.", "joblib.", "torch.", "contextlib")
 
 
 def user_stacklevel() -> int:
     """Return the ``stacklevel`` of a warning that the calling function gives.
 
-    It points to the first caller outside of skltl, scikit-learn and joblib.
+    It points to the first caller outside of skltl and the packages that may call it.
     """
     frame, level = inspect.currentframe(), 0
     while frame and frame.f_globals.get("__name__", "").startswith(PACKAGES):

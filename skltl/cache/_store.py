@@ -106,27 +106,52 @@ _unused: dict[Path, float] = {}
 _unwritten: dict[Path, float] = {}
 _inherited: list[sqlite3.Connection] = []
 
-# SQLite has internal locks, which a forked child would inherit locked if another thread
-# held them. So threads use SQLite one at a time, and a fork waits for that thread (but
-# not longer than the thread may wait for a file).
-_sqlite_lock = threading.RLock()
+
+class _ForkGate:
+    """Context of the calls of SQLite: a fork waits until no thread is in one.
+
+    SQLite has internal locks, which a forked child would inherit locked if another
+    thread held them. Threads do not wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget, in a child, the threads of its parent."""
+        self._changed = threading.Condition()
+        self._n_inside = 0
+        self._n_forks = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_forks == 0)
+            self._n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._n_inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait for the threads inside, not longer than these may wait for a file."""
+        with self._changed:
+            self._n_forks += 1
+            self._changed.wait_for(lambda: self._n_inside <= 0, LOCK_SECONDS)
+
+    def open(self) -> None:
+        """Admit the threads that have waited for the fork."""
+        with self._changed:
+            self._n_forks -= 1
+            self._changed.notify_all()
 
 
-def _unlock_after_fork() -> None:
-    with suppress(RuntimeError):  # the time was up before it was acquired
-        _sqlite_lock.release()
-
-
-def _renew_lock_in_child() -> None:
-    global _sqlite_lock
-    _sqlite_lock = threading.RLock()
-
-
+_fork_gate = _ForkGate()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: _sqlite_lock.acquire(timeout=LOCK_SECONDS),
-        after_in_parent=_unlock_after_fork,
-        after_in_child=_renew_lock_in_child,
+        before=_fork_gate.close,
+        after_in_parent=_fork_gate.open,
+        after_in_child=_fork_gate.renew,
     )
 
 
@@ -520,7 +545,7 @@ def _create_file(path: Path) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK
     # Closing a file ends the locks of the whole process on it, so no other thread may
     # have locked it yet.
-    with _sqlite_lock, suppress(FileExistsError):
+    with _fork_gate, suppress(FileExistsError):
         os.close(os.open(path, flags, 0o666))
 
 
@@ -539,7 +564,7 @@ def _connect(
     """Connect to a file that exists."""
     _refuse_links(path, ("", *COMPANIONS))
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    with _sqlite_lock:
+    with _fork_gate:
         connection = sqlite3.connect(uri, timeout, isolation_level=None, uri=True)
         connection.text_factory = bytes  # damaged text need not be valid
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, n_value_bytes + BYTES_BESIDE)
@@ -547,7 +572,7 @@ def _connect(
 
 
 def _close(connection: sqlite3.Connection) -> None:
-    with _sqlite_lock:
+    with _fork_gate:
         connection.close()
 
 
@@ -560,7 +585,7 @@ def _guarded(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     )
     _refuse_links(path, ("", "-journal"))
     try:
-        with _sqlite_lock:
+        with _fork_gate:
             yield
     except UnicodeDecodeError as error:
         # SQLite's message quotes a damaged name, which Python cannot decode.

@@ -14,7 +14,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import read_images_of
+from skltl._estimator import INPUT_ATTRIBUTES, read_images_of
 from skltl._parameters import (
     DTYPES,
     name_of_dtype,
@@ -52,6 +52,7 @@ from skltl.finetuning._data import (
 from skltl.finetuning._network import (
     Pool,
     build_head,
+    check_widths,
     count_frozen,
     group_blocks,
     has_batch_norms,
@@ -395,6 +396,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         TrainingError
             If the loss becomes infinite or NaN.
         """
+        check_widths("conv_channels", self.conv_channels)
+        check_widths("hidden_units", self.hidden_units)
         # A fit that fails leaves `self` unchanged.
         new = type(self)(**self.get_params())
         source = read_images_of(new, X, y, reset=True)
@@ -403,8 +406,16 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         weights = example_weights(sample_weight, class_weight, new.classes_, targets)
         with training_context(resolve_device(self.device)):
             arrays = (labels, sample_weight, groups)
-            seed, opened = self._load_network_and_checkpoint(new, source, arrays)
-            with opened as checkpoint:
+            requested_seed = draw_seed(self.random_state)
+            seed = fresh_seed() if requested_seed is None else requested_seed
+            split_examples(new, targets, weights, groups, seed)  # before it takes long
+            new._load_network(seed)
+            with self._open_checkpoint(
+                new, source, arrays, requested_seed
+            ) as checkpoint:
+                if checkpoint is not None and checkpoint.saved is not None:
+                    seed = checkpoint.saved["seed"]
+                    new._load_network(seed)
                 examples = split_examples(new, targets, weights, groups, seed)
                 network = self._build_network(new, seed)
                 new.history_, new.best_validation_score_ = [], None
@@ -416,8 +427,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 trainer = Trainer(network, inputs, examples, config, new.history_)
                 score = trainer.run(new.stages_, checkpoint, callbacks)
                 new.best_validation_score_ = score
-        for name in ("n_features_in_", "feature_names_in_"):
-            self.__dict__.pop(name, None)  # of an earlier fit on rows
+        for name in INPUT_ATTRIBUTES:
+            self.__dict__.pop(name, None)  # of an earlier fit
         self.__dict__.update(fitted())
         callbacks.end_fit()
         return self
@@ -543,22 +554,15 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         cloned.augment = copy.deepcopy(self.augment)
         return cloned
 
-    def _load_network_and_checkpoint(self, new, source, arrays):
-        """Return the seed of the fit, and its checkpoint or a context without one."""
-        requested_seed = draw_seed(self.random_state)
-        seed = fresh_seed() if requested_seed is None else requested_seed
-        new._load_network(seed)
+    def _open_checkpoint(self, new, source, arrays, requested_seed):
+        """Return the checkpoint of the fit, or a context without one."""
         if self.checkpoint is None:
-            return seed, nullcontext()
+            return nullcontext()
         folder = fspath(self.checkpoint)
         if not folder or "\0" in folder:
             raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
         name = fingerprint(self, new, source, arrays, requested_seed)
-        checkpoint = Checkpoint(folder, name)
-        if checkpoint.saved is not None:
-            seed = checkpoint.saved["seed"]
-            new._load_network(seed)
-        return seed, checkpoint
+        return Checkpoint(folder, name)
 
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""

@@ -212,8 +212,6 @@ def build_head(
     `shape` is that of one image's feature map (c, h, w) or features (d,). Dropout comes
     after each hidden layer or, if there are none, before the only linear layer.
     """
-    _check_widths("conv_channels", conv_channels)
-    _check_widths("hidden_units", hidden_units)
     if conv_channels and len(shape) != 3:
         raise ValueError(
             f"conv_channels={conv_channels!r} require a feature map, but the layer "
@@ -236,7 +234,7 @@ def build_head(
         return _build_layers(specs)
 
 
-def _check_widths(name: str, widths: Sequence[Any]) -> None:
+def check_widths(name: str, widths: Sequence[Any]) -> None:
     """Raise if a layer of the head would not have a positive integer of units."""
     for width in widths:
         is_integer = isinstance(width, Integral) and not isinstance(width, bool)

@@ -497,7 +497,9 @@ def split_folds(
 
 def extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
     """Extract the features of all main layers; return the fitted transformer, too."""
-    layers = feature_map_layers(transformer.backbone, transformer.image_size)
+    layers = feature_map_layers(
+        transformer.backbone, transformer.image_size, transformer.pooling
+    )
     if not layers:
         name = get_backbone(transformer.backbone).name
         raise ValueError(f"{name!r} has no layer with a feature map to compare.")

@@ -16,6 +16,7 @@ from skltl._random import draw_seed
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNNClassifier
+from skltl.inference import can_pool
 from skltl.networks import (
     Backbone,
     block_shapes,
@@ -330,16 +331,20 @@ def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
 
 
 def feature_map_layers(
-    backbone: str | Backbone, image_size: int | None = None
+    backbone: str | Backbone, image_size: int | None = None, pooling: str | int = "avg"
 ) -> list[str]:
-    """Return the main layers that output a feature map, from the input on.
+    """Return the main layers that output a feature map to pool, from the input on.
 
     Shapes decide, not strides: the output of adaptive pooling is a feature map, too.
     """
     resolved = get_backbone(backbone)
     shapes = block_shapes(resolved, image_size or resolved.preprocessing.crop_size)
     layers = skeleton(resolved).layers
-    return [name for name, block in layers.items() if len(shapes[block]) == 3]
+    return [
+        name
+        for name, block in layers.items()
+        if len(shapes[block]) == 3 and can_pool(shapes[block], pooling)
+    ]
 
 
 def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
@@ -402,7 +407,8 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
         return _for_file(super().__getstate__())
 
     def __setstate__(self, state):
-        super().__setstate__(_for_file(state))  # whoever wrote the file
+        super().__setstate__(state)
+        self.__dict__ = _for_file(self.__dict__)  # the file may say otherwise
 
 
 def _for_file(state):

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 
+from skltl import CNNFeatureTransformer
 from skltl.cache import _store
 from skltl.cache._store import Leases, Store
 
@@ -40,7 +41,7 @@ def test_a_fork_waits_for_a_thread_that_uses_sqlite(fork):
     left = []
 
     def stay():
-        with _store._sqlite_lock:
+        with _store._fork_gate:
             is_inside.set()
             time.sleep(0.2)
             left.append(True)
@@ -59,12 +60,12 @@ def test_a_fork_does_not_wait_forever_for_a_thread(fork, monkeypatch):
     monkeypatch.setattr(_store, "LOCK_SECONDS", 0.1)
 
     def stay():
-        with _store._sqlite_lock:
+        with _store._fork_gate:
             is_inside.set()
             done.wait()
 
     def use():
-        with _store._sqlite_lock:
+        with _store._fork_gate:
             return True
 
     thread = threading.Thread(target=stay)
@@ -102,3 +103,14 @@ def test_no_child_waits_for_a_lock_of_another_thread(fork, tmp_path):
         thread.join()
 
     assert found == [1] * 200
+
+
+def test_threads_do_not_wait_for_each_other(images, tmp_path):
+    transformer = CNNFeatureTransformer("tiny", cache=tmp_path).fit(images)
+
+    with _store._fork_gate:  # as another thread that waits for a locked file
+        thread = threading.Thread(target=transformer.transform, args=[images])
+        thread.start()
+        thread.join(timeout=60)
+
+        assert not thread.is_alive()

@@ -186,3 +186,11 @@ def test_the_users_default_dtype_changes_nothing(data, fitted):
 
     assert losses(found) == losses(fitted)
     assert losses(random) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_units": (0,)}, {"validation_fraction": 0.99}], ids=str
+)
+def test_parameters_are_checked_before_weights_are_loaded(wrong, data):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        classifier(weights="nowhere.pt", **wrong).fit(*data)

@@ -596,3 +596,12 @@ def test_joblib_files_load(fitted, fewer_digits):
     found = joblib.load(file).predict_proba(X)
 
     assert_array_equal(found, fitted["extract"].predict_proba(X))
+
+
+def test_layers_with_too_small_feature_maps_are_not_evaluated(few_digits):
+    transformer = CNNFeatureTransformer(
+        "tiny", pooling=2, image_size=16, image_shape=(8, 8)
+    )
+    fitted = TransferClassifier(transformer, cv=2, random_state=0).fit(*few_digits)
+
+    assert list(fitted.advisor_.layer_scores_) == ["stem", "block1", "block2", "block3"]
