@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
+from numbers import Integral
 from os import PathLike, fspath
 
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
-from skltl._sklearn import InvalidParameterError
+from skltl._parameters import DTYPES
+from skltl._sklearn import IMAGE_SIZES, InvalidParameterError, StrOptions
 from skltl.exceptions import shorten
 from skltl.images import (
     Preprocessing,
@@ -20,8 +22,8 @@ from skltl.images import (
     read_images,
     tensor_to_array,
 )
-from skltl.inference import prefix_from_state, prefix_state
-from skltl.networks import ResolvedLayer, is_module, is_registered, versions
+from skltl.inference import ENGINES, prefix_from_state, prefix_state
+from skltl.networks import Backbone, ResolvedLayer, is_module, is_registered, versions
 
 # Version of the format of a saved estimator, raised when its state changes.
 STATE_FORMAT = 2
@@ -46,6 +48,20 @@ class ImageEstimator(BaseEstimator):
     A pickled estimator is self-contained and plain: weights as numpy arrays, configs as
     dictionaries. It loads on a machine without a GPU.
     """
+
+    _parameter_constraints: dict = {
+        "backbone": [str, Backbone],
+        "weights": [str, PathLike, None],
+        "image_size": [IMAGE_SIZES, None],
+        "image_shape": [tuple, list, None],
+        "device": [str],
+        "precision": [StrOptions({"auto", *DTYPES})],
+        "engine": [StrOptions({"auto", *ENGINES})],
+        "decode": [StrOptions({"exact", "fast"})],
+        "n_jobs": [Integral, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
 
     def _validate_params(self):
         """Validate the parameters; the message is short enough to be read."""

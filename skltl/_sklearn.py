@@ -1,7 +1,7 @@
-"""The only door to scikit-learn's private names.
+"""Private names of scikit-learn that skltl uses, imported in this module only.
 
 Parameter constraints are not public API, although scikit-learn's own check suite asks
-third-party estimators for them. If a release moves them, this is the file to mend.
+third-party estimators for them. If a release moves them, only this file changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ fit_context = _fit_context(prefer_skip_nested_validation=True)
 # Height and width of a network's input, in pixels. The largest take gigabytes.
 IMAGE_SIZES = Interval(Integral, 1, 10_000, closed="both")
 
+AT_LEAST_ONE = Interval(Integral, 1, None, closed="left")
+
 __all__ = [
+    "AT_LEAST_ONE",
     "IMAGE_SIZES",
     "Interval",
     "InvalidParameterError",

@@ -8,9 +8,8 @@ from os import PathLike, fspath
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import read_images_of
+from skltl._estimator import ImageEstimator, read_images_of
 from skltl._parameters import (
-    DTYPES,
     name_of_dtype,
     resolve_device,
     resolve_precision,
@@ -18,8 +17,7 @@ from skltl._parameters import (
 )
 from skltl._random import draw_seed
 from skltl._sklearn import (
-    IMAGE_SIZES,
-    Interval,
+    AT_LEAST_ONE,
     InvalidParameterError,
     StrOptions,
     fit_context,
@@ -33,7 +31,6 @@ from skltl.features._estimators import (
 )
 from skltl.features._extraction import extract_features
 from skltl.inference import (
-    ENGINES,
     POOLINGS,
     can_pool,
     load_prefix,
@@ -41,7 +38,6 @@ from skltl.inference import (
     resolve_engine,
 )
 from skltl.networks import (
-    Backbone,
     block_shapes,
     is_registered,
     resolve_layer,
@@ -183,27 +179,11 @@ class CNNFeatureTransformer(FeatureEstimator):
     __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
-        "backbone": [str, Backbone],
-        "weights": [str, PathLike, None],
+        **ImageEstimator._parameter_constraints,
         "layer": [str, Integral, list, tuple],
-        "pooling": [
-            StrOptions(set(POOLINGS)),
-            Interval(Integral, 1, None, closed="left"),
-        ],
-        "image_size": [IMAGE_SIZES, None],
-        "image_shape": [tuple, list, None],
-        "batch_size": [
-            Interval(Integral, 1, None, closed="left"),
-            StrOptions({"auto"}),
-        ],
-        "device": [str],
-        "precision": [StrOptions({"auto", *DTYPES})],
-        "engine": [StrOptions({"auto", *ENGINES})],
-        "decode": [StrOptions({"exact", "fast"})],
+        "pooling": [StrOptions(set(POOLINGS)), AT_LEAST_ONE],
+        "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
         "cache": ["boolean", str, PathLike, None],
-        "n_jobs": [Integral, None],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
     }
 
     def __init__(

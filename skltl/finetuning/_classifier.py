@@ -14,16 +14,15 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import INPUT_ATTRIBUTES, read_images_of
+from skltl._estimator import INPUT_ATTRIBUTES, ImageEstimator, read_images_of
 from skltl._parameters import (
-    DTYPES,
     name_of_dtype,
     resolve_device,
     resolve_precision,
     resolve_threads,
 )
 from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
+from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
 from skltl.features import (
     CNNFeatureTransformer,
@@ -71,7 +70,7 @@ from skltl.finetuning._training import (
     training_config,
     training_context,
 )
-from skltl.inference import ENGINES, POOLINGS, can_pool, load_prefix, resolve_engine
+from skltl.inference import POOLINGS, can_pool, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 
 
@@ -243,17 +242,13 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
-        "backbone": [str, Backbone],
-        "weights": [str, PathLike, None],
+        **ImageEstimator._parameter_constraints,
         "layer": [str, Integral],
-        "pooling": [
-            StrOptions(set(POOLINGS)),
-            Interval(Integral, 1, None, closed="left"),
-        ],
+        "pooling": [StrOptions(set(POOLINGS)), AT_LEAST_ONE],
         "conv_channels": [tuple, list],
         "hidden_units": [tuple, list],
         "dropout": [Interval(Real, 0, 1, closed="left")],
-        "unfreeze": [str, Interval(Integral, 1, None, closed="left"), None],
+        "unfreeze": [str, AT_LEAST_ONE, None],
         "head_epochs": [Interval(Integral, 0, None, closed="left")],
         "finetune_epochs": [Interval(Integral, 0, None, closed="left")],
         "head_init": [StrOptions({"probe", "random"}), FrozenEstimator],
@@ -267,25 +262,16 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
         "augment": [callable, None],
-        "n_views": [Interval(Integral, 1, None, closed="left"), None],
+        "n_views": [AT_LEAST_ONE, None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
         "early_stopping": ["boolean"],
-        "patience": [Interval(Integral, 1, None, closed="left")],
-        "image_size": [IMAGE_SIZES, None],
-        "image_shape": [tuple, list, None],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "device": [str],
-        "precision": [StrOptions({"auto", *DTYPES})],
-        "engine": [StrOptions({"auto", *ENGINES})],
-        "decode": [StrOptions({"exact", "fast"})],
+        "patience": [AT_LEAST_ONE],
+        "batch_size": [AT_LEAST_ONE],
         "cache": ["boolean", str, PathLike, None],
         "checkpoint": [str, PathLike, None],
         "warm_start": ["boolean"],
-        "n_jobs": [Integral, None],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
     }
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -14,28 +13,25 @@ from scipy.special import logsumexp, softmax
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import read_images_of
+from skltl._estimator import ImageEstimator, read_images_of
 from skltl._parameters import (
-    DTYPES,
     name_of_dtype,
     resolve_device,
     resolve_precision,
     resolve_threads,
 )
 from skltl._random import draw_seed
-from skltl._sklearn import IMAGE_SIZES, Interval, StrOptions, fit_context
+from skltl._sklearn import AT_LEAST_ONE, StrOptions, fit_context
 from skltl.exceptions import shorten
 from skltl.features import NetworkClassifier
 from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
-    ENGINES,
     head_from_state,
     head_state,
     load_with_head,
     resolve_engine,
 )
 from skltl.networks import (
-    Backbone,
     ResolvedLayer,
     imagenet_names,
     nearest,
@@ -138,22 +134,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
     __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
-        "backbone": [str, Backbone],
-        "weights": [str, PathLike, None],
+        **ImageEstimator._parameter_constraints,
         "class_map": [dict, StrOptions({"learn"}), None],
-        "image_size": [IMAGE_SIZES, None],
-        "image_shape": [tuple, list, None],
-        "batch_size": [
-            Interval(Integral, 1, None, closed="left"),
-            StrOptions({"auto"}),
-        ],
-        "device": [str],
-        "precision": [StrOptions({"auto", *DTYPES})],
-        "engine": [StrOptions({"auto", *ENGINES})],
-        "decode": [StrOptions({"exact", "fast"})],
-        "n_jobs": [Integral, None],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
+        "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
     }
 
     def __init__(
