@@ -24,7 +24,7 @@ from torch import Tensor
 
 from skltl._caller import user_stacklevel
 from skltl.exceptions import CheckpointWarning
-from skltl.finetuning._data import OnTheFlyInputs
+from skltl.finetuning._data import AugmentedViews
 from skltl.images import ImageSource, Preprocessing, content_key, file_digest
 from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, versions
 
@@ -87,12 +87,12 @@ def view_content(
     augment: Any, source: ImageSource, preprocessing: Preprocessing
 ) -> bytes:
     """Return digests of augmented views of some images."""
-    found = b""
+    content = b""
     for number, position in enumerate(np.linspace(0, len(source) - 1, N_VIEWS)):
         crop = preprocessing.crop(source[int(position)])
-        inputs = OnTheFlyInputs(crop[None], augment, N_VIEWS, seed=0)
-        found += content_key(inputs.view(0, 1 + number))
-    return found
+        views = AugmentedViews(crop[None], augment, N_VIEWS, seed=0)
+        content += content_key(views.view(0, 1 + number))
+    return content
 
 
 def description(value: Any, name: str) -> bytes:
@@ -203,7 +203,7 @@ def _is_installed(value: Any) -> bool:
 
 # The file begins with these bytes and a digest of the state: torch does not notice a
 # flipped bit, and training would go on with another model.
-MAGIC = b"skltl checkpoint 2\n"
+MAGIC = b"skltl checkpoint 3\n"
 DIGEST_BYTES = 32
 
 # Fits with the same data and parameters that run at the same time.

@@ -62,12 +62,11 @@ from skltl.finetuning._network import (
 )
 from skltl.finetuning._training import (
     OPTIMIZERS,
-    Callbacks,
     CallbackSupportMixin,
     Stage,
-    Trainer,
+    begin_fit,
     plan_stages,
-    training_config,
+    train_network,
     training_context,
 )
 from skltl.inference import POOLINGS, can_pool, load_prefix, resolve_engine
@@ -407,16 +406,16 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 new.history_, new.best_validation_score_ = [], None
                 metadata = {"sample_weight": sample_weight, "groups": groups}
                 fitted = partial(new._fitted_attributes, network)
-                callbacks = Callbacks(self, X, y, metadata, len(new.stages_), fitted)
+                task = begin_fit(self, X, y, metadata, len(new.stages_), fitted)
                 inputs = build_inputs(new, source, network, seed)
-                config = training_config(new, self._is_warm(), seed)
-                trainer = Trainer(network, inputs, examples, config, new.history_)
-                score = trainer.run(new.stages_, checkpoint, callbacks)
-                new.best_validation_score_ = score
+                is_new_head = isinstance(self.head_init, str) and not self._is_warm()
+                new.best_validation_score_ = train_network(
+                    new, network, inputs, examples, seed, is_new_head, checkpoint, task
+                )
         for name in INPUT_ATTRIBUTES:
             self.__dict__.pop(name, None)  # of an earlier fit
         self.__dict__.update(fitted())
-        callbacks.end_fit()
+        task.end()
         return self
 
     @classmethod
@@ -599,7 +598,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
         groups = group_blocks(new.backbone_, blocks, layer)
         network = split_network(blocks, groups, n_frozen, head)
-        is_from_scratch = self.weights is None and has_batch_norms([network.tuned])
+        is_from_scratch = self.weights is None and has_batch_norms([network.trainable])
         if is_from_scratch and self.batch_size == 1:
             raise ValueError(
                 "batch_size=1: batch-norms that are trained from scratch need at least "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import reprlib
 from collections.abc import Callable
 from contextlib import closing
@@ -225,25 +224,32 @@ def decode_crops(
     return array
 
 
-class StoredInputs:
-    """Inputs that were computed once and are kept in an array (n, 1 + n_views, ...)."""
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of the trainable blocks or the head, for views of the images.
 
-    def __init__(self, array: NDArray[np.float32], device: torch.device) -> None:
-        self.n_images = len(array)
-        self.n_views: int | None = array.shape[1] - 1
-        self._array = array
-        self._device = device
+    `batch` returns those of one view of each of some images, on the device. View 0 is
+    the image itself.
+    """
 
-    def batch(self, positions: Positions, views: NDArray[np.int64]) -> Tensor:
-        """Return the inputs of one view of each of some images, on the device."""
-        batch = torch.from_numpy(self._array[positions, views]).to(self._device)
-        if batch.ndim == 2:
-            return batch
-        return batch.contiguous(memory_format=torch.channels_last)
+    n_views: int | None  # augmented views of each image; None: unlimited
+    batch: Callable[[Positions, NDArray[np.int64]], Tensor]
 
 
-class OnTheFlyInputs(ImageSource):
-    """Inputs that are computed from crops (n, h, w, 3) whenever they are needed.
+def stored_inputs(array: NDArray[np.float32], device: torch.device) -> Inputs:
+    """Return inputs that were computed once, an array (n, 1 + n_views, ...)."""
+
+    def batch(positions: Positions, views: NDArray[np.int64]) -> Tensor:
+        inputs = torch.from_numpy(array[positions, views]).to(device)
+        if inputs.ndim == 2:
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+    return Inputs(array.shape[1] - 1, batch)
+
+
+class AugmentedViews(ImageSource):
+    """Views of crops (n, h, w, 3), computed whenever they are needed.
 
     View 0 of an image is the image itself; any other number seeds an augmented view. As
     an `ImageSource`, each image is followed by its views.
@@ -255,22 +261,19 @@ class OnTheFlyInputs(ImageSource):
         augment: Augmentation | None,
         n_views: int | None,
         seed: int,
-        forward: Callable[[NDArray[Any]], Tensor] = torch.from_numpy,
     ) -> None:
         super().__init__(crops)
-        self.n_images = len(crops)
-        self.n_views = n_views  # None: unlimited
         self._crops = crops
         self._augment = augment
+        self._n_stored = 1 + (n_views or 0)
         self._seed = seed
-        self._forward = forward
 
     def __len__(self) -> int:
-        return self.n_images * (1 + (self.n_views or 0))
+        return len(self._crops) * self._n_stored
 
     def decode(self, index: int) -> NDArray[Any]:
         """Return one of all views of all images."""
-        return self.view(*divmod(index, 1 + (self.n_views or 0)))
+        return self.view(*divmod(index, self._n_stored))
 
     def path(self, index: int) -> str | None:
         """Return ``None``: crops are not files."""
@@ -293,8 +296,8 @@ class OnTheFlyInputs(ImageSource):
         self._widen_seen_range(float(pixels.min()), float(pixels.max()))
         return pixels
 
-    def batch(self, positions: Positions, views: NDArray[np.int64]) -> Tensor:
-        """Return the inputs of one view of each of some images, on the device."""
+    def pixels(self, positions: Positions, views: NDArray[np.int64]) -> NDArray[Any]:
+        """Return one view of each of some images: (b, h, w, 3)."""
         images = [
             self.view(position, number)
             for position, number in zip(positions, views, strict=True)
@@ -302,16 +305,7 @@ class OnTheFlyInputs(ImageSource):
         if any(image.dtype != np.uint8 for image in images):
             images = [as_float(image) for image in images]
             self.warn_of_odd_range()
-        return self._forward(np.stack(images))
-
-    def followed_by(self, layers: Callable[[Tensor], Tensor]) -> OnTheFlyInputs:
-        """Return the outputs of further layers as inputs."""
-        outputs = copy.copy(self)
-        outputs._forward = lambda pixels: layers(self._forward(pixels))
-        return outputs
-
-
-Inputs: TypeAlias = StoredInputs | OnTheFlyInputs
+        return np.stack(images)
 
 
 def _check_view(view: Any, image: Tensor, position: int) -> None:
@@ -347,7 +341,7 @@ def draw_views(
 def build_inputs(
     estimator: Any, source: ImageSource, network: SplitNetwork, seed: int
 ) -> Inputs:
-    """Return the inputs of the tuned blocks, computed now wherever that is possible.
+    """Return the inputs of the trainable blocks, computed now wherever possible.
 
     Only with an unlimited number of augmented views the frozen blocks run in every
     epoch. `estimator` has the parameters and the attributes of the pretrained network.
@@ -362,22 +356,23 @@ def build_inputs(
     if estimator.decode == "fast":
         source = source.reduced_to(2 * preprocessing.shorter_side)
     crops = decode_crops(source, preprocessing, threads)
-    if config is None:
-        normalize = normalizing_forward(preprocessing, resolve_device(estimator.device))
-        return OnTheFlyInputs(crops, augment, n_views, seed, normalize)
-    # The crops are not resized again.
-    config = replace(config, preprocessing=replace(preprocessing, resize_size=None))
-    inputs = OnTheFlyInputs(crops, augment, n_views, seed, frozen_forward(config))
-    if n_views is None:
-        return inputs
-    if not isinstance(estimator.random_state, Integral):
-        cache = None  # no other fit draws the same views
-    return _compute_activations(inputs, n_views, config, threads, verbose, cache)
+    views = AugmentedViews(crops, augment, n_views, seed)
+    if config is not None:
+        # The crops are not resized again.
+        config = replace(config, preprocessing=replace(preprocessing, resize_size=None))
+        if n_views is not None:
+            if not isinstance(estimator.random_state, Integral):
+                cache = None  # no other fit draws the same views
+            return _compute_activations(views, n_views, config, threads, verbose, cache)
+        forward = frozen_forward(config)
+    else:
+        forward = normalizing_forward(preprocessing, resolve_device(estimator.device))
+    return Inputs(n_views, lambda *batch: forward(views.pixels(*batch)))
 
 
 def _extraction_config(estimator: Any, network: SplitNetwork) -> ExtractionConfig:
     """Return how the frozen blocks run: pooled at once if only the head follows."""
-    needs_feature_map = len(network.tuned) > 0 or estimator.conv_channels
+    needs_feature_map = len(network.trainable) > 0 or estimator.conv_channels
     config: ExtractionConfig = extraction_config(
         estimator,
         estimator.backbone_,
@@ -396,13 +391,13 @@ def _compute_activations(
     n_threads: int,
     verbose: bool,
     cache: Path | None,
-) -> StoredInputs:
+) -> Inputs:
     """Run the frozen blocks once on all images, or on all views of all images."""
     (block,) = config.blocks
     outputs = new_array((len(source), sum(config.widths())), np.float32)
     extract_features(source, config, [block], n_threads, verbose, cache, out=outputs)
     shape = _output_shape(config)
-    return StoredInputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
+    return stored_inputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
 
 
 def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]:

@@ -1,4 +1,4 @@
-"""The network in training: frozen blocks, tuned blocks and a head."""
+"""The network in training: frozen blocks, trainable blocks and a head."""
 
 from __future__ import annotations
 
@@ -66,35 +66,33 @@ class Standardize(nn.Module):
 
 
 class SplitNetwork(nn.Module):
-    """A network in three pieces: frozen blocks, tuned blocks and a head.
+    """A network in three pieces: frozen blocks, trainable blocks and a head.
 
     The frozen blocks are shared between estimators and are not run here: their outputs
-    are the inputs of the tuned blocks, which are groups between main layers.
+    are the inputs of the trainable blocks, which are groups between main layers.
     """
 
     def __init__(
         self,
         frozen: Mapping[str, nn.Module],
-        tuned: Sequence[Mapping[str, nn.Module]],
+        trainable: Sequence[Mapping[str, nn.Module]],
         head: nn.Sequential,
     ) -> None:
         super().__init__()
         self.frozen = dict(frozen)  # not registered as submodules
-        self.tuned = nn.Sequential(*(nn.Sequential(*one.values()) for one in tuned))
+        self.trainable = nn.Sequential(
+            *(nn.Sequential(*group.values()) for group in trainable)
+        )
         self.head = head
-        self._tuned_names = [name for group in tuned for name in group]
+        self._trainable_names = [name for group in trainable for name in group]
         self._keeps_statistics = self._only_batch_norms = False
-        freeze({"tuned": self.tuned})
+        freeze({"trainable": self.trainable})
 
     def unfreeze(self, only_batch_norms: bool, keeps_statistics: bool) -> None:
-        """Make the tuned blocks trainable, or only their batch-norms' parameters.
-
-        Pretrained batch-norms keep their statistics (Kumar et al., 2022): those of a
-        few small batches are worse.
-        """
+        """Unfreeze the trainable blocks, or only their batch-norms' parameters."""
         self._only_batch_norms = only_batch_norms
         self._keeps_statistics = keeps_statistics
-        for module in self.tuned.modules():
+        for module in self.trainable.modules():
             if not only_batch_norms or isinstance(module, _BatchNorm):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
@@ -106,7 +104,7 @@ class SplitNetwork(nn.Module):
         batch-norm (dropout) if only batch-norms are trained.
         """
         super().train(mode)
-        for module in self.tuned.modules():
+        for module in self.trainable.modules():
             is_batch_norm = isinstance(module, _BatchNorm)
             stays = self._keeps_statistics if is_batch_norm else self._only_batch_norms
             if stays and not list(module.children()):
@@ -115,15 +113,15 @@ class SplitNetwork(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return the logits (n, n_classes) for outputs of the frozen blocks."""
-        logits: Tensor = self.head(self.tuned(batch))
+        logits: Tensor = self.head(self.trainable(batch))
         return logits
 
     def finished(self) -> tuple[FrozenPrefix, nn.Module]:
         """Return frozen copies on the CPU: all blocks, and the head in float64."""
-        tuned, head = copy.deepcopy((self.tuned, self.head))
-        freeze({"tuned": tuned.cpu(), "head": head})
-        blocks = [block for group in tuned.children() for block in group.children()]
-        named = dict(zip(self._tuned_names, blocks, strict=True))
+        trained, head = copy.deepcopy((self.trainable, self.head))
+        freeze({"trained": trained.cpu(), "head": head})
+        blocks = [block for group in trained.children() for block in group.children()]
+        named = dict(zip(self._trainable_names, blocks, strict=True))
         return FrozenPrefix({**self.frozen, **named}), head.cpu().double()
 
 
@@ -135,11 +133,11 @@ def split_network(
 ) -> SplitNetwork:
     """Split after the first `n_frozen` blocks; the others are copied for training."""
     frozen = dict(list(blocks.items())[:n_frozen])
-    tuned = [
+    trainable = [
         {name: copy.deepcopy(blocks[name]) for name in group if name not in frozen}
         for group in groups
     ]
-    return SplitNetwork(frozen, [group for group in tuned if group], head)
+    return SplitNetwork(frozen, [group for group in trainable if group], head)
 
 
 def group_blocks(

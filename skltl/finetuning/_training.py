@@ -29,10 +29,9 @@ from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._data import (
     Examples,
     Inputs,
-    OnTheFlyInputs,
     Positions,
-    StoredInputs,
     draw_views,
+    stored_inputs,
 )
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
 
@@ -80,138 +79,130 @@ class Stage:
     only_batch_norms: bool = False
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Settings of the training loop that all stages share."""
+def train_network(
+    estimator: Any,
+    network: SplitNetwork,
+    inputs: Inputs,
+    examples: Examples,
+    seed: int,
+    is_new_head: bool,
+    checkpoint: Checkpoint | None,
+    task: Task,
+) -> float | None:
+    """Train a network in place, stage by stage; each epoch appends to `history_`.
 
-    head_init: str | None  # "probe", "random", or None for a head that is trained
-    optimizer: str
-    schedule: str
-    weight_decay: float
-    label_smoothing: float
-    lr_decay: float  # from each group of blocks to the one before
-    keeps_statistics: bool  # of the backbone's batch-norms
-    patience: int | None  # None: without early stopping
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype  # of products; parameters are float32
-    seed: int
-    verbose: bool
+    `estimator` has the parameters, the planned `stages_` and the `precision_`. Returns
+    the score that early stopping has kept, if any.
+    """
+    stages, score = estimator.stages_, None
+    network.to(resolve_device(estimator.device))
+    head_inputs = inputs
+    if is_new_head or any(stage.name == "head" for stage in stages):
+        head_inputs = pooled_inputs(estimator, network, inputs, len(examples.targets))
+    if is_new_head:
+        initialize_head(estimator, network.head, head_inputs, examples, seed)
+    state = None if checkpoint is None else checkpoint.state_for(len(stages))
+    for number, stage in enumerate(stages):
+        if state is not None and number < state["stage"]:
+            task.subtask(stage.name, stage.n_epochs)  # done before an interruption
+            continue
+        # While the backbone is frozen, only the head runs.
+        stage_inputs = head_inputs if stage.name == "head" else inputs
+        trainer = StageTrainer(estimator, network, stage_inputs, examples, seed, number)
+        if checkpoint is not None and state is not None:
+            with checkpoint.restoring():
+                trainer.restore(state)
+            state = None
+        elif estimator.early_stopping:
+            trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
+        score = trainer.train(checkpoint, task)
+    if checkpoint is not None:
+        checkpoint.clear()
+    return score
 
 
-class Trainer:
-    """Train a network in place, stage by stage; each epoch appends to `history`."""
+# Attributes of a `StageTrainer` that change with each epoch.
+PROGRESS = (
+    *("n_epochs", "is_stopped", "best_score", "best_loss", "best_weights"),
+    "n_epochs_since_best",
+)
+
+
+class StageTrainer:
+    """Training of one stage: the optimizer, its schedule, and the progress so far."""
 
     def __init__(
         self,
+        estimator: Any,
         network: SplitNetwork,
         inputs: Inputs,
         examples: Examples,
-        config: TrainingConfig,
-        history: list[Metrics],
+        seed: int,
+        number: int,
     ) -> None:
-        self._network = network.to(config.device)
-        self._all_inputs = inputs
-        self._examples = examples
-        self._config = config
-        self._history = history
-
-    def run(
-        self,
-        stages: Sequence[Stage],
-        checkpoint: Checkpoint | None,
-        callbacks: Callbacks,
-    ) -> float | None:
-        """Train all stages; return the score that early stopping has kept, if any."""
-        network, config = self._network, self._config
-        features = self._all_inputs
-        if config.head_init is not None or any(one.name == "head" for one in stages):
-            features = pooled_inputs(network, features, config)
-        if config.head_init is not None:
-            initialize_head(network.head, features, self._examples, config)
-        saved = None if checkpoint is None else checkpoint.state_for(len(stages))
-        score = None
-        for number, stage in enumerate(stages):
-            if saved is not None and number < saved["stage"]:
-                callbacks.skip_stage(stage)
-                continue
-            # While the backbone is frozen, only the head runs.
-            is_head = stage.name == "head"
-            self._begin_stage(number, stage, features if is_head else self._all_inputs)
-            if checkpoint is not None and saved is not None:
-                with checkpoint.restoring():
-                    self._restore(saved)
-                saved = None
-            elif config.patience is not None:
-                self._keep_if_best(self._evaluate())  # a stage may only do harm
-            score = self._train_stage(checkpoint, callbacks)
-        if checkpoint is not None:
-            checkpoint.clear()
-        return score
-
-    def _begin_stage(self, number: int, stage: Stage, inputs: Inputs) -> None:
-        """Make layers trainable, and build the optimizer and the schedule."""
-        network, config = self._network, self._config
-        self._number, self._stage, self._inputs = number, stage, inputs
+        self._estimator, self._network, self._inputs = estimator, network, inputs
+        self._examples, self._seed, self._number = examples, seed, number
+        self._stage: Stage = estimator.stages_[number]
+        self._device = resolve_device(estimator.device)
         self._model: nn.Module = network.head
-        if stage.name != "head":
-            network.unfreeze(stage.only_batch_norms, config.keeps_statistics)
+        if self._stage.name != "head":
+            # The statistics of pretrained batch-norms are better than those of a few
+            # small batches (Kumar et al., 2022).
+            keeps_statistics = estimator.weights is not None
+            network.unfreeze(self._stage.only_batch_norms, keeps_statistics)
             self._model = network
-        n_batches = len(batches(len(self._examples.training), config.batch_size))
-        self._optimizer = build_optimizer(network, stage, config)
+        n_batches = len(batches(len(examples.training), estimator.batch_size))
+        self._optimizer = build_optimizer(estimator, network, self._stage)
         self._schedule = build_schedule(
-            self._optimizer, config.schedule, stage.n_epochs * n_batches
+            self._optimizer, estimator.schedule, self._stage.n_epochs * n_batches
         )
-        self._n_epochs = 0
-        self._is_stopped = False  # by a callback
-        self._best_score, self._best_loss = -math.inf, math.inf
-        self._best_weights: dict[str, Tensor] | None = None
-        self._n_epochs_since_best = 0
+        self.n_epochs = self.n_epochs_since_best = 0
+        self.is_stopped = False  # by a callback
+        self.best_score, self.best_loss = -math.inf, math.inf
+        self.best_weights: dict[str, Tensor] | None = None
 
-    def _train_stage(
-        self, checkpoint: Checkpoint | None, callbacks: Callbacks
-    ) -> float | None:
-        """Train the epochs of a stage; return the score of the epoch kept, if any."""
-        stage = self._stage
-        callbacks.begin_stage(stage, self._n_epochs)
+    def train(self, checkpoint: Checkpoint | None, fit_task: Task) -> float | None:
+        """Train all epochs; return the score of the epoch kept, if any."""
+        stage, history = self._stage, self._estimator.history_
+        task = fit_task.subtask(stage.name, stage.n_epochs).begin()
+        for _ in range(self.n_epochs):
+            task.subtask("epoch")  # done before an interruption
         with tqdm(
             total=stage.n_epochs,
-            initial=self._n_epochs,
+            initial=self.n_epochs,
             desc=stage.name,
             unit="epoch",
-            disable=not self._config.verbose,
+            disable=not self._estimator.verbose,
         ) as progress:
             while not self._is_done():
                 metrics = self._train_epoch()
-                self._history.append(metrics)
-                if self._config.patience is not None:
-                    self._n_epochs_since_best += 1
-                    self._keep_if_best(metrics)
+                history.append(metrics)
+                if self._estimator.early_stopping:
+                    self.n_epochs_since_best += 1
+                    self.keep_if_best(metrics)
                 progress.set_postfix(
                     {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
                 )
                 progress.update()
-                self._is_stopped = callbacks.end_epoch()
+                self.is_stopped = task.subtask("epoch").begin().end()
                 if checkpoint is not None:
                     checkpoint.save(self._state())
-        if self._best_weights is not None:
-            self._network.load_state_dict(self._best_weights)
-        callbacks.end_stage()
-        return None if self._best_weights is None else self._best_score
+        if self.best_weights is not None:
+            self._network.load_state_dict(self.best_weights)
+        task.end()
+        return None if self.best_weights is None else self.best_score
 
     def _is_done(self) -> bool:
-        patience = self._config.patience
-        return (
-            self._n_epochs >= self._stage.n_epochs
-            or (patience is not None and self._n_epochs_since_best >= patience)
-            or self._is_stopped
-        )
+        estimator = self._estimator
+        has_no_patience = self.n_epochs_since_best >= estimator.patience
+        is_early = estimator.early_stopping and has_no_patience
+        return self.n_epochs >= self._stage.n_epochs or is_early or self.is_stopped
 
     def _train_epoch(self) -> Metrics:
         """Train for one epoch; return its metrics, with the initial learning rates."""
         start = time.perf_counter()
-        config, examples = self._config, self._examples
-        seed = derived_seed(config.seed, "epoch", self._number, self._n_epochs)
+        batch_size, examples = self._estimator.batch_size, self._examples
+        seed = derived_seed(self._seed, "epoch", self._number, self.n_epochs)
         rng = np.random.default_rng(seed)
         order = rng.permutation(examples.training)
         torch_seed = int(rng.integers(2**31))
@@ -219,19 +210,19 @@ class Trainer:
         learning_rates = self._learning_rates()
         self._model.train()
         totals = np.zeros(3)
-        with own_random_state(torch_seed, config.device):
-            for batch in batches(len(order), config.batch_size):
+        with own_random_state(torch_seed, self._device):
+            for batch in batches(len(order), batch_size):
                 totals += self._train_step(order[batch], views[batch])
-        self._n_epochs += 1
-        if self._n_epochs == self._stage.n_epochs:
-            self._check_last_step(order[: config.batch_size])
+        self.n_epochs += 1
+        if self.n_epochs == self._stage.n_epochs:
+            self._check_last_step(order[:batch_size])
         loss, score = _means(totals)
         return {
             "stage": self._stage.name,
-            "epoch": self._n_epochs,
+            "epoch": self.n_epochs,
             "loss": loss,
             "score": score,
-            **self._evaluate(),
+            **self.evaluate(),
             **learning_rates,
             "seconds": time.perf_counter() - start,
         }
@@ -242,7 +233,7 @@ class Trainer:
         """Update the parameters; return sums of losses, correct answers and weights."""
         loss, totals = self._loss(positions, views)
         if not math.isfinite(loss.item()):
-            raise self._divergence(loss.item(), self._n_epochs + 1)
+            raise self._divergence(loss.item(), self.n_epochs + 1)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRADIENT_NORM)
@@ -254,32 +245,31 @@ class Trainer:
         self, positions: Positions, views: NDArray[np.int64]
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """Return the loss, and the sums of losses, correct answers and weights."""
-        config = self._config
-        targets = torch.from_numpy(self._examples.targets[positions]).to(config.device)
-        weights = torch.from_numpy(self._examples.weights[positions]).to(config.device)
+        targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
+        weights = torch.from_numpy(self._examples.weights[positions]).to(self._device)
         batch = self._inputs.batch(positions, views)
-        with autocast(config):
+        with autocast(self._device, self._estimator.precision_):
             logits = self._model(batch)
         losses = cross_entropy(
             logits.float(),
             targets,
             reduction="none",
-            label_smoothing=config.label_smoothing,
+            label_smoothing=self._estimator.label_smoothing,
         )
         loss = (losses * weights).mean()
         is_correct = (logits.detach().argmax(dim=1) == targets).float()
         sums = [(losses.detach() * weights).sum(), (is_correct * weights).sum()]
-        return loss, np.array([*(one.item() for one in sums), weights.sum().item()])
+        return loss, np.array([*(total.item() for total in sums), weights.sum().item()])
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Return the loss and the score on the validation images, if there are any."""
         validation = self._examples.validation
         if len(validation) == 0:
             return {}
         self._model.eval()
         totals = np.zeros(3)
-        for batch in batches(len(validation), self._config.batch_size):
+        for batch in batches(len(validation), self._estimator.batch_size):
             positions = validation[batch]
             totals += self._loss(positions, np.zeros_like(positions))[1]
         loss, score = _means(totals)
@@ -291,7 +281,7 @@ class Trainer:
         self._model.eval()
         loss = self._loss(positions, np.zeros_like(positions))[0].item()
         if not math.isfinite(loss):
-            raise self._divergence(loss, self._n_epochs)
+            raise self._divergence(loss, self.n_epochs)
 
     def _divergence(self, loss: float, epoch: int) -> TrainingError:
         return TrainingError(
@@ -303,111 +293,97 @@ class Trainer:
 
     def _learning_rates(self) -> dict[str, float]:
         """Return the current learning rates of the head and of the last blocks."""
-        found = {"head_lr": 0.0, "backbone_lr": 0.0}
+        rates = {"head_lr": 0.0, "backbone_lr": 0.0}
         for group in self._optimizer.param_groups:
-            found[group["name"]] = max(found[group["name"]], group["lr"])
-        return found
+            rates[group["name"]] = max(rates[group["name"]], group["lr"])
+        return rates
 
-    def _keep_if_best(self, metrics: Metrics) -> None:
+    def keep_if_best(self, metrics: Metrics) -> None:
         """Keep the weights if the score rose, or the loss fell at the same score."""
         score, loss = metrics["validation_score"], metrics["validation_loss"]
-        is_higher = score > self._best_score
-        if is_higher or (score == self._best_score and loss < self._best_loss):
-            self._best_score, self._best_loss = float(score), float(loss)
-            self._best_weights = copy.deepcopy(self._network.state_dict())
+        is_higher = score > self.best_score
+        if is_higher or (score == self.best_score and loss < self.best_loss):
+            self.best_score, self.best_loss = float(score), float(loss)
+            self.best_weights = copy.deepcopy(self._network.state_dict())
         if is_higher:
-            self._n_epochs_since_best = 0
+            self.n_epochs_since_best = 0
 
     def _state(self) -> dict[str, Any]:
         """Return all that has changed since the fit began, for a checkpoint."""
         return {
-            "seed": self._config.seed,
+            "seed": self._seed,
             "stage": self._number,
-            "n_epochs": self._n_epochs,
-            "is_stopped": self._is_stopped,
             "network": self._network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "best_score": self._best_score,
-            "best_loss": self._best_loss,
-            "best_weights": self._best_weights,
-            "n_epochs_since_best": self._n_epochs_since_best,
-            "history": self._history,
+            "history": self._estimator.history_,
+            **{name: getattr(self, name) for name in PROGRESS},
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Set what `_state` returned."""
-        self._n_epochs, self._is_stopped = state["n_epochs"], state["is_stopped"]
         self._network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._best_score = state["best_score"]
-        self._best_loss = state["best_loss"]
-        self._best_weights = state["best_weights"]
-        self._n_epochs_since_best = state["n_epochs_since_best"]
-        self._history[:] = state["history"]
+        self._estimator.history_[:] = state["history"]
+        vars(self).update({name: state[name] for name in PROGRESS})
 
 
-class Callbacks:
-    """Adapter to scikit-learn's callbacks: a fit, its stages and epochs are tasks.
+class Task:
+    """A fit, stage or epoch as a task of scikit-learn's callbacks.
 
-    Does nothing before scikit-learn 1.9. `fitted` returns the attributes of the
-    estimator as if the fit had ended now.
+    Without a context, as before scikit-learn 1.9, it has no effect. `arguments` are
+    those of all callbacks, and `fitted` returns the attributes of the estimator as if
+    the fit had ended now.
     """
 
     def __init__(
-        self,
-        estimator: Any,
-        X: Any,
-        y: Any,
-        metadata: dict[str, Any],
-        n_stages: int,
-        fitted: Callable[[], dict[str, Any]],
+        self, context: Any, arguments: dict[str, Any], fitted: Callable[[], Any]
     ) -> None:
-        given = {name: value for name, value in metadata.items() if value is not None}
-        self._begin = {"estimator": estimator, "X": X, "y": y}
-        self._begin["metadata"] = given or None
-        self._end = {**self._begin, "reconstruction_attributes": fitted}
-        self._fit: Any = None
-        self._stage: Any = None
-        if hasattr(CallbackSupportMixin, "_init_callback_context"):
-            self._fit = estimator._init_callback_context(max_subtasks=n_stages)
-            self._fit.call_on_fit_task_begin(**self._begin)
+        self._context = context
+        self._arguments = arguments
+        self._fitted = fitted
 
-    def begin_stage(self, stage: Stage, n_epochs_done: int) -> None:
-        """Begin a stage, or resume it: epochs that are done are only counted."""
-        if self._fit is not None:
-            self._stage = self._fit.subcontext(stage.name, max_subtasks=stage.n_epochs)
-            self._stage.call_on_fit_task_begin(**self._begin)
-            for _ in range(n_epochs_done):
-                self._stage.subcontext("epoch")
+    def begin(self) -> Task:
+        """Begin the task, and return it."""
+        if self._context is not None:
+            self._context.call_on_fit_task_begin(**self._arguments)
+        return self
 
-    def skip_stage(self, stage: Stage) -> None:
-        """Count a stage that was done before an interruption."""
-        if self._fit is not None:
-            self._fit.subcontext(stage.name, max_subtasks=stage.n_epochs)
+    def subtask(self, name: str, n_subtasks: int = 0) -> Task:
+        """Return the next subtask, which counts even if it never begins."""
+        context = self._context
+        if context is not None:
+            context = context.subcontext(name, max_subtasks=n_subtasks)
+        return Task(context, self._arguments, self._fitted)
 
-    def end_epoch(self) -> bool:
-        """End an epoch; return whether a callback stops the stage."""
-        if self._stage is None:
+    def end(self) -> bool:
+        """End the task; return whether a callback stops the task that contains it."""
+        if self._context is None:
             return False
-        epoch = self._stage.subcontext("epoch")
-        epoch.call_on_fit_task_begin(**self._begin)
-        return bool(epoch.call_on_fit_task_end(**self._end))
+        arguments = {**self._arguments, "reconstruction_attributes": self._fitted}
+        return bool(self._context.call_on_fit_task_end(**arguments))
 
-    def end_stage(self) -> None:
-        """End the stage."""
-        if self._stage is not None:
-            self._stage.call_on_fit_task_end(**self._end)
 
-    def end_fit(self) -> None:
-        """End the fit."""
-        if self._fit is not None:
-            self._fit.call_on_fit_task_end(**self._end)
+def begin_fit(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    metadata: dict[str, Any],
+    n_stages: int,
+    fitted: Callable[[], dict[str, Any]],
+) -> Task:
+    """Return the task of a fit; `fitted` is as in `Task`."""
+    context = None
+    if hasattr(estimator, "_init_callback_context"):
+        context = estimator._init_callback_context(max_subtasks=n_stages)
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    arguments = {"estimator": estimator, "X": X, "y": y, "metadata": metadata or None}
+    return Task(context, arguments, fitted).begin()
 
 
 def pooled_inputs(
-    network: SplitNetwork, inputs: Inputs, config: TrainingConfig
+    estimator: Any, network: SplitNetwork, inputs: Inputs, n_images: int
 ) -> Inputs:
     """Return the inputs of the head while the backbone is frozen.
 
@@ -415,30 +391,32 @@ def pooled_inputs(
     convolutions in the head they are pooled features, which are small.
     """
     pooling = network.head[0] if isinstance(network.head[0], Pool) else nn.Identity()
+    device = resolve_device(estimator.device)
 
     @torch.no_grad()
-    def run(batch: Tensor) -> Tensor:
-        with autocast(config):
-            feature_map = network.tuned(batch)
+    def run(positions: Positions, views: NDArray[np.int64]) -> Tensor:
+        batch = inputs.batch(positions, views)
+        with autocast(device, estimator.precision_):
+            feature_map = network.trainable(batch)
         features: Tensor = pooling(feature_map).float()
         return features
 
-    if isinstance(inputs, OnTheFlyInputs) and inputs.n_views is None:
-        return inputs.followed_by(run)
-    n_views = 1 + (inputs.n_views or 0)
-    positions, views = np.divmod(np.arange(inputs.n_images * n_views), n_views)
-    starts = range(0, len(positions), config.batch_size)
+    if inputs.n_views is None:
+        return Inputs(None, run)
+    n_views, batch_size = 1 + inputs.n_views, estimator.batch_size
+    positions, views = np.divmod(np.arange(n_images * n_views), n_views)
+    starts = range(0, len(positions), batch_size)
     outputs = _collect(
-        lambda some: run(inputs.batch(positions[some], views[some])),
-        [slice(start, start + config.batch_size) for start in starts],
+        lambda batch: run(positions[batch], views[batch]),
+        [slice(start, start + batch_size) for start in starts],
         len(positions),
     )
-    stored = outputs.reshape(inputs.n_images, n_views, *outputs.shape[1:])
-    return StoredInputs(stored, config.device)
+    stored = outputs.reshape(n_images, n_views, *outputs.shape[1:])
+    return stored_inputs(stored, device)
 
 
 def initialize_head(
-    head: nn.Sequential, features: Inputs, examples: Examples, config: TrainingConfig
+    estimator: Any, head: nn.Sequential, inputs: Inputs, examples: Examples, seed: int
 ) -> None:
     """Fit the head's standardization and, if it is linear, a probe as its weights.
 
@@ -450,21 +428,21 @@ def initialize_head(
     before = [] if isinstance(head[0], Pool) else layers[: layers.index(scaler)]
     run, positions = nn.Sequential(*before), examples.training
     unaugmented = np.zeros_like(positions)
-    found = _collect(
-        lambda some: run(features.batch(positions[some], unaugmented[some])),
-        batches(len(positions), config.batch_size),
+    features = _collect(
+        lambda batch: run(inputs.batch(positions[batch], unaugmented[batch])),
+        batches(len(positions), estimator.batch_size),
         len(positions),
     )
-    scaler.fit(found)
+    scaler.fit(features)
     linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
     targets = examples.targets[positions]
     is_linear = not hidden and not before
     has_all_classes = len(np.unique(targets)) == linear.out_features
-    if config.head_init == "probe" and is_linear and has_all_classes:
-        probe = LogisticRegression(C=PROBE_C, max_iter=1000, random_state=config.seed)
+    if estimator.head_init == "probe" and is_linear and has_all_classes:
+        probe = LogisticRegression(C=PROBE_C, max_iter=1000, random_state=seed)
         mean, scale = scaler.mean.cpu().numpy(), scaler.scale.cpu().numpy()
         weights = examples.weights[positions]
-        probe.fit((found - mean) / scale, targets, sample_weight=weights)
+        probe.fit((features - mean) / scale, targets, sample_weight=weights)
         set_linear(linear, probe.coef_, probe.intercept_)
 
 
@@ -474,33 +452,13 @@ def _collect(
 ) -> NDArray[np.float32]:
     """Run consecutive batches, and return the outputs of all `n` items as one array."""
     array = None
-    for some in slices:
-        outputs = run(some).float().cpu().numpy()
+    for batch in slices:
+        outputs = run(batch).float().cpu().numpy()
         if array is None:
             array = new_array((n, *outputs.shape[1:]), np.float32)
-        array[some] = outputs
+        array[batch] = outputs
     assert array is not None  # there is at least one image
     return array
-
-
-def training_config(estimator: Any, is_warm: bool, seed: int) -> TrainingConfig:
-    """Return the settings that an estimator's parameters define."""
-    is_new_head = isinstance(estimator.head_init, str) and not is_warm
-    return TrainingConfig(
-        head_init=estimator.head_init if is_new_head else None,
-        optimizer=resolve_optimizer(estimator),
-        schedule=estimator.schedule,
-        weight_decay=estimator.weight_decay,
-        label_smoothing=estimator.label_smoothing,
-        lr_decay=estimator.backbone_lr_decay,
-        keeps_statistics=estimator.weights is not None,
-        patience=estimator.patience if estimator.early_stopping else None,
-        batch_size=estimator.batch_size,
-        device=resolve_device(estimator.device),
-        dtype=DTYPES[estimator.precision_],
-        seed=seed,
-        verbose=bool(estimator.verbose),
-    )
 
 
 def resolve_optimizer(estimator: Any) -> str:
@@ -526,9 +484,7 @@ def plan_stages(estimator: Any, n_blocks: int, n_frozen: int) -> list[Stage]:
     return [stage for stage in stages if stage.n_epochs > 0]
 
 
-def build_optimizer(
-    network: SplitNetwork, stage: Stage, config: TrainingConfig
-) -> Optimizer:
+def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Optimizer:
     """Build the optimizer of all trainable parameters.
 
     One group for each group of blocks, with its learning rate, and kind of parameter:
@@ -537,18 +493,18 @@ def build_optimizer(
     parts: list[tuple[str, nn.Module, float]] = []
     parts += [("head_lr", network.head, stage.head_lr)]
     lr = stage.backbone_lr
-    for blocks in reversed(network.tuned):
+    for blocks in reversed(network.trainable):
         parts += [("backbone_lr", blocks, lr)]
-        lr *= config.lr_decay
+        lr *= estimator.backbone_lr_decay
     groups = []
     for name, part, lr in parts:
-        trainable = [one for one in part.parameters() if one.requires_grad]
-        matrices = [one for one in trainable if one.ndim > 1]
-        vectors = [one for one in trainable if one.ndim <= 1]
-        for params, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+        trainable = [weights for weights in part.parameters() if weights.requires_grad]
+        matrices = [weights for weights in trainable if weights.ndim > 1]
+        vectors = [weights for weights in trainable if weights.ndim <= 1]
+        for params, decay in ((matrices, estimator.weight_decay), (vectors, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
             groups += [group] if params else []
-    return OPTIMIZERS[config.optimizer](groups)
+    return OPTIMIZERS[resolve_optimizer(estimator)](groups)
 
 
 def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:
@@ -574,14 +530,14 @@ def training_context(device: torch.device) -> Iterator[None]:
         yield
 
 
-def autocast(config: TrainingConfig) -> torch.autocast:
-    """Return the context in which products are computed in the config's dtype.
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which products are computed in a precision.
 
     Without torch's cache of converted weights: it lives as long as the outermost such
     context, which may be the user's own, and would hide every step.
     """
-    is_mixed = config.dtype != torch.float32
-    return torch.autocast(config.device.type, config.dtype, is_mixed, False)
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype, dtype != torch.float32, False)
 
 
 def batches(n: int, batch_size: int) -> list[slice]:

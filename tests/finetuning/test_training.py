@@ -82,8 +82,8 @@ def test_losses_are_those_of_a_plain_loop_over_the_whole_network(name, digits):
             {"params": [bias], "lr": head_lr},
         ]
         if number == 1:
-            tuned = [m for name, m in blocks.items() if name.startswith("block3")]
-            trainable = [p.requires_grad_() for m in tuned for p in m.parameters()]
+            unfrozen = [m for name, m in blocks.items() if name.startswith("block3")]
+            trainable = [p.requires_grad_() for m in unfrozen for p in m.parameters()]
             matrices = [p for p in trainable if p.ndim > 1]
             vectors = [p for p in trainable if p.ndim == 1]
             groups.append({"params": matrices, "lr": backbone_lr, "weight_decay": 1e-4})
@@ -180,8 +180,8 @@ def test_only_parameters_of_batch_norms_are_trained(data):
 )
 def test_trained_layers_are_in_train_mode(only_batch_norms, keeps_statistics, expected):
     layers = [nn.Conv2d(3, 4, 1), nn.Dropout(), nn.BatchNorm2d(4, affine=False)]
-    tuned = {str(number): layer for number, layer in enumerate(layers)}
-    network = SplitNetwork({}, [tuned], nn.Sequential())
+    trainable = {str(number): layer for number, layer in enumerate(layers)}
+    network = SplitNetwork({}, [trainable], nn.Sequential())
 
     network.unfreeze(only_batch_norms, keeps_statistics)
     network.train()
