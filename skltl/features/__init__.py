@@ -6,26 +6,30 @@ from skltl.features._estimators import (
     cache_folder,
     extraction_config,
     n_features_by_layer,
-    truncated_backbone,
 )
 from skltl.features._extraction import extract_features
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
+    SHARED_PARAMETERS,
     CNNFeatureTransformer,
+    copy_fitted_network,
     fitted_parameters,
+    fitted_transformer,
     transformer_config,
 )
 
 __all__ = [
+    "SHARED_PARAMETERS",
     "CNNFeatureTransformer",
     "FeatureEstimator",
     "NetworkClassifier",
     "cache_folder",
+    "copy_fitted_network",
     "extract_features",
     "extraction_config",
     "fitted_parameters",
+    "fitted_transformer",
     "make_feature_pipeline",
     "n_features_by_layer",
     "transformer_config",
-    "truncated_backbone",
 ]

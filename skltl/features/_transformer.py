@@ -8,7 +8,7 @@ from os import PathLike, fspath
 
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import ImageEstimator, read_images_of
+from skltl._estimator import INPUT_ATTRIBUTES, ImageEstimator, read_images_of
 from skltl._parameters import (
     name_of_dtype,
     resolve_device,
@@ -42,6 +42,14 @@ from skltl.networks import (
     is_registered,
     resolve_layer,
     resolve_network,
+)
+
+# What all estimators that extract features from one network have in common: parameters
+# that take effect immediately, and fitted attributes.
+SHARED_PARAMETERS = ("device", "precision", "engine", "decode", "n_jobs")
+NETWORK_ATTRIBUTES = (
+    *("backbone_", "layers_", "network_", "preprocessing_", "pooling_"),
+    *("precision_", "engine_", *INPUT_ATTRIBUTES),
 )
 
 
@@ -337,6 +345,32 @@ def fitted_parameters(transformer):
         "weights": transformer._fitted_weights,
         "image_size": None if is_usual else size,
     }
+
+
+def fitted_transformer(estimator):
+    """Return a transformer with the network of another fitted estimator.
+
+    Its backbone holds the weights, and its input size is that of the network.
+    """
+    backbone = truncated_backbone(estimator)
+    transformer = CNNFeatureTransformer(
+        backbone,
+        layer=estimator.layers_[0].name,
+        pooling=estimator.pooling_,
+        image_shape=estimator._fitted_image_shape,
+        **{name: getattr(estimator, name) for name in SHARED_PARAMETERS},
+    )
+    copy_fitted_network(estimator, transformer)
+    transformer.backbone_, transformer._recorder = backbone, None
+    transformer._fitted_weights = transformer.weights
+    return transformer
+
+
+def copy_fitted_network(estimator, other):
+    """Set the fitted attributes of a network to those of another estimator."""
+    for name in NETWORK_ATTRIBUTES:
+        if hasattr(estimator, name):
+            setattr(other, name, getattr(estimator, name))
 
 
 def transformer_config(transformer):

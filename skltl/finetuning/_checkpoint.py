@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType, NoneType
@@ -29,10 +29,10 @@ from skltl.images import ImageSource, Preprocessing, content_key, file_digest
 from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, versions
 
 # A fit does not depend on these, or they are digested separately.
-NOT_DIGESTED = (
+NOT_DIGESTED = {
     *("augment", "head_init", "cache", "checkpoint", "n_jobs"),
     *("random_state", "verbose"),
-)
+}
 
 # Transforms of installed packages are pickled by name: what they do shows in some
 # augmented views.
@@ -53,8 +53,9 @@ def fingerprint(
     differently in each fit, and an interrupted one resumes with its own.
     """
     digest = blake2b(repr((seed, sorted(versions().items()))).encode(), digest_size=16)
-    params = sorted(classifier.get_params().items())
-    digest.update(repr([one for one in params if one[0] not in NOT_DIGESTED]).encode())
+    params = classifier.get_params()
+    digested = sorted(params.keys() - NOT_DIGESTED)
+    digest.update(repr([(name, params[name]) for name in digested]).encode())
     blocks = new.network_.blocks
     digest.update(repr((new.preprocessing_, structure(blocks))).encode())
     for position in range(len(source)):
@@ -134,7 +135,7 @@ class _Describer(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         """Replace sets, whose order differs between processes, and modules."""
         if type(value) in (set, frozenset):
-            return sorted(description(one, "a set") for one in value)
+            return sorted(description(item, "a set") for item in value)
         return value.__name__ if isinstance(value, ModuleType) else None
 
     def reducer_override(self, value: Any) -> Any:
@@ -158,9 +159,9 @@ def _function(function: FunctionType) -> tuple[Any, ...]:
     """Return the code of a function, and all values that it uses."""
     enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
     defaults = (function.__defaults__, function.__kwdefaults__)
-    known = function.__globals__
-    names = sorted(set(_names_in(function.__code__)) & known.keys())
-    used = {name: known[name] for name in names}
+    variables = function.__globals__
+    names = sorted(set(_names_in(function.__code__)) & variables.keys())
+    used = {name: variables[name] for name in names}
     return (function.__qualname__, function.__code__, *defaults, enclosed, used)
 
 
@@ -225,49 +226,41 @@ STATE_TYPES: dict[str, Any] = {
 }
 
 
+@contextmanager
+def open_checkpoint(folder: str, fingerprint: str) -> Iterator[Checkpoint]:
+    """Lock the checkpoint of a fit, inside the block.
+
+    Another fit with the same data and parameters that runs meanwhile has a file of its
+    own, so that fits without a `random_state` do not end as the same model.
+    """
+    if not folder or "\0" in folder:
+        raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
+    with ExitStack() as stack:
+        try:
+            name = f"skltl-fit-{fingerprint}"
+            path, lock = _lock_file(Path(folder).expanduser(), name)
+            if lock is not None:
+                stack.callback(_release, lock)
+            _unfinished_path(path).touch()
+            _unfinished_path(path).unlink()
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint={folder!r} is not a folder in which files can be "
+                f"written ({error.strerror})."
+            ) from error
+        yield Checkpoint(path)
+
+
 class Checkpoint:
     """The file in which a fit keeps its state; whole at any time.
 
-    Locked until `close`, the end of the context: another fit with the same data and
-    parameters that runs meanwhile has a file of its own, so that fits without a
-    `random_state` do not end as the same model. `saved` is the state of an interrupted
-    fit, or ``None``.
+    `saved` is the state of an interrupted fit, or ``None``.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
-        self._lock: FileLock | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._has_warned = False
-        self.saved: dict[str, Any] | None = None
-        try:
-            name = f"skltl-fit-{fingerprint}"
-            self._path, self._lock = _lock_file(Path(folder).expanduser(), name)
-            self._unfinished_path().touch()
-            self._unfinished_path().unlink()
-        except OSError as error:
-            self.close()
-            raise ValueError(
-                f"checkpoint={str(folder)!r} is not a folder in which files can be "
-                f"written ({error.strerror})."
-            ) from error
-        if self._path.exists():
-            try:
-                self.saved = self._read()
-            except ValueError:
-                self.close()
-                raise
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            with suppress(OSError):
-                Path(self._lock.lock_file).unlink()
-            self._lock.release()
+        self.saved = self._read() if path.exists() else None
 
     def state_for(self, n_stages: int) -> dict[str, Any] | None:
         """Return the state from which a fit with `n_stages` stages resumes, if any."""
@@ -282,7 +275,7 @@ class Checkpoint:
         """
         content = io.BytesIO()
         torch.save(state, content)
-        unfinished = self._unfinished_path()
+        unfinished = _unfinished_path(self._path)
         try:
             with unfinished.open("wb") as file:
                 file.write(MAGIC + digest_of(content.getbuffer()))
@@ -294,7 +287,9 @@ class Checkpoint:
         except OSError as error:
             with suppress(OSError):
                 unfinished.unlink()
-            self._warn(error)
+            if not self._has_warned:
+                self._has_warned = True
+                self._warn(error)
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
@@ -308,8 +303,8 @@ class Checkpoint:
         """Delete the file of a finished fit, and what killed fits have left."""
         try:
             self._path.unlink(missing_ok=True)
-            for left in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
-                left.unlink(missing_ok=True)
+            for file in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
+                file.unlink(missing_ok=True)
         except OSError as error:
             warnings.warn(
                 f"The fit is finished, but its checkpoint {str(self._path)!r} cannot "
@@ -319,20 +314,15 @@ class Checkpoint:
                 stacklevel=user_stacklevel(),
             )
 
-    def _unfinished_path(self) -> Path:
-        """Return a path for this process and thread."""
-        name = f".{os.getpid()}-{threading.get_ident()}.unfinished"
-        return self._path.with_suffix(name)
-
     def _read(self) -> dict[str, Any]:
         """Return the saved state; no code in the file is executed."""
         try:
-            found = self._path.read_bytes()
+            whole = self._path.read_bytes()
         except OSError as error:
             raise self._unreadable() from error
         start = len(MAGIC) + DIGEST_BYTES
-        content = memoryview(found)[start:]
-        if found[:start] != MAGIC + digest_of(content):
+        content = memoryview(whole)[start:]
+        if whole[:start] != MAGIC + digest_of(content):
             raise self._unreadable()
         try:
             state: Any = torch.load(
@@ -341,9 +331,9 @@ class Checkpoint:
         except TORCH_FILE_ERRORS as error:
             # torch's own message advises to load such files nevertheless.
             raise self._unreadable() from error
-        if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys():
-            raise self._unreadable()
-        if not all(isinstance(state[key], kind) for key, kind in STATE_TYPES.items()):
+        if not isinstance(state, dict) or not all(
+            isinstance(state.get(key), kind) for key, kind in STATE_TYPES.items()
+        ):
             raise self._unreadable()
         return state
 
@@ -354,9 +344,6 @@ class Checkpoint:
         )
 
     def _warn(self, error: OSError) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
         warnings.warn(
             f"The state of this fit could not be saved to {str(self._path)!r} "
             f"({error.strerror}). The fit goes on; if it is interrupted, it resumes "
@@ -385,6 +372,18 @@ def _lock_file(folder: Path, name: str) -> tuple[Path, FileLock | None]:
             break
         return path, lock
     return (interrupted or new)[0], None
+
+
+def _release(lock: FileLock) -> None:
+    """Delete the file of a lock, and release it."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
+def _unfinished_path(path: Path) -> Path:
+    """Return the path at which this process and thread write a checkpoint."""
+    return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
 
 
 def digest_of(content: Any) -> bytes:

@@ -25,19 +25,17 @@ from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions, fit_context
 from skltl.exceptions import shorten
 from skltl.features import (
-    CNNFeatureTransformer,
+    SHARED_PARAMETERS,
     FeatureEstimator,
     NetworkClassifier,
+    copy_fitted_network,
     extract_features,
     extraction_config,
     fitted_parameters,
-    truncated_backbone,
+    fitted_transformer,
 )
-from skltl.finetuning._checkpoint import Checkpoint, fingerprint
+from skltl.finetuning._checkpoint import fingerprint, open_checkpoint
 from skltl.finetuning._conversion import (
-    SHARED_PARAMETERS,
-    check_not_determined,
-    copy_attributes,
     head_of_pipeline,
     linear_head,
     parts_of_pipeline,
@@ -445,18 +443,24 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             If the pipeline has other steps, or determines one of the parameters.
         """
         transformer, scaler, classifier = parts_of_pipeline(pipeline)
-        check_not_determined(parameters)
+        network = fitted_parameters(transformer)
+        of_head = ("conv_channels", "hidden_units", "dropout")
+        determined = sorted({*network, *of_head} & parameters.keys())
+        if determined:
+            raise ValueError(
+                f"{', '.join(determined)}: determined by the pipeline and cannot be "
+                "set."
+            )
         shared = {name: getattr(transformer, name) for name in SHARED_PARAMETERS}
-        shared |= fitted_parameters(transformer)
         linear = classifier
         if scaler is not None:
             linear = Pipeline([("scale", scaler), ("linear", classifier)])
         # A copy, since the pipeline may be fitted again.
         linear = FrozenEstimator(copy.deepcopy(linear))
         defaults = {"head_init": linear, "head_epochs": 0}
-        made = cls(**{**shared, **defaults, **parameters})
+        made = cls(**{**network, **shared, **defaults, **parameters})
         head = head_of_pipeline(transformer.pooling_, scaler, classifier)
-        copy_attributes(transformer, made)
+        copy_fitted_network(transformer, made)
         if isinstance(made.backbone, Backbone):
             made.backbone_ = made.backbone
         made.classes_ = classifier.classes_
@@ -476,17 +480,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
             `fit`, give the same features.
         """
         check_is_fitted(self)
-        backbone = truncated_backbone(self)
-        parameters = {name: getattr(self, name) for name in SHARED_PARAMETERS}
-        parameters |= {"backbone": backbone, "weights": "imagenet"}
-        parameters |= {"layer": self.layers_[0].name, "pooling": self.pooling_}
-        # The input size of the fine-tuned network is that of its backbone.
-        parameters |= {"image_size": None, "image_shape": self._fitted_image_shape}
-        transformer = CNNFeatureTransformer(**parameters)
-        copy_attributes(self, transformer)
-        transformer.backbone_, transformer._recorder = backbone, None
-        transformer._fitted_weights = "imagenet"
-        return transformer
+        return fitted_transformer(self)
 
     def transform(self, X):
         """Return the pooled features of the fine-tuned network.
@@ -543,11 +537,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """Return the checkpoint of the fit, or a context without one."""
         if self.checkpoint is None:
             return nullcontext()
-        folder = fspath(self.checkpoint)
-        if not folder or "\0" in folder:
-            raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
         name = fingerprint(self, new, source, arrays, requested_seed)
-        return Checkpoint(folder, name)
+        return open_checkpoint(fspath(self.checkpoint), name)
 
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""
@@ -655,8 +646,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         return state
 
     def __setstate__(self, state):
-        state = dict(state)
+        super().__setstate__(state)  # before anything else: it checks the format
         if "head_" in state:
-            state["head_"] = head_from_state(state["head_"])
-            state["stages_"] = [Stage(**stage) for stage in state["stages_"]]
-        super().__setstate__(state)
+            self.head_ = head_from_state(state["head_"])
+            self.stages_ = [Stage(**stage) for stage in state["stages_"]]

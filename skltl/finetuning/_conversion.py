@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,46 +19,6 @@ from skltl._random import torch_defaults
 from skltl.features import CNNFeatureTransformer
 from skltl.finetuning._data import abbreviate
 from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
-
-# Parameters that a transformer and a classifier with the same network share.
-SHARED_PARAMETERS = (
-    *("backbone", "weights", "layer", "pooling", "image_size", "image_shape"),
-    *("device", "precision", "engine", "decode", "n_jobs"),
-)
-SHARED_ATTRIBUTES = (
-    *("backbone_", "layers_", "network_", "preprocessing_", "pooling_"),
-    *("precision_", "engine_", "n_features_in_", "feature_names_in_"),
-    "_fitted_image_shape",
-)
-
-# Parameters of a classifier that its pipeline determines.
-DETERMINED = (
-    "backbone",
-    "weights",
-    "layer",
-    "pooling",
-    "image_size",
-    "image_shape",
-    "conv_channels",
-    "hidden_units",
-    "dropout",
-)
-
-
-def check_not_determined(parameters: Iterable[str]) -> None:
-    """Raise if any of the parameters is determined by the pipeline."""
-    determined = sorted(set(parameters) & set(DETERMINED))
-    if determined:
-        raise ValueError(
-            f"{', '.join(determined)}: determined by the pipeline and cannot be set."
-        )
-
-
-def copy_attributes(fitted: Any, other: Any) -> None:
-    """Copy the fitted attributes that transformer and classifier share."""
-    for name in SHARED_ATTRIBUTES:
-        if hasattr(fitted, name):
-            setattr(other, name, getattr(fitted, name))
 
 
 def unwrapped(estimator: Any) -> Any:

@@ -134,34 +134,29 @@ def split_examples(
 
     So scaled, weights do not change the effective learning rate.
     """
-    fraction, is_needed = estimator.validation_fraction, estimator.early_stopping
-    training, validation = hold_out(targets, groups, fraction, is_needed, seed)
-    if not weights[training].sum() > 0:
-        raise ValueError("The weights of all training images are zero.")
-    if len(validation) and not weights[validation].sum() > 0:
-        raise ValueError("The weights of all validation images are zero.")
+    fraction = estimator.validation_fraction
+    if fraction is None and estimator.early_stopping:
+        fraction = DEFAULT_FRACTION
+    training, validation = hold_out(targets, groups, fraction, seed)
+    for name, positions in (("training", training), ("validation", validation)):
+        if len(positions) and not weights[positions].sum() > 0:
+            raise ValueError(f"The weights of all {name} images are zero.")
     weights = weights / weights[training].mean()
     return Examples(targets, weights.astype(np.float32), training, validation)
 
 
 def hold_out(
-    targets: NDArray[np.int64],
-    groups: Any,
-    fraction: float | None,
-    is_needed: bool,
-    seed: int,
+    targets: NDArray[np.int64], groups: Any, fraction: float | None, seed: int
 ) -> tuple[Positions, Positions]:
     """Return the positions of training and validation images, stratified by class.
 
     Groups are never split; the validation set is then as close to the fraction as whole
-    groups allow. Without a fraction, nothing is held out unless it `is_needed`.
+    groups allow. Without a fraction, nothing is held out.
     """
+    everything = np.arange(len(targets))
     if groups is not None:
         check_consistent_length(targets, groups)
-    everything = np.arange(len(targets))
     if fraction is None:
-        fraction = DEFAULT_FRACTION if is_needed else 0.0
-    if not fraction:
         return everything, everything[:0]
     if groups is not None:
         return _hold_out_groups(targets, column_or_1d(groups), fraction, seed)

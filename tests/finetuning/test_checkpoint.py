@@ -74,7 +74,7 @@ def check_flipped_bits(path, n_bits):
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         with pytest.raises(ValueError, match=str(path)):
-            Checkpoint(path.parent, path.name.split("-")[2])
+            Checkpoint(path)
 
 
 def test_a_flipped_bit_is_refused(saved):
@@ -98,6 +98,22 @@ def write_state(path, state):
     content = io.BytesIO()
     torch.save(state, content)
     path.write_bytes(MAGIC + digest_of(content.getbuffer()) + content.getvalue())
+
+
+@pytest.mark.parametrize("first", [b"skltl checkpoint 2\n", b"skltl checkpoint 99\n"])
+def test_the_format_of_a_checkpoint_is_checked_before_its_contents(
+    first, saved, monkeypatch
+):
+    content = saved.read_bytes()[len(MAGIC) :]
+    saved.write_bytes(first + content)
+
+    def refused(*_, **__):
+        raise AssertionError("the state of a checkpoint in another format was read")
+
+    monkeypatch.setattr(torch, "load", refused)
+
+    with pytest.raises(ValueError, match="was written by another version"):
+        Checkpoint(saved)
 
 
 EDITS = {
@@ -370,12 +386,11 @@ def test_a_fit_with_another_version_starts_over(data, saved, expected, monkeypat
 
 def test_simultaneous_fits_without_random_state_are_different_models(data, tmp_path):
     barrier = threading.Barrier(3, timeout=120)
-    fitted = []
+    state_for, fitted = Checkpoint.state_for, []
 
-    class Meeting(Checkpoint):
-        def state_for(self, n_stages):
-            barrier.wait()  # all three have their files before any of them trains
-            return super().state_for(n_stages)
+    def meet(self, n_stages):
+        barrier.wait()  # all three have their files before any of them trains
+        return state_for(self, n_stages)
 
     def fit():
         made = classifier(
@@ -384,7 +399,7 @@ def test_simultaneous_fits_without_random_state_are_different_models(data, tmp_p
         fitted.append(made.fit(*data))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skltl.finetuning._classifier.Checkpoint", Meeting)
+        patch.setattr(Checkpoint, "state_for", meet)
         threads = [threading.Thread(target=fit) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -98,6 +98,13 @@ def test_a_head_with_an_unknown_layer_is_not_saved_as_another(fitted_hidden):
         pickle.dumps(changed)
 
 
+def test_the_format_of_a_saved_file_is_checked_before_its_contents(fitted):
+    state = {**fitted.__getstate__(), "_format": 99, "head_": None, "network_": None}
+
+    with pytest.raises(ValueError, match="in format 99, .* Load it with that version"):
+        FineTunedCNNClassifier().__setstate__(state)
+
+
 @pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_searches_over_pipelines(n_jobs, digits):
     X, y = digits[0][:90], digits[1][:90]

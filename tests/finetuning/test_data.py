@@ -8,7 +8,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GroupKFold, cross_validate
 from tiny_classifier import classifier, losses
 
-from skltl.finetuning._data import hold_out
+from skltl.finetuning._data import hold_out, split_examples
 
 
 def test_strings_are_class_labels(digits):
@@ -105,7 +105,7 @@ def test_groups_are_held_out_as_a_whole(fraction, digits):
     y = digits[1][:200]
     groups = np.array([f"patient {n // 5}" for n in range(200)])
 
-    training, validation = hold_out(y, groups, fraction, False, 0)
+    training, validation = hold_out(y, groups, fraction, 0)
 
     assert sorted([*training, *validation]) == list(range(200))
     assert not set(groups[training]) & set(groups[validation])
@@ -113,13 +113,14 @@ def test_groups_are_held_out_as_a_whole(fraction, digits):
     assert set(y[training]) == set(y)
 
 
-def test_classes_are_held_out_in_proportion():
+def test_early_stopping_holds_out_a_tenth_of_each_class():
     y = np.repeat([0, 1], [160, 40])
+    estimator = classifier(early_stopping=True)
 
-    training, validation = hold_out(y, None, None, True, 0)
+    examples = split_examples(estimator, y, np.ones(200), None, 0)
 
-    assert sorted([*training, *validation]) == list(range(200))
-    assert np.bincount(y[validation]).tolist() == [16, 4]
+    assert sorted([*examples.training, *examples.validation]) == list(range(200))
+    assert np.bincount(y[examples.validation]).tolist() == [16, 4]
 
 
 @pytest.mark.parametrize("has_groups", [False, True])
@@ -129,7 +130,7 @@ def test_the_validation_score_is_that_of_held_out_images(has_groups, digits):
 
     fitted = classifier(validation_fraction=0.25).fit(X, y, groups=groups)
 
-    _, validation = hold_out(y, groups, 0.25, False, 0)
+    _, validation = hold_out(y, groups, 0.25, 0)
     expected = fitted.score(X[validation], y[validation])
     assert fitted.history_[-1]["validation_score"] == pytest.approx(expected)
 

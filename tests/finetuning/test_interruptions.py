@@ -13,6 +13,7 @@ from checkpoints import interrupt, the_file
 from numpy.testing import assert_array_equal
 from tiny_classifier import classifier, losses, saved_state
 
+from skltl import FineTunedCNNClassifier
 from skltl.finetuning._training import OPTIMIZERS
 
 STOCHASTIC = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
@@ -148,6 +149,33 @@ def test_a_fit_without_random_state_resumes_with_the_seed_it_drew(
     assert list(tmp_path.iterdir()) == []
     seeded = resumed.set_params(random_state=saved["seed"], checkpoint=None).fit(X, y)
     assert losses(seeded)[:2] == [record["loss"] for record in saved["history"]]
+
+
+@pytest.mark.parametrize("n_loads", [1, 2])
+def test_a_fit_that_is_interrupted_as_it_resumes_can_be_resumed_again(
+    n_loads, data, fitted, tmp_path, monkeypatch
+):
+    """The network is loaded to find the checkpoint, and with the seed that it holds."""
+    resumed = classifier(checkpoint=tmp_path)
+    interrupt(resumed, *data)
+    load, calls = FineTunedCNNClassifier._load_network, []
+
+    def load_or_stop(self, seed):
+        calls.append(seed)
+        if len(calls) == n_loads:
+            raise KeyboardInterrupt
+        load(self, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTunedCNNClassifier, "_load_network", load_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            resumed.fit(*data)
+    left = [path.suffix for path in tmp_path.iterdir()]
+    resumed.fit(*data)
+
+    assert left == [".checkpoint"]  # and no lock
+    assert losses(resumed) == losses(fitted)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_fit_ignores_the_checkpoints_of_others(data, fitted, tmp_path):
