@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from skltl._large_arrays import new_array
 from skltl._parameters import halve_until_it_fits
 from skltl.cache import CachedFeatures
+from skltl.exceptions import ImageReadError, quote
 from skltl.images import Batch, Crop, ImageSource, iter_batches, iter_crops
 from skltl.inference import ExtractionConfig, InFlight, n_in_flight
 
@@ -40,8 +41,8 @@ def extract_features(
     `out` if it is given. Without a cache, they may be those of ``then(features)``, such
     as the logits, computed for a batch at once.
 
-    Raises `ImageReadError` for the first image that cannot be read, and `ValueError`
-    for the first whose features are not finite.
+    Raises `ImageReadError` for the first image that cannot be read, and its subclass
+    `NonFiniteFeaturesError` for the first whose features are not finite.
     """
     source = config.scaled(source)
     n_features = sum(replace(config, blocks=tuple(blocks)).widths())
@@ -145,9 +146,19 @@ def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
         return
     is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
     for position in np.array(batch.positions)[is_bad.numpy()][:1].tolist():
-        path = source.path(position)
-        raise ValueError(
-            f"The features of image {position}{f' ({path[:200]!r})' if path else ''} "
-            "are NaN or infinite: the weights of the network, or the values of the "
-            "image, are too large."
+        raise NonFiniteFeaturesError(
+            position,
+            source.path(position),
+            "the weights of the network, or the values of the image, are too large",
+        )
+
+
+class NonFiniteFeaturesError(ImageReadError):
+    """Features of an image are NaN or infinite."""
+
+    def __str__(self) -> str:
+        name = "" if self.path is None else f" ({quote(self.path, 120)})"
+        return (
+            f"The features of image {self.index}{name} are NaN or infinite: "
+            f"{self.reason}."
         )

@@ -91,7 +91,7 @@ def view_content(
     content = b""
     for number, position in enumerate(np.linspace(0, len(source) - 1, N_VIEWS)):
         crop = preprocessing.crop(source[int(position)])
-        views = AugmentedViews(crop[None], augment, N_VIEWS, seed=0)
+        views = AugmentedViews(source, crop[None], augment, N_VIEWS, seed=0)
         content += content_key(views.view(0, 1 + number))
     return content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.exceptions import DataConversionWarning
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.utils import assert_all_finite, check_consistent_length
 from sklearn.utils.class_weight import compute_sample_weight
@@ -20,6 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
+from skltl._caller import user_stacklevel
 from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
@@ -57,7 +60,14 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         raise ValueError(
             "The classifier requires y to be passed, but the target y is None."
         )
-    labels = column_or_1d(y, warn=True)
+    labels = column_or_1d(y)
+    if np.ndim(y) == 2:
+        warnings.warn(
+            "A column-vector y was passed when a 1d array was expected. Please change "
+            "the shape of y to (n_samples, ), for example using ravel().",
+            DataConversionWarning,
+            stacklevel=user_stacklevel(),
+        )
     check_consistent_length(range(n), labels)
     if labels.dtype.kind == "O" and any(map(_is_missing, labels)):
         raise ValueError("Input y contains NaN or None.")
@@ -244,7 +254,7 @@ def stored_inputs(array: NDArray[np.float32], device: torch.device) -> Inputs:
 
 
 class AugmentedViews(ImageSource):
-    """Views of crops (n, h, w, 3), computed whenever they are needed.
+    """Views of the crops (n, h, w, 3) of a source, computed whenever they are needed.
 
     View 0 of an image is the image itself; any other number seeds an augmented view. As
     an `ImageSource`, each image is followed by its views.
@@ -252,12 +262,14 @@ class AugmentedViews(ImageSource):
 
     def __init__(
         self,
+        source: ImageSource,
         crops: NDArray[Any],
         augment: Augmentation | None,
         n_views: int | None,
         seed: int,
     ) -> None:
         super().__init__(crops)
+        self._ranges = source._ranges  # one warning for images and views
         self._crops = crops
         self._augment = augment
         self._n_stored = 1 + (n_views or 0)
@@ -351,7 +363,7 @@ def build_inputs(
     if estimator.decode == "fast":
         source = source.reduced_to(2 * preprocessing.shorter_side)
     crops = decode_crops(source, preprocessing, threads)
-    views = AugmentedViews(crops, augment, n_views, seed)
+    views = AugmentedViews(source, crops, augment, n_views, seed)
     if config is not None:
         # The crops are not resized again.
         config = replace(config, preprocessing=replace(preprocessing, resize_size=None))

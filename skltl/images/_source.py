@@ -542,6 +542,7 @@ class PixelRanges:
 
     def __init__(self) -> None:
         self._ranges: dict[str, tuple[float, float]] = {}
+        self._warned: set[str] = set()
         self._lock = Lock()
 
     def add(self, kind: str, low: float, high: float) -> None:
@@ -559,22 +560,25 @@ class PixelRanges:
                 for (least, most), advice in FLOAT_ADVICE
                 if least <= low and high <= most
             )
-            _warn(
+            self._warn_once(
+                "floats",
                 f"Float images should lie in [0, 1], these range from {low:.4g} to "
-                f"{high:.4g}. {next(fitting)}"
+                f"{high:.4g}. {next(fitting)}",
             )
         largest = round(self._ranges.get("16-bit", (0, 1))[1] * 65535)
         fitting = (advice for most, advice in SIXTEEN_BIT_ADVICE if largest <= most)
         if largest and (advice := next(fitting, None)):
-            _warn(
+            self._warn_once(
+                "16-bit",
                 "16-bit images should use the values 0 to 65535; the largest one here "
-                f"is {largest}, which is nearly black. {advice}"
+                f"is {largest}, which is nearly black. {advice}",
             )
 
-
-def _warn(message: str) -> None:
-    """Give an `ImageRangeWarning` that points to the user's code."""
-    warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Give an `ImageRangeWarning` that points to the user's code."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
 
 
 def _range_of(decoded: Decoded) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
@@ -253,6 +253,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         advisor, evaluated, features = None, labeled, {}
         if self.strategy == "auto":
             advisor = StrategyAdvisor(transformer, cv=self.cv, random_state=seed)
+            y = column_or_1d(y)  # or its shape would be warned of again
             evaluated, features = advisor._evaluate(X, y, sample_weight, groups)
             del advisor.transformer_  # or its network would be kept and saved twice
             strategy = advisor.strategy_

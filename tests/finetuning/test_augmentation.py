@@ -173,5 +173,19 @@ def test_views_that_are_normalized_already_give_a_warning(n_views, images):
     )
     augmented = classifier(image_shape=None, augment=augment, n_views=n_views)
 
-    with pytest.warns(ImageRangeWarning, match=r"\[0, 1\]"):
+    with pytest.warns(ImageRangeWarning, match=r"\[0, 1\]") as record:
         augmented.fit(images, [0, 1, 2] * 3)
+
+    assert len(record) == 1
+
+
+@pytest.mark.parametrize("unfreeze", [1, "all"])
+@pytest.mark.parametrize("n_views", [1, None])
+def test_values_of_the_wrong_range_give_one_warning(unfreeze, n_views, digits):
+    X, y = 255 * digits[0][:20], digits[1][:20]
+    augmented = classifier(augment=flipped, n_views=n_views, unfreeze=unfreeze)
+
+    with pytest.warns(ImageRangeWarning, match="from 0 to 255") as record:
+        augmented.fit(X, y)
+
+    assert len(record) == 1

@@ -1,10 +1,13 @@
 """Labels, weights and held-out images."""
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
 from numpy.testing import assert_allclose
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.model_selection import GroupKFold, cross_validate
 from tiny_classifier import classifier, losses
 
@@ -45,6 +48,20 @@ def test_invalid_images_and_labels_are_refused(digits):
         classifier().fit(X, np.full(10, 3))
     with pytest.raises(NotFittedError):
         classifier().predict(X)
+
+
+@pytest.mark.parametrize("as_column", [lambda y: y[:, None], pd.DataFrame])
+def test_a_column_of_labels_gives_one_warning_in_the_users_line(as_column, data):
+    X, y = data
+    short = classifier(head_epochs=1, finetune_epochs=0)
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        found = losses(short.fit(X, as_column(y)))
+
+    assert found == losses(short.fit(X, y))
+    assert [warning.category for warning in record] == [DataConversionWarning]
+    assert record[0].filename == __file__
 
 
 def test_balanced_weights_raise_the_recall_of_a_rare_class(digits):

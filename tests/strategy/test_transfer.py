@@ -4,6 +4,7 @@ import io
 import pickle
 import shutil
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
@@ -13,6 +14,7 @@ import skops.io
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import config_context
 from sklearn.base import clone
+from sklearn.exceptions import DataConversionWarning
 from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
@@ -387,6 +389,17 @@ def test_metadata_are_routed_by_a_search(few_digits, make_classifier):
     assert_array_equal(search.decision_function(X), expected.decision_function(X))
 
 
+def test_a_column_of_labels_gives_one_warning(make_classifier, fewer_digits):
+    X, y = fewer_digits
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        make_classifier().fit(X, np.reshape(y, (-1, 1)))
+
+    assert [one.category for one in record] == [DataConversionWarning]
+    assert record[0].filename == __file__
+
+
 # Images that cannot be read
 
 
@@ -402,6 +415,17 @@ def test_an_unreadable_image_is_named_by_its_original_position(strategy):
         classifier.fit(images, [0, 1] * 10, sample_weight=weights)
 
     assert caught.value.index == 17
+
+
+def test_an_image_whose_features_overflow_is_named_by_its_original_position():
+    images = [np.full((16, 16), number / 20, np.float32) for number in range(20)]
+    images[17] *= np.float32(1e38)
+    weights = np.r_[np.zeros(10), np.ones(10)]
+    transformer = CNNFeatureTransformer("tiny", image_size=16, precision="float32")
+    classifier = TransferClassifier(transformer, strategy="extract", random_state=0)
+
+    with pytest.raises(ValueError, match="features of image 17 are NaN or infinite"):
+        classifier.fit(images, [0, 1] * 10, sample_weight=weights)
 
 
 def test_an_unreadable_image_that_is_not_evaluated_is_named(monkeypatch):
