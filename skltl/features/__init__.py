@@ -12,6 +12,7 @@ from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
     SHARED_PARAMETERS,
     CNNFeatureTransformer,
+    check_output,
     copy_fitted_network,
     fitted_parameters,
     fitted_transformer,
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureEstimator",
     "NetworkClassifier",
     "cache_folder",
+    "check_output",
     "copy_fitted_network",
     "extract_features",
     "extraction_config",

@@ -269,7 +269,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         blocks = tuple(layer.block for layer in layers)
         shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
         for layer in layers:
-            _check_output(layer, shapes[layer.block], self.pooling)
+            check_output(layer, shapes[layer.block], self.pooling)
         seed = draw_seed(self.random_state) if weights is None else None
         size = preprocessing.crop_size
         recorded = recorded_blocks(backbone, blocks, size, self.pooling)
@@ -429,7 +429,7 @@ def _load_recorder(backbone, weights, seed, blocks):
         return None
 
 
-def _check_output(layer, shape, pooling):
+def check_output(layer, shape, pooling):
     """Raise an error for a layer whose output cannot be pooled."""
     if can_pool(shape, pooling):
         return

@@ -264,8 +264,9 @@ class Checkpoint:
 
     def state_for(self, n_stages: int) -> dict[str, Any] | None:
         """Return the state from which a fit with `n_stages` stages resumes, if any."""
-        if self.saved is not None and not 0 <= self.saved["stage"] < n_stages:
-            raise self._unreadable()
+        with self.reading():
+            if self.saved is not None and not 0 <= self.saved["stage"] < n_stages:
+                raise ValueError(f"there is no stage {self.saved['stage']}")
         return self.saved
 
     def save(self, state: dict[str, Any]) -> None:
@@ -292,12 +293,17 @@ class Checkpoint:
                 self._warn(error)
 
     @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Name the file if its state does not fit where it is restored."""
+    def reading(self) -> Iterator[None]:
+        """Name the file if it cannot be read, or does not fit where it is restored."""
         try:
             yield
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
-            raise self._unreadable() from e
+        except TORCH_FILE_ERRORS as error:
+            # torch's own message advises to load unsafe files nevertheless.
+            raise ValueError(
+                f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, "
+                "was written by another version, or contains code. Delete it to start "
+                "over."
+            ) from error
 
     def clear(self) -> None:
         """Delete the file of a finished fit, and what killed fits have left."""
@@ -316,32 +322,19 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         """Return the saved state; no code in the file is executed."""
-        try:
+        with self.reading():
             whole = self._path.read_bytes()
-        except OSError as error:
-            raise self._unreadable() from error
-        start = len(MAGIC) + DIGEST_BYTES
-        content = memoryview(whole)[start:]
-        if whole[:start] != MAGIC + digest_of(content):
-            raise self._unreadable()
-        try:
-            state: Any = torch.load(
+            start = len(MAGIC) + DIGEST_BYTES
+            content = memoryview(whole)[start:]
+            if whole[:start] != MAGIC + digest_of(content):
+                raise ValueError("another format, or other bytes than were written")
+            state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
-        except TORCH_FILE_ERRORS as error:
-            # torch's own message advises to load such files nevertheless.
-            raise self._unreadable() from error
-        if not isinstance(state, dict) or not all(
-            isinstance(state.get(key), kind) for key, kind in STATE_TYPES.items()
-        ):
-            raise self._unreadable()
+            for key, kind in STATE_TYPES.items():
+                if not isinstance(state[key], kind):
+                    raise TypeError(f"{key} is a {type(state[key]).__name__}")
         return state
-
-    def _unreadable(self) -> ValueError:
-        return ValueError(
-            f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, was "
-            "written by another version, or contains code. Delete it to start over."
-        )
 
     def _warn(self, error: OSError) -> None:
         warnings.warn(

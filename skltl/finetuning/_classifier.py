@@ -28,6 +28,7 @@ from skltl.features import (
     SHARED_PARAMETERS,
     FeatureEstimator,
     NetworkClassifier,
+    check_output,
     copy_fitted_network,
     extract_features,
     extraction_config,
@@ -48,6 +49,7 @@ from skltl.finetuning._data import (
 )
 from skltl.finetuning._network import (
     Pool,
+    SplitNetwork,
     build_head,
     check_widths,
     count_frozen,
@@ -56,7 +58,6 @@ from skltl.finetuning._network import (
     head_from_state,
     head_specs,
     head_state,
-    split_network,
 )
 from skltl.finetuning._training import (
     OPTIMIZERS,
@@ -67,7 +68,7 @@ from skltl.finetuning._training import (
     train_network,
     training_context,
 )
-from skltl.inference import POOLINGS, can_pool, load_prefix, resolve_engine
+from skltl.inference import POOLINGS, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 
 
@@ -381,7 +382,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """
         check_widths("conv_channels", self.conv_channels)
         check_widths("hidden_units", self.hidden_units)
-        # A fit that fails leaves `self` unchanged.
+        # A fit that fails leaves `self` unchanged. Meanwhile, `self` holds the previous
+        # fit, and the context of scikit-learn's callbacks.
         new = type(self)(**self.get_params())
         source = read_images_of(new, X, y, reset=True)
         new.classes_, targets = encode_labels(y, len(source))
@@ -552,11 +554,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         self.network_ = load_prefix(
             self.backbone_, weights, seed, [layer.block], is_shared
         )
-        if not can_pool(self._map_shape(), self.pooling):
-            raise ValueError(
-                f"pooling={self.pooling} cannot be applied to the output of layer "
-                f"{layer.name!r}, of shape {self._map_shape()} for an image."
-            )
+        check_output(layer, self._map_shape(), self.pooling)
         device = resolve_device(self.device)
         self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
@@ -567,15 +565,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
 
     def _build_network(self, new, seed):
         """Build the head, plan the stages, and split the network accordingly."""
-        head = build_head(
-            new._map_shape(),
-            self.pooling,
-            tuple(self.conv_channels),
-            tuple(self.hidden_units),
-            self.dropout,
-            len(new.classes_),
-            seed,
-        )
+        head = build_head(new, new._map_shape(), len(new.classes_), seed)
         if not isinstance(self.head_init, str):
             fitted = self.head_init.estimator
             head = linear_head(fitted, self.pooling, head, new.classes_)
@@ -588,7 +578,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         new.stages_ = plan_stages(new, len(blocks), n_frozen)
         n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
         groups = group_blocks(new.backbone_, blocks, layer)
-        network = split_network(blocks, groups, n_frozen, head)
+        network = SplitNetwork(blocks, groups, n_frozen, head)
         is_from_scratch = self.weights is None and has_batch_norms([network.trainable])
         if is_from_scratch and self.batch_size == 1:
             raise ValueError(

@@ -116,16 +116,18 @@ def linear_head(
 def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return coefficients (n_classes or 1, d) and intercepts of a linear classifier."""
     binary = getattr(classifier, "estimators_", None)
-    each = [classifier] if binary is None else binary  # one-vs-rest has one per class
-    if not (is_classifier(classifier) and all(hasattr(one, "coef_") for one in each)):
+    parts = [classifier] if binary is None else binary  # one-vs-rest: one per class
+    is_linear = all(hasattr(part, "coef_") for part in parts)
+    if not (is_classifier(classifier) and is_linear):
         raise ValueError(
             f"{type(classifier).__name__} is not a linear classifier: it has no coef_."
         )
-    coef = np.vstack([np.atleast_2d(one.coef_) for one in each])
-    intercept = np.hstack(
-        [np.broadcast_to(one.intercept_, len(np.atleast_2d(one.coef_))) for one in each]
-    )
-    return coef, intercept
+    coefs = [np.atleast_2d(part.coef_) for part in parts]
+    intercepts = [
+        np.broadcast_to(part.intercept_, len(coef))
+        for part, coef in zip(parts, coefs, strict=True)
+    ]
+    return np.vstack(coefs), np.hstack(intercepts)
 
 
 def _check_decisions(
@@ -142,13 +144,13 @@ def _check_decisions(
     expected = np.asarray(points @ coef.T + intercept)
     bare = _without_names(classifier)
     decide = getattr(bare, "decision_function", None)
-    found = np.zeros((64, 0)) if decide is None else np.asarray(decide(points))
-    found = found.reshape(64, -1)
+    decisions = np.zeros((64, 0)) if decide is None else np.asarray(decide(points))
+    decisions = decisions.reshape(64, -1)
     is_binary = expected.shape[1] == 1
     number = expected[:, 0] > 0 if is_binary else expected.argmax(axis=1)
     if (
-        found.shape != expected.shape
-        or not np.allclose(found, expected, atol=1e-4)
+        decisions.shape != expected.shape
+        or not np.allclose(decisions, expected, atol=1e-4)
         or len(bare.classes_) != max(2, expected.shape[1])
         or not np.array_equal(bare.predict(points), bare.classes_[number.astype(int)])
     ):
@@ -167,5 +169,5 @@ def _without_names(classifier: Any) -> Any:
     bare = copy.copy(classifier)
     vars(bare).pop("feature_names_in_", None)
     if hasattr(bare, "estimators_"):
-        bare.estimators_ = [_without_names(one) for one in bare.estimators_]
+        bare.estimators_ = [_without_names(part) for part in bare.estimators_]
     return bare

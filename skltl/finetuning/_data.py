@@ -41,8 +41,6 @@ MAX_FOLDS = 20
 
 Positions: TypeAlias = NDArray[np.int64]
 
-Augmentation: TypeAlias = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -94,18 +92,18 @@ def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
     wrong = np.flatnonzero(classes[columns] != labels)
     if len(wrong):
         (label,) = labels[wrong[:1]].tolist()  # as plain Python prints it
-        known = [str(one)[:30] for one in classes]
+        names = [str(name)[:30] for name in classes]
         raise ValueError(
             f"{reprlib.repr(label)} is none of the classes of this classifier. "
-            f"{nearest(str(label)[:30], known)}"
+            f"{nearest(str(label)[:30], names)}"
         )
     return np.asarray(columns)
 
 
 def abbreviate(labels: NDArray[Any]) -> str:
     """Format labels for a message, the first six if there are many."""
-    some = ", ".join(repr(one)[:40] for one in labels.tolist()[:6])
-    return f"[{some}{', ...' if len(labels) > 6 else ''}]"
+    shown = ", ".join(repr(label)[:40] for label in labels.tolist()[:6])
+    return f"[{shown}{', ...' if len(labels) > 6 else ''}]"
 
 
 def example_weights(
@@ -264,7 +262,7 @@ class AugmentedViews(ImageSource):
         self,
         source: ImageSource,
         crops: NDArray[Any],
-        augment: Augmentation | None,
+        augment: Callable[[Tensor], Any] | None,
         n_views: int | None,
         seed: int,
     ) -> None:

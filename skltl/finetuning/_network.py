@@ -68,23 +68,30 @@ class Standardize(nn.Module):
 class SplitNetwork(nn.Module):
     """A network in three pieces: frozen blocks, trainable blocks and a head.
 
-    The frozen blocks are shared between estimators and are not run here: their outputs
-    are the inputs of the trainable blocks, which are groups between main layers.
+    The frozen blocks, the first ones, are shared between estimators and are not run
+    here: their outputs are the inputs of the trainable blocks. These are copies, in
+    groups between main layers.
     """
 
     def __init__(
         self,
-        frozen: Mapping[str, nn.Module],
-        trainable: Sequence[Mapping[str, nn.Module]],
+        blocks: Mapping[str, nn.Module],
+        groups: Sequence[Sequence[str]],
+        n_frozen: int,
         head: nn.Sequential,
     ) -> None:
         super().__init__()
-        self.frozen = dict(frozen)  # not registered as submodules
-        self.trainable = nn.Sequential(
-            *(nn.Sequential(*group.values()) for group in trainable)
-        )
+        frozen = list(blocks)[:n_frozen]
+        self.frozen = {name: blocks[name] for name in frozen}  # not as submodules
+        self._trainable_names = [name for name in blocks if name not in frozen]
+        self.trainable = nn.Sequential()
+        for group in groups:
+            copies = [
+                copy.deepcopy(blocks[name]) for name in group if name not in frozen
+            ]
+            if copies:
+                self.trainable.append(nn.Sequential(*copies))
         self.head = head
-        self._trainable_names = [name for group in trainable for name in group]
         self._keeps_statistics = self._only_batch_norms = False
         freeze({"trainable": self.trainable})
 
@@ -123,21 +130,6 @@ class SplitNetwork(nn.Module):
         blocks = [block for group in trained.children() for block in group.children()]
         named = dict(zip(self._trainable_names, blocks, strict=True))
         return FrozenPrefix({**self.frozen, **named}), head.cpu().double()
-
-
-def split_network(
-    blocks: Mapping[str, nn.Module],
-    groups: Sequence[Sequence[str]],
-    n_frozen: int,
-    head: nn.Sequential,
-) -> SplitNetwork:
-    """Split after the first `n_frozen` blocks; the others are copied for training."""
-    frozen = dict(list(blocks.items())[:n_frozen])
-    trainable = [
-        {name: copy.deepcopy(blocks[name]) for name in group if name not in frozen}
-        for group in groups
-    ]
-    return SplitNetwork(frozen, [group for group in trainable if group], head)
 
 
 def group_blocks(
@@ -197,19 +189,15 @@ def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
 
 
 def build_head(
-    shape: tuple[int, ...],
-    pooling: str | int,
-    conv_channels: Sequence[int],
-    hidden_units: Sequence[int],
-    dropout: float,
-    n_classes: int,
-    seed: int,
+    estimator: Any, shape: tuple[int, ...], n_classes: int, seed: int
 ) -> nn.Sequential:
     """Build convolutions, pooling, standardization and fully connected layers.
 
     `shape` is that of one image's feature map (c, h, w) or features (d,). Dropout comes
     after each hidden layer or, if there are none, before the only linear layer.
     """
+    conv_channels = tuple(estimator.conv_channels)
+    hidden_units, dropout = tuple(estimator.hidden_units), estimator.dropout
     if conv_channels and len(shape) != 3:
         raise ValueError(
             f"conv_channels={conv_channels!r} require a feature map, but the layer "
@@ -220,8 +208,8 @@ def build_head(
     for n_out in conv_channels:
         specs += [("conv", n_channels, n_out), ("relu",)]
         n_channels = n_out
-    n_features = n_pooled((n_channels, *shape[1:]), pooling)
-    specs += [("pool", pooling), ("standardize", n_features)]
+    n_features = n_pooled((n_channels, *shape[1:]), estimator.pooling)
+    specs += [("pool", estimator.pooling), ("standardize", n_features)]
     for n_out in hidden_units:
         specs += [("linear", n_features, n_out), ("relu",)]
         specs += [("dropout", dropout)] if dropout else []

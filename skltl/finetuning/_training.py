@@ -110,7 +110,7 @@ def train_network(
         stage_inputs = head_inputs if stage.name == "head" else inputs
         trainer = StageTrainer(estimator, network, stage_inputs, examples, seed, number)
         if checkpoint is not None and state is not None:
-            with checkpoint.restoring():
+            with checkpoint.reading():
                 trainer.restore(state)
             state = None
         elif estimator.early_stopping:

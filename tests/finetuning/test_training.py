@@ -180,13 +180,13 @@ def test_only_parameters_of_batch_norms_are_trained(data):
 )
 def test_trained_layers_are_in_train_mode(only_batch_norms, keeps_statistics, expected):
     layers = [nn.Conv2d(3, 4, 1), nn.Dropout(), nn.BatchNorm2d(4, affine=False)]
-    trainable = {str(number): layer for number, layer in enumerate(layers)}
-    network = SplitNetwork({}, [trainable], nn.Sequential())
+    blocks = {str(number): layer for number, layer in enumerate(layers)}
+    network = SplitNetwork(blocks, [list(blocks)], 0, nn.Sequential())
 
     network.unfreeze(only_batch_norms, keeps_statistics)
     network.train()
 
-    assert [layer.training for layer in layers] == expected
+    assert [layer.training for layer in network.trainable[0]] == expected
 
 
 def test_from_scratch_batch_norms_update_their_statistics(data):
