@@ -59,7 +59,7 @@ def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
             "The classifier requires y to be passed, but the target y is None."
         )
     labels = column_or_1d(y)
-    if np.ndim(y) == 2:
+    if np.asarray(y).ndim == 2:
         warnings.warn(
             "A column-vector y was passed when a 1d array was expected. Please change "
             "the shape of y to (n_samples, ), for example using ravel().",
