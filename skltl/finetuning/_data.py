@@ -351,16 +351,15 @@ def build_inputs(
     Only with an unlimited number of augmented views the frozen blocks run in every
     epoch. `estimator` has the parameters and the attributes of the pretrained network.
     """
-    threads, augment = resolve_threads(estimator.n_jobs), estimator.augment
+    augment, preprocessing = estimator.augment, estimator.preprocessing_
     config = _extraction_config(estimator, network) if network.frozen else None
-    cache, verbose = cache_folder(estimator), bool(estimator.verbose)
+    cache = cache_folder(estimator)
     if augment is None and config is not None:
-        return _compute_activations(source, 0, config, threads, verbose, cache)
+        return _compute_activations(estimator, source, 0, config, cache)
     n_views = 0 if augment is None else estimator.n_views
-    preprocessing = estimator.preprocessing_
     if estimator.decode == "fast":
         source = source.reduced_to(2 * preprocessing.shorter_side)
-    crops = decode_crops(source, preprocessing, threads)
+    crops = decode_crops(source, preprocessing, resolve_threads(estimator.n_jobs))
     views = AugmentedViews(source, crops, augment, n_views, seed)
     if config is not None:
         # The crops are not resized again.
@@ -368,7 +367,7 @@ def build_inputs(
         if n_views is not None:
             if not isinstance(estimator.random_state, Integral):
                 cache = None  # no other fit draws the same views
-            return _compute_activations(views, n_views, config, threads, verbose, cache)
+            return _compute_activations(estimator, views, n_views, config, cache)
         forward = frozen_forward(config)
     else:
         forward = normalizing_forward(preprocessing, resolve_device(estimator.device))
@@ -390,17 +389,16 @@ def _extraction_config(estimator: Any, network: SplitNetwork) -> ExtractionConfi
 
 
 def _compute_activations(
+    estimator: Any,
     source: ImageSource,
     n_views: int,
     config: ExtractionConfig,
-    n_threads: int,
-    verbose: bool,
     cache: Path | None,
 ) -> Inputs:
     """Run the frozen blocks once on all images, or on all views of all images."""
-    (block,) = config.blocks
-    outputs = new_array((len(source), sum(config.widths())), np.float32)
-    extract_features(source, config, [block], n_threads, verbose, cache, out=outputs)
+    blocks, threads = config.blocks, resolve_threads(estimator.n_jobs)
+    verbose = bool(estimator.verbose)
+    outputs = extract_features(source, config, blocks, threads, verbose, cache)
     shape = _output_shape(config)
     return stored_inputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
 

@@ -232,8 +232,7 @@ class StageTrainer:
     ) -> NDArray[np.float64]:
         """Update the parameters; return sums of losses, correct answers and weights."""
         loss, totals = self._loss(positions, views)
-        if not math.isfinite(loss.item()):
-            raise self._divergence(loss.item(), self.n_epochs + 1)
+        self._check_finite(loss, self.n_epochs + 1)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRADIENT_NORM)
@@ -279,17 +278,18 @@ class StageTrainer:
     def _check_last_step(self, positions: Positions) -> None:
         """Raise if the last step, after which no loss is computed, has diverged."""
         self._model.eval()
-        loss = self._loss(positions, np.zeros_like(positions))[0].item()
-        if not math.isfinite(loss):
-            raise self._divergence(loss, self.n_epochs)
+        loss, _ = self._loss(positions, np.zeros_like(positions))
+        self._check_finite(loss, self.n_epochs)
 
-    def _divergence(self, loss: float, epoch: int) -> TrainingError:
-        return TrainingError(
-            f"Training diverged: the loss became {loss} in epoch {epoch} of the "
-            f"{self._stage.name} stage, with peak learning rates of "
-            f"{self._stage.head_lr:g} (head) and {self._stage.backbone_lr:g} "
-            "(backbone). Try lower ones."
-        )
+    def _check_finite(self, loss: Tensor, epoch: int) -> None:
+        """Raise if the loss is infinite or NaN."""
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"Training diverged: the loss became {loss.item()} in epoch {epoch} of "
+                f"the {self._stage.name} stage, with peak learning rates of "
+                f"{self._stage.head_lr:g} (head) and {self._stage.backbone_lr:g} "
+                "(backbone). Try lower ones."
+            )
 
     def _learning_rates(self) -> dict[str, float]:
         """Return the current learning rates of the head and of the last blocks."""
