@@ -3,12 +3,13 @@
 from skltl.features._estimators import (
     FeatureEstimator,
     NetworkClassifier,
-    cache_folder,
-    extraction_config,
-    n_features_by_layer,
     truncated_backbone,
 )
-from skltl.features._extraction import extract_features
+from skltl.features._extraction import (
+    cache_folder,
+    extract_features,
+    extraction_config,
+)
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
     CNNFeatureTransformer,
@@ -25,7 +26,6 @@ __all__ = [
     "extraction_config",
     "fitted_parameters",
     "make_feature_pipeline",
-    "n_features_by_layer",
     "transformer_config",
     "truncated_backbone",
 ]

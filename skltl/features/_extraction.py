@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,71 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from skltl._large_arrays import new_array
-from skltl._parameters import halve_until_it_fits
-from skltl.cache import CachedFeatures
-from skltl.images import Batch, Crop, ImageSource, iter_batches, iter_crops
-from skltl.inference import ExtractionConfig, InFlight, n_in_flight
+from skltl._parameters import (
+    halve_until_it_fits,
+    resolve_batch_size,
+    resolve_device,
+    resolve_precision,
+)
+from skltl.cache import CachedFeatures, resolve_folder
+from skltl.images import (
+    Batch,
+    Crop,
+    ImageSource,
+    Preprocessing,
+    iter_batches,
+    iter_crops,
+)
+from skltl.inference import (
+    ExtractionConfig,
+    FrozenPrefix,
+    InFlight,
+    n_in_flight,
+    resolve_engine,
+)
+from skltl.networks import Backbone, largest_map
+
+
+def extraction_config(
+    estimator: Any,
+    backbone: Backbone,
+    network: FrozenPrefix,
+    blocks: tuple[str, ...],
+    preprocessing: Preprocessing,
+    pooling: str | int,
+    batch_size: int | str = "auto",
+) -> ExtractionConfig:
+    """Return how images become features, by the parameters of an estimator."""
+    estimator._validate_params()  # they may have been set after `fit`
+    device = resolve_device(estimator.device)
+    fitted = getattr(estimator, "precision_", None)
+    dtype = resolve_precision(estimator.precision, device, fitted)
+    fitted = getattr(estimator, "engine_", None)
+    engine = resolve_engine(estimator.engine, device, network.blocks, fitted)
+    map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
+    return ExtractionConfig(
+        backbone,
+        network,
+        blocks,
+        preprocessing,
+        pooling,
+        resolve_batch_size(batch_size, device, map_bytes),
+        device,
+        dtype,
+        engine,
+        estimator.decode,
+    )
+
+
+def cache_folder(estimator: Any) -> Path | None:
+    """Return the folder in which features are stored, or ``None``.
+
+    Features of random weights that cannot be drawn again are not worth storing.
+    """
+    is_random = estimator.weights is None
+    folder = resolve_folder(estimator.cache)
+    can_repeat = isinstance(estimator.random_state, Integral)
+    return None if is_random and not can_repeat else folder
 
 
 def extract_features(
