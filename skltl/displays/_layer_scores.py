@@ -19,6 +19,7 @@ from skltl.networks import (
     get_backbone,
     reached_main_blocks,
     resolve_layer,
+    resolve_network,
     skeleton,
 )
 
@@ -115,8 +116,8 @@ class LayerScoresDisplay:
         Parameters
         ----------
         search : GridSearchCV or another search with `cv_results_`
-            Fitted search over the `layer` of a `CNNFeatureTransformer` and any other
-            parameters.
+            Fitted search over the `layer` of a `CNNFeatureTransformer` or
+            `FineTunedCNNClassifier`, and any other parameters.
         metric : str, default=None
             Name of the metric, if the search has several; by default that of `refit`.
         ax : matplotlib Axes, default=None
@@ -190,13 +191,15 @@ class LayerScoresDisplay:
     ):
         """Cross-validate an estimator at several layers, and plot the scores.
 
-        The network runs once on each image: an estimator without `cache` gets a
-        temporary one.
+        An estimator without `cache` gets a temporary one: a frozen network runs once
+        on each image. With a `FineTunedCNNClassifier`, each score is that of a network
+        which is fine-tuned from that layer.
 
         Parameters
         ----------
         estimator : Pipeline or other estimator
-            Estimator that contains a `CNNFeatureTransformer`. It is cloned.
+            Estimator that is or contains a `CNNFeatureTransformer` or
+            `FineTunedCNNClassifier`. It is cloned.
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images of any kind that the estimator accepts.
         y : array of shape (n,)
@@ -223,21 +226,22 @@ class LayerScoresDisplay:
         Raises
         ------
         ValueError
-            If the estimator contains no transformer with a `layer`.
+            If the estimator has no parameter `layer`.
         """
         import_pyplot()
         estimator = clone(estimator)
         params = estimator.get_params()
         prefix = _layer_prefix(params, params)
+        network = params[prefix.removesuffix("__")] if prefix else estimator
         if isinstance(layers, str) and layers == "all":
-            transformer = params[prefix.removesuffix("__")] if prefix else estimator
-            layers = _main_layers(transformer, X)
+            network._validate_params()
+            layers = _main_layers(network)
         layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
         for layer in layers:  # an unknown layer is an error before any fit
-            _depth_and_name(params[f"{prefix}backbone"], layer)
+            _depth_and_name(network.backbone, layer)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            if not params[f"{prefix}cache"]:
-                estimator.set_params(**{f"{prefix}cache": folder})
+            if not network.cache:
+                network.set_params(cache=folder)
             search = GridSearchCV(
                 estimator,
                 {f"{prefix}layer": layers},
@@ -422,7 +426,8 @@ def _layer_prefix(names, params):
         if name.endswith("layer") and f"{prefix}backbone" in params:
             return prefix
     raise ValueError(
-        "There is no parameter 'layer' of a CNNFeatureTransformer among "
+        "There is no parameter 'layer' of a CNNFeatureTransformer or "
+        "FineTunedCNNClassifier among "
         f"{', '.join(sorted(names)) or 'the varied ones'}."
     )
 
@@ -438,16 +443,18 @@ def _depth_and_name(backbone, layer):
     return (depth, len(layers)), name
 
 
-def _main_layers(transformer, X):
-    """Return the main layers that an image of the transformer's size reaches."""
-    fitted = clone(transformer).set_params(layer=0, pooling="avg").fit(X)
-    backbone, size = fitted.backbone_, fitted.preprocessing_.crop_size
+def _main_layers(estimator):
+    """Return the main layers that an image of the estimator's size reaches."""
+    backbone, _, preprocessing = resolve_network(
+        estimator.backbone, estimator.weights, estimator.image_size
+    )
+    size = preprocessing.crop_size
     reached = reached_main_blocks(backbone, size)
     shapes = block_shapes(backbone, size, reached)
     return [
         name
         for name, block in skeleton(backbone).layers.items()
-        if block in reached and can_pool(shapes[block], transformer.pooling)
+        if block in reached and can_pool(shapes[block], estimator.pooling)
     ]
 
 
