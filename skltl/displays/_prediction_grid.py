@@ -61,7 +61,7 @@ class PredictionGridDisplay:
     1
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, images, y_true, y_pred, margins):
         check_consistent_length(images, y_true, y_pred, margins)
