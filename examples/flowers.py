@@ -99,7 +99,9 @@ def compare_with_scratch(arguments, train):
     ]
     for name, classifier in zip(("transfer", "scratch"), both, strict=True):
         start = time.perf_counter()
-        scores = [one["validation_score"] for one in classifier.fit(*train).history_]
+        scores = [
+            epoch["validation_score"] for epoch in classifier.fit(*train).history_
+        ]
         seconds = time.perf_counter() - start
         print(f"{name}: {scores[0]:.3f} to {scores[-1]:.3f} in {seconds:.0f} s")
     display = TransferGainDisplay.from_estimators(*both)

@@ -63,8 +63,8 @@ def test_worst_errors_come_first(fitted):
 def test_margins_are_differences_of_scores(n_classes, kind, digits):
     """The decision value of two classes is that difference already."""
     rows, labels = digits
-    some = np.flatnonzero(labels < n_classes)[:60]
-    X, y = rows[some], np.array(["rose", "iris", "lily"])[labels[some]]
+    chosen = np.flatnonzero(labels < n_classes)[:60]
+    X, y = rows[chosen], np.array(["rose", "iris", "lily"])[labels[chosen]]
     pipeline = tiny_pipeline(kind).fit(X[:20], y[:20])
     if kind == "ovr":
         scores = pipeline.predict_proba(X)
@@ -114,7 +114,7 @@ def test_network_runs_once_on_each_image(kind, digits, network_counts):
 
 
 def test_errors_come_first_with_any_decision_threshold(digits):
-    rows, labels = (one[digits[1] < 2] for one in digits)
+    rows, labels = (array[digits[1] < 2] for array in digits)
     pipeline = tiny_pipeline("softmax").fit(rows[:40], labels[:40])
     X, y = rows[40:100], labels[40:100]
     proba = pipeline.predict_proba(X)[:, 1]
@@ -192,7 +192,7 @@ def test_arguments_are_checked(fitted):
 
 @pytest.mark.parametrize("last", [Ridge(), KMeans(2)], ids=["regressor", "clusterer"])
 def test_estimators_that_are_no_classifiers_are_refused(last, digits):
-    X, y = (one[:20] for one in digits)
+    X, y = (array[:20] for array in digits)
     estimator = tiny_pipeline(last).fit(X, y)
 
     with pytest.raises(ValueError, match=f"classifier .*; got {type(last).__name__}"):
