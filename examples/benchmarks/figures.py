@@ -65,14 +65,8 @@ def print_by_layer(settings, flowers, digits):
     on_flowers = accuracies_by_layer(settings, *flowers, FOLDS)
     on_digits = accuracies_by_layer(settings, *digits, DIGIT_SPLITS, image_shape=(8, 8))
     rows = [
-        {
-            "layer": layer,
-            "flowers": f"{flower_score:.3f}",
-            "digits": f"{digit_score:.3f}",
-        }
-        for layer, flower_score, digit_score in zip(
-            LAYERS, on_flowers, on_digits, strict=True
-        )
+        {"layer": layer, "flowers": f"{scores[0]:.3f}", "digits": f"{scores[1]:.3f}"}
+        for layer, *scores in zip(LAYERS, on_flowers, on_digits, strict=True)
     ]
     pixels = cross_val_score(linear_svm(), *digits, cv=DIGIT_SPLITS).mean()
     print_table([*rows, {"layer": "pixels", "flowers": "", "digits": f"{pixels:.3f}"}])
