@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sqlite3
-import stat
 import warnings
 from contextlib import suppress
 from datetime import datetime
@@ -18,13 +17,14 @@ from platformdirs import user_cache_path
 
 from skltl._caller import user_stacklevel
 from skltl.cache._store import (
-    COMPANIONS,
+    NOT_STORED,
     DamagedDatabaseError,
     delete_database,
     inspect_database,
-    last_changed,
+    last_used,
+    warn_once,
 )
-from skltl.exceptions import CacheWarning, shorten
+from skltl.exceptions import CacheWarning, quote, shorten
 
 # Default limit of all files together, in GB (10^9 bytes). Average-pooled features at
 # all main layers of ResNet-50 take 16 kB per image: the limit is a million images.
@@ -36,6 +36,7 @@ OWN_FILES = re.compile(
     r"skltl-(features-[0-9a-f]{32}|files-[0-9a-f]{32}|leases|claims)\.sqlite"
     r"(\.[0-9a-f]{8}\.damaged)?(-journal|-wal|-shm)?"
 )
+COMPANION = re.compile(r"-(journal|wal|shm)$")
 
 # Fields of entries that the table of `CacheInfo` leaves out, and its number of rows.
 HIDDEN = ("depth", "batch_size", "device", "preprocessing", "last_used", "path")
@@ -63,13 +64,16 @@ class CacheEntry(NamedTuple):
 
 
 # The fields that a database describes itself with, and their types.
-DESCRIBED = CacheEntry._fields[:11]
-INTEGERS = ("depth", "image_size", "batch_size")
+DESCRIBED: dict[str, type] = {
+    **dict.fromkeys(CacheEntry._fields[:11], str),
+    **dict.fromkeys(("depth", "image_size", "batch_size"), int),
+}
 
-# Errors of files that are not ours. RecursionError: deeply nested lists in JSON;
-# OverflowError: a time of last use that is not in the calendar.
+# Errors of files that are not ours. AttributeError, TypeError: JSON of another kind;
+# RecursionError: deeply nested lists in JSON; OverflowError: a time of last use that is
+# not in the calendar.
 NOT_OURS = (
-    DamagedDatabaseError,
+    AttributeError,
     OSError,
     OverflowError,
     RecursionError,
@@ -90,7 +94,7 @@ class CacheInfo(NamedTuple):
     def __repr__(self) -> str:
         """Show the first entries as a table."""
         lines = [
-            f"Feature cache in {shorten(repr(str(self.folder)), 120)}: "
+            f"Feature cache in {quote(str(self.folder), 120)}: "
             f"{self.n_bytes / 1e6:.1f} MB of {self.max_bytes / 1e6:.1f} MB"
         ]
         if self.entries:
@@ -155,9 +159,9 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     block4 6
     """
     folder = _required_folder(cache)
-    entries = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
-    known = [entry for entry in entries if entry is not None]
-    return CacheInfo(folder, n_bytes(folder), max_bytes(), sorted(known, key=_order))
+    found = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
+    entries = sorted(filter(None, found), key=_order)
+    return CacheInfo(folder, n_bytes(folder), max_bytes(), entries)
 
 
 def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
@@ -184,10 +188,9 @@ def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
     left = [path.name for path in _files(folder) if not _delete(path)]
     if left:
         warnings.warn(
-            f"{len(left)} files of the feature cache in "
-            f"{shorten(repr(str(folder)), 120)} could not be deleted: "
-            f"{', '.join(left[:2])}, ... Close other programs that use them, or check "
-            "the permissions of the folder.",
+            f"{len(left)} files of the feature cache in {quote(str(folder), 120)} "
+            f"could not be deleted: {', '.join(left[:2])}, ... Close other programs "
+            "that use them, or check the permissions of the folder.",
             CacheWarning,
             stacklevel=user_stacklevel(),
         )
@@ -198,13 +201,13 @@ def resolve_folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
 
     Raises `ValueError` if it is not a valid path.
     """
-    if cache is None or (isinstance(cache, (bool, np.bool_)) and not cache):
+    name = bool(cache) if isinstance(cache, np.bool_) else cache
+    if name is None or name is False:
         return None
-    name = cache
-    if isinstance(cache, (bool, np.bool_)):
+    if name is True:
         name = os.environ.get("SKLTL_CACHE") or user_cache_path("skltl")
     try:
-        text = os.fspath(name)  # type: ignore[arg-type]
+        text = os.fspath(name)
         os.fsencode(text)
         if not text or "\0" in text:
             raise ValueError("it is empty or has a null character")
@@ -228,7 +231,7 @@ def max_bytes() -> float:
         limit = -1.0
     if not limit >= 0:
         raise ValueError(
-            f"The environment variable SKLTL_CACHE_LIMIT={shorten(repr(text), 120)} "
+            f"The environment variable SKLTL_CACHE_LIMIT={quote(text, 120)} "
             "must be a non-negative number: the size limit of the feature cache in "
             "gigabytes ('inf' for no limit)."
         )
@@ -245,7 +248,7 @@ def n_bytes(folder: Path) -> int:
 
 
 def drop_oldest(folder: Path, in_use: set[str]) -> bool:
-    """Delete files until the limit holds, and tell whether it does.
+    """Delete files until the limit holds, and return whether it does.
 
     Damaged files go first, then the least recently used databases. Databases in use,
     and files of other users, are kept.
@@ -258,6 +261,13 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
         if path.stem not in in_use:
             _delete(path)
             size = n_bytes(folder)
+    if size > limit:
+        warn_once(
+            folder,
+            "writing",
+            f"has reached its limit of {limit / 1e9:g} GB with the entries in use. "
+            f"Raise SKLTL_CACHE_LIMIT, or call skltl.clear_cache. {NOT_STORED}",
+        )
     return size <= limit
 
 
@@ -271,24 +281,19 @@ def _required_folder(cache: str | os.PathLike[str] | bool) -> Path:
 def _files(folder: Path) -> list[Path]:
     """List the files of the cache, and whatever else has the name of one."""
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if OWN_FILES.fullmatch(path.name) and not _is_folder(path)
-        )
+        with os.scandir(folder) as items:
+            return sorted(
+                Path(item.path)
+                for item in items
+                if OWN_FILES.fullmatch(item.name)
+                and not item.is_dir(follow_symlinks=False)
+            )
     except OSError:  # it does not exist, or may not be read
         return []
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except OSError:  # another process has just deleted it
-        return False
-
-
 def _by_use(path: Path) -> tuple[bool, float]:
-    return ".damaged" not in path.name, last_changed(path)
+    return ".damaged" not in path.name, last_used(path)
 
 
 def _entry(path: Path) -> CacheEntry | None:
@@ -296,13 +301,11 @@ def _entry(path: Path) -> CacheEntry | None:
     try:
         state = path.lstat()
         description, n_images = inspect_database(path)
-        last_used = datetime.fromtimestamp(state.st_mtime)
-        fields = _checked(json.loads(description))
         return CacheEntry(
-            **fields,
+            **_checked(json.loads(description)),
             n_images=n_images,
             n_bytes=state.st_size,
-            last_used=last_used,
+            last_used=datetime.fromtimestamp(state.st_mtime),
             path=path,
         )
     except NOT_OURS:
@@ -311,14 +314,9 @@ def _entry(path: Path) -> CacheEntry | None:
 
 def _checked(fields: Any) -> dict[str, Any]:
     """Return a database's description, if its fields and their types are ours."""
-    if not isinstance(fields, dict) or fields.keys() != set(DESCRIBED):
-        raise ValueError("other fields")
-    for name, value in fields.items():
-        expected = int if name in INTEGERS else str
-        if type(value) is not expected and not (
-            name == "pooling" and type(value) is int
-        ):
-            raise ValueError(f"{name} has another type")
+    types = {name: type(value) for name, value in fields.items()}
+    if types not in (DESCRIBED, DESCRIBED | {"pooling": int}):
+        raise TypeError("other fields, or other types")
     return fields
 
 
@@ -334,25 +332,16 @@ def _order(entry: CacheEntry) -> tuple[str | int, ...]:
 
 
 def _delete(path: Path) -> bool:
-    """Delete a file of the cache, and tell whether it is gone.
+    """Delete a file of the cache, and return whether it is gone.
 
     A database is deleted between two transactions; its companions are left to SQLite as
     long as it exists. A file that is locked, or that belongs to another user, stays.
     """
-    try:
+    database = COMPANION.sub("", str(path))
+    with suppress(OSError, sqlite3.Error):
         if path.suffix == ".sqlite":
             with suppress(DamagedDatabaseError):
                 delete_database(path)
-        if not _has_database(path):
+        if database == str(path) or not os.path.lexists(database):
             path.unlink(missing_ok=True)
-    except (OSError, sqlite3.Error):
-        return False
     return not os.path.lexists(path)
-
-
-def _has_database(path: Path) -> bool:
-    """Tell whether a file is a companion of a database that exists."""
-    names = (path.name.removesuffix(suffix) for suffix in COMPANIONS)
-    return any(
-        name != path.name and os.path.lexists(path.with_name(name)) for name in names
-    )

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -66,9 +65,7 @@ class CachedFeatures:
         self._columns = _columns(widths)
         self._wanted = _columns({block: widths[block] for block in blocks})
         self._stores = {
-            block: Store(
-                folder, name, 4 * widths[block], partial(describe, config, block)
-            )
+            block: Store(folder, name, 4 * widths[block], describe(config, block))
             for block, name in zip(config.blocks, names, strict=True)
         }
         files = files_database()
@@ -124,10 +121,10 @@ class CachedFeatures:
         self._leases.release()  # nobody may wait for an extraction that waits
         others = self._copy_repeated()
         while others:
-            leased = self._leases.acquire({self._keys[one] for one in others})
+            leased = self._leases.acquire({self._keys[index] for index in others})
             missing = self._read(others)
-            mine = [one for one in missing if self._keys[one] in leased]
-            others = [one for one in missing if self._keys[one] not in leased]
+            mine = [index for index in missing if self._keys[index] in leased]
+            others = [index for index in missing if self._keys[index] not in leased]
             if mine:
                 self._skipped = others
                 return mine
@@ -185,16 +182,12 @@ class CachedFeatures:
         self._last_stored = time.monotonic()
         if self._unstored and not drop_oldest(self._folder, self._in_use):
             for store in (self._known_files, *self._stores.values()):
-                store.stop_writing(
-                    f"has reached its limit of {max_bytes() / 1e9:g} GB with the "
-                    "entries in use. Raise SKLTL_CACHE_LIMIT, or call "
-                    "skltl.clear_cache."
-                )
+                store.may_write = False
         self._known_files.write(self._new_files)
         self._new_files = []
         if not self._unstored:
             return
-        keys = [key for some, _ in self._unstored for key in some]
+        keys = [key for batch_keys, _ in self._unstored for key in batch_keys]
         rows = np.concatenate([rows for _, rows in self._unstored]).astype("<f4")
         for block, columns in self._columns.items():
             values = [row.tobytes() for row in rows[:, columns]]
