@@ -255,7 +255,7 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
     """
     limit = max_bytes()
     size = n_bytes(folder)
-    for path in sorted(_files(folder), key=_by_use):
+    for path in sorted(_files(folder), key=_order_of_deletion):
         if size <= limit:
             break
         if path.stem not in in_use:
@@ -292,7 +292,7 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _by_use(path: Path) -> tuple[bool, float]:
+def _order_of_deletion(path: Path) -> tuple[bool, float]:
     return ".damaged" not in path.name, last_used(path)
 
 
@@ -301,8 +301,12 @@ def _entry(path: Path) -> CacheEntry | None:
     try:
         state = path.lstat()
         description, n_images = inspect_database(path)
+        fields = json.loads(description)
+        types = {name: type(value) for name, value in fields.items()}
+        if types not in (DESCRIBED, DESCRIBED | {"pooling": int}):
+            return None
         return CacheEntry(
-            **_checked(json.loads(description)),
+            **fields,
             n_images=n_images,
             n_bytes=state.st_size,
             last_used=datetime.fromtimestamp(state.st_mtime),
@@ -310,14 +314,6 @@ def _entry(path: Path) -> CacheEntry | None:
         )
     except NOT_OURS:
         return None
-
-
-def _checked(fields: Any) -> dict[str, Any]:
-    """Return a database's description, if its fields and their types are ours."""
-    types = {name: type(value) for name, value in fields.items()}
-    if types not in (DESCRIBED, DESCRIBED | {"pooling": int}):
-        raise TypeError("other fields, or other types")
-    return fields
 
 
 def _cell(value: Any) -> str:

@@ -57,13 +57,9 @@ def find_keys(
     source: ImageSource, known_files: Store, n_threads: int
 ) -> dict[int, bytes]:
     """Return the keys, by position, of images in memory and of known files."""
-    files, in_memory = {}, []
-    for position in range(len(source)):
-        path = source.path(position)
-        if path is None:
-            in_memory.append(position)
-        else:
-            files[position] = path
+    paths = {position: source.path(position) for position in range(len(source))}
+    files = {position: path for position, path in paths.items() if path is not None}
+    in_memory = [position for position, path in paths.items() if path is None]
     return _keys_of_files(files, source.least_side, known_files) | _keys_of_arrays(
         source, in_memory, n_threads
     )

@@ -64,9 +64,6 @@ STEPS_BETWEEN_CHECKS = 10_000
 # Bytes beside a value: its key, its checksum and SQLite's own; and all other texts.
 BYTES_BESIDE = 10_000
 
-# Smallest number of bytes that an entry takes in a file.
-MIN_ENTRY_BYTES = 16
-
 # End of a journal that names another file, which SQLite would delete.
 NAMES_ANOTHER_FILE = bytes.fromhex("d9d505f920a163d7")
 
@@ -186,7 +183,7 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         if self._connection is not None:
-            if self._is_inherited():
+            if os.getpid() != self._process:
                 _inherited.append(self._connection)
             else:
                 _close(self._connection)
@@ -216,7 +213,7 @@ class Store:
         An error pauses the use of the file, or only writing to it.
         """
         for _ in range(2):
-            if self._is_inherited() or _is_paused(_unused, self._path):
+            if os.getpid() != self._process or _is_paused(_unused, self._path):
                 break
             try:
                 connection = self._open()
@@ -231,6 +228,9 @@ class Store:
                 if getattr(error, "sqlite_errorcode", 0) != _MOVED:
                     self._pause(error, pauses)
                     break
+            except BaseException:
+                self.close()  # it may be half prepared
+                raise
         return None
 
     def _open(self) -> sqlite3.Connection:
@@ -238,15 +238,20 @@ class Store:
             self._folder.mkdir(parents=True, exist_ok=True)
             _create_file(self._path)
             self._inode = self._path.lstat().st_ino
-            self._connection = _open_database(
-                self._path, self._n_value_bytes, self._description, self.is_durable
+            # Without write permission, SQLite opens the file for reading.
+            self._connection = _connect(
+                self._path, "rw", LOCK_SECONDS, self._n_value_bytes
             )
+            with _guarded(self._connection, self._path):
+                synchronous = "NORMAL" if self.is_durable else "OFF"
+                self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+                if not _is_ours(self._connection):
+                    _create_tables(self._connection, self._description)
+                # Another program may have switched it to WAL.
+                self._connection.execute("PRAGMA journal_mode = DELETE")
             with suppress(OSError):
                 os.utime(self._path)  # the least recently used files are deleted first
         return self._connection
-
-    def _is_inherited(self) -> bool:
-        return os.getpid() != self._process
 
     def _is_writable(self) -> bool:
         return self.may_write and not _is_paused(_unwritten, self._folder, self._path)
@@ -355,24 +360,23 @@ def warn_once(folder: Path, cause: str, what: str) -> None:
         )
 
 
-def inspect_database(path: Path) -> tuple[str, int]:
+def inspect_database(path: Path) -> tuple[bytes, int]:
     """Return the description and the number of entries of a database, unchanged.
 
-    Raises `DamagedDatabaseError` if it is not ours, `sqlite3.Error` or `OSError` if it
-    cannot be read now.
+    Raises `ValueError` if it has no description, `DamagedDatabaseError` if it is not
+    ours, `sqlite3.Error` or `OSError` if it cannot be read now.
     """
     # No file has more entries, but pages that refer to one another may pretend so.
-    n_most = path.stat().st_size // MIN_ENTRY_BYTES
+    n_most = path.stat().st_size
     with _connected(path, "ro", timeout=1) as connection:
         if not _is_ours(connection):
             raise DamagedDatabaseError("it belongs to another program")
-        texts = connection.execute("SELECT text FROM about LIMIT 2").fetchall()
+        about = connection.execute("SELECT text FROM about LIMIT 2")
+        ((description,),) = about.fetchall()
         (n_entries,) = connection.execute(
             "SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?)", (n_most,)
         ).fetchone()
-    if len(texts) != 1 or not isinstance(texts[0][0], bytes):
-        raise DamagedDatabaseError("it has no description")
-    return texts[0][0].decode(errors="replace"), int(n_entries)
+    return description, n_entries
 
 
 def delete_database(path: Path) -> None:
@@ -470,26 +474,6 @@ def _placeholders(keys: Sequence[bytes]) -> str:
 
 def _checksum(key: bytes, value: bytes) -> bytes:
     return blake2b(value, key=key, digest_size=8).digest()
-
-
-def _open_database(
-    path: Path, n_value_bytes: int, description: str, is_durable: bool
-) -> sqlite3.Connection:
-    """Open a database, and create its tables if the file is empty."""
-    # Without write permission, SQLite opens the file for reading.
-    connection = _connect(path, "rw", LOCK_SECONDS, n_value_bytes)
-    try:
-        with _guarded(connection, path):
-            synchronous = "NORMAL" if is_durable else "OFF"
-            connection.execute(f"PRAGMA synchronous = {synchronous}")
-            if not _is_ours(connection):
-                _create_tables(connection, description)
-            # Another program may have switched it to WAL.
-            connection.execute("PRAGMA journal_mode = DELETE")
-    except BaseException:
-        _close(connection)
-        raise
-    return connection
 
 
 def _create_file(path: Path) -> None:
