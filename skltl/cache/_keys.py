@@ -15,7 +15,7 @@ import PIL
 from PIL import Image, ImageFile
 from PIL.features import version
 
-from skltl.cache._store import Entry, Store
+from skltl.cache._store import Entry, Store, chunks
 from skltl.exceptions import ImageReadError, ImageTypeError
 from skltl.images import (
     FILE_STATE_BYTES,
@@ -100,10 +100,7 @@ def _keys_of_arrays(
                 keys[position] = content_key(source.decode(position))
         return keys
 
-    groups = [
-        positions[start : start + IMAGES_PER_TASK]
-        for start in range(0, len(positions), IMAGES_PER_TASK)
-    ]
+    groups = chunks(positions, IMAGES_PER_TASK)
     keys: dict[int, bytes] = {}
     for keys_of_group in prefetch(hash_images, groups, n_threads, 2 * n_threads):
         keys |= keys_of_group

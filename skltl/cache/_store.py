@@ -34,6 +34,7 @@ from skltl._caller import user_stacklevel
 from skltl.exceptions import CacheWarning, quote, shorten
 
 Entry = tuple[bytes, bytes]  # key and value
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # "sktl" in ASCII: distinguishes these files from those of other programs.
@@ -192,7 +193,7 @@ class Store:
     def read(self, keys: Sequence[bytes]) -> Iterator[Entry]:
         """Yield key and value of the entries that exist and are intact."""
         n_that_fit = BYTES_PER_QUERY // max(1, self._n_value_bytes)
-        for chunk in _chunks(keys, max(1, min(KEYS_PER_QUERY, n_that_fit))):
+        for chunk in chunks(keys, max(1, min(KEYS_PER_QUERY, n_that_fit))):
             for key, value in self._attempt(_unused, _select, chunk) or []:
                 if len(value) == self._n_value_bytes:
                     yield key, value
@@ -324,7 +325,7 @@ class Leases(Store):
     def acquire(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return the keys that no other owner holds; renew the leases held before."""
         granted = {self._prefix + key for key in keys}
-        for chunk in _chunks(list(granted), KEYS_PER_QUERY):
+        for chunk in chunks(list(granted), KEYS_PER_QUERY):
             if self._is_writable():
                 held = self._attempt(_unwritten, _lease, chunk, self._owner)
                 if held is not None:
@@ -398,16 +399,12 @@ def last_used(path: Path) -> float:
 
 
 def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[Entry]:
-    # A damaged value may have become a number or a text: CAST makes it bytes that do
-    # not match the checksum, and leaves bytes unchanged.
-    query = (
-        "SELECT key, CAST(value AS BLOB), CAST(checksum AS BLOB) FROM entries "
-        f"WHERE key IN {_placeholders(keys)}"
-    )
+    query = f"SELECT * FROM entries WHERE key IN {_placeholders(keys)}"
     return [
         (key, value)
         for key, value, checksum in connection.execute(query, keys)
-        if value is not None and checksum == _checksum(key, value)
+        # A damaged value may have become a number.
+        if isinstance(value, bytes) and checksum == _checksum(key, value)
     ]
 
 
@@ -601,5 +598,6 @@ def _is_paused(pauses: dict[Path, float], *paths: Path) -> bool:
     return any(time.monotonic() < pauses.get(path, 0.0) for path in paths)
 
 
-def _chunks(keys: Sequence[bytes], n: int) -> Iterator[Sequence[bytes]]:
-    return (keys[start : start + n] for start in range(0, len(keys), n))
+def chunks(items: Sequence[Item], n: int) -> Iterator[Sequence[Item]]:
+    """Yield the items in groups of `n`."""
+    return (items[start : start + n] for start in range(0, len(items), n))
