@@ -42,7 +42,8 @@ class CachedFeatures:
     """Fill an array with features from the cache, and with those that are computed.
 
     The features at all blocks of `config` are stored; those at `blocks` are written to
-    `features`, side by side. `report` is called with the number of images written.
+    `features`, side by side. `report` is called with the number of images written, and
+    with "computed" or "cached".
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class CachedFeatures:
         blocks: Sequence[str],
         source: ImageSource,
         features: NDArray[np.float32],
-        report: Callable[[int], object],
+        report: Callable[[int, str], object],
     ) -> None:
         max_bytes()  # an invalid limit is an error before any work
         names = [FEATURES + fingerprint for fingerprint in fingerprints(config)]
@@ -111,7 +112,7 @@ class CachedFeatures:
         """Take the computed features of a batch, at all blocks of `config`."""
         for block, columns in self._wanted.items():
             self._features[batch.positions, columns] = rows[:, self._columns[block]]
-        self._report(len(rows))
+        self._report(len(rows), "computed")
         self._unstored.append((batch.keys, rows))
         self._store_if_due()
 
@@ -155,7 +156,7 @@ class CachedFeatures:
                 stored.add(key)
             found &= stored
         done = {position for key in found for position in positions_of[key]}
-        self._report(len(done))
+        self._report(len(done), "cached")
         return [position for position in positions if position not in done]
 
     def _copy_repeated(self) -> list[int]:
@@ -167,7 +168,7 @@ class CachedFeatures:
                 others.append(position)
             else:
                 self._features[position] = self._features[first]
-        self._report(len(self._skipped) - len(others))
+        self._report(len(self._skipped) - len(others), "cached")
         self._skipped = []
         return others
 

@@ -116,10 +116,16 @@ def extract_features(
         with tqdm(
             total=len(source), desc="features", unit="img", disable=not verbose
         ) as progress:
-            report = progress.update
             if cache is None:
-                _extract_all(source, this, n_threads, features, then, report)
+                _extract_all(source, this, n_threads, features, then, progress.update)
                 return
+            counts = {"computed": 0, "cached": 0}
+
+            def report(n_images: int, origin: str) -> None:
+                counts[origin] += n_images
+                progress.set_postfix(counts, refresh=False)
+                progress.update(n_images)
+
             with closing(
                 CachedFeatures(cache, this, blocks, source, features, report)
             ) as cached:
