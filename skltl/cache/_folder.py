@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sqlite3
+import time
 import warnings
 from contextlib import suppress
 from datetime import datetime
@@ -29,6 +30,10 @@ from skltl.exceptions import CacheWarning, quote, shorten
 # Default limit of all files together, in GB (10^9 bytes). Average-pooled features at
 # all main layers of ResNet-50 take 16 kB per image: the limit is a million images.
 DEFAULT_LIMIT = 20.0
+
+# The deletion of features that were used within this time is worth a warning: the limit
+# is too small for what the user is working on.
+RECENT_HOURS = 24
 
 FEATURES = "skltl-features-"
 
@@ -254,19 +259,28 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
     and files of other users, are kept.
     """
     limit = max_bytes()
+    reached = f"has reached its limit of {limit / 1e9:g} GB"
     size = n_bytes(folder)
     for path in sorted(_files(folder), key=_order_of_deletion):
         if size <= limit:
             break
         if path.stem not in in_use:
-            _delete(path)
+            hours = (time.time() - last_used(path)) / 3600
+            if _delete(path) and path.suffix == ".sqlite" and hours < RECENT_HOURS:
+                warn_once(
+                    folder,
+                    "deletion",
+                    f"{reached}: features used in the last {RECENT_HOURS} hours were "
+                    "deleted, and are computed again when needed. To keep all, raise "
+                    "SKLTL_CACHE_LIMIT.",
+                )
             size = n_bytes(folder)
     if size > limit:
         warn_once(
             folder,
-            "writing",
-            f"has reached its limit of {limit / 1e9:g} GB with the entries in use. "
-            f"Raise SKLTL_CACHE_LIMIT, or call skltl.clear_cache. {NOT_STORED}",
+            "limit",
+            f"{reached} with the entries in use. Raise SKLTL_CACHE_LIMIT, or call "
+            f"skltl.clear_cache. {NOT_STORED}",
         )
     return size <= limit
 

@@ -99,7 +99,7 @@ _DAMAGED = {
     sqlite3.SQLITE_INTERRUPT,
 }
 
-# State of this process: warnings given, by folder and subject; times until which a file
+# State of this process: warnings given, by folder and cause; times until which a file
 # is not used, or a file or folder not written to; and connections inherited by a fork,
 # which must not be closed, since that could end a transaction of the parent.
 _warned: set[tuple[Path, str]] = set()
@@ -266,17 +266,19 @@ class Store:
             _unwritten[self._folder] = until
         if code in _LOCKED:
             _unused[self._path] = until
+            cause = "lock"
             what = f"has a file locked by another program, {self._path.name!r}."
         else:
             if not is_full or pauses is _unused:
                 pauses[self._path] = until
+            cause = "space" if is_full else "access"
             what = (
                 f"cannot be used ({shorten(str(error), 120)}, {self._path.name!r}). "
                 "Free some space, choose another folder, or check its permissions."
             )
         self.may_write = False
         if is_full or self.is_durable:
-            warn_once(self._folder, "writing", f"{what} {NOT_STORED}")
+            warn_once(self._folder, cause, f"{what} {NOT_STORED}")
 
     def _set_aside(self, error: DamagedDatabaseError) -> None:
         """Rename a damaged file, so that a new one can be created."""
