@@ -164,8 +164,8 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     block4 6
     """
     folder = _required_folder(cache)
-    found = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
-    entries = sorted(filter(None, found), key=_order)
+    described = (_entry(path) for path in _files(folder) if path.suffix == ".sqlite")
+    entries = sorted(filter(None, described), key=_order)
     return CacheInfo(folder, n_bytes(folder), max_bytes(), entries)
 
 

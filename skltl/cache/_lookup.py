@@ -147,15 +147,15 @@ class CachedFeatures:
         for position in positions:
             if position in self._keys:
                 positions_of[self._keys[position]].append(position)
-        found = set(positions_of)
+        keys = list(positions_of)
         for block, columns in self._wanted.items():
-            stored = set()
-            for key, value in self._stores[block].read(list(found)):
+            stored = []
+            for key, value in self._stores[block].read(keys):
                 features = np.frombuffer(value, "<f4")
                 self._features[positions_of[key], columns] = features
-                stored.add(key)
-            found &= stored
-        done = {position for key in found for position in positions_of[key]}
+                stored.append(key)
+            keys = stored
+        done = {position for key in keys for position in positions_of[key]}
         self._report(len(done), "cached")
         return [position for position in positions if position not in done]
 

@@ -24,8 +24,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import lru_cache
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,16 +36,13 @@ Entry = tuple[bytes, bytes]  # key and value
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# "sktl" in ASCII: distinguishes these files from those of other programs.
-APPLICATION_ID = 0x736B746C
-
-SCHEMA = """
-CREATE TABLE entries
-    (key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL);
-CREATE TABLE leases
-    (key BLOB PRIMARY KEY, owner BLOB NOT NULL, expires REAL NOT NULL);
-CREATE TABLE about (text TEXT NOT NULL);
-"""
+SCHEMA = (
+    """CREATE TABLE entries
+    (key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL)""",
+    """CREATE TABLE leases
+    (key BLOB PRIMARY KEY, owner BLOB NOT NULL, expires REAL NOT NULL)""",
+    "CREATE TABLE about (text TEXT NOT NULL)",
+)
 
 # The files that SQLite creates beside a database.
 COMPANIONS = ("-journal", "-wal", "-shm")
@@ -491,10 +487,9 @@ def _create_tables(connection: sqlite3.Connection, description: str) -> None:
             return  # another process was faster
         if _schema_of(connection):
             raise DamagedDatabaseError("it belongs to another program")
-        for statement in SCHEMA.split(";"):
+        for statement in SCHEMA:
             connection.execute(statement)
         connection.execute("INSERT INTO about VALUES (?)", (description,))
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
 def _connect(
@@ -578,22 +573,16 @@ def _names_another_file(journal: str) -> bool:
 def _is_ours(connection: sqlite3.Connection) -> bool:
     """Return whether a file has our tables and nothing else."""
     connection.execute("PRAGMA trusted_schema = OFF")
-    (marker,) = connection.execute("PRAGMA application_id").fetchone()
-    return bool(marker == APPLICATION_ID and _schema_of(connection) == _our_schema())
+    return _schema_of(connection) == [(statement.encode(),) for statement in SCHEMA]
 
 
 def _schema_of(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
-    """Return the tables, indexes, views and triggers of a file, up to a dozen."""
-    query = "SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 12"
-    return sorted(connection.execute(query).fetchall(), key=repr)
+    """Return the statements by which SQLite creates what is in a file, up to a dozen.
 
-
-@lru_cache
-def _our_schema() -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(":memory:")) as connection:
-        connection.text_factory = bytes
-        connection.executescript(SCHEMA)
-        return _schema_of(connection)
+    Besides these, a file has only the indexes of primary keys, without a statement.
+    """
+    query = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 12"
+    return connection.execute(query).fetchall()
 
 
 def _is_paused(pauses: dict[Path, float], *paths: Path) -> bool:
