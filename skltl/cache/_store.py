@@ -168,7 +168,7 @@ class Store:
         self, folder: Path, name: str, n_value_bytes: int = 0, description: str = ""
     ) -> None:
         self.name = name
-        self.may_write = True
+        self.may_write = True  # until an error, or the limit of the folder
         self._folder = folder
         self._path = folder / f"{name}.sqlite"
         self._n_value_bytes = n_value_bytes
