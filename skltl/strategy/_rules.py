@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline
 
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
 from skltl._random import draw_seed
+from skltl._sklearn import Interval
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNNClassifier
@@ -380,6 +381,13 @@ def _arguments(estimator: Any) -> list[str]:
 class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
     """Base of the meta-estimators of a `CNNFeatureTransformer`."""
 
+    _parameter_constraints: dict = {
+        "transformer": [CNNFeatureTransformer, None],
+        "cv": [Interval(Integral, 2, None, closed="left")],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
     @property
     def image_shape(self):
         """The `image_shape` of the transformer."""
@@ -393,10 +401,7 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
 
     def _make_transformer(self, seed=None):
         """Return a clone of the transformer with a seed and the verbosity filled in."""
-        given = self.transformer
-        transformer = CNNFeatureTransformer() if given is None else clone(given)
-        # Classifiers are fitted on arrays: features are reused without column names.
-        transformer.set_output(transform="default")
+        transformer = clone(self.transformer or CNNFeatureTransformer())
         own_seed = draw_seed(transformer.random_state)
         return transformer.set_params(
             random_state=seed if own_seed is None else own_seed,

@@ -348,6 +348,21 @@ def test_the_engine_is_that_of_the_transformer(
         StrategyAdvisor(transformer).fit(*few_digits)
 
 
+@pytest.mark.parametrize("scope", ["global", "transformer"])
+def test_pandas_output_of_the_transformer_is_kept(scope, few_digits, make_transformer):
+    X, y = few_digits
+    transformer = make_transformer()
+    if scope == "transformer":
+        transformer.set_output(transform="pandas")
+
+    with config_context(transform_output="pandas" if scope == "global" else "default"):
+        advisor = StrategyAdvisor(transformer, cv=2, random_state=0).fit(X, y)
+        recommended = clone(advisor.strategy_.estimator[0]).fit(X)
+        for fitted in (advisor.transformer_, recommended):
+            names = fitted.get_feature_names_out().tolist()
+            assert fitted.transform(X[:2]).columns.tolist() == names
+
+
 def test_images_of_weight_0_are_not_evaluated(few_digits, make_transformer):
     X, y = few_digits
     weights = np.ones(len(y))

@@ -13,6 +13,7 @@ import skops.io
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import config_context
 from sklearn.base import clone
+from sklearn.exceptions import DataConversionWarning
 from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
@@ -37,7 +38,7 @@ STRATEGIES = ["as_is", "extract", "extract_early", "finetune", "finetune_top", "
 def cross_validate_once():
     """Save time: no promise of this file is about repetitions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skltl.strategy._advisor.N_REPEATS", 1)
+        patch.setattr("skltl.strategy._evaluation.N_REPEATS", 1)
         yield
 
 
@@ -214,6 +215,18 @@ def test_pandas_output_changes_no_prediction(scope, fewer_digits, make_classifie
         found = classifier.fit(X, y).decision_function(X)
 
     assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["extract", "auto"])
+def test_a_column_of_labels_gives_one_warning(strategy, fewer_digits, make_classifier):
+    X, y = fewer_digits
+    expected = make_classifier(strategy).fit(X, y).decision_function(X)
+
+    with pytest.warns(DataConversionWarning, match="column-vector y") as caught:
+        classifier = make_classifier(strategy).fit(X, y.reshape(-1, 1))
+
+    assert len(caught) == 1
+    assert_array_equal(classifier.decision_function(X), expected)
 
 
 # Sample weights and groups
