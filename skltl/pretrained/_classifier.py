@@ -324,14 +324,9 @@ def map_by_names(
     classes: NDArray[Any], categories: Sequence[str]
 ) -> dict[Any, str] | None:
     """Return the category of each class, or None if a class is not a category."""
-    names = set(categories)
-    class_map = {}
-    for label in classes.tolist():
-        name = imagenet_names().get(label, label) if isinstance(label, str) else label
-        if name not in names:
-            return None
-        class_map[label] = name
-    return class_map
+    names = imagenet_names()
+    class_map = {label: names.get(label, label) for label in classes.tolist()}
+    return class_map if set(class_map.values()) <= set(categories) else None
 
 
 def _parse_class_map(
