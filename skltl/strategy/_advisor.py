@@ -8,35 +8,12 @@ from numbers import Integral
 from textwrap import wrap
 from typing import Any
 
-import numpy as np
-from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._random import draw_seed, fresh_seed
+from skltl._random import draw_seed
 from skltl._sklearn import Interval, fit_context
-from skltl.strategy._evaluation import (
-    Features,
-    LabeledImages,
-    Scores,
-    count_smallest,
-    extract_layers,
-    label_images,
-    mean_and_error,
-    sample_images,
-    score_linear,
-    score_pretrained,
-    score_sizes,
-    split_folds,
-    summarize,
-)
-from skltl.strategy._rules import (
-    MIN_LEAD,
-    TransformerMetaEstimator,
-    find_class_map,
-    find_early_layer,
-    recommend_strategy,
-    similarity_of,
-)
+from skltl.strategy._evaluation import evaluate_strategies, label_images
+from skltl.strategy._rules import MIN_LEAD, TransformerMetaEstimator
 
 # More images pay if doubling their number improves accuracy by at least this.
 MIN_GAIN = 0.01
@@ -260,96 +237,24 @@ class StrategyAdvisor(TransformerMetaEstimator):
         return bundle
 
 
-def evaluate_strategies(
-    advisor: Any, labeled: LabeledImages, transformer: Any, seed: int | None
-) -> tuple[Any, LabeledImages, dict[str, Features]]:
-    """Set the measurements and the recommendation of an advisor.
-
-    Return the fitted transformer of all main layers, the images that were evaluated and
-    their features by layer.
-    """
-    find_early_layer(transformer)  # raises if there is no such layer
-    seed = fresh_seed() if seed is None else seed
-    n_folds = min(advisor.cv, count_smallest(labeled))
-    evaluated = sample_images(labeled, advisor.max_images, n_folds, seed)
-    splits = split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
-    with evaluated.original_positions():
-        fitted, features = extract_layers(transformer, evaluated.X)
-    advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(labeled.classes)
-    advisor.n_smallest_ = int(np.bincount(labeled.targets).min())
-    advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
-    advisor.n_repeats_ = -(-len(splits) // n_folds)
-    advisor.class_map_ = find_class_map(transformer, labeled.classes)
-    advisor.as_is_score_, advisor.as_is_error_ = score_pretrained(
-        transformer, evaluated, advisor.class_map_, seed
-    )
-    by_layer = {
-        layer: score_linear(columns, evaluated, splits, seed)
-        for layer, columns in features.items()
-    }
-    _compare_layers(advisor, by_layer)
-    layer = advisor.layer_
-    by_size = score_sizes(features[layer], evaluated, splits, seed, by_layer[layer])
-    _compare_sizes(advisor, by_size)
-    if transformer.layer == "last":
-        transformer = clone(transformer).set_params(layer=advisor.best_layer_)
-    advisor.strategy_ = recommend_strategy(
-        *(advisor.n_images_, advisor.n_classes_, advisor.similarity_),
-        transformer=transformer,
-        n_smallest=advisor.n_smallest_,
-        class_map=advisor.class_map_,
-    )
-    return fitted, evaluated, features
-
-
-def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:
-    """Set the fitted attributes that follow from the scores by layer."""
-    scores, errors = summarize(by_layer, advisor.n_folds_)
-    *earlier, last = scores
-    best = max(reversed(scores), key=lambda layer: scores[layer])  # the last of ties
-    lead = 0.0, 0.0
-    if earlier:
-        best_earlier = max(earlier, key=lambda layer: scores[layer])
-        leads = by_layer[best_earlier] - by_layer[last]
-        lead = mean_and_error(leads, advisor.n_folds_)
-    similarity, as_is_score = similarity_of(lead[0]), advisor.as_is_score_
-    if as_is_score is not None and as_is_score + advisor.as_is_error_ >= scores[best]:
-        similarity = "contained"
-    advisor.layer_scores_, advisor.layer_errors_ = scores, errors
-    advisor.best_layer_, advisor.lead_ = best, lead
-    advisor.similarity_ = similarity
-    advisor.layer_ = best if similarity == "different" else last
-
-
-def _compare_sizes(advisor: Any, by_size: dict[int, Scores]) -> None:
-    """Set the fitted attributes that follow from the scores by size."""
-    advisor.size_scores_, advisor.size_errors_ = summarize(by_size, advisor.n_folds_)
-    advisor.gain_ = 0.0, 0.0
-    if len(by_size) > 1:
-        smaller, larger = list(by_size)[-2:]
-        gains = (by_size[larger] - by_size[smaller]) / np.log2(larger / smaller)
-        advisor.gain_ = mean_and_error(gains, advisor.n_folds_)
-
-
 def _wrap(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     return wrap(line, REPORT_WIDTH, subsequent_indent=indent) or [""]
 
 
 def _describe_layers(advisor: Any) -> list[str]:
-    lines = ["  by layer:", *_table(advisor.layer_scores_, advisor.layer_errors_)]
-    lines[1 + list(advisor.layer_scores_).index(advisor.best_layer_)] += "  best"
-    lead, error = advisor.lead_
-    if len(advisor.layer_scores_) == 1:
-        return lines
-    if not lead:
-        return [*lines, "  The best earlier layer is as good as the last one."]
-    comparison = "better" if lead > 0 else "worse"
-    return [
-        *lines,
-        f"  The best earlier layer is {100 * abs(lead):.1f} percentage points "
-        f"{comparison} than the last one (standard error {100 * error:.1f}).",
-    ]
+    scores, (lead, error) = advisor.layer_scores_, advisor.lead_
+    lines = ["  by layer:", *_table(scores, advisor.layer_errors_)]
+    lines[1 + list(scores).index(advisor.best_layer_)] += "  best"
+    if len(scores) > 1 and lead:
+        lines.append(
+            f"  The best earlier layer is {100 * abs(lead):.1f} percentage points "
+            f"{'better' if lead > 0 else 'worse'} than the last one (standard error "
+            f"{100 * error:.1f})."
+        )
+    elif len(scores) > 1:
+        lines.append("  The best earlier layer is as good as the last one.")
+    return lines
 
 
 def _describe_sizes(advisor: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Cross-validated accuracy of the strategies on labeled images."""
+"""Labeled images, and the evaluation of strategies by cross-validation on them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import column_or_1d
 
 from skltl._estimator import read_images_of
+from skltl._random import fresh_seed
 from skltl._sklearn import check_sample_weight, take
 from skltl.exceptions import ImageReadError, ImageTypeError, WeightsError
 from skltl.features import make_feature_pipeline, n_features_by_layer
 from skltl.finetuning import encode_labels
 from skltl.networks import get_backbone
 from skltl.pretrained import PretrainedCNNClassifier, map_by_names
-from skltl.strategy._rules import feature_map_layers, shared_parameters
+from skltl.strategy._rules import (
+    feature_map_layers,
+    find_class_map,
+    find_early_layer,
+    recommend_strategy,
+    shared_parameters,
+    similarity_of,
+)
 
 # Up to this number of images the cross-validation is repeated: a fold of twenty images
 # gives a coarse estimate.
@@ -105,7 +113,78 @@ def label_images(
     return replace(labeled.subset(rows), classes=classes, targets=targets)
 
 
-def count_smallest(labeled: LabeledImages) -> int:
+def evaluate_strategies(
+    advisor: Any, labeled: LabeledImages, transformer: Any, seed: int | None
+) -> tuple[Any, LabeledImages, dict[str, Features]]:
+    """Set the measurements and the recommendation of an advisor.
+
+    Return the fitted transformer of all main layers, the images that were evaluated and
+    their features by layer.
+    """
+    find_early_layer(transformer)  # raises if there is no such layer
+    seed = fresh_seed() if seed is None else seed
+    n_folds = min(advisor.cv, _count_smallest(labeled))
+    evaluated = _sample_images(labeled, advisor.max_images, n_folds, seed)
+    splits = _split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
+    with evaluated.original_positions():
+        fitted, features = _extract_layers(transformer, evaluated.X)
+    advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(labeled.classes)
+    advisor.n_smallest_ = int(np.bincount(labeled.targets).min())
+    advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
+    advisor.n_repeats_ = -(-len(splits) // n_folds)
+    advisor.class_map_ = find_class_map(transformer, labeled.classes)
+    advisor.as_is_score_, advisor.as_is_error_ = _score_pretrained(
+        transformer, evaluated, advisor.class_map_, seed
+    )
+    by_layer = {
+        layer: _score_linear(columns, evaluated, splits, seed)
+        for layer, columns in features.items()
+    }
+    _compare_layers(advisor, by_layer)
+    layer = advisor.layer_
+    by_size = _score_sizes(features[layer], evaluated, splits, seed, by_layer[layer])
+    _compare_sizes(advisor, by_size)
+    if transformer.layer == "last":
+        transformer = clone(transformer).set_params(layer=advisor.best_layer_)
+    advisor.strategy_ = recommend_strategy(
+        *(advisor.n_images_, advisor.n_classes_, advisor.similarity_),
+        transformer=transformer,
+        n_smallest=advisor.n_smallest_,
+        class_map=advisor.class_map_,
+    )
+    return fitted, evaluated, features
+
+
+def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:
+    """Set the fitted attributes that follow from the scores by layer."""
+    scores, errors = _summarize(by_layer, advisor.n_folds_)
+    *earlier, last = scores
+    best = max(reversed(scores), key=lambda layer: scores[layer])  # the last of ties
+    lead = 0.0, 0.0
+    if earlier:
+        best_earlier = max(earlier, key=lambda layer: scores[layer])
+        leads = by_layer[best_earlier] - by_layer[last]
+        lead = _mean_and_error(leads, advisor.n_folds_)
+    similarity, as_is_score = similarity_of(lead[0]), advisor.as_is_score_
+    if as_is_score is not None and as_is_score + advisor.as_is_error_ >= scores[best]:
+        similarity = "contained"
+    advisor.layer_scores_, advisor.layer_errors_ = scores, errors
+    advisor.best_layer_, advisor.lead_ = best, lead
+    advisor.similarity_ = similarity
+    advisor.layer_ = best if similarity == "different" else last
+
+
+def _compare_sizes(advisor: Any, by_size: dict[int, Scores]) -> None:
+    """Set the fitted attributes that follow from the scores by size."""
+    advisor.size_scores_, advisor.size_errors_ = _summarize(by_size, advisor.n_folds_)
+    advisor.gain_ = 0.0, 0.0
+    if len(by_size) > 1:
+        smaller, larger = list(by_size)[-2:]
+        gains = (by_size[larger] - by_size[smaller]) / np.log2(larger / smaller)
+        advisor.gain_ = _mean_and_error(gains, advisor.n_folds_)
+
+
+def _count_smallest(labeled: LabeledImages) -> int:
     """Count the images, or groups, of the class that has the fewest."""
     units = labeled.positions if labeled.groups is None else labeled.groups
     members = [labeled.targets == target for target in range(len(labeled.classes))]
@@ -120,7 +199,7 @@ def count_smallest(labeled: LabeledImages) -> int:
     return counts[rarest]
 
 
-def sample_images(
+def _sample_images(
     labeled: LabeledImages, max_images: int | None, n_per_class: int, seed: int
 ) -> LabeledImages:
     """Sample images by class, at least `n_per_class` of each or all that there are."""
@@ -147,7 +226,7 @@ def _sample_rows(
     return np.sort(np.concatenate(chosen))
 
 
-def split_folds(
+def _split_folds(
     targets: NDArray[np.int64], groups: NDArray[Any] | None, n_folds: int, seed: int
 ) -> list[Split]:
     """Split images into stratified folds, repeatedly if there are few images.
@@ -175,7 +254,7 @@ def split_folds(
     return splits
 
 
-def extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
+def _extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
     """Extract the features of all main layers; return the fitted transformer, too."""
     layers = feature_map_layers(
         transformer.backbone, transformer.image_size, transformer.pooling
@@ -190,7 +269,7 @@ def extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
     return fitted, dict(zip(layers, by_layer, strict=True))
 
 
-def score_linear(
+def _score_linear(
     features: Features, labeled: LabeledImages, splits: list[Split], seed: int
 ) -> Scores:
     """Return the accuracy of a linear classifier in each split."""
@@ -206,7 +285,7 @@ def score_linear(
     return np.array(scores, dtype=np.float64)
 
 
-def score_sizes(
+def _score_sizes(
     features: Features,
     labeled: LabeledImages,
     splits: list[Split],
@@ -223,7 +302,7 @@ def score_sizes(
             (train[_sample_rows(labeled.targets[train], fraction, 1, [seed, n])], test)
             for n, (train, test) in enumerate(splits)
         ]
-        by_size[_mean_size(smaller)] = score_linear(features, labeled, smaller, seed)
+        by_size[_mean_size(smaller)] = _score_linear(features, labeled, smaller, seed)
     by_size[_mean_size(splits)] = full_scores
     return dict(sorted(by_size.items()))
 
@@ -242,7 +321,7 @@ def fit_linear(
         steps.fit(features, y, **weights)
 
 
-def score_pretrained(
+def _score_pretrained(
     transformer: Any, labeled: LabeledImages, class_map: Any, seed: int
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the accuracy of the pretrained classifier and its standard error.
@@ -254,7 +333,7 @@ def score_pretrained(
         return None, None
     targets, classes = labeled.targets, labeled.classes
     n_most = max(len(classes), round(PRETRAINED_FRACTION * len(targets)))
-    sample = sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
+    sample = _sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
     classifier: Any = PretrainedCNNClassifier()
     classifier.set_params(**shared_parameters(transformer, classifier))
     with sample.original_positions():
@@ -271,17 +350,17 @@ def score_pretrained(
     return score, float(np.sqrt(score * (1 - score) / len(is_right)))
 
 
-def summarize(
+def _summarize(
     scores: dict[Any, Scores], n_folds: int
 ) -> tuple[dict[Any, float], dict[Any, float]]:
     """Return the means of scores, and their standard errors."""
     means, errors = {}, {}
     for name, values in scores.items():
-        means[name], errors[name] = mean_and_error(values, n_folds)
+        means[name], errors[name] = _mean_and_error(values, n_folds)
     return means, errors
 
 
-def mean_and_error(values: Scores, n_folds: int) -> tuple[float, float]:
+def _mean_and_error(values: Scores, n_folds: int) -> tuple[float, float]:
     """Return the mean over splits and its standard error.
 
     Splits share training images, for which the error is corrected (see Notes of

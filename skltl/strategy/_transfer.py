@@ -15,10 +15,11 @@ from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import StrOptions, fit_context
 from skltl.finetuning import FineTunedCNNClassifier
-from skltl.strategy._advisor import StrategyAdvisor, evaluate_strategies
+from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._evaluation import (
     Features,
     LabeledImages,
+    evaluate_strategies,
     fit_linear,
     label_images,
 )
