@@ -119,7 +119,12 @@ class Strategy:
     @property
     def code(self) -> str:
         """Code that builds the estimator, without parameters at their defaults."""
-        return code_of(self.estimator)
+        estimator = self.estimator
+        if not isinstance(estimator, Pipeline):
+            return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
+        backbone, *others = _arguments(estimator[0])
+        classifier = repr(estimator.steps[-1][0])
+        return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
 
     @property
     def n_passes(self) -> float:
@@ -350,15 +355,6 @@ def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
     if weights is None:
         return None
     return map_by_names(classes, weights.categories or backbone.weights[0].categories)
-
-
-def code_of(estimator: Any) -> str:
-    """Return code that builds an estimator of skltl or one of its pipelines."""
-    if not isinstance(estimator, Pipeline):
-        return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
-    backbone, *others = _arguments(estimator[0])
-    classifier = repr(estimator.steps[-1][0])
-    return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
 
 
 def _arguments(estimator: Any) -> list[str]:

@@ -205,14 +205,14 @@ def test_seeds_fill_in_what_is_left_open(few_digits, make_transformer):
 
 @pytest.mark.parametrize("random_state", [0, "generator"])
 def test_a_seed_gives_the_same_advice(random_state, few_digits, make_transformer):
-    found = []
+    advisors = []
     for global_seed in (0, 1):
         np.random.seed(global_seed)  # noqa: NPY002
         seed = np.random.RandomState(3) if random_state == "generator" else random_state
         advisor = StrategyAdvisor(make_transformer(), cv=2, random_state=seed)
-        found.append(advisor.fit(*few_digits))
+        advisors.append(advisor.fit(*few_digits))
 
-    first, second = found
+    first, second = advisors
     assert first.report() == second.report()
     assert measurements(first) == measurements(second)
 
@@ -367,12 +367,12 @@ def test_images_of_weight_0_are_not_evaluated(few_digits, make_transformer):
     X, y = few_digits
     weights = np.ones(len(y))
     weights[::4] = 0
-    some = weights > 0
+    is_evaluated = weights > 0
 
     weighted = StrategyAdvisor(make_transformer(), cv=2, random_state=0)
     weighted.fit(X, y, weights)
 
-    part = clone(weighted).fit(X[some], y[some])
+    part = clone(weighted).fit(X[is_evaluated], y[is_evaluated])
     assert weighted.report() == part.report()
     assert measurements(weighted) == measurements(part)
 
@@ -437,9 +437,9 @@ def test_the_report_contains_the_measurements(advisor, digits):
 
 def with_attributes(advisor, **attributes):
     """Return a copy of a fitted advisor with other measurements."""
-    other = copy.copy(advisor)
-    vars(other).update(attributes)
-    return other
+    copied = copy.copy(advisor)
+    vars(copied).update(attributes)
+    return copied
 
 
 @pytest.mark.parametrize(
