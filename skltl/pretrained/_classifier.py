@@ -398,4 +398,5 @@ def _learn_class_map(
 
 
 def _short(value: Any) -> str:
+    """Return the `repr` of a value, shortened."""
     return shorten(repr(value))

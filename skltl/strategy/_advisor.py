@@ -238,11 +238,13 @@ class StrategyAdvisor(TransformerMetaEstimator):
 
 
 def _wrap(line: str) -> list[str]:
+    """Split a line of the report, with the same indent."""
     indent = " " * (len(line) - len(line.lstrip()))
     return wrap(line, REPORT_WIDTH, subsequent_indent=indent) or [""]
 
 
 def _describe_layers(advisor: Any) -> list[str]:
+    """Return the lines about the scores by layer."""
     scores, (lead, error) = advisor.layer_scores_, advisor.lead_
     lines = ["  by layer:", *_table(scores, advisor.layer_errors_)]
     lines[1 + list(scores).index(advisor.best_layer_)] += "  best"
@@ -258,6 +260,7 @@ def _describe_layers(advisor: Any) -> list[str]:
 
 
 def _describe_sizes(advisor: Any) -> list[str]:
+    """Return the lines about the scores by number of training images."""
     lines = [
         f"  at {advisor.layer_}, by number of training images:",
         *_table(advisor.size_scores_, advisor.size_errors_),
@@ -281,6 +284,7 @@ def _describe_sizes(advisor: Any) -> list[str]:
 
 
 def _table(scores: dict[Any, float], errors: dict[Any, float]) -> list[str]:
+    """Return a line for each score, with its standard error."""
     return [
         f"    {name:<12} {score:.3f} ({errors[name]:.3f})"
         for name, score in scores.items()
@@ -288,6 +292,7 @@ def _table(scores: dict[Any, float], errors: dict[Any, float]) -> list[str]:
 
 
 def _describe_similarity(advisor: Any) -> list[str]:
+    """Return the lines about the similarity to the pretraining data."""
     is_measured = advisor.similarity_ != "contained"
     if is_measured and len(advisor.layer_scores_) == 1:
         return [SIMILARITY_TEXTS["assumed"]]

@@ -308,6 +308,7 @@ def _score_sizes(
 
 
 def _mean_size(splits: list[Split]) -> int:
+    """Return the mean number of training images."""
     return round(np.mean([len(train) for train, _ in splits]))
 
 
