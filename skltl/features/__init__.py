@@ -3,6 +3,7 @@
 from skltl.features._estimators import (
     FeatureEstimator,
     NetworkClassifier,
+    n_features_by_layer,
     truncated_backbone,
 )
 from skltl.features._extraction import (
@@ -26,6 +27,7 @@ __all__ = [
     "extraction_config",
     "fitted_parameters",
     "make_feature_pipeline",
+    "n_features_by_layer",
     "transformer_config",
     "truncated_backbone",
 ]

@@ -35,7 +35,7 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
         check_feature_names_in(self, input_features, generate_names=False)
         names = [
             f"{self.backbone_.name}_{layer.name}_{index}"
-            for layer, n in zip(self.layers_, _n_features_by_layer(self), strict=True)
+            for layer, n in zip(self.layers_, n_features_by_layer(self), strict=True)
             for index in range(n)
         ]
         return np.asarray(names, dtype=object)
@@ -46,7 +46,7 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
         return tags
 
 
-def _n_features_by_layer(estimator):
+def n_features_by_layer(estimator):
     """Return the number of features of each layer of a fitted estimator."""
     blocks = tuple(layer.block for layer in estimator.layers_)
     size = estimator.preprocessing_.crop_size
