@@ -99,9 +99,10 @@ def compare_with_scratch(arguments, train):
     ]
     for name, classifier in zip(("transfer", "scratch"), both, strict=True):
         start = time.perf_counter()
-        scores = [one["validation_score"] for one in classifier.fit(*train).history_]
+        history = classifier.fit(*train).history_
         seconds = time.perf_counter() - start
-        print(f"{name}: {scores[0]:.3f} to {scores[-1]:.3f} in {seconds:.0f} s")
+        first, last = (history[epoch]["validation_score"] for epoch in (0, -1))
+        print(f"{name}: {first:.3f} to {last:.3f} in {seconds:.0f} s")
     display = TransferGainDisplay.from_estimators(*both)
     print({name: round(gain, 3) for name, gain in display.gains_.items()})
     arguments.figures.mkdir(parents=True, exist_ok=True)

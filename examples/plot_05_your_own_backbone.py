@@ -44,9 +44,10 @@ blocks = {
 head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
 
 rows, labels = load_digits(return_X_y=True)
-known = labels < 5
-batch = torch.tensor(rows[known] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
-batch, targets = batch.expand(-1, 3, -1, -1), torch.tensor(labels[known])
+is_low = labels < 5
+low_rows, low_labels = rows[is_low] / 16, labels[is_low]
+batch = torch.tensor(low_rows, dtype=torch.float32).reshape(-1, 1, 8, 8)
+batch, targets = batch.expand(-1, 3, -1, -1), torch.tensor(low_labels)
 network = nn.Sequential(*blocks.values(), head)
 optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
 for _ in range(60):
@@ -68,9 +69,8 @@ for layer in list_layers(backbone):
 # ---------------------------------
 # With its own head, the network classifies the digits that it was trained on.
 
-as_is = PretrainedCNNClassifier(backbone, image_shape=(8, 8))
-as_is.fit(rows[known] / 16)
-print(f"{(as_is.predict(rows[known] / 16) == labels[known]).mean():.3f}")
+pretrained = PretrainedCNNClassifier(backbone, image_shape=(8, 8)).fit(low_rows)
+print(f"{(pretrained.predict(low_rows) == low_labels).mean():.3f}")
 
 # %%
 # Transfer to other classes
@@ -79,7 +79,7 @@ print(f"{(as_is.predict(rows[known] / 16) == labels[known]).mean():.3f}")
 # for training.
 
 X_train, X_test, y_train, y_test = train_test_split(
-    rows[~known] / 16, labels[~known], train_size=100, random_state=0
+    rows[~is_low] / 16, labels[~is_low], train_size=100, random_state=0
 )
 pipelines = {
     layer.name: make_feature_pipeline(
@@ -93,5 +93,5 @@ for name, pipeline in pipelines.items():
 # %%
 # Grad-CAM shows the regions of the images that contribute to the predicted class.
 
-some = np.array([np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)])
-GradCAMDisplay.from_estimator(pipelines["top"], X_test[some], n_columns=5)
+first = np.unique(y_test, return_index=True)[1]
+GradCAMDisplay.from_estimator(pipelines["top"], X_test[first], n_columns=5)

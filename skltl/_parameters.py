@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 from joblib import effective_n_jobs
 
-from skltl.exceptions import quote
+from skltl._caller import user_stacklevel
+from skltl.exceptions import PrecisionWarning, quote
 
 # On a CPU, small batches stay in the processor's cache, and a single image stays cheap
 # although every batch is filled up. Of 12 networks, 4 to 16 images at a time had the
@@ -86,15 +88,29 @@ def _is_available(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+def resolve_precision(
+    precision: str, device: torch.device, fitted: str | None = None
+) -> torch.dtype:
     """Return the dtype of the computation.
 
-    ``"auto"`` is bfloat16 where the device multiplies it natively, with two to four
-    times the throughput of float32, and float32 elsewhere.
+    ``"auto"`` is the one of `fit`, if any. Otherwise it is bfloat16 where the device
+    multiplies it natively, with two to four times the throughput of float32, and
+    float32 elsewhere.
     """
-    if precision == "auto":
-        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
-    return DTYPES[precision]
+    if precision != "auto":
+        return DTYPES[precision]
+    is_native = has_native_bfloat16(device)
+    if fitted == "bfloat16" and not is_native:
+        warnings.warn(
+            "The estimator was fitted in bfloat16, which is not native here. It "
+            "computes in float32, and features differ by about 1 %.",
+            PrecisionWarning,
+            stacklevel=user_stacklevel(),
+        )
+        return torch.float32
+    if fitted is not None:
+        return DTYPES[fitted]
+    return torch.bfloat16 if is_native else torch.float32
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:

@@ -35,13 +35,13 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 def forward_only(fitted, batch_size):
     """Return a function that runs the network on images in memory."""
     fitted.set_params(batch_size=batch_size)
-    recipe = transformer_config(fitted)
-    size = recipe.preprocessing.crop_size
+    config = transformer_config(fitted)
+    size = config.preprocessing.crop_size
     pixels = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8)
 
     def run():
         for _ in range(max(1, 64 // batch_size)):
-            recipe.compute(pixels)
+            config.compute(pixels)
 
     return run
 
@@ -138,7 +138,7 @@ def main():
     paths, _ = read_folders(arguments.data)
     paths = paths[:: max(1, len(paths) // arguments.images)][: arguments.images]
     device = torch.device("cpu")
-    engines = [one for one in arguments.engines if can_run(one, device)]
+    engines = [engine for engine in arguments.engines if can_run(engine, device)]
     rows = []
     for backbone in arguments.backbones:
         new = measure(backbone, paths, engines, arguments.rounds)

@@ -115,9 +115,9 @@ class ByHand:
         for _ in range(n_epochs):
             start = time.perf_counter()
             self.model.train()
-            for images, some in loader:
+            for images, labels in loader:
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(self.model(images), some)
+                loss = nn.functional.cross_entropy(self.model(images), labels)
                 loss.backward()
                 optimizer.step()
             seconds.append(time.perf_counter() - start)
@@ -178,7 +178,7 @@ def epoch_seconds(classifier):
     if isinstance(classifier, ByHand):
         return classifier.seconds
     return [
-        [one["seconds"] for one in classifier.history_ if one["stage"] == stage]
+        [epoch["seconds"] for epoch in classifier.history_ if epoch["stage"] == stage]
         for stage in ("head", "fine-tuning")
     ]
 

@@ -24,17 +24,17 @@ BATCH_SIZES = (32, 64, 128, 256, 512)
 
 def forward_rate(fitted, batch_size, device, seconds):
     """Return the throughput of the forward pass in images per second."""
-    recipe = transformer_config(fitted.set_params(batch_size=batch_size))
-    size = recipe.preprocessing.crop_size
+    config = transformer_config(fitted.set_params(batch_size=batch_size))
+    size = config.preprocessing.crop_size
     shape = (batch_size, size, size, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for _ in range(3):
-        recipe.compute(pixels)
+        config.compute(pixels)
     wait_for(device)
     n_batches, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(10):
-            recipe.compute(pixels)
+            config.compute(pixels)
         wait_for(device)
         n_batches += 10
     return n_batches * batch_size / (time.perf_counter() - start)

@@ -151,13 +151,13 @@ def compare_searches(make_transformer, layers, paths, labels, folder):
     warm = search(make_transformer(cache=f"{folder}/own0"), layers)
     memory = search(make_transformer(), layers, memory=f"{folder}/joblib")
     nothing = search(make_transformer(), layers)
-    found = [
+    results = [
         run("(a) no cache", nothing, paths, labels, crossings),
         run("(b) Pipeline(memory)", memory, paths, labels, crossings),
         cold[1],  # the median
         run("(d) cache, warm", warm, paths, labels, crossings),
     ]
-    rows, scores = zip(*found, strict=True)
+    rows, scores = zip(*results, strict=True)
     assert all((other == scores[0]).all() for other in scores), "scores differ"
     one_pass, network = median(passes), [row["less classifiers"] for row in rows]
     figures = {

@@ -104,7 +104,7 @@ def main():
         print_table(growth[-1:])
     seconds = run(FIRST, paths, *network)
     first = [{"engine": arguments.engine}]
-    first[0] |= {f"{name}, ms": 1000 * one for name, one in seconds.items()}
+    first[0] |= {f"{name}, ms": 1000 * value for name, value in seconds.items()}
     print_table(first)
     if arguments.json:
         write_json(arguments.json, {"growth": growth, "first": first})

@@ -65,8 +65,8 @@ def print_by_layer(settings, flowers, digits):
     on_flowers = accuracies_by_layer(settings, *flowers, FOLDS)
     on_digits = accuracies_by_layer(settings, *digits, DIGIT_SPLITS, image_shape=(8, 8))
     rows = [
-        {"layer": name, "flowers": f"{one:.3f}", "digits": f"{other:.3f}"}
-        for name, one, other in zip(LAYERS, on_flowers, on_digits, strict=True)
+        {"layer": layer, "flowers": f"{scores[0]:.3f}", "digits": f"{scores[1]:.3f}"}
+        for layer, *scores in zip(LAYERS, on_flowers, on_digits, strict=True)
     ]
     pixels = cross_val_score(linear_svm(), *digits, cv=DIGIT_SPLITS).mean()
     print_table([*rows, {"layer": "pixels", "flowers": "", "digits": f"{pixels:.3f}"}])
@@ -107,8 +107,8 @@ def print_advice(settings, X, y):
             advised = TransferClassifier(transformer, random_state=0)
             last = make_feature_pipeline(BACKBONE, random_state=0, **more)
             accuracies = [
-                one.fit(X[train], y[train]).score(X[test], y[test])
-                for one in (advised, last)
+                classifier.fit(X[train], y[train]).score(X[test], y[test])
+                for classifier in (advised, last)
             ]
             lead, error = advised.advisor_.lead_
             print(
@@ -121,15 +121,15 @@ def print_advice(settings, X, y):
 
 def print_fine_tuning(settings, flowers):
     """Print accuracies of frozen features and of fine-tuned networks on flowers."""
-    tuned = (
+    options = (
         {"unfreeze": 1, "backbone_lr": 0.003},
         *({"unfreeze": "all", "backbone_lr": rate} for rate in (0.001, 0.003, 0.01)),
     )
     frozen = make_feature_pipeline(BACKBONE, "svm", random_state=0, **settings)
     classifiers = {"frozen, svm": frozen}
-    for one in tuned:
-        classifiers[str(one)] = FineTunedCNNClassifier(
-            BACKBONE, random_state=0, **one, **settings
+    for option in options:
+        classifiers[str(option)] = FineTunedCNNClassifier(
+            BACKBONE, random_state=0, **option, **settings
         )
     for name, classifier in classifiers.items():
         scores = cross_val_score(classifier, *flowers, cv=FLOWER_SPLITS)

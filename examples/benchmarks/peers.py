@@ -71,8 +71,8 @@ def with_img2vec(backbone, paths):
 
     def run():
         for start in range(0, len(paths), BATCH_SIZE):
-            some = paths[start : start + BATCH_SIZE]
-            extractor.get_vec([Image.open(path).convert("RGB") for path in some])
+            batch = paths[start : start + BATCH_SIZE]
+            extractor.get_vec([Image.open(path).convert("RGB") for path in batch])
 
     return run
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sqlite3
-import stat
+import time
 import warnings
 from contextlib import suppress
 from datetime import datetime
@@ -18,17 +18,22 @@ from platformdirs import user_cache_path
 
 from skltl._caller import user_stacklevel
 from skltl.cache._store import (
-    COMPANIONS,
+    NOT_STORED,
     DamagedDatabaseError,
     delete_database,
     inspect_database,
-    last_changed,
+    last_used,
+    warn_once,
 )
-from skltl.exceptions import CacheWarning, shorten
+from skltl.exceptions import CacheWarning, quote, shorten
 
 # Default limit of all files together, in GB (10^9 bytes). Average-pooled features at
 # all main layers of ResNet-50 take 16 kB per image: the limit is a million images.
 DEFAULT_LIMIT = 20.0
+
+# The deletion of features that were used within this time is worth a warning: the limit
+# is too small for what the user is working on.
+RECENT_HOURS = 24
 
 FEATURES = "skltl-features-"
 
@@ -36,6 +41,7 @@ OWN_FILES = re.compile(
     r"skltl-(features-[0-9a-f]{32}|files-[0-9a-f]{32}|leases|claims)\.sqlite"
     r"(\.[0-9a-f]{8}\.damaged)?(-journal|-wal|-shm)?"
 )
+COMPANION = re.compile(r"-(journal|wal|shm)$")
 
 # Fields of entries that the table of `CacheInfo` leaves out, and its number of rows.
 HIDDEN = ("depth", "batch_size", "device", "preprocessing", "last_used", "path")
@@ -63,13 +69,16 @@ class CacheEntry(NamedTuple):
 
 
 # The fields that a database describes itself with, and their types.
-DESCRIBED = CacheEntry._fields[:11]
-INTEGERS = ("depth", "image_size", "batch_size")
+DESCRIBED: dict[str, type] = {
+    **dict.fromkeys(CacheEntry._fields[:11], str),
+    **dict.fromkeys(("depth", "image_size", "batch_size"), int),
+}
 
-# Errors of files that are not ours. RecursionError: deeply nested lists in JSON;
-# OverflowError: a time of last use that is not in the calendar.
+# Errors of files that are not ours. AttributeError, TypeError: JSON of another kind;
+# RecursionError: deeply nested lists in JSON; OverflowError: a time of last use that is
+# not in the calendar.
 NOT_OURS = (
-    DamagedDatabaseError,
+    AttributeError,
     OSError,
     OverflowError,
     RecursionError,
@@ -90,7 +99,7 @@ class CacheInfo(NamedTuple):
     def __repr__(self) -> str:
         """Show the first entries as a table."""
         lines = [
-            f"Feature cache in {shorten(repr(str(self.folder)), 120)}: "
+            f"Feature cache in {quote(str(self.folder), 120)}: "
             f"{self.n_bytes / 1e6:.1f} MB of {self.max_bytes / 1e6:.1f} MB"
         ]
         if self.entries:
@@ -155,9 +164,9 @@ def cache_info(cache: str | os.PathLike[str] | bool = True) -> CacheInfo:
     block4 6
     """
     folder = _required_folder(cache)
-    entries = [_entry(path) for path in _files(folder) if path.suffix == ".sqlite"]
-    known = [entry for entry in entries if entry is not None]
-    return CacheInfo(folder, n_bytes(folder), max_bytes(), sorted(known, key=_order))
+    described = (_entry(path) for path in _files(folder) if path.suffix == ".sqlite")
+    entries = sorted(filter(None, described), key=_order)
+    return CacheInfo(folder, n_bytes(folder), max_bytes(), entries)
 
 
 def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
@@ -184,10 +193,9 @@ def clear_cache(cache: str | os.PathLike[str] | bool = True) -> None:
     left = [path.name for path in _files(folder) if not _delete(path)]
     if left:
         warnings.warn(
-            f"{len(left)} files of the feature cache in "
-            f"{shorten(repr(str(folder)), 120)} could not be deleted: "
-            f"{', '.join(left[:2])}, ... Close other programs that use them, or check "
-            "the permissions of the folder.",
+            f"{len(left)} files of the feature cache in {quote(str(folder), 120)} "
+            f"could not be deleted: {', '.join(left[:2])}, ... Close other programs "
+            "that use them, or check the permissions of the folder.",
             CacheWarning,
             stacklevel=user_stacklevel(),
         )
@@ -198,13 +206,13 @@ def resolve_folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
 
     Raises `ValueError` if it is not a valid path.
     """
-    if cache is None or (isinstance(cache, (bool, np.bool_)) and not cache):
+    name = bool(cache) if isinstance(cache, np.bool_) else cache
+    if name is None or name is False:
         return None
-    name = cache
-    if isinstance(cache, (bool, np.bool_)):
+    if name is True:
         name = os.environ.get("SKLTL_CACHE") or user_cache_path("skltl")
     try:
-        text = os.fspath(name)  # type: ignore[arg-type]
+        text = os.fspath(name)
         os.fsencode(text)
         if not text or "\0" in text:
             raise ValueError("it is empty or has a null character")
@@ -228,7 +236,7 @@ def max_bytes() -> float:
         limit = -1.0
     if not limit >= 0:
         raise ValueError(
-            f"The environment variable SKLTL_CACHE_LIMIT={shorten(repr(text), 120)} "
+            f"The environment variable SKLTL_CACHE_LIMIT={quote(text, 120)} "
             "must be a non-negative number: the size limit of the feature cache in "
             "gigabytes ('inf' for no limit)."
         )
@@ -245,19 +253,35 @@ def n_bytes(folder: Path) -> int:
 
 
 def drop_oldest(folder: Path, in_use: set[str]) -> bool:
-    """Delete files until the limit holds, and tell whether it does.
+    """Delete files until the limit holds, and return whether it does.
 
     Damaged files go first, then the least recently used databases. Databases in use,
     and files of other users, are kept.
     """
     limit = max_bytes()
+    reached = f"has reached its limit of {limit / 1e9:g} GB"
     size = n_bytes(folder)
-    for path in sorted(_files(folder), key=_by_use):
+    for path in sorted(_files(folder), key=_order_of_deletion):
         if size <= limit:
             break
         if path.stem not in in_use:
-            _delete(path)
+            hours = (time.time() - last_used(path)) / 3600
+            if _delete(path) and path.suffix == ".sqlite" and hours < RECENT_HOURS:
+                warn_once(
+                    folder,
+                    "deletion",
+                    f"{reached}: features used in the last {RECENT_HOURS} hours were "
+                    "deleted, and are computed again when needed. To keep all, raise "
+                    "SKLTL_CACHE_LIMIT.",
+                )
             size = n_bytes(folder)
+    if size > limit:
+        warn_once(
+            folder,
+            "limit",
+            f"{reached} with the entries in use. Raise SKLTL_CACHE_LIMIT, or call "
+            f"skltl.clear_cache. {NOT_STORED}",
+        )
     return size <= limit
 
 
@@ -271,24 +295,19 @@ def _required_folder(cache: str | os.PathLike[str] | bool) -> Path:
 def _files(folder: Path) -> list[Path]:
     """List the files of the cache, and whatever else has the name of one."""
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if OWN_FILES.fullmatch(path.name) and not _is_folder(path)
-        )
+        with os.scandir(folder) as items:
+            return sorted(
+                Path(item.path)
+                for item in items
+                if OWN_FILES.fullmatch(item.name)
+                and not item.is_dir(follow_symlinks=False)
+            )
     except OSError:  # it does not exist, or may not be read
         return []
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except OSError:  # another process has just deleted it
-        return False
-
-
-def _by_use(path: Path) -> tuple[bool, float]:
-    return ".damaged" not in path.name, last_changed(path)
+def _order_of_deletion(path: Path) -> tuple[bool, float]:
+    return ".damaged" not in path.name, last_used(path)
 
 
 def _entry(path: Path) -> CacheEntry | None:
@@ -296,30 +315,19 @@ def _entry(path: Path) -> CacheEntry | None:
     try:
         state = path.lstat()
         description, n_images = inspect_database(path)
-        last_used = datetime.fromtimestamp(state.st_mtime)
-        fields = _checked(json.loads(description))
+        fields = json.loads(description)
+        types = {name: type(value) for name, value in fields.items()}
+        if types not in (DESCRIBED, DESCRIBED | {"pooling": int}):
+            return None
         return CacheEntry(
             **fields,
             n_images=n_images,
             n_bytes=state.st_size,
-            last_used=last_used,
+            last_used=datetime.fromtimestamp(state.st_mtime),
             path=path,
         )
     except NOT_OURS:
         return None
-
-
-def _checked(fields: Any) -> dict[str, Any]:
-    """Return a database's description, if its fields and their types are ours."""
-    if not isinstance(fields, dict) or fields.keys() != set(DESCRIBED):
-        raise ValueError("other fields")
-    for name, value in fields.items():
-        expected = int if name in INTEGERS else str
-        if type(value) is not expected and not (
-            name == "pooling" and type(value) is int
-        ):
-            raise ValueError(f"{name} has another type")
-    return fields
 
 
 def _cell(value: Any) -> str:
@@ -334,25 +342,16 @@ def _order(entry: CacheEntry) -> tuple[str | int, ...]:
 
 
 def _delete(path: Path) -> bool:
-    """Delete a file of the cache, and tell whether it is gone.
+    """Delete a file of the cache, and return whether it is gone.
 
     A database is deleted between two transactions; its companions are left to SQLite as
     long as it exists. A file that is locked, or that belongs to another user, stays.
     """
-    try:
+    database = COMPANION.sub("", str(path))
+    with suppress(OSError, sqlite3.Error):
         if path.suffix == ".sqlite":
             with suppress(DamagedDatabaseError):
                 delete_database(path)
-        if not _has_database(path):
+        if database == str(path) or not os.path.lexists(database):
             path.unlink(missing_ok=True)
-    except (OSError, sqlite3.Error):
-        return False
     return not os.path.lexists(path)
-
-
-def _has_database(path: Path) -> bool:
-    """Tell whether a file is a companion of a database that exists."""
-    names = (path.name.removesuffix(suffix) for suffix in COMPANIONS)
-    return any(
-        name != path.name and os.path.lexists(path.with_name(name)) for name in names
-    )

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from hashlib import blake2b
 
 import PIL
 from PIL import Image, ImageFile
 from PIL.features import version
 
-from skltl.cache._store import Entry, Store
+from skltl.cache._store import Entry, Store, chunks
 from skltl.exceptions import ImageReadError, ImageTypeError
 from skltl.images import (
     FILE_STATE_BYTES,
@@ -42,9 +41,11 @@ def files_database() -> str:
 
     It depends on everything besides the file that determines its pixels.
     """
+    decoders = ("jpg", "libjpeg_turbo", "webp", "libtiff")
     facts = (
         FORMAT,
-        *_decoder_versions(),
+        PIL.__version__,
+        *map(version, decoders),
         ImageFile.LOAD_TRUNCATED_IMAGES,
         Image.MAX_IMAGE_PIXELS,
     )
@@ -56,13 +57,9 @@ def find_keys(
     source: ImageSource, known_files: Store, n_threads: int
 ) -> dict[int, bytes]:
     """Return the keys, by position, of images in memory and of known files."""
-    files, in_memory = {}, []
-    for position in range(len(source)):
-        path = source.path(position)
-        if path is None:
-            in_memory.append(position)
-        else:
-            files[position] = path
+    paths = {position: source.path(position) for position in range(len(source))}
+    files = {position: path for position, path in paths.items() if path is not None}
+    in_memory = [position for position, path in paths.items() if path is None]
     return _keys_of_files(files, source.least_side, known_files) | _keys_of_arrays(
         source, in_memory, n_threads
     )
@@ -79,11 +76,13 @@ def file_entry(source: ImageSource, crop: Crop) -> list[Entry]:
 def _keys_of_files(
     files: dict[int, str], least_side: int | None, known_files: Store
 ) -> dict[int, bytes]:
-    digests = {one: _path_digest(path, least_side) for one, path in files.items()}
-    known = dict(known_files.read(list(set(digests.values()))))
+    digests = {
+        position: _path_digest(path, least_side) for position, path in files.items()
+    }
+    entries = dict(known_files.read(list(set(digests.values()))))
     keys = {}
     for position, digest in digests.items():
-        entry = known.get(digest)
+        entry = entries.get(digest)
         # An entry of another state is of an earlier content.
         if entry and entry[KEY_BYTES:] == file_state(files[position]):
             keys[position] = entry[:KEY_BYTES]
@@ -93,21 +92,18 @@ def _keys_of_files(
 def _keys_of_arrays(
     source: ImageSource, positions: Sequence[int], n_threads: int
 ) -> dict[int, bytes]:
-    def hash_images(some: Iterable[int]) -> dict[int, bytes]:
+    def hash_images(group: Iterable[int]) -> dict[int, bytes]:
         keys = {}
-        for position in some:
+        for position in group:
             # Errors are raised when images are decoded, in the order of the source.
             with suppress(ImageReadError, ImageTypeError):
                 keys[position] = content_key(source.decode(position))
         return keys
 
-    groups = [
-        positions[start : start + IMAGES_PER_TASK]
-        for start in range(0, len(positions), IMAGES_PER_TASK)
-    ]
+    groups = chunks(positions, IMAGES_PER_TASK)
     keys: dict[int, bytes] = {}
-    for some in prefetch(hash_images, groups, n_threads, 2 * n_threads):
-        keys |= some
+    for keys_of_group in prefetch(hash_images, groups, n_threads, 2 * n_threads):
+        keys |= keys_of_group
     return keys
 
 
@@ -120,9 +116,3 @@ def _path_digest(path: str, least_side: int | None) -> bytes:
     if least_side is not None:
         text += f"\0{least_side}".encode()
     return blake2b(text, digest_size=KEY_BYTES).digest()
-
-
-@lru_cache
-def _decoder_versions() -> tuple[str | None, ...]:
-    names = ("jpg", "libjpeg_turbo", "webp", "libtiff")
-    return (PIL.__version__, *map(version, names))

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -43,7 +42,8 @@ class CachedFeatures:
     """Fill an array with features from the cache, and with those that are computed.
 
     The features at all blocks of `config` are stored; those at `blocks` are written to
-    `features`, side by side. `report` is called with the number of images written.
+    `features`, side by side. `report` is called with the number of images written, and
+    with "computed" or "cached".
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CachedFeatures:
         blocks: Sequence[str],
         source: ImageSource,
         features: NDArray[np.float32],
-        report: Callable[[int], object],
+        report: Callable[[int, str], object],
     ) -> None:
         max_bytes()  # an invalid limit is an error before any work
         names = [FEATURES + fingerprint for fingerprint in fingerprints(config)]
@@ -66,9 +66,7 @@ class CachedFeatures:
         self._columns = _columns(widths)
         self._wanted = _columns({block: widths[block] for block in blocks})
         self._stores = {
-            block: Store(
-                folder, name, 4 * widths[block], partial(describe, config, block)
-            )
+            block: Store(folder, name, 4 * widths[block], describe(config, block))
             for block, name in zip(config.blocks, names, strict=True)
         }
         files = files_database()
@@ -114,7 +112,7 @@ class CachedFeatures:
         """Take the computed features of a batch, at all blocks of `config`."""
         for block, columns in self._wanted.items():
             self._features[batch.positions, columns] = rows[:, self._columns[block]]
-        self._report(len(rows))
+        self._report(len(rows), "computed")
         self._unstored.append((batch.keys, rows))
         self._store_if_due()
 
@@ -124,10 +122,10 @@ class CachedFeatures:
         self._leases.release()  # nobody may wait for an extraction that waits
         others = self._copy_repeated()
         while others:
-            leased = self._leases.acquire({self._keys[one] for one in others})
+            leased = self._leases.acquire({self._keys[index] for index in others})
             missing = self._read(others)
-            mine = [one for one in missing if self._keys[one] in leased]
-            others = [one for one in missing if self._keys[one] not in leased]
+            mine = [index for index in missing if self._keys[index] in leased]
+            others = [index for index in missing if self._keys[index] not in leased]
             if mine:
                 self._skipped = others
                 return mine
@@ -149,16 +147,16 @@ class CachedFeatures:
         for position in positions:
             if position in self._keys:
                 positions_of[self._keys[position]].append(position)
-        found = set(positions_of)
+        keys = list(positions_of)
         for block, columns in self._wanted.items():
-            stored = set()
-            for key, value in self._stores[block].read(list(found)):
+            stored = []
+            for key, value in self._stores[block].read(keys):
                 features = np.frombuffer(value, "<f4")
                 self._features[positions_of[key], columns] = features
-                stored.add(key)
-            found &= stored
-        done = {position for key in found for position in positions_of[key]}
-        self._report(len(done))
+                stored.append(key)
+            keys = stored
+        done = {position for key in keys for position in positions_of[key]}
+        self._report(len(done), "cached")
         return [position for position in positions if position not in done]
 
     def _copy_repeated(self) -> list[int]:
@@ -170,7 +168,7 @@ class CachedFeatures:
                 others.append(position)
             else:
                 self._features[position] = self._features[first]
-        self._report(len(self._skipped) - len(others))
+        self._report(len(self._skipped) - len(others), "cached")
         self._skipped = []
         return others
 
@@ -185,16 +183,12 @@ class CachedFeatures:
         self._last_stored = time.monotonic()
         if self._unstored and not drop_oldest(self._folder, self._in_use):
             for store in (self._known_files, *self._stores.values()):
-                store.stop_writing(
-                    f"has reached its limit of {max_bytes() / 1e9:g} GB with the "
-                    "entries in use. Raise SKLTL_CACHE_LIMIT, or call "
-                    "skltl.clear_cache."
-                )
+                store.may_write = False
         self._known_files.write(self._new_files)
         self._new_files = []
         if not self._unstored:
             return
-        keys = [key for some, _ in self._unstored for key in some]
+        keys = [key for batch_keys, _ in self._unstored for key in batch_keys]
         rows = np.concatenate([rows for _, rows in self._unstored]).astype("<f4")
         for block, columns in self._columns.items():
             values = [row.tobytes() for row in rows[:, columns]]

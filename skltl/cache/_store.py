@@ -5,9 +5,9 @@ has a checksum, and an entry that does not match it counts as missing. A cache s
 time, so none of its errors may cost a result: a damaged file is replaced, and a file
 that cannot be used is ignored, with one warning.
 
-Whoever can write to the folder can plant files in it. Therefore nothing in a file is
-executed: its tables must be exactly ours (no view, no trigger), its values are limited
-in length, and neither links nor journals may lead out of the folder.
+Whoever can write to the folder can replace its files by malicious ones. Therefore
+nothing in a file is executed: its tables must be exactly ours (no view, no trigger),
+its values are limited in length, and neither links nor journals may lead out of it.
 
 SQLite's rollback journal is used instead of its write-ahead log (WAL), which has a bug
 before version 3.51.3 that can damage files, and cannot be read in a read-only folder.
@@ -24,28 +24,25 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import lru_cache, partial
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 from skltl._caller import user_stacklevel
-from skltl.exceptions import CacheWarning, shorten
+from skltl.exceptions import CacheWarning, quote, shorten
 
 Entry = tuple[bytes, bytes]  # key and value
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# "sktl" in ASCII: distinguishes these files from those of other programs.
-APPLICATION_ID = 0x736B746C
-
-SCHEMA = """
-CREATE TABLE entries
-    (key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL);
-CREATE TABLE leases
-    (key BLOB PRIMARY KEY, owner BLOB NOT NULL, expires REAL NOT NULL);
-CREATE TABLE about (text TEXT NOT NULL);
-"""
+SCHEMA = (
+    """CREATE TABLE entries
+    (key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL)""",
+    """CREATE TABLE leases
+    (key BLOB PRIMARY KEY, owner BLOB NOT NULL, expires REAL NOT NULL)""",
+    "CREATE TABLE about (text TEXT NOT NULL)",
+)
 
 # The files that SQLite creates beside a database.
 COMPANIONS = ("-journal", "-wal", "-shm")
@@ -57,15 +54,12 @@ BYTES_PER_QUERY = 2**26
 # Writers lock a file for milliseconds; on a slow network drive, for seconds.
 LOCK_SECONDS = 10.0
 
-# Limit on one call's processor time, which only a planted file can reach.
+# Limit on one call's processor time, which only a malicious file can reach.
 CPU_SECONDS = 10.0
 STEPS_BETWEEN_CHECKS = 10_000
 
 # Bytes beside a value: its key, its checksum and SQLite's own; and all other texts.
 BYTES_BESIDE = 10_000
-
-# Smallest number of bytes that an entry takes in a file.
-MIN_ENTRY_BYTES = 16
 
 # End of a journal that names another file, which SQLite would delete.
 NAMES_ANOTHER_FILE = bytes.fromhex("d9d505f920a163d7")
@@ -77,6 +71,9 @@ LEASE_SECONDS = 15.0
 # How long a process ignores a file that it could not read, write or lock.
 PAUSE_SECONDS = 300.0
 
+# End of warnings after which nothing is written.
+NOT_STORED = "Features are correct, but not all of them are stored."
+
 # Number of damaged files of each name that are kept for inspection.
 DAMAGED_KEPT = 2
 
@@ -84,7 +81,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MOVED = sqlite3.SQLITE_READONLY_DBMOVED
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-_FULL_ERRNO = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_FULL_ERRNO = {errno.ENOSPC, errno.EDQUOT}
 
 # Our statements are constant. So besides real damage, unknown tables or columns
 # (SQLITE_ERROR), violated constraints, values that are too long (SQLITE_TOOBIG) and
@@ -98,7 +95,7 @@ _DAMAGED = {
     sqlite3.SQLITE_INTERRUPT,
 }
 
-# State of this process: warnings given, by folder and subject; times until which a file
+# State of this process: warnings given, by folder and cause; times until which a file
 # is not used, or a file or folder not written to; and connections inherited by a fork,
 # which must not be closed, since that could end a transaction of the parent.
 _warned: set[tuple[Path, str]] = set()
@@ -119,13 +116,12 @@ class _ForkGate:
 
     def renew(self) -> None:
         """Forget, in a child, the threads of its parent."""
+        self._entrance = threading.Lock()  # held by a fork
         self._changed = threading.Condition()
         self._n_inside = 0
-        self._n_forks = 0
 
     def __enter__(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._n_forks == 0)
+        with self._entrance, self._changed:
             self._n_inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -135,15 +131,13 @@ class _ForkGate:
 
     def close(self) -> None:
         """Wait for the threads inside, not longer than these may wait for a file."""
+        self._entrance.acquire()
         with self._changed:
-            self._n_forks += 1
             self._changed.wait_for(lambda: self._n_inside <= 0, LOCK_SECONDS)
 
     def open(self) -> None:
         """Admit the threads that have waited for the fork."""
-        with self._changed:
-            self._n_forks -= 1
-            self._changed.notify_all()
+        self._entrance.release()
 
 
 _fork_gate = _ForkGate()
@@ -155,7 +149,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class DamagedDatabaseError(Exception):
+class DamagedDatabaseError(sqlite3.DatabaseError):
     """The file is not a database, is damaged, or belongs to another program."""
 
 
@@ -171,26 +165,22 @@ class Store:
     is_durable = True
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        n_value_bytes: int = 0,
-        describe: Callable[[], str] = str,
+        self, folder: Path, name: str, n_value_bytes: int = 0, description: str = ""
     ) -> None:
         self.name = name
+        self.may_write = True  # until an error, or the limit of the folder
         self._folder = folder
         self._path = folder / f"{name}.sqlite"
         self._n_value_bytes = n_value_bytes
-        self._describe = describe
+        self._description = description
         self._connection: sqlite3.Connection | None = None
-        self._inode: int | None = None
-        self._may_write = True
+        self._inode = 0
         self._process = os.getpid()
 
     def close(self) -> None:
         """Close the file."""
         if self._connection is not None:
-            if self._is_inherited():
+            if os.getpid() != self._process:
                 _inherited.append(self._connection)
             else:
                 _close(self._connection)
@@ -199,42 +189,33 @@ class Store:
     def read(self, keys: Sequence[bytes]) -> Iterator[Entry]:
         """Yield key and value of the entries that exist and are intact."""
         n_that_fit = BYTES_PER_QUERY // max(1, self._n_value_bytes)
-        for chunk in _chunks(keys, max(1, min(KEYS_PER_QUERY, n_that_fit))):
-            entries: list[Entry] = []
-            entries = self._attempt(partial(_select, keys=chunk), entries, _unused)
-            for key, value in entries:
+        for chunk in chunks(keys, max(1, min(KEYS_PER_QUERY, n_that_fit))):
+            for key, value in self._attempt(_unused, _select, chunk) or []:
                 if len(value) == self._n_value_bytes:
                     yield key, value
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Store entries, all or none, replacing those with the same keys."""
         if entries and self._is_writable():
-            self._attempt(partial(_insert, entries=entries), None, _unwritten)
-
-    def stop_writing(self, why: str) -> None:
-        """Only read from now on, and warn."""
-        self._may_write = False
-        self._warn(
-            "writing", f"{why} Features are correct, but not all of them are stored."
-        )
+            self._attempt(_unwritten, _insert, entries)
 
     def _attempt(
         self,
-        action: Callable[[sqlite3.Connection], Result],
-        otherwise: Result,
         pauses: dict[Path, float],
-    ) -> Result:
-        """Return the result of an action, or something else if the file has an error.
+        action: Callable[..., Result],
+        *arguments: object,
+    ) -> Result | None:
+        """Return the result of an action, or ``None`` if the file has an error.
 
         An error pauses the use of the file, or only writing to it.
         """
         for _ in range(2):
-            if self._is_inherited() or _is_paused(_unused, self._path):
+            if os.getpid() != self._process or _is_paused(_unused, self._path):
                 break
             try:
                 connection = self._open()
                 with _guarded(connection, self._path):
-                    return action(connection)
+                    return action(connection, *arguments)
             except DamagedDatabaseError as error:
                 self.close()
                 self._set_aside(error)
@@ -244,27 +225,33 @@ class Store:
                 if getattr(error, "sqlite_errorcode", 0) != _MOVED:
                     self._pause(error, pauses)
                     break
-        return otherwise
+            except BaseException:
+                self.close()  # it may be half prepared
+                raise
+        return None
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._inode = _inode(self._path)
-            self._connection = _open_database(
-                self._path, self._n_value_bytes, self._describe, self.is_durable
+            _create_file(self._path)
+            self._inode = self._path.lstat().st_ino
+            # Without write permission, SQLite opens the file for reading.
+            self._connection = _connect(
+                self._path, "rw", LOCK_SECONDS, self._n_value_bytes
             )
-            self._inode = _inode(self._path)
+            with _guarded(self._connection, self._path):
+                synchronous = "NORMAL" if self.is_durable else "OFF"
+                self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+                if not _is_ours(self._connection):
+                    _create_tables(self._connection, self._description)
+                # Another program may have switched it to WAL.
+                self._connection.execute("PRAGMA journal_mode = DELETE")
             with suppress(OSError):
                 os.utime(self._path)  # the least recently used files are deleted first
         return self._connection
 
-    def _is_inherited(self) -> bool:
-        return os.getpid() != self._process
-
     def _is_writable(self) -> bool:
-        return self._may_write and not any(
-            _is_paused(_unwritten, path) for path in (self._folder, self._path)
-        )
+        return self.may_write and not _is_paused(_unwritten, self._folder, self._path)
 
     def _pause(self, error: Exception, pauses: dict[Path, float]) -> None:
         """Ignore the file for a while, or write no more to it, or to the folder."""
@@ -275,60 +262,46 @@ class Store:
             _unwritten[self._folder] = until
         if code in _LOCKED:
             _unused[self._path] = until
-            why = f"has a file locked by another program, {self._path.name!r}."
+            cause = "lock"
+            what = f"has a file locked by another program, {self._path.name!r}."
         else:
             if not is_full or pauses is _unused:
                 pauses[self._path] = until
-            why = (
+            cause = "space" if is_full else "access"
+            what = (
                 f"cannot be used ({shorten(str(error), 120)}, {self._path.name!r}). "
                 "Free some space, choose another folder, or check its permissions."
             )
-        self._may_write = False
+        self.may_write = False
         if is_full or self.is_durable:
-            self.stop_writing(why)
+            warn_once(self._folder, cause, f"{what} {NOT_STORED}")
 
     def _set_aside(self, error: DamagedDatabaseError) -> None:
         """Rename a damaged file, so that a new one can be created."""
-        aside = Path(f"{self._path}.{uuid.uuid4().hex[:8]}.damaged")
+        aside = f"{self._path}.{uuid.uuid4().hex[:8]}.damaged"
         try:
-            if _inode(self._path) != self._inode:
+            if self._path.lstat().st_ino != self._inode:
                 return  # another process has just done it
-            for suffix in COMPANIONS:  # SQLite would apply them to the new file
+            # First the companions, which SQLite would apply to the new file.
+            for suffix in (*COMPANIONS, ""):
                 with suppress(FileNotFoundError):
                     Path(f"{self._path}{suffix}").replace(f"{aside}{suffix}")
-            self._path.replace(aside)
-            if _inode(aside) != self._inode:  # another process was faster, after all
-                aside.replace(self._path)
-                return
         except FileNotFoundError:
             return
         except OSError as why_not:
             self._pause(why_not, _unused)
             return
-        self._delete_older_damaged()
-        self._warn(
-            "damage",
-            f"had a damaged file ({shorten(str(error), 120)}), renamed to "
-            f"{aside.name!r}.",
-        )
-
-    def _delete_older_damaged(self) -> None:
-        found = self._folder.glob(f"{self._path.name}.*.damaged")
-        for old in sorted(found, key=last_changed)[:-DAMAGED_KEPT]:
+        older = sorted(self._folder.glob(f"{self._path.name}.*.damaged"), key=last_used)
+        for path in older[:-DAMAGED_KEPT]:
             for suffix in ("", *COMPANIONS):
                 with suppress(OSError):
-                    Path(f"{old}{suffix}").unlink()
-
-    def _warn(self, subject: str, what: str) -> None:
-        """Warn about a folder, once for each subject."""
-        if (self._folder, subject) not in _warned:
-            _warned.add((self._folder, subject))
-            folder = shorten(repr(str(self._folder)), 140)
-            warnings.warn(
-                f"The feature cache in {folder} {what}",
-                CacheWarning,
-                stacklevel=user_stacklevel(),
-            )
+                    Path(f"{path}{suffix}").unlink()
+        warn_once(
+            self._folder,
+            "damage",
+            f"had a damaged file ({shorten(str(error), 120)}), renamed to "
+            f"{Path(aside).name!r}.",
+        )
 
 
 class Leases(Store):
@@ -349,14 +322,13 @@ class Leases(Store):
 
     def acquire(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return the keys that no other owner holds; renew the leases held before."""
-        granted: set[bytes] = set()
-        for chunk in _chunks([self._prefix + key for key in keys], KEYS_PER_QUERY):
-            found: set[bytes] | None = None
+        granted = {self._prefix + key for key in keys}
+        for chunk in chunks(list(granted), KEYS_PER_QUERY):
             if self._is_writable():
-                lease = partial(_lease, keys=chunk, owner=self._owner)
-                found = self._attempt(lease, None, _unwritten)
-            self._held |= found or set()
-            granted |= set(chunk) if found is None else found
+                held = self._attempt(_unwritten, _lease, chunk, self._owner)
+                if held is not None:
+                    self._held |= held
+                    granted -= set(chunk) - held
         return {key.removeprefix(self._prefix) for key in granted}
 
     def release(self, keys: Iterable[bytes] | None = None) -> None:
@@ -369,37 +341,41 @@ class Leases(Store):
         if keys is not None:
             ended = self._held & {self._prefix + key for key in keys}
         self._held = self._held - ended
-        if not ended or _is_paused(_unwritten, self._path):
-            return
-        delete = partial(_delete_leases, keys=ended, owner=self._owner)
-        is_released = self._attempt(delete, False, _unwritten)
-        if not is_released and _is_paused(_unwritten, self._folder):
-            self._attempt(partial(_delete_file, path=self._path), None, _unwritten)
-            self.close()
+        if ended and not _is_paused(_unwritten, self._path):
+            self._attempt(_unwritten, _release, ended, self._owner)
+            if _is_paused(_unwritten, self._folder):
+                self._attempt(_unwritten, _delete_file, self._path)
+                self.close()
 
 
-def inspect_database(path: Path) -> tuple[str, int]:
+def warn_once(folder: Path, cause: str, what: str) -> None:
+    """Warn about a cache folder, once for each cause."""
+    if (folder, cause) not in _warned:
+        _warned.add((folder, cause))
+        warnings.warn(
+            f"The feature cache in {quote(str(folder), 140)} {what}",
+            CacheWarning,
+            stacklevel=user_stacklevel(),
+        )
+
+
+def inspect_database(path: Path) -> tuple[bytes, int]:
     """Return the description and the number of entries of a database, unchanged.
 
-    Raises `DamagedDatabaseError` if it is not ours, `sqlite3.Error` or `OSError` if it
-    cannot be read now.
+    Raises `ValueError` if it has no description, `DamagedDatabaseError` if it is not
+    ours, `sqlite3.Error` or `OSError` if it cannot be read now.
     """
     # No file has more entries, but pages that refer to one another may pretend so.
-    n_most = path.stat().st_size // MIN_ENTRY_BYTES
-    connection = _connect(path, "ro", timeout=1)
-    try:
-        with _guarded(connection, path):
-            if not _is_ours(connection):
-                raise DamagedDatabaseError("it belongs to another program")
-            texts = connection.execute("SELECT text FROM about LIMIT 2").fetchall()
-            (n_entries,) = connection.execute(
-                "SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?)", (n_most,)
-            ).fetchone()
-    finally:
-        _close(connection)
-    if len(texts) != 1 or not isinstance(texts[0][0], bytes):
-        raise DamagedDatabaseError("it has no description")
-    return texts[0][0].decode(errors="replace"), int(n_entries)
+    n_most = path.stat().st_size
+    with _connected(path, "ro", timeout=1) as connection:
+        if not _is_ours(connection):
+            raise DamagedDatabaseError("it belongs to another program")
+        about = connection.execute("SELECT text FROM about LIMIT 2")
+        ((description,),) = about.fetchall()
+        (n_entries,) = connection.execute(
+            "SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?)", (n_most,)
+        ).fetchone()
+    return description, n_entries
 
 
 def delete_database(path: Path) -> None:
@@ -407,16 +383,13 @@ def delete_database(path: Path) -> None:
 
     A process that has it open gets an error when it writes next.
     """
-    connection = _open_database(path)
-    try:
-        with _guarded(connection, path):
-            _delete_file(connection, path)
-    finally:
-        _close(connection)
+    with _connected(path, "rw", LOCK_SECONDS) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")  # SQLite deletes a WAL
+        _delete_file(connection, path)
 
 
-def last_changed(path: Path) -> float:
-    """Return the time when a file was written, or last used if it is a database."""
+def last_used(path: Path) -> float:
+    """Return the time when a database was last used, or another file written."""
     try:
         return path.lstat().st_mtime
     except OSError:
@@ -424,22 +397,19 @@ def last_changed(path: Path) -> float:
 
 
 def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[Entry]:
-    # A damaged value may have become a number or a text: CAST makes it bytes that do
-    # not match the checksum, and leaves bytes unchanged.
-    query = (
-        "SELECT key, CAST(value AS BLOB), CAST(checksum AS BLOB) FROM entries "
-        f"WHERE key IN {_placeholders(keys)}"
-    )
+    query = f"SELECT * FROM entries WHERE key IN {_placeholders(keys)}"
     return [
         (key, value)
         for key, value, checksum in connection.execute(query, keys)
-        if value is not None and checksum == _checksum(key, value)
+        # A damaged value may have become a number.
+        if isinstance(value, bytes) and checksum == _checksum(key, value)
     ]
 
 
 def _insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
     checked = [(key, value, _checksum(key, value)) for key, value in entries]
-    with _transaction(connection):
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", checked
         )
@@ -456,7 +426,8 @@ def _lease(
     """
     now = time.time()
     expires = now + LEASE_SECONDS
-    with _transaction(connection):
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         connection.execute(
             "DELETE FROM leases WHERE NOT expires BETWEEN ? AND ?",
             (now, expires + LOCK_SECONDS),
@@ -475,19 +446,20 @@ def _lease(
     return {key for (key,) in granted}
 
 
-def _delete_leases(
+def _release(
     connection: sqlite3.Connection, keys: Iterable[bytes], owner: bytes
-) -> bool:
-    with _transaction(connection):
+) -> None:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "DELETE FROM leases WHERE key = ? AND owner = ?",
             [(key, owner) for key in keys],
         )
-    return True
 
 
 def _delete_file(connection: sqlite3.Connection, path: Path) -> None:
-    with _transaction(connection, "EXCLUSIVE"):
+    with connection:
+        connection.execute("BEGIN EXCLUSIVE")
         path.unlink()
 
 
@@ -497,47 +469,6 @@ def _placeholders(keys: Sequence[bytes]) -> str:
 
 def _checksum(key: bytes, value: bytes) -> bytes:
     return blake2b(value, key=key, digest_size=8).digest()
-
-
-@contextmanager
-def _transaction(
-    connection: sqlite3.Connection, kind: str = "IMMEDIATE"
-) -> Iterator[None]:
-    connection.execute(f"BEGIN {kind}")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _open_database(
-    path: Path,
-    n_value_bytes: int = 0,
-    describe: Callable[[], str] = str,
-    is_durable: bool = True,
-) -> sqlite3.Connection:
-    """Open a database, and create it if it does not exist."""
-    _create_file(path)
-    # Without write permission, SQLite opens the file for reading.
-    connection = _connect(path, "rw", LOCK_SECONDS, n_value_bytes)
-    try:
-        with _guarded(connection, path):
-            synchronous = "NORMAL" if is_durable else "OFF"
-            connection.execute(f"PRAGMA synchronous = {synchronous}")
-            if not _is_ours(connection):
-                # Of several processes that get here, one creates the tables.
-                with _transaction(connection):
-                    if not _is_ours(connection):
-                        _create_tables(connection, describe())
-            # Another program may have switched it to WAL.
-            connection.execute("PRAGMA journal_mode = DELETE")
-    except BaseException:
-        _close(connection)
-        raise
-    return connection
 
 
 def _create_file(path: Path) -> None:
@@ -550,25 +481,39 @@ def _create_file(path: Path) -> None:
 
 
 def _create_tables(connection: sqlite3.Connection, description: str) -> None:
-    if _schema_of(connection):
-        raise DamagedDatabaseError("it belongs to another program")
-    for statement in SCHEMA.split(";"):
-        connection.execute(statement)
-    connection.execute("INSERT INTO about VALUES (?)", (description,))
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        if _is_ours(connection):
+            return  # another process was faster
+        if _schema_of(connection):
+            raise DamagedDatabaseError("it belongs to another program")
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute("INSERT INTO about VALUES (?)", (description,))
 
 
 def _connect(
     path: Path, mode: str, timeout: float, n_value_bytes: int = 0
 ) -> sqlite3.Connection:
     """Connect to a file that exists."""
-    _refuse_links(path, ("", *COMPANIONS))
+    _refuse_links(path)
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     with _fork_gate:
         connection = sqlite3.connect(uri, timeout, isolation_level=None, uri=True)
         connection.text_factory = bytes  # damaged text need not be valid
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, n_value_bytes + BYTES_BESIDE)
     return connection
+
+
+@contextmanager
+def _connected(path: Path, mode: str, timeout: float) -> Iterator[sqlite3.Connection]:
+    """Connect to a file for one use."""
+    connection = _connect(path, mode, timeout)
+    try:
+        with _guarded(connection, path):
+            yield connection
+    finally:
+        _close(connection)
 
 
 def _close(connection: sqlite3.Connection) -> None:
@@ -583,7 +528,7 @@ def _guarded(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     connection.set_progress_handler(
         lambda: time.thread_time() > end, STEPS_BETWEEN_CHECKS
     )
-    _refuse_links(path, ("", "-journal"))
+    _refuse_links(path)
     try:
         with _fork_gate:
             yield
@@ -597,9 +542,9 @@ def _guarded(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
         raise
 
 
-def _refuse_links(path: Path, suffixes: Iterable[str]) -> None:
+def _refuse_links(path: Path) -> None:
     """Refuse files by which SQLite would create, change or delete others elsewhere."""
-    for suffix in suffixes:
+    for suffix in ("", *COMPANIONS):
         name = f"{path}{suffix}"
         try:
             # Not `Path.lstat`, which is slower: this runs before each call.
@@ -613,7 +558,7 @@ def _refuse_links(path: Path, suffixes: Iterable[str]) -> None:
 
 
 def _names_another_file(journal: str) -> bool:
-    """Tell whether SQLite would delete another file together with a journal.
+    """Return whether SQLite would delete another file together with a journal.
 
     It writes such a name for transactions on several databases; ours have one.
     """
@@ -626,36 +571,24 @@ def _names_another_file(journal: str) -> bool:
 
 
 def _is_ours(connection: sqlite3.Connection) -> bool:
-    """Tell whether a file has our tables and nothing else."""
+    """Return whether a file has our tables and nothing else."""
     connection.execute("PRAGMA trusted_schema = OFF")
-    (marker,) = connection.execute("PRAGMA application_id").fetchone()
-    return bool(marker == APPLICATION_ID and _schema_of(connection) == _our_schema())
+    return _schema_of(connection) == [(statement.encode(),) for statement in SCHEMA]
 
 
 def _schema_of(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
-    """Return the tables, indexes, views and triggers of a file, up to a dozen."""
-    query = "SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 12"
-    return sorted(connection.execute(query).fetchall(), key=repr)
+    """Return the statements by which SQLite creates what is in a file, up to a dozen.
+
+    Besides these, a file has only the indexes of primary keys, without a statement.
+    """
+    query = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 12"
+    return connection.execute(query).fetchall()
 
 
-@lru_cache
-def _our_schema() -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(":memory:")) as connection:
-        connection.text_factory = bytes
-        connection.executescript(SCHEMA)
-        return _schema_of(connection)
+def _is_paused(pauses: dict[Path, float], *paths: Path) -> bool:
+    return any(time.monotonic() < pauses.get(path, 0.0) for path in paths)
 
 
-def _is_paused(pauses: dict[Path, float], path: Path) -> bool:
-    return time.monotonic() < pauses.get(path, 0.0)
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.lstat().st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _chunks(keys: Sequence[bytes], n: int) -> Iterator[Sequence[bytes]]:
-    return (keys[start : start + n] for start in range(0, len(keys), n))
+def chunks(items: Sequence[Item], n: int) -> Iterator[Sequence[Item]]:
+    """Yield the items in groups of `n`."""
+    return (items[start : start + n] for start in range(0, len(items), n))

@@ -64,11 +64,12 @@ def grad_cam(
         _map_and_score(feature_map, head, column)
         for feature_map, column in zip(feature_maps, columns, strict=True)
     ]
-    coarse = torch.stack([one for one, _ in pairs])[:, None].float()  # (n, 1, h', w')
+    activations, scores = zip(*pairs, strict=True)
+    coarse = torch.stack(activations)[:, None].float()  # (n, 1, h', w')
     size = network.preprocessing_.crop_size
     maps = interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
     images = decode_crops(source, network.preprocessing_, threads)
-    return images, maps[:, 0].numpy(), labels, np.array([score for _, score in pairs])
+    return images, maps[:, 0].numpy(), labels, np.array(scores)
 
 
 def _split(estimator: Any) -> tuple[Any, str, Head]:
@@ -114,7 +115,7 @@ def _feature_map_shape(network: Any, block: str) -> tuple[int, ...]:
     shape = block_shapes(network.backbone_, size, (block,))[block]
     if len(shape) == 3:
         return shape
-    layers = {point.block: point.name for point in network.layers_}
+    layers = {layer.block: layer.name for layer in network.layers_}
     output = f"a vector of size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
     raise ValueError(
         "Grad-CAM needs a spatial feature map, but layer "
@@ -191,7 +192,7 @@ class GradCAMDisplay:
     ['cat']
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, images, maps, labels, scores=None):
         self.images = images

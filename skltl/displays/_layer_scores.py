@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from numbers import Integral, Real
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ from skltl.networks import (
     get_backbone,
     reached_main_blocks,
     resolve_layer,
+    resolve_network,
     skeleton,
 )
 
@@ -85,7 +87,7 @@ class LayerScoresDisplay:
     ('block2', 'C=0.1', 0.75)
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, *, layers, scores, deviations, score_name="score", best=None):
         self.layers = list(layers)
@@ -115,8 +117,8 @@ class LayerScoresDisplay:
         Parameters
         ----------
         search : GridSearchCV or another search with `cv_results_`
-            Fitted search over the `layer` of a `CNNFeatureTransformer` and any other
-            parameters.
+            Fitted search over the `layer` of a `CNNFeatureTransformer` or
+            `FineTunedCNNClassifier`, and any other parameters.
         metric : str, default=None
             Name of the metric, if the search has several; by default that of `refit`.
         ax : matplotlib Axes, default=None
@@ -154,7 +156,7 @@ class LayerScoresDisplay:
         if chosen is not None:
             best = layers[chosen], lines[chosen], float(scores[chosen])
         plotted = range(len(rows))
-        if len(rows) > 1 and len(set(lines)) == len(rows):  # lines of a single point
+        if len(rows) > 1 and len(set(lines)) == len(rows):  # a single score each
             plotted = _best_by_layer(layers, scores, chosen)
             lines = [f"best of {len(rows)} candidates"] * len(rows)
 
@@ -190,13 +192,15 @@ class LayerScoresDisplay:
     ):
         """Cross-validate an estimator at several layers, and plot the scores.
 
-        The network runs once on each image: an estimator without `cache` gets a
-        temporary one.
+        An estimator without `cache` gets a temporary one: a frozen network runs once
+        on each image. With a `FineTunedCNNClassifier`, each score is that of a network
+        which is fine-tuned from that layer.
 
         Parameters
         ----------
         estimator : Pipeline or other estimator
-            Estimator that contains a `CNNFeatureTransformer`. It is cloned.
+            Estimator that is or contains a `CNNFeatureTransformer` or
+            `FineTunedCNNClassifier`. It is cloned.
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images of any kind that the estimator accepts.
         y : array of shape (n,)
@@ -223,21 +227,22 @@ class LayerScoresDisplay:
         Raises
         ------
         ValueError
-            If the estimator contains no transformer with a `layer`.
+            If the estimator has no parameter `layer`.
         """
         import_pyplot()
         estimator = clone(estimator)
         params = estimator.get_params()
         prefix = _layer_prefix(params, params)
+        network = params[prefix.removesuffix("__")] if prefix else estimator
         if isinstance(layers, str) and layers == "all":
-            transformer = params[prefix.removesuffix("__")] if prefix else estimator
-            layers = _main_layers(transformer, X)
+            network._validate_params()
+            layers = _main_layers(network)
         layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
         for layer in layers:  # an unknown layer is an error before any fit
-            _depth_and_name(params[f"{prefix}backbone"], layer)
+            _depth_and_name(network.backbone, layer)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            if not params[f"{prefix}cache"]:
-                estimator.set_params(**{f"{prefix}cache": folder})
+            if not network.cache:
+                network.set_params(cache=folder)
             search = GridSearchCV(
                 estimator,
                 {f"{prefix}layer": layers},
@@ -284,8 +289,9 @@ class LayerScoresDisplay:
         label_every = -(-len(scored) // MAX_LEGEND_ENTRIES)
         self.lines_, self.fill_between_ = [], []
         for number, (name, mean) in enumerate(scored.items()):
-            style = {"color": _color(number, len(scored)), "marker": "o"}
-            style |= {"markersize": 4, "label": None if number % label_every else name}
+            label = None if number % label_every else shorten(name, MAX_NAME_LENGTH)
+            style = {"color": _color(number, len(scored)), "label": label}
+            style |= {"marker": "o", "markersize": 4}
             x = np.flatnonzero(np.isfinite(mean))  # gaps are bridged
             mean, deviation = mean[x], self.deviations[name][x]
             (line,) = ax.plot(x, mean, **line_style(style, kwargs))
@@ -326,22 +332,21 @@ class LayerScoresDisplay:
             rotation_mode="anchor" if is_long else "default",
             parse_math=False,
         )
-        ax.set_xlabel("layer")
-        ax.set_ylabel(self.score_name.replace("_", " "))
+        ax.set(xlabel="layer", ylabel=self.score_name.replace("_", " "))
         ax.grid(axis="y", alpha=0.3)
 
 
 def _resolve_metric(search, metric):
     """Return the name of a metric as in the columns of `cv_results_`."""
     prefix = "mean_test_"
-    names = [name for name in search.cv_results_ if name.startswith(prefix)]
-    known = [name.removeprefix(prefix) for name in names]
-    if metric is None and len(known) == 1:
-        return known[0]
+    columns = [name for name in search.cv_results_ if name.startswith(prefix)]
+    metrics = [name.removeprefix(prefix) for name in columns]
+    if metric is None and len(metrics) == 1:
+        return metrics[0]
     if metric is None and isinstance(search.refit, str):
         return search.refit
-    if metric not in known:
-        raise ValueError(f"metric={metric!r}, but the search has {', '.join(known)}.")
+    if metric not in metrics:
+        raise ValueError(f"metric={metric!r}, but the search has {', '.join(metrics)}.")
     return metric
 
 
@@ -394,25 +399,25 @@ def _arrange(candidates, estimator):
 
     Backbones follow one another in the order of the candidates.
     """
-    varied = list(dict.fromkeys(name for one in candidates for name in one))
+    varied = dict.fromkeys(chain(*candidates))
     prefix = _layer_prefix(varied, estimator.get_params())
-    params = [
-        clone(estimator).set_params(**clone(one, safe=False)).get_params()
-        for one in candidates
+    settings = [
+        clone(estimator).set_params(**clone(candidate, safe=False)).get_params()
+        for candidate in candidates
     ]
-    backbones = [one[f"{prefix}backbone"] for one in params]
+    backbones = [params[f"{prefix}backbone"] for params in settings]
     names = _numbered(list(map(str, backbones)), list(map(_identity, backbones)))
     order = list(dict.fromkeys(names))
     layers, depths = [], {}
-    for one, backbone, name in zip(params, backbones, names, strict=True):
-        depth, layer = _depth_and_name(backbone, one[f"{prefix}layer"])
+    for params, backbone, name in zip(settings, backbones, names, strict=True):
+        depth, layer = _depth_and_name(backbone, params[f"{prefix}layer"])
         layers.append(f"{name} {layer}" if len(order) > 1 else layer)
         depths[layers[-1]] = (order.index(name), *depth)
     others = [
-        {name: value for name, value in one.items() if name != f"{prefix}layer"}
-        for one in candidates
+        {name: value for name, value in params.items() if name != f"{prefix}layer"}
+        for params in candidates
     ]
-    return layers, _line_names(others), sorted(depths, key=lambda layer: depths[layer])
+    return layers, _line_names(others), sorted(depths, key=depths.__getitem__)
 
 
 def _layer_prefix(names, params):
@@ -422,7 +427,8 @@ def _layer_prefix(names, params):
         if name.endswith("layer") and f"{prefix}backbone" in params:
             return prefix
     raise ValueError(
-        "There is no parameter 'layer' of a CNNFeatureTransformer among "
+        "There is no parameter 'layer' of a CNNFeatureTransformer or "
+        "FineTunedCNNClassifier among "
         f"{', '.join(sorted(names)) or 'the varied ones'}."
     )
 
@@ -430,24 +436,26 @@ def _layer_prefix(names, params):
 def _depth_and_name(backbone, layer):
     """Return a key that sorts values of `layer` by depth, and the name of the layer."""
     backbone = get_backbone(backbone)
-    several = layer if isinstance(layer, (list, tuple)) else [layer]
-    layers = [resolve_layer(backbone, one) for one in several]
+    names = layer if isinstance(layer, (list, tuple)) else [layer]
+    layers = [resolve_layer(backbone, name) for name in names]
     blocks = list(skeleton(backbone).blocks)
     depth = max(blocks.index(layer.block) for layer in layers)
     name = " + ".join(layer.name for layer in layers)
     return (depth, len(layers)), name
 
 
-def _main_layers(transformer, X):
-    """Return the main layers that an image of the transformer's size reaches."""
-    fitted = clone(transformer).set_params(layer=0, pooling="avg").fit(X)
-    backbone, size = fitted.backbone_, fitted.preprocessing_.crop_size
+def _main_layers(estimator):
+    """Return the main layers that an image of the estimator's size reaches."""
+    backbone, _, preprocessing = resolve_network(
+        estimator.backbone, estimator.weights, estimator.image_size
+    )
+    size = preprocessing.crop_size
     reached = reached_main_blocks(backbone, size)
     shapes = block_shapes(backbone, size, reached)
     return [
         name
         for name, block in skeleton(backbone).layers.items()
-        if block in reached and can_pool(shapes[block], transformer.pooling)
+        if block in reached and can_pool(shapes[block], estimator.pooling)
     ]
 
 
@@ -455,18 +463,18 @@ def _line_names(settings):
     """Name lines by their parameters; briefly, if that is unambiguous."""
     if not any(settings):
         return [""] * len(settings)
-    keys = [_identity(one) for one in settings]
+    keys = [_identity(params) for params in settings]
     for is_exact in (False, True):
-        names = [_describe(one, is_exact) for one in settings]
+        names = [_describe(params, is_exact) for params in settings]
         if len(set(names)) == len(set(keys)):
             return names
     return _numbered(names, keys)
 
 
-def _describe(settings, is_exact):
-    """Write settings as text: exactly, or shortened to last names and three digits."""
+def _describe(params, is_exact):
+    """Write parameters as text: exactly, or as last names and three digits."""
     texts = []
-    for name, value in settings.items():
+    for name, value in params.items():
         is_float = isinstance(value, Real) and not isinstance(value, Integral)
         if hasattr(value, "get_params"):
             text = repr(value) if is_exact else type(value).__name__
@@ -479,11 +487,12 @@ def _describe(settings, is_exact):
 
 def _numbered(names, keys):
     """Append a number to equal names that have different keys."""
-    known: dict = {}
+    by_name: dict = {name: [] for name in names}
     for name, key in zip(names, keys, strict=True):
-        known.setdefault(name, {})[key] = None
+        if key not in by_name[name]:
+            by_name[name].append(key)
     return [
-        f"{name} ({list(known[name]).index(key) + 1})" if len(known[name]) > 1 else name
+        f"{name} ({by_name[name].index(key) + 1})" if len(by_name[name]) > 1 else name
         for name, key in zip(names, keys, strict=True)
     ]
 
@@ -495,9 +504,9 @@ def _identity(value):
     if hasattr(value, "get_params") and not isinstance(value, type):
         value = {"class": type(value), **value.get_params(deep=False)}
     if isinstance(value, dict):
-        return tuple((name, _identity(one)) for name, one in sorted(value.items()))
+        return tuple((name, _identity(part)) for name, part in sorted(value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(_identity(one) for one in value)
+        return tuple(map(_identity, value))
     return str(value)
 
 
@@ -510,12 +519,6 @@ def _color(number, n):
 def _add_legend(ax, is_inside):
     """Add a legend inside the axes, or on their right side."""
     outside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    handles, names = ax.get_legend_handles_labels()
-    legend = ax.legend(
-        handles,
-        [shorten(name, MAX_NAME_LENGTH) for name in names],
-        frameon=False,
-        **({"loc": "best"} if is_inside else outside),
-    )
+    legend = ax.legend(frameon=False, **({} if is_inside else outside))
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -61,10 +61,8 @@ def draw_image(ax, image, title, color="dimgray", **kwargs):
     """Draw one image (h, w, 3) without ticks, under its title; return the artist."""
     pixels = image if image.dtype == np.uint8 else np.clip(image, 0, 1)
     artist = ax.imshow(pixels, **kwargs)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
     # A label is any text: a dollar sign does not begin a formula.
     ax.set_title(title, fontsize="small", color=color, parse_math=False)
     return artist

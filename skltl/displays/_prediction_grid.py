@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import (
     check_consistent_length,
@@ -11,12 +11,11 @@ from sklearn.utils.validation import (
     column_or_1d,
 )
 
-from skltl._estimator import ImageEstimator, read_images_of
+from skltl._estimator import read_images_of
 from skltl._sklearn import take
 from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
-from skltl.features import NetworkClassifier
+from skltl.features import CNNFeatureTransformer, NetworkClassifier
 from skltl.finetuning import columns_of, unwrapped
-from skltl.images import read_images
 
 
 class PredictionGridDisplay:
@@ -62,7 +61,7 @@ class PredictionGridDisplay:
     1
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, images, y_true, y_pred, margins):
         check_consistent_length(images, y_true, y_pred, margins)
@@ -133,7 +132,10 @@ class PredictionGridDisplay:
         # The predicted label is not always the one with the highest score: a
         # classifier may have a decision threshold.
         worst = np.lexsort((margins, y_pred == y))[:n_images]
-        images = list(_read_images(estimator, take(X, worst), image_shape))
+        if image_shape is None:
+            image_shape = _image_shape(estimator)
+        reader = CNNFeatureTransformer(image_shape=image_shape)
+        images = list(read_images_of(reader, take(X, worst), reset=True))
         display = cls(images, y[worst], y_pred[worst], margins[worst])
         return display.plot(n_columns=n_columns, axes=axes, **kwargs)
 
@@ -211,26 +213,12 @@ def _margins(scores, columns):
     return scores[rows, columns] - others.max(axis=1)
 
 
-def _read_images(estimator, X, image_shape):
-    """Read images with the `image_shape` and checks of the fitted estimator."""
-    reader = _find_reader(estimator)
-    if image_shape is not None or reader is None:
-        return read_images(X, image_shape=image_shape)
-    if hasattr(reader, "_fitted_image_shape"):
-        return read_images_of(reader, X)
-    # An unfitted parameter of a meta-estimator, which has fitted clones of it.
-    return read_images_of(clone(reader), X, reset=True)
-
-
-def _find_reader(estimator):
-    """Return the first part of an estimator that reads images, or ``None``."""
-    if isinstance(estimator, ImageEstimator):
-        return estimator
-    names = ("best_estimator_", "estimator_", "estimator")
-    parts = [
-        *(step for _, step in getattr(estimator, "steps", [])),
-        *(getattr(estimator, name, None) for name in names),
-        *getattr(estimator, "calibrated_classifiers_", [])[:1],
+def _image_shape(estimator):
+    """Return the first `image_shape` among own and nested parameters, or ``None``."""
+    params = unwrapped(estimator).get_params()
+    shapes = [
+        _image_shape(value) if isinstance(value, FrozenEstimator) else value
+        for name, value in params.items()
+        if isinstance(value, FrozenEstimator) or name.split("__")[-1] == "image_shape"
     ]
-    readers = [_find_reader(part) for part in parts if hasattr(part, "__dict__")]
-    return next((reader for reader in readers if reader is not None), None)
+    return next((shape for shape in shapes if shape is not None), None)

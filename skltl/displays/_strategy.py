@@ -57,7 +57,7 @@ class StrategyDisplay:
     [1.1, 0.74]
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, n_images, n_classes, lead, strategy, n_smallest=None):
         self.n_images = n_images
@@ -75,7 +75,7 @@ class StrategyDisplay:
         advisor : StrategyAdvisor or TransferClassifier
             Fitted estimator.
         ax : matplotlib Axes, default=None
-            Axes to plot on; ``None`` creates a new figure.
+            Axes to plot on; by default those of a new figure.
 
         Returns
         -------
@@ -116,7 +116,7 @@ class StrategyDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Axes to plot on; ``None`` creates a new figure.
+            Axes to plot on; by default those of a new figure.
 
         Returns
         -------
@@ -148,14 +148,12 @@ class StrategyDisplay:
                 weight="bold" if is_chosen else "normal",
             )
         self._draw_data(ax)
-        ax.set(xlim=(0, 2), ylim=(0, 2))
+        ax.set(xlim=(0, 2), xlabel="similarity to the pretraining data")
+        ax.set(ylim=(0, 2), ylabel="data set size")
         ax.set_xticks([0.5, 1.5], ["different", "similar"])
         ax.set_yticks([0.5, 1.5], ["small", "large"], rotation=90, va="center")
-        ax.set_xlabel("similarity to the pretraining data")
-        ax.set_ylabel("data set size")
         ax.tick_params(length=0)
-        for spine in ax.spines.values():
-            spine.set_visible(False)
+        ax.spines[:].set_visible(False)
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
@@ -174,9 +172,7 @@ class StrategyDisplay:
             color="C3",
         )
         if self.strategy == "as_is":
-            ax.set_title(
-                "The pretrained classifier knows these classes.", fontsize="medium"
-            )
+            ax.set_title("pretrained on these classes", fontsize="medium")
 
 
 def _within(value, is_beyond):

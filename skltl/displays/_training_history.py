@@ -57,7 +57,7 @@ class TrainingHistoryDisplay:
     [('head', 2)]
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, history):
         self.history = list(history)

@@ -52,11 +52,11 @@ class TransferGainDisplay:
     {'start': 0.5, 'slope': 0.1, 'asymptote': 0.4}
     """
 
-    __module__ = "skltl"  # the path in saved files
+    __module__ = "skltl"
 
     def __init__(self, steps, scores, step_name="epoch", asymptotes=None):
-        self.steps = tuple(np.asarray(one, dtype=float) for one in steps)
-        self.scores = tuple(np.asarray(one, dtype=float) for one in scores)
+        self.steps = tuple(np.asarray(values, dtype=float) for values in steps)
+        self.scores = tuple(np.asarray(values, dtype=float) for values in scores)
         self.step_name = step_name
         self.asymptotes = asymptotes
 
@@ -94,7 +94,7 @@ class TransferGainDisplay:
         random_state : int, default=0
             Controls the sampling of training images, the same for both classifiers.
         ax : matplotlib Axes, default=None
-            Axes to plot on; ``None`` creates a new figure.
+            Axes to plot on; by default those of a new figure.
 
         Returns
         -------
@@ -129,8 +129,8 @@ class TransferGainDisplay:
         if ends is None:
             ends = [scores[-1] for scores in self.scores]
         transfer, scratch = (
-            _start_slope_asymptote(*one)
-            for one in zip(self.steps, self.scores, ends, strict=True)
+            _start_slope_asymptote(*curve)
+            for curve in zip(self.steps, self.scores, ends, strict=True)
         )
         names = ("start", "slope", "asymptote")
         return {
@@ -144,7 +144,7 @@ class TransferGainDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Axes to plot on; ``None`` creates a new figure.
+            Axes to plot on; by default those of a new figure.
 
         Returns
         -------
@@ -164,9 +164,7 @@ class TransferGainDisplay:
         words = ", ".join(f"{name} {gain:+.3g}" for name, gain in self.gains_.items())
         ax.set_title(f"gains: {words}", fontsize="medium")
         ax.legend(frameon=False)
-        ax.set_xlabel(self.step_name)
-        ax.set_ylabel("score")
-        ax.set_ylim(0, 1.02)
+        ax.set(xlabel=self.step_name, ylabel="score", ylim=(0, 1.02))
         ax.grid(axis="y", alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
         self.ax_, self.figure_ = ax, ax.figure
@@ -175,26 +173,26 @@ class TransferGainDisplay:
 
 def _by_epoch(estimators):
     """Return the epochs, the scores by epoch and those of the final weights."""
-    trained = [trained_in(estimator) for estimator in estimators]
-    histories = [one.history_ for one in trained]
+    classifiers = [trained_in(estimator) for estimator in estimators]
+    histories = [classifier.history_ for classifier in classifiers]
     if not all(histories):
         raise ValueError("The training history of a classifier is empty.")
     has_both = all("validation_score" in history[-1] for history in histories)
     key = "validation_score" if has_both else "score"
     scores = [[epoch[key] for epoch in history] for history in histories]
-    kept = [one.best_validation_score_ if has_both else None for one in trained]
-    ends = [
-        one[-1] if end is None else end for one, end in zip(scores, kept, strict=True)
-    ]
-    return [np.arange(1, len(one) + 1) for one in scores], scores, ends
+    ends = [curve[-1] for curve in scores]
+    for number, classifier in enumerate(classifiers):
+        if has_both and classifier.best_validation_score_ is not None:
+            ends[number] = classifier.best_validation_score_
+    return [np.arange(1, len(curve) + 1) for curve in scores], scores, ends
 
 
 def _start_slope_asymptote(steps, scores, asymptote):
     """Return the first score, the slope up to most of the final one, and that one."""
     start = scores[0]
-    has_risen = np.flatnonzero(scores >= RISE_FRACTION * asymptote)
-    until = max(int(has_risen[0]) if len(has_risen) else len(scores) - 1, 1)
-    until = min(until, len(scores) - 1)
+    last = len(scores) - 1
+    has_risen = scores >= RISE_FRACTION * asymptote
+    until = min(max(has_risen.argmax(), 1), last) if has_risen.any() else last
     if until == 0:
         return start, 0.0, asymptote
     slope = (scores[until] - start) / (steps[until] - steps[0])

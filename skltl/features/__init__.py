@@ -3,11 +3,13 @@
 from skltl.features._estimators import (
     FeatureEstimator,
     NetworkClassifier,
-    cache_folder,
-    extraction_config,
     n_features_by_layer,
 )
-from skltl.features._extraction import extract_features
+from skltl.features._extraction import (
+    cache_folder,
+    extract_features,
+    extraction_config,
+)
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
     SHARED_PARAMETERS,

@@ -2,119 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from numbers import Integral
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from scipy.special import softmax
 from sklearn.base import ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._caller import user_stacklevel
 from skltl._estimator import ImageEstimator, read_images_of
-from skltl._parameters import (
-    has_native_bfloat16,
-    resolve_batch_size,
-    resolve_device,
-    resolve_precision,
-    resolve_threads,
-)
+from skltl._parameters import resolve_threads
 from skltl._sklearn import check_feature_names_in
-from skltl.cache import resolve_folder
-from skltl.exceptions import EngineWarning, PrecisionWarning
-from skltl.features._extraction import extract_features
-from skltl.images import Preprocessing
-from skltl.inference import (
-    ExtractionConfig,
-    FrozenPrefix,
-    can_run,
-    n_pooled,
-    resolve_engine,
-)
-from skltl.networks import (
-    Backbone,
-    Network,
-    block_shapes,
-    largest_map,
-    own_backbone,
-    skeleton,
-)
-
-
-def extraction_config(
-    estimator: Any,
-    backbone: Backbone,
-    network: FrozenPrefix,
-    blocks: tuple[str, ...],
-    preprocessing: Preprocessing,
-    pooling: str | int,
-    batch_size: int | str = "auto",
-) -> ExtractionConfig:
-    """Return how images become features, by the parameters of an estimator."""
-    estimator._validate_params()  # they may have been set after `fit`
-    device = resolve_device(estimator.device)
-    dtype = _resolve_dtype(estimator, device)
-    map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
-    return ExtractionConfig(
-        backbone,
-        network,
-        blocks,
-        preprocessing,
-        pooling,
-        resolve_batch_size(batch_size, device, map_bytes),
-        device,
-        dtype,
-        _resolve_engine(estimator, device, network),
-        estimator.decode,
-    )
-
-
-def cache_folder(estimator: Any) -> Path | None:
-    """Return the folder in which features are stored, or ``None``.
-
-    Features of random weights that cannot be drawn again are not worth storing.
-    """
-    is_random = estimator.weights is None
-    folder = resolve_folder(estimator.cache)
-    can_repeat = isinstance(estimator.random_state, Integral)
-    return None if is_random and not can_repeat else folder
-
-
-def _resolve_engine(estimator, device, network):
-    """Return the engine: for ``"auto"``, the one that was fitted if it can run."""
-    fitted = getattr(estimator, "engine_", None)
-    if estimator.engine != "auto" or fitted is None:
-        return resolve_engine(estimator.engine, device, network.blocks)
-    if can_run(fitted, device):
-        return fitted
-    warnings.warn(
-        f"The estimator was fitted with engine={fitted!r}, which is not available "
-        "here. It uses torch, and features differ in the last digits.",
-        EngineWarning,
-        stacklevel=user_stacklevel(),
-    )
-    return "torch"
-
-
-def _resolve_dtype(estimator, device):
-    """Return the data type: for ``"auto"``, the one that was fitted.
-
-    Except for bfloat16 where it is emulated, at a fraction of the speed.
-    """
-    fitted = getattr(estimator, "precision_", None)
-    if estimator.precision != "auto" or fitted is None:
-        return resolve_precision(estimator.precision, device)
-    if fitted == "bfloat16" and not has_native_bfloat16(device):
-        warnings.warn(
-            "The estimator was fitted in bfloat16, which is not native here. It "
-            "computes in float32, and features differ by about 1 %.",
-            PrecisionWarning,
-            stacklevel=user_stacklevel(),
-        )
-        return resolve_precision("float32", device)
-    return resolve_precision(fitted, device)
+from skltl.features._extraction import extract_features, extraction_config
+from skltl.inference import n_pooled
+from skltl.networks import Network, block_shapes, own_backbone, skeleton
 
 
 class FeatureEstimator(TransformerMixin, ImageEstimator):
@@ -159,8 +57,8 @@ def n_features_by_layer(estimator):
 def truncated_backbone(estimator):
     """Return a backbone that holds the weights of the truncated network."""
     blocks, whole = estimator.network_.blocks, skeleton(estimator.backbone_)
-    layers = {name: one for name, one in whole.layers.items() if one in blocks}
-    aliases = {name: one for name, one in whole.aliases.items() if one in layers}
+    layers = {name: block for name, block in whole.layers.items() if block in blocks}
+    aliases = {name: layer for name, layer in whole.aliases.items() if layer in layers}
     return own_backbone(
         estimator.backbone_.name,
         Network(blocks, {}, layers, aliases),

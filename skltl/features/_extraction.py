@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,72 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from skltl._large_arrays import new_array
-from skltl._parameters import halve_until_it_fits
-from skltl.cache import CachedFeatures
+from skltl._parameters import (
+    halve_until_it_fits,
+    resolve_batch_size,
+    resolve_device,
+    resolve_precision,
+)
+from skltl.cache import CachedFeatures, resolve_folder
 from skltl.exceptions import ImageReadError, quote
-from skltl.images import Batch, Crop, ImageSource, iter_batches, iter_crops
-from skltl.inference import ExtractionConfig, InFlight, n_in_flight
+from skltl.images import (
+    Batch,
+    Crop,
+    ImageSource,
+    Preprocessing,
+    iter_batches,
+    iter_crops,
+)
+from skltl.inference import (
+    ExtractionConfig,
+    FrozenPrefix,
+    InFlight,
+    n_in_flight,
+    resolve_engine,
+)
+from skltl.networks import Backbone, largest_map
+
+
+def extraction_config(
+    estimator: Any,
+    backbone: Backbone,
+    network: FrozenPrefix,
+    blocks: tuple[str, ...],
+    preprocessing: Preprocessing,
+    pooling: str | int,
+    batch_size: int | str = "auto",
+) -> ExtractionConfig:
+    """Return how images become features, by the parameters of an estimator."""
+    estimator._validate_params()  # they may have been set after `fit`
+    device = resolve_device(estimator.device)
+    fitted = getattr(estimator, "precision_", None)
+    dtype = resolve_precision(estimator.precision, device, fitted)
+    fitted = getattr(estimator, "engine_", None)
+    engine = resolve_engine(estimator.engine, device, network.blocks, fitted)
+    map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
+    return ExtractionConfig(
+        backbone,
+        network,
+        blocks,
+        preprocessing,
+        pooling,
+        resolve_batch_size(batch_size, device, map_bytes),
+        device,
+        dtype,
+        engine,
+        estimator.decode,
+    )
+
+
+def cache_folder(estimator: Any) -> Path | None:
+    """Return the folder in which features are stored, or ``None``.
+
+    Features of random weights that cannot be drawn again are not worth storing.
+    """
+    is_random = estimator.weights is None
+    folder = resolve_folder(estimator.cache)
+    can_repeat = isinstance(estimator.random_state, Integral)
+    return None if is_random and not can_repeat else folder
 
 
 def extract_features(
@@ -55,10 +117,16 @@ def extract_features(
         with tqdm(
             total=len(source), desc="features", unit="img", disable=not verbose
         ) as progress:
-            report = progress.update
             if cache is None:
-                _extract_all(source, this, n_threads, features, then, report)
+                _extract_all(source, this, n_threads, features, then, progress.update)
                 return
+            counts = {"computed": 0, "cached": 0}
+
+            def report(n_images: int, origin: str) -> None:
+                counts[origin] += n_images
+                progress.set_postfix(counts, refresh=False)
+                progress.update(n_images)
+
             with closing(
                 CachedFeatures(cache, this, blocks, source, features, report)
             ) as cached:

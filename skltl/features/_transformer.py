@@ -23,13 +23,12 @@ from skltl._sklearn import (
     fit_context,
 )
 from skltl.exceptions import WeightsError, shorten
-from skltl.features._estimators import (
-    FeatureEstimator,
+from skltl.features._estimators import FeatureEstimator, truncated_backbone
+from skltl.features._extraction import (
     cache_folder,
+    extract_features,
     extraction_config,
-    truncated_backbone,
 )
-from skltl.features._extraction import extract_features
 from skltl.inference import (
     POOLINGS,
     can_pool,

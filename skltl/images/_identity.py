@@ -8,7 +8,6 @@ import stat
 import time
 from hashlib import blake2b
 from struct import Struct
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -57,7 +56,7 @@ def file_digest(path: str) -> bytes | None:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return None
         with open(path, "rb") as file:  # noqa: PTH123
-            return hashlib.file_digest(file, _blake2b_of_16).digest()
+            return hashlib.file_digest(file, lambda: blake2b(digest_size=16)).digest()
     except (OSError, ValueError):  # raised again when the file is decoded
         return None
 
@@ -72,14 +71,10 @@ def file_state(path: str) -> bytes | None:
     try:
         # Not `Path.stat`: a search asks for each file in each fold, and creating the
         # path takes longer than the call.
-        found = os.stat(path)  # noqa: PTH116
+        state = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):  # raised again when the file is decoded
         return None
-    times = (found.st_mtime_ns, found.st_ctime_ns)
+    times = (state.st_mtime_ns, state.st_ctime_ns)
     if time.time() - max(times) / 1e9 < CLOCK_TICK:
         return None
-    return _STATE.pack(found.st_size, *times, found.st_ino, found.st_dev)
-
-
-def _blake2b_of_16() -> Any:
-    return blake2b(digest_size=16)
+    return _STATE.pack(state.st_size, *times, state.st_ino, state.st_dev)

@@ -15,7 +15,6 @@ from skltl.inference._frozen import (
     release_memory,
 )
 from skltl.inference._openvino import ENGINES, can_run, resolve_engine
-from skltl.inference._pooling import POOLINGS, can_pool, n_pooled, pool
 from skltl.inference._state import (
     as_tensor,
     head_from_state,
@@ -23,7 +22,14 @@ from skltl.inference._state import (
     prefix_from_state,
     prefix_state,
 )
-from skltl.inference._torch import InFlight, n_in_flight
+from skltl.inference._torch import (
+    POOLINGS,
+    InFlight,
+    can_pool,
+    n_in_flight,
+    n_pooled,
+    pool,
+)
 
 __all__ = [
     "ENGINES",

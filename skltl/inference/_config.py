@@ -17,8 +17,7 @@ from torch import Tensor
 
 from skltl.images import ImageSource, Preprocessing
 from skltl.inference._frozen import FrozenPrefix, is_before_batch_norm
-from skltl.inference._pooling import can_pool, n_pooled
-from skltl.inference._torch import InFlight
+from skltl.inference._torch import InFlight, can_pool, n_pooled
 from skltl.networks import (
     Backbone,
     block_shapes,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skltl._caller import user_stacklevel
 from skltl._locks import Lock
-from skltl.exceptions import EngineError
-from skltl.inference._pooling import pool
+from skltl.exceptions import EngineError, EngineWarning
+from skltl.inference._torch import pool
 from skltl.networks import is_known_code
 
 ENGINES = ("torch", "compile", "openvino")
@@ -35,22 +36,36 @@ _process_of_openvino: int | None = None
 
 
 def resolve_engine(
-    engine: str, device: torch.device, blocks: Mapping[str, nn.Module]
+    engine: str,
+    device: torch.device,
+    blocks: Mapping[str, nn.Module],
+    fitted: str | None = None,
 ) -> str:
     """Return the engine for a network.
 
-    ``"auto"`` is OpenVINO on a CPU where it is installed, and torch for unusual layers
-    and for code of the user, which a conversion might misread.
+    ``"auto"`` is the one of `fit`, if any, or torch with a warning where that cannot
+    run. Otherwise it is OpenVINO on a CPU where it is installed, and torch for unusual
+    layers and for code of the user, which a conversion might misread.
     """
-    if engine == "auto":
+    if engine != "auto":
+        if obstacle := _obstacle(engine, device):
+            raise EngineError(
+                f"engine={engine!r} cannot run: {obstacle}. engine='auto' uses what "
+                "can."
+            )
+        return engine
+    if fitted is None:
         is_usual = all(map(_is_usual, blocks.values()))
         return "openvino" if is_usual and can_run("openvino", device) else "torch"
-    obstacle = _obstacle(engine, device)
-    if obstacle:
-        raise EngineError(
-            f"engine={engine!r} cannot run: {obstacle}. engine='auto' uses what can."
+    if not can_run(fitted, device):
+        warnings.warn(
+            f"The estimator was fitted with engine={fitted!r}, which is not available "
+            "here. It uses torch, and features differ in the last digits.",
+            EngineWarning,
+            stacklevel=user_stacklevel(),
         )
-    return engine
+        return "torch"
+    return fitted
 
 
 def can_run(engine: str, device: torch.device) -> bool:

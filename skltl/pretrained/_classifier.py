@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
-from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._estimator import ImageEstimator, read_images_of
@@ -195,25 +195,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
         ValueError
             If `class_map` does not match the network's categories.
         """
-        fitted = clone(self)  # if it fails, the previous fit remains
-        source = read_images_of(fitted, X, y, reset=True)
-        device = resolve_device(self.device)
-        resolve_threads(self.n_jobs)
-        learns_map = self.class_map == "learn"
-        if learns_map:
-            classes, targets = encode_labels(y, len(source))
-            weights = example_weights(sample_weight, None, classes, targets)
-        fitted._load_network(draw_seed(self.random_state))
-        fitted.precision_ = name_of_dtype(resolve_precision(fitted.precision, device))
-        fitted.engine_ = resolve_engine(self.engine, device, fitted.network_.blocks)
-        if learns_map:
-            proba = softmax(fitted._category_logits(X), axis=1)
-            fitted.classes_ = classes
-            fitted.class_map_ = _learn_class_map(proba, targets, weights, len(classes))
-        read_images_of(self, X, reset=True)
-        self.__dict__.update(
-            {name: value for name, value in vars(fitted).items() if name.endswith("_")}
-        )
+        fitted = copy.copy(self)
+        fitted._fit(X, y, sample_weight)
+        self.__dict__ = fitted.__dict__  # a fit that fails changes nothing
         return self
 
     def predict_top_k(self, X, k=5):
@@ -261,13 +245,30 @@ class PretrainedCNNClassifier(NetworkClassifier):
             shape = (1, *self._map_shape())
             zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
             n_categories = self.head_(zeros).shape[1]
-        known = [one.categories for one in (weights, backbone.weights[0]) if one]
-        known = [unique(one) for one in known if len(one) == n_categories]
-        self.categories_ = np.array(known[0] if known else range(n_categories))
+        default = backbone.weights[0]
+        candidates = (weights or default).categories, default.categories
+        named = [names for names in candidates if len(names) == n_categories]
+        self.categories_ = np.array(unique(named[0]) if named else range(n_categories))
         self.classes_, self.class_map_ = np.sort(self.categories_), None
         if isinstance(self.class_map, dict):
             names = [str(name) for name in self.categories_]
             self.classes_, self.class_map_ = _parse_class_map(self.class_map, names)
+
+    def _fit(self, X, y, sample_weight):
+        source = read_images_of(self, X, y, reset=True)
+        device = resolve_device(self.device)
+        resolve_threads(self.n_jobs)
+        learns_map = self.class_map == "learn"
+        if learns_map:
+            classes, targets = encode_labels(y, len(source))
+            weights = example_weights(sample_weight, None, classes, targets)
+        self._load_network(draw_seed(self.random_state))
+        self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
+        self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
+        if learns_map:
+            proba = softmax(self._category_logits(X), axis=1)
+            self.classes_ = classes
+            self.class_map_ = _learn_class_map(proba, targets, weights, len(classes))
 
     # The head begins with the unpooled output of `network_`.
     _pooling = "flatten"
@@ -295,7 +296,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         if self.class_map_ is None:
             # In C order: otherwise `softmax` sums a single row in another order.
             return np.ascontiguousarray(logits[:, np.argsort(self.categories_)])
-        columns = [logsumexp(logits, axis=1, b=one) for one in self.class_map_.T]
+        columns = [logsumexp(logits, axis=1, b=shares) for shares in self.class_map_.T]
         return np.stack(columns, axis=1)
 
     def __sklearn_tags__(self):
@@ -323,14 +324,9 @@ def map_by_names(
     classes: NDArray[Any], categories: Sequence[str]
 ) -> dict[Any, str] | None:
     """Return the category of each class, or None if a class is not a category."""
-    known = set(categories)
-    class_map = {}
-    for label in classes.tolist():
-        name = imagenet_names().get(label, label) if isinstance(label, str) else label
-        if name not in known:
-            return None
-        class_map[label] = name
-    return class_map
+    names = imagenet_names()
+    class_map = {label: names.get(label, label) for label in classes.tolist()}
+    return class_map if set(class_map.values()) <= set(categories) else None
 
 
 def _parse_class_map(
@@ -402,4 +398,5 @@ def _learn_class_map(
 
 
 def _short(value: Any) -> str:
+    """Return the `repr` of a value, shortened."""
     return shorten(repr(value))

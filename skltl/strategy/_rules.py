@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline
 
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
 from skltl._random import draw_seed
+from skltl._sklearn import Interval
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNNClassifier
@@ -27,14 +28,39 @@ from skltl.networks import (
 )
 from skltl.pretrained import PretrainedCNNClassifier, map_by_names
 
-STRATEGIES = (
-    "as_is",
-    "extract",
-    "extract_early",
-    "finetune",
-    "finetune_top",
-    "scratch",
-)
+FEW = "{size} are few: fine-tuning would overfit."
+MANY = "{size} are enough to fine-tune the network."
+REASONS = {
+    "as_is": (
+        "All classes are among the categories of the pretrained classifier.",
+        "It classifies the images without training.",
+    ),
+    "extract": (
+        FEW,
+        "They are similar to the pretraining data: the features of the last layer, the "
+        "most specific ones, transfer best.",
+    ),
+    "extract_early": (
+        FEW,
+        "They differ from the pretraining data: the features of the last layer are too "
+        "specific, those of earlier layers are more general.",
+    ),
+    "finetune": (
+        MANY,
+        "They are similar to the pretraining data: the pretrained weights are a good "
+        "initialization of all layers.",
+    ),
+    "finetune_top": (
+        MANY,
+        "They differ from the pretraining data: the last layers are too specific and "
+        "are removed, all others are fine-tuned.",
+    ),
+    "scratch": (
+        "{size} are enough to train the network from scratch.",
+        "They differ from the pretraining data: there is little to transfer.",
+    ),
+}
+STRATEGIES = tuple(REASONS)
 SIMILARITIES = ("contained", "similar", "different")
 
 # A data set below either of them is small: fine-tuning would overfit. With 16 images of
@@ -93,7 +119,12 @@ class Strategy:
     @property
     def code(self) -> str:
         """Code that builds the estimator, without parameters at their defaults."""
-        return code_of(self.estimator)
+        estimator = self.estimator
+        if not isinstance(estimator, Pipeline):
+            return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
+        backbone, *others = _arguments(estimator[0])
+        classifier = repr(estimator.steps[-1][0])
+        return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
 
     @property
     def n_passes(self) -> float:
@@ -199,53 +230,23 @@ def recommend_strategy(
         )
     if n_smallest is None:
         n_smallest = n_images // n_classes
-    name, reasons = _choose(n_images, n_smallest, similarity)
-    if transformer is None:
-        transformer = CNNFeatureTransformer()
-    return build_strategy(name, reasons, transformer, class_map)
-
-
-def _choose(
-    n_images: int, n_smallest: int, similarity: str
-) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the recommended strategy and the reasons for it."""
-    if similarity == "contained":
-        return "as_is", (
-            "All classes are among the categories of the pretrained classifier.",
-            "It classifies the images without training.",
-        )
-    is_large = relative_size(n_images, n_smallest) >= 1
+    strategy = _choose(n_images, n_smallest, similarity)
     size = f"{n_images:,} images, {n_smallest:,} in the smallest class,"
-    few = f"{size} are few: fine-tuning would overfit."
-    many = f"{size} are enough to fine-tune the network."
-    if similarity == "similar" and not is_large:
-        return "extract", (
-            few,
-            "They are similar to the pretraining data: the features of the last layer, "
-            "the most specific ones, transfer best.",
-        )
+    reasons = tuple(reason.format(size=size) for reason in REASONS[strategy])
+    transformer = transformer or CNNFeatureTransformer()
+    return build_strategy(strategy, reasons, transformer, class_map)
+
+
+def _choose(n_images: int, n_smallest: int, similarity: str) -> str:
+    """Return the name of the recommended strategy."""
+    is_large = relative_size(n_images, n_smallest) >= 1
+    if similarity == "contained":
+        return "as_is"
     if similarity == "similar":
-        return "finetune", (
-            many,
-            "They are similar to the pretraining data: the pretrained weights are a "
-            "good initialization of all layers.",
-        )
+        return "finetune" if is_large else "extract"
     if not is_large:
-        return "extract_early", (
-            few,
-            "They differ from the pretraining data: the features of the last layer are "
-            "too specific, those of earlier layers are more general.",
-        )
-    if n_images < VERY_LARGE_N_IMAGES:
-        return "finetune_top", (
-            many,
-            "They differ from the pretraining data: the last layers are too specific "
-            "and are removed, all others are fine-tuned.",
-        )
-    return "scratch", (
-        f"{size} are enough to train the network from scratch.",
-        "They differ from the pretraining data: there is little to transfer.",
-    )
+        return "extract_early"
+    return "finetune_top" if n_images < VERY_LARGE_N_IMAGES else "scratch"
 
 
 def relative_size(n_images: int, n_smallest: int) -> float:
@@ -307,11 +308,11 @@ def shared_parameters(
     transformer: CNNFeatureTransformer, estimator: Any
 ) -> dict[str, Any]:
     """Return the parameters of a transformer that another estimator has, too."""
-    known = estimator.get_params(deep=False).keys() - {"layer"}
+    names = estimator.get_params(deep=False).keys() - {"layer"}
     if isinstance(estimator, FineTunedCNNClassifier):
-        known -= {"batch_size"}  # there it is that of training
+        names -= {"batch_size"}  # there it is that of training
     values = transformer.get_params(deep=False)
-    return {name: value for name, value in values.items() if name in known}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
@@ -356,15 +357,6 @@ def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
     return map_by_names(classes, weights.categories or backbone.weights[0].categories)
 
 
-def code_of(estimator: Any) -> str:
-    """Return code that builds an estimator of skltl or one of its pipelines."""
-    if not isinstance(estimator, Pipeline):
-        return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
-    backbone, *others = _arguments(estimator[0])
-    classifier = repr(estimator.steps[-1][0])
-    return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
-
-
 def _arguments(estimator: Any) -> list[str]:
     """Return the backbone and the parameters that are not at their defaults."""
     parameters = inspect.signature(type(estimator)).parameters
@@ -380,6 +372,13 @@ def _arguments(estimator: Any) -> list[str]:
 class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
     """Base of the meta-estimators of a `CNNFeatureTransformer`."""
 
+    _parameter_constraints: dict = {
+        "transformer": [CNNFeatureTransformer, None],
+        "cv": [Interval(Integral, 2, None, closed="left")],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
     @property
     def image_shape(self):
         """The `image_shape` of the transformer."""
@@ -393,10 +392,7 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
 
     def _make_transformer(self, seed=None):
         """Return a clone of the transformer with a seed and the verbosity filled in."""
-        given = self.transformer
-        transformer = CNNFeatureTransformer() if given is None else clone(given)
-        # Classifiers are fitted on arrays: features are reused without column names.
-        transformer.set_output(transform="default")
+        transformer = clone(self.transformer or CNNFeatureTransformer())
         own_seed = draw_seed(transformer.random_state)
         return transformer.set_params(
             random_state=seed if own_seed is None else own_seed,

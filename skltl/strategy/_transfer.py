@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from numbers import Integral
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 
 from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import Interval, StrOptions, fit_context
-from skltl.features import CNNFeatureTransformer
+from skltl._sklearn import StrOptions, fit_context
 from skltl.finetuning import FineTunedCNNClassifier
-from skltl.strategy._advisor import (
+from skltl.strategy._advisor import StrategyAdvisor
+from skltl.strategy._evaluation import (
+    Features,
     LabeledImages,
-    StrategyAdvisor,
+    evaluate_strategies,
     fit_linear,
     label_images,
 )
@@ -49,14 +48,10 @@ RUNTIME_PARAMETERS = (
 )
 
 
-def _estimator_has(method):
-    """Check that the fitted estimator has a method; before `fit`, it may."""
-
-    def check(classifier):
-        estimator = getattr(classifier, "estimator_", None)
-        return estimator is None or hasattr(estimator, method)
-
-    return check
+def _may_have_proba(classifier):
+    """Return whether the fitted estimator has `predict_proba`; before `fit`, it may."""
+    estimator = getattr(classifier, "estimator_", None)
+    return estimator is None or hasattr(estimator, "predict_proba")
 
 
 class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
@@ -133,21 +128,12 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
     __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
-        "transformer": [CNNFeatureTransformer, None],
+        **TransformerMetaEstimator._parameter_constraints,
         "strategy": [StrOptions({"auto", *STRATEGIES})],
-        "cv": [Interval(Integral, 2, None, closed="left")],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
     }
 
     def __init__(
-        self,
-        transformer=None,
-        *,
-        strategy="auto",
-        cv=5,
-        random_state=None,
-        verbose=0,
+        self, transformer=None, *, strategy="auto", cv=5, random_state=None, verbose=0
     ):
         self.transformer = transformer
         self.strategy = strategy
@@ -211,7 +197,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         """
         return self._configured_estimator().predict(X)
 
-    @available_if(_estimator_has("predict_proba"))
+    @available_if(_may_have_proba)
     def predict_proba(self, X):
         """Predict class probabilities; a support vector machine has none.
 
@@ -243,26 +229,28 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         return self._configured_estimator().decision_function(X)
 
     def _fit(self, X, y, sample_weight, groups):
-        n_images = len(read_images_of(self, X, reset=True))
-        labeled = label_images(X, y, n_images, sample_weight, groups)
+        labeled = label_images(self, X, y, sample_weight, groups)
         seed = draw_seed(self.random_state)
         # The same for the evaluation and the recommended estimator.
         seed = fresh_seed() if seed is None else seed
         transformer = self._make_transformer(seed)
         self._check_layer(transformer.layer)
-        advisor, evaluated, features = None, labeled, {}
+        advisor, evaluated = None, labeled
+        features: dict[str, Features] = {}
         if self.strategy == "auto":
             advisor = StrategyAdvisor(transformer, cv=self.cv, random_state=seed)
-            y = column_or_1d(y)  # or its shape would be warned of again
-            evaluated, features = advisor._evaluate(X, y, sample_weight, groups)
-            del advisor.transformer_  # or its network would be kept and saved twice
+            read_images_of(advisor, X, reset=True)
+            # The fitted transformer is not kept, or its network would be saved twice.
+            _, evaluated, features = evaluate_strategies(
+                advisor, labeled, transformer, seed
+            )
             strategy = advisor.strategy_
         else:
             class_map = find_class_map(transformer, labeled.classes)
             reasons = ("It was requested.",)
             strategy = build_strategy(self.strategy, reasons, transformer, class_map)
         self.advisor_, self.strategy_ = advisor, strategy
-        self.estimator_ = clone(self.strategy_.estimator)
+        self.estimator_ = clone(strategy.estimator)
         if isinstance(self.estimator_, Pipeline):
             fit_pipeline(self.estimator_, labeled, evaluated, features)
         else:
@@ -320,34 +308,36 @@ def fit_pipeline(
     pipeline: Any,
     labeled: LabeledImages,
     evaluated: LabeledImages,
-    features: dict[str, NDArray[np.float32]],
+    by_layer: dict[str, Features],
 ) -> None:
     """Fit a feature pipeline, on the features of evaluated images as far as possible.
 
-    `features` are those of the evaluated images by layer.
+    `by_layer` are those of the evaluated images.
     """
-    y = labeled.classes[labeled.targets]
-    transformer = pipeline[0].fit(labeled.X)
-    known = features.get(transformer.layers_[0].name)
-    if known is None:
+    # The evaluated features have no column names, so neither have those to predict.
+    transformer = pipeline[0].set_output(transform="default").fit(labeled.X)
+    features = by_layer.get(transformer.layers_[0].name)
+    if features is None:
         with labeled.original_positions():
-            known = transformer.transform(labeled.X)
-    elif len(known) < len(y):
-        known = _complete(known, transformer, labeled, evaluated)
-    fit_linear(pipeline[1:], known, y, labeled.weights)
+            features = transformer.transform(labeled.X)
+    elif len(features) < len(labeled.targets):
+        features = _complete(features, transformer, labeled, evaluated)
+    y = labeled.classes[labeled.targets]
+    fit_linear(pipeline[1:], features, y, labeled.weights)
 
 
 def _complete(
-    known: NDArray[np.float32],
+    evaluated_features: Features,
     transformer: Any,
     labeled: LabeledImages,
     evaluated: LabeledImages,
-) -> NDArray[np.float32]:
+) -> Features:
     """Return the features of all images, given those of the evaluated ones."""
-    is_known = np.isin(labeled.positions, evaluated.positions)
-    features = np.empty((len(is_known), known.shape[1]), known.dtype)
-    features[is_known] = known
-    others = labeled.subset(np.flatnonzero(~is_known))
+    is_evaluated = np.isin(labeled.positions, evaluated.positions)
+    n_features = evaluated_features.shape[1]
+    features = np.empty((len(is_evaluated), n_features), evaluated_features.dtype)
+    features[is_evaluated] = evaluated_features
+    others = labeled.subset(np.flatnonzero(~is_evaluated))
     with others.original_positions():
-        features[~is_known] = transformer.transform(others.X)
+        features[~is_evaluated] = transformer.transform(others.X)
     return features

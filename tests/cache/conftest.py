@@ -79,7 +79,7 @@ class Child:
             os._exit(code)
 
     def kill(self):
-        """Kill the child, and tell whether it was still running."""
+        """Kill the child, and return whether it was still running."""
         os.kill(self.pid, signal.SIGKILL)
         os.close(self._reader)
         return os.waitpid(self.pid, 0)[1] == signal.SIGKILL

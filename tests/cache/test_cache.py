@@ -143,6 +143,17 @@ def test_a_repeated_image_is_computed_once(images, tmp_path, computed):
     np.testing.assert_array_equal(features, transformer(None).fit_transform(twice))
 
 
+def test_progress_shows_what_is_computed_and_what_is_cached(images, tmp_path, capsys):
+    transformer(tmp_path).fit_transform(images[:4])
+
+    transformer(tmp_path, verbose=1).fit_transform([*images, images[8], images[0]])
+
+    # Also from the cache: the repeated images.
+    shown = capsys.readouterr().err
+    assert "11/11" in shown
+    assert "computed=5, cached=6" in shown
+
+
 def test_known_files_are_not_decoded_again(settled_files, tmp_path, decoded, computed):
     first = transformer(tmp_path, layer="block1").fit_transform(settled_files)
     n_decoded = len(decoded)

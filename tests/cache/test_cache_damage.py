@@ -350,6 +350,24 @@ def test_the_limit_deletes_the_least_recently_used_first(images, tmp_path, monke
     assert len([entry for entry in info.entries if entry.pooling == "avg"]) < 5
 
 
+def test_deleting_recently_used_features_gives_one_warning(
+    images, tmp_path, monkeypatch, expected
+):
+    transformer(tmp_path).fit_transform(images)
+    limit = cache_info(tmp_path).n_bytes * 1.2
+    monkeypatch.setenv("SKLTL_CACHE_LIMIT", str(limit / 1e9))
+
+    transformer(tmp_path, pooling="max").fit_transform(images)  # exceeds the limit
+    with pytest.warns(CacheWarning) as caught:
+        transformer(tmp_path, pooling="max").fit_transform(255 - images)
+    again = transformer(tmp_path).fit_transform(images)  # a warning would be an error
+
+    np.testing.assert_array_equal(again, expected)
+    assert len(caught) == 1
+    for part in (str(tmp_path), f"{limit / 1e9:g} GB", "SKLTL_CACHE_LIMIT"):
+        assert part in str(caught[0].message)
+
+
 def test_databases_in_use_are_kept_but_not_written_to(
     images, tmp_path, monkeypatch, expected
 ):
@@ -424,6 +442,24 @@ def test_a_locked_file_is_waited_for_once(filled, images, expected, monkeypatch)
     np.testing.assert_array_equal(found[: len(images)], expected)
     assert len(caught) == 1
     assert seconds < 0.2 * (len(locks) + 1) + 10
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_each_cause_gives_a_warning(noise, tmp_path, limit_files, monkeypatch):
+    """A lock that follows a full disk is not hidden by the first warning."""
+    monkeypatch.setattr("skltl.cache._store.LOCK_SECONDS", 0.2)
+    limit_files(200_000)
+    with pytest.warns(CacheWarning, match="cannot be used"):
+        transformer(tmp_path).fit_transform(noise)
+    limit_files(None)
+
+    path = max(databases(tmp_path), key=lambda path: path.stat().st_size)
+    with closing(sqlite3.connect(path)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(CacheWarning, match="locked by another program") as caught:
+            transformer(tmp_path).fit_transform(noise)
+
+    assert len(caught) == 1
 
 
 def test_leases_of_a_clock_that_is_ahead_are_ignored(tmp_path, monkeypatch):

@@ -210,9 +210,7 @@ def test_a_bfloat16_estimator_runs_in_float32_where_bfloat16_is_not_native(
     fitted = fit_once(kind).set_params(precision="auto")
     monkeypatch.setattr(fitted, "precision_", "bfloat16")
     saved = pickle.dumps(fitted)
-    monkeypatch.setattr(
-        "skltl.features._estimators.has_native_bfloat16", lambda device: False
-    )
+    monkeypatch.setattr("skltl._parameters.has_native_bfloat16", lambda device: False)
 
     loaded = pickle.loads(saved)
     with pytest.warns(PrecisionWarning, match="float32") as warned:

@@ -90,11 +90,11 @@ def test_linear_classifier_localizes_an_object(squares, fitted_pipeline):
     right = np.arange(24)[2::3]
     left = right - 1
 
-    for some, half, other in (
+    for numbers, half, other in (
         (left, np.s_[:, :, :32], np.s_[:, :, 32:]),
         (right, np.s_[:, :, 32:], np.s_[:, :, :32]),
     ):
-        _, maps, _, _ = grad_cam(fitted_pipeline, squares[some], True)
+        _, maps, _, _ = grad_cam(fitted_pipeline, squares[numbers], True)
 
         assert (maps[half].sum(axis=(1, 2)) > maps[other].sum(axis=(1, 2))).all()
         assert maps.shape == (8, 64, 64)
@@ -200,7 +200,7 @@ def test_pretrained_network_matches_its_last_feature_map(class_map, images):
     network = load_network(backbone, resolve_weights(backbone, "imagenet"))
     blocks = list(network.blocks.items())
     last = list(network.blocks).index(network.layers["block4"]) + 1
-    rest = nn.Sequential(*(one for _, one in blocks[last:]), *network.head.values())
+    rest = nn.Sequential(*(block for _, block in blocks[last:]), *network.head.values())
     with torch.no_grad():
         feature_maps = network_input(images, backbone.preprocessing)
         for _, block in blocks[:last]:

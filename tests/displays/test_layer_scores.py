@@ -24,6 +24,7 @@ from torch import nn
 from skltl import (
     Backbone,
     CNNFeatureTransformer,
+    FineTunedCNNClassifier,
     LayerScoresDisplay,
     Preprocessing,
     make_feature_pipeline,
@@ -169,6 +170,23 @@ def test_all_layers_are_those_that_small_images_reach(images):
     display = LayerScoresDisplay.from_estimator(pipeline, images, LABELS, cv=3)
 
     assert display.layers == ["conv", "pool"]
+
+
+def test_fine_tuning_is_compared_at_all_layers(images):
+    blocks = {"conv": nn.Conv2d(3, 4, 3), "wide": nn.Conv2d(4, 4, 3)}
+    backbone = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(8))
+    classifier = FineTunedCNNClassifier(
+        backbone, head_epochs=1, finetune_epochs=1, random_state=0
+    )
+    expected = [
+        cross_val_score(classifier.set_params(layer=layer), images, LABELS, cv=3)
+        for layer in blocks
+    ]
+
+    display = LayerScoresDisplay.from_estimator(classifier, images, LABELS, cv=3)
+
+    assert display.layers == ["conv", "wide"]
+    assert_array_equal(display.scores[""], np.mean(expected, axis=1))
 
 
 def test_estimators_without_a_layer_are_refused(images):

@@ -6,11 +6,14 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
+from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import Ridge
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from skltl import (
@@ -60,8 +63,8 @@ def test_worst_errors_come_first(fitted):
 def test_margins_are_differences_of_scores(n_classes, kind, digits):
     """The decision value of two classes is that difference already."""
     rows, labels = digits
-    some = np.flatnonzero(labels < n_classes)[:60]
-    X, y = rows[some], np.array(["rose", "iris", "lily"])[labels[some]]
+    chosen = np.flatnonzero(labels < n_classes)[:60]
+    X, y = rows[chosen], np.array(["rose", "iris", "lily"])[labels[chosen]]
     pipeline = tiny_pipeline(kind).fit(X[:20], y[:20])
     if kind == "ovr":
         scores = pipeline.predict_proba(X)
@@ -111,7 +114,7 @@ def test_network_runs_once_on_each_image(kind, digits, network_counts):
 
 
 def test_errors_come_first_with_any_decision_threshold(digits):
-    rows, labels = (one[digits[1] < 2] for one in digits)
+    rows, labels = (array[digits[1] < 2] for array in digits)
     pipeline = tiny_pipeline("softmax").fit(rows[:40], labels[:40])
     X, y = rows[40:100], labels[40:100]
     proba = pipeline.predict_proba(X)[:, 1]
@@ -136,6 +139,40 @@ def test_images_are_read_by_the_estimator_in_any_wrapper(fitted):
     assert_array_equal(display.images, expected.images)
 
 
+@pytest.mark.parametrize("container", [np.asarray, pd.DataFrame, np.ndarray.tolist])
+def test_rows_of_any_table_are_reshaped_to_images(container, fitted):
+    pipeline, X, y = fitted
+    on_pixels = LogisticRegression().fit(X, y)
+
+    for estimator, image_shape in ((pipeline, None), (on_pixels, (8, 8))):
+        display = PredictionGridDisplay.from_estimator(
+            estimator, container(X[:1]), y[:1], image_shape=image_shape
+        )
+
+        assert_allclose(display.images[0][..., 0], X[0].reshape(8, 8))
+
+
+WRAPPERS = {
+    "calibration": lambda fitted: CalibratedClassifierCV(FrozenEstimator(fitted)),
+    "threshold": lambda fitted: FixedThresholdClassifier(fitted, threshold=0.3),
+    "vote": lambda fitted: VotingClassifier([("first", fitted)], voting="soft"),
+    "union": lambda fitted: make_pipeline(
+        FeatureUnion([("feat", fitted[0])]), LogisticRegression()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_image_shape_is_found_in_any_wrapper(kind, digits):
+    rows, labels = digits[0], digits[1] % 2
+    pipeline = tiny_pipeline("softmax").fit(rows[:30], labels[:30])
+    wrapped = WRAPPERS[kind](pipeline).fit(rows[:30], labels[:30])
+
+    display = PredictionGridDisplay.from_estimator(wrapped, rows[30:31], labels[30:31])
+
+    assert_allclose(display.images[0][..., 0], rows[30].reshape(8, 8))
+
+
 def test_arguments_are_checked(fitted):
     pipeline, X, y = fitted
     from_estimator = PredictionGridDisplay.from_estimator
@@ -155,7 +192,7 @@ def test_arguments_are_checked(fitted):
 
 @pytest.mark.parametrize("last", [Ridge(), KMeans(2)], ids=["regressor", "clusterer"])
 def test_estimators_that_are_no_classifiers_are_refused(last, digits):
-    X, y = (one[:20] for one in digits)
+    X, y = (array[:20] for array in digits)
     estimator = tiny_pipeline(last).fit(X, y)
 
     with pytest.raises(ValueError, match=f"classifier .*; got {type(last).__name__}"):

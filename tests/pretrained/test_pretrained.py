@@ -83,7 +83,7 @@ def test_wordnet_ids_follow_the_order_of_the_logits():
 
 def test_class_map_sums_probabilities(images):
     names = tiny().fit(images).categories_
-    wordnet_id = next(one for one, name in imagenet_names().items() if name == names[7])
+    wordnet_id = {name: wnid for wnid, name in imagenet_names().items()}[names[7]]
     proba = tiny_logits(images).softmax(dim=1).numpy()
 
     fitted = tiny(class_map={"b": [names[3], 5], "a": wordnet_id}).fit(images)
@@ -103,7 +103,9 @@ def test_learned_class_map_is_the_expected_empirical_predictor(images):
 
     fitted = tiny(class_map="learn").fit(images, y, sample_weight=weights)
 
-    joint = np.stack([weights[y == one] @ proba[y == one] for one in "xyz"], axis=1)
+    joint = np.stack(
+        [weights[y == label] @ proba[y == label] for label in "xyz"], axis=1
+    )
     expected = joint / joint.sum(axis=1, keepdims=True)
     assert fitted.classes_.tolist() == ["x", "y", "z"]
     assert_allclose(fitted.class_map_, expected, rtol=1e-3, atol=1e-6)
@@ -160,16 +162,17 @@ def test_custom_backbone_needs_a_head(images):
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     preprocessing = Preprocessing(16)
     with_head, without_head = (
-        Backbone.from_blocks("mine", blocks, one, preprocessing=preprocessing)
-        for one in (head, None)
+        Backbone.from_blocks("mine", blocks, end, preprocessing=preprocessing)
+        for end in (head, None)
     )
     with torch.inference_mode():
         expected = head(blocks["stem"](preprocess(images, preprocessing))).numpy()
 
     fitted = PretrainedCNNClassifier(with_head, precision="float32").fit(images)
 
-    for one in (fitted, pickle.loads(pickle.dumps(fitted))):
-        assert_allclose(one.decision_function(images), expected, rtol=1e-3, atol=1e-5)
+    for classifier in (fitted, pickle.loads(pickle.dumps(fitted))):
+        scores = classifier.decision_function(images)
+        assert_allclose(scores, expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(WeightsError, match="'mine' .* no head"):
         PretrainedCNNClassifier(without_head).fit(images)
 

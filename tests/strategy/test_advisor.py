@@ -205,14 +205,14 @@ def test_seeds_fill_in_what_is_left_open(few_digits, make_transformer):
 
 @pytest.mark.parametrize("random_state", [0, "generator"])
 def test_a_seed_gives_the_same_advice(random_state, few_digits, make_transformer):
-    found = []
+    advisors = []
     for global_seed in (0, 1):
         np.random.seed(global_seed)  # noqa: NPY002
         seed = np.random.RandomState(3) if random_state == "generator" else random_state
         advisor = StrategyAdvisor(make_transformer(), cv=2, random_state=seed)
-        found.append(advisor.fit(*few_digits))
+        advisors.append(advisor.fit(*few_digits))
 
-    first, second = found
+    first, second = advisors
     assert first.report() == second.report()
     assert measurements(first) == measurements(second)
 
@@ -348,16 +348,31 @@ def test_the_engine_is_that_of_the_transformer(
         StrategyAdvisor(transformer).fit(*few_digits)
 
 
+@pytest.mark.parametrize("scope", ["global", "transformer"])
+def test_pandas_output_of_the_transformer_is_kept(scope, few_digits, make_transformer):
+    X, y = few_digits
+    transformer = make_transformer()
+    if scope == "transformer":
+        transformer.set_output(transform="pandas")
+
+    with config_context(transform_output="pandas" if scope == "global" else "default"):
+        advisor = StrategyAdvisor(transformer, cv=2, random_state=0).fit(X, y)
+        recommended = clone(advisor.strategy_.estimator[0]).fit(X)
+        for fitted in (advisor.transformer_, recommended):
+            names = fitted.get_feature_names_out().tolist()
+            assert fitted.transform(X[:2]).columns.tolist() == names
+
+
 def test_images_of_weight_0_are_not_evaluated(few_digits, make_transformer):
     X, y = few_digits
     weights = np.ones(len(y))
     weights[::4] = 0
-    some = weights > 0
+    is_evaluated = weights > 0
 
     weighted = StrategyAdvisor(make_transformer(), cv=2, random_state=0)
     weighted.fit(X, y, weights)
 
-    part = clone(weighted).fit(X[some], y[some])
+    part = clone(weighted).fit(X[is_evaluated], y[is_evaluated])
     assert weighted.report() == part.report()
     assert measurements(weighted) == measurements(part)
 
@@ -422,9 +437,9 @@ def test_the_report_contains_the_measurements(advisor, digits):
 
 def with_attributes(advisor, **attributes):
     """Return a copy of a fitted advisor with other measurements."""
-    other = copy.copy(advisor)
-    vars(other).update(attributes)
-    return other
+    copied = copy.copy(advisor)
+    vars(copied).update(attributes)
+    return copied
 
 
 @pytest.mark.parametrize(

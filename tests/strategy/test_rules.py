@@ -87,7 +87,7 @@ def test_estimators_have_the_parameters_of_the_transformer():
     expected = {name: given[name] for name in given if hasattr(pretrained, name)}
     assert pretrained.get_params() == {**expected, "class_map": "learn"}
     fine_tuned = estimator(5000, "similar")
-    changes = {name: one for name, one in given.items() if name != "layer"}
+    changes = {name: value for name, value in given.items() if name != "layer"}
     del changes["batch_size"]  # of a fine-tuned classifier, that of training
     expected = FineTunedCNNClassifier(**changes)
     assert fine_tuned.get_params() == expected.get_params()

@@ -39,7 +39,7 @@ STRATEGIES = ["as_is", "extract", "extract_early", "finetune", "finetune_top", "
 def cross_validate_once():
     """Save time: no promise of this file is about repetitions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skltl.strategy._advisor.N_REPEATS", 1)
+        patch.setattr("skltl.strategy._evaluation.N_REPEATS", 1)
         yield
 
 
@@ -173,8 +173,8 @@ def test_each_training_fold_is_evaluated_alone(few_digits, make_classifier):
         make_classifier(), *few_digits, cv=2, return_estimator=True
     )
 
-    found = [one.advisor_.n_images_ for one in results["estimator"]]
-    assert found == [30, 30]
+    sizes = [fitted.advisor_.n_images_ for fitted in results["estimator"]]
+    assert sizes == [30, 30]
 
 
 @pytest.mark.parametrize("max_images", [2000, 30])
@@ -297,12 +297,14 @@ def test_only_the_ratios_of_weights_matter(few_digits, make_classifier):
     weights = np.random.default_rng(0).uniform(0.1, 3, len(y))
     given = weights.copy()
 
-    one, other = (make_classifier().fit(X, y, factor * weights) for factor in (1, 1e-4))
+    large, small = (
+        make_classifier().fit(X, y, factor * weights) for factor in (1, 1e-4)
+    )
 
     assert_allclose(
-        one.decision_function(X), other.decision_function(X), rtol=1e-4, atol=1e-5
+        large.decision_function(X), small.decision_function(X), rtol=1e-4, atol=1e-5
     )
-    assert one.advisor_.layer_scores_ == pytest.approx(other.advisor_.layer_scores_)
+    assert large.advisor_.layer_scores_ == pytest.approx(small.advisor_.layer_scores_)
     assert_array_equal(weights, given)
 
 
@@ -351,7 +353,7 @@ def test_metadata_are_routed_by_cross_validation(few_digits, make_classifier):
     classifier, folds = make_classifier(), GroupKFold(2)
 
     with config_context(enable_metadata_routing=True):
-        found = cross_validate(
+        classifiers = cross_validate(
             clone(classifier)
             .set_fit_request(sample_weight=True, groups=True)
             .set_score_request(sample_weight=False),
@@ -361,11 +363,11 @@ def test_metadata_are_routed_by_cross_validation(few_digits, make_classifier):
             return_estimator=True,
         )["estimator"]
 
-    for one, (train, _) in zip(found, folds.split(X, y, groups), strict=True):
-        some = {"sample_weight": weights[train], "groups": groups[train]}
-        expected = clone(classifier).fit(X[train], y[train], **some)
-        assert one.advisor_.report() == expected.advisor_.report()
-        assert_array_equal(one.decision_function(X), expected.decision_function(X))
+    for fitted, (train, _) in zip(classifiers, folds.split(X, y, groups), strict=True):
+        metadata = {"sample_weight": weights[train], "groups": groups[train]}
+        expected = clone(classifier).fit(X[train], y[train], **metadata)
+        assert fitted.advisor_.report() == expected.advisor_.report()
+        assert_array_equal(fitted.decision_function(X), expected.decision_function(X))
 
 
 def test_metadata_are_routed_by_a_search(few_digits, make_classifier):
@@ -501,7 +503,10 @@ def test_predictions_do_not_change_the_fitted_estimator(
 
     assert inner.get_params() == before
     assert classifier.estimator_ is inner
-    assert [(one.n_jobs, one.decode) for one in used] == [(1, "exact"), (1, "fast")]
+    assert [(reader.n_jobs, reader.decode) for reader in used] == [
+        (1, "exact"),
+        (1, "fast"),
+    ]
 
 
 def test_threads_predict_after_parameters_were_set(fitted, fewer_digits):
@@ -513,8 +518,8 @@ def test_threads_predict_after_parameters_were_set(fitted, fewer_digits):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: classifier.predict_proba(X), range(8)))
 
-    for one in found:
-        assert_array_equal(one, expected)
+    for proba in found:
+        assert_array_equal(proba, expected)
 
 
 def test_an_engine_that_is_not_installed_is_refused(
@@ -545,11 +550,11 @@ def test_a_saved_classifier_predicts_the_same_and_writes_nowhere(
     classifier.set_params(verbose=0)
 
     assert (loaded.transformer.cache, loaded.verbose) == (None, 0)
-    found = loaded.decision_function(X)
+    scores = loaded.decision_function(X)
     if "tune" not in strategy:  # saves time
         clone(loaded.strategy_.estimator).fit(X, y)
     assert not folder.exists()
-    assert_array_equal(found, classifier.decision_function(X))
+    assert_array_equal(scores, classifier.decision_function(X))
     if strategy == "auto":
         assert loaded.advisor_.transformer.cache is None
         assert loaded.advisor_.layer_scores_ == classifier.advisor_.layer_scores_
