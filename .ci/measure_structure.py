@@ -1,7 +1,7 @@
 """Measure what a reader of the package has to keep in mind, and print it.
 
 Usage: ``python .ci/measure_structure.py [ROOT]``, with the root of a checkout whose
-``skltl`` is measured (default: this one). The goals are those of the development page.
+``skltl`` is measured (default: this one).
 """
 
 import ast
@@ -153,11 +153,11 @@ def measure_paths(public):
         transformer = CNNFeatureTransformer("tiny", cache=folder).fit(X)
         transformer.transform(X)
         modules, _ = called_during(lambda: transformer.transform(X))
-        print(f"{len(modules):6} modules passed by a cached transform (goal: 12)")
+        print(f"{len(modules):6} modules passed by a cached transform")
         print("      ", ", ".join(one.removeprefix("skltl.") for one in modules))
         classifier = FineTunedCNNClassifier("tiny", head_epochs=1, finetune_epochs=1)
         modules, classes = called_during(lambda: classifier.fit(X, y))
-        print(f"{len(modules):6} modules passed by a fine-tuning fit (goal: 15)")
+        print(f"{len(modules):6} modules passed by a fine-tuning fit")
         print("      ", ", ".join(one.removeprefix("skltl.") for one in modules))
         private = [one for one in classes if one not in public]
         print(f"{len(private):6} private classes in it: {', '.join(private)}")
@@ -173,7 +173,7 @@ def main():
     classes, long = private_classes(files, public), long_functions(files)
     n_lines = sum(len(path.read_text().splitlines()) for path in files)
     print(f"{len(files):6} modules")
-    print(f"{n_lines:6} lines (goal: 10600)")
+    print(f"{n_lines:6} lines")
     print(f"{sum(map(count_code_lines, files)):6} lines of code")
     print(f"{len(classes):6} private classes")
     print(f"{len(long):6} functions over {MAX_FUNCTION_LINES} lines {' '.join(long)}")

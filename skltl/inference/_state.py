@@ -27,9 +27,6 @@ from skltl.networks import (
     versions,
 )
 
-# To be raised when the contents of a state change.
-FORMAT = 1
-
 State = dict[str, Any]
 
 
@@ -49,7 +46,6 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
             if key not in own or not _is_same(value, own[key])
         }
     return {
-        "format": FORMAT,
         "versions": versions(),
         "backbone": backbone.name if by_name else backbone,
         "blocks": list(prefix.blocks),
@@ -60,12 +56,6 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
 
 def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
     """Build the backbone and the frozen prefix of a state; refuse another network."""
-    if state.get("format") != FORMAT:
-        raise WeightsError(
-            "The network was saved in a format that this version of skltl does not "
-            f"read, by {_as_text(state.get('versions', {})) or 'an unknown version'}. "
-            "Fit the estimator again."
-        )
     backbone = get_backbone(state["backbone"])
     own = backbone.own_network
     if own is not None and not state["weights"] and state["structure"] is None:

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from skltl._estimator import read_images_of
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import StrOptions, fit_context
+from skltl.features import SHARED_PARAMETERS
 from skltl.finetuning import FineTunedCNNClassifier
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._evaluation import (
@@ -36,16 +37,7 @@ from skltl.strategy._rules import (
 TRUNCATING = ("auto", "extract_early", "finetune_top")
 
 # Parameters of the transformer that take effect after `fit`.
-RUNTIME_PARAMETERS = (
-    "batch_size",
-    "device",
-    "precision",
-    "engine",
-    "decode",
-    "cache",
-    "n_jobs",
-    "verbose",
-)
+RUNTIME_PARAMETERS = (*SHARED_PARAMETERS, "batch_size", "cache", "verbose")
 
 
 def _may_have_proba(classifier):
