@@ -95,7 +95,7 @@ class ImageEstimator(BaseEstimator):
 
     def __getstate__(self):
         state = dict(super().__getstate__())
-        if _is_fitted(state):
+        if _has_fitted_attributes(state):
             state["_format"] = STATE_FORMAT
             state["_versions"] = versions()
             _leave_out(state)
@@ -113,7 +113,7 @@ class ImageEstimator(BaseEstimator):
 
     def __setstate__(self, state):
         state = dict(state)
-        if _is_fitted(state):  # the file may not come from `__getstate__`
+        if _has_fitted_attributes(state):  # the file may not come from `__getstate__`
             _check_format(state, type(self).__name__)
             _leave_out(state)
         if "network_" in state:
@@ -163,8 +163,13 @@ def _check_format(state, class_name):
         )
 
 
-def _is_fitted(state):
-    """Return whether an estimator is fitted, by the rule of scikit-learn."""
+def is_fitted(estimator):
+    """Return whether an estimator is fitted."""
+    return _has_fitted_attributes(vars(estimator))
+
+
+def _has_fitted_attributes(state):
+    """Return whether a state is of a fitted estimator, by the rule of scikit-learn."""
     return any(name.endswith("_") and not name.startswith("_") for name in state)
 
 

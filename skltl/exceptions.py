@@ -6,6 +6,7 @@
     ├── ValueError
     │   ├── EngineError           the engine cannot run on this machine
     │   ├── ImageReadError        an item of X cannot be read as an image
+    │   ├── NonFiniteFeaturesError   the features of an image are NaN or infinite
     │   ├── TrainingError         the loss is NaN or infinite
     │   ├── UnknownBackboneError  no backbone has this name
     │   ├── UnknownLayerError     the backbone has no such layer
@@ -34,6 +35,7 @@ __all__ = [
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
+    "NonFiniteFeaturesError",
     "PrecisionWarning",
     "TrainingError",
     "UnknownBackboneError",
@@ -113,7 +115,7 @@ class ImageReadError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        # A hostile path must not fill the screen; the attributes are complete.
+        # A path may be long on purpose; the attributes are complete.
         name = "" if self.path is None else f" ({quote(self.path, 120)})"
         reason = shorten(self.reason, 300)
         return f"Image {self.index}{name} could not be read: {reason}."
@@ -144,6 +146,37 @@ class ImageTypeError(TypeError):
         return f"Image {self.index} is {shorten(self.reason, 400)}."
 
 
+class NonFiniteFeaturesError(ValueError):
+    """The features of an image are NaN or infinite.
+
+    The weights of the network, or the values of the image, are too large.
+
+    Parameters
+    ----------
+    index : int
+        Index of the image in ``X``.
+    path : str or None
+        Path of the image if it is a file.
+
+    Attributes
+    ----------
+    index, path
+        The parameters.
+    """
+
+    def __init__(self, index: int, path: str | None) -> None:
+        super().__init__(index, path)
+        self.index = index
+        self.path = path
+
+    def __str__(self) -> str:
+        name = "" if self.path is None else f" ({quote(self.path, 120)})"
+        return (
+            f"The features of image {self.index}{name} are NaN or infinite: the "
+            "weights of the network, or the values of the image, are too large."
+        )
+
+
 class PrecisionWarning(UserWarning):
     """An estimator fitted in bfloat16 computes in float32 on this device."""
 
@@ -153,7 +186,7 @@ class TrainingError(ValueError):
 
 
 class _Shortened:
-    """Shorten the message, so that a hostile name cannot fill the screen."""
+    """Shorten the message: names in it may be long on purpose."""
 
     def __str__(self) -> str:
         return shorten(super().__str__(), MOST_CHARACTERS)

@@ -31,8 +31,8 @@ from skltl.exceptions import CacheWarning, quote, shorten
 # all main layers of ResNet-50 take 16 kB per image: the limit is a million images.
 DEFAULT_LIMIT = 20.0
 
-# The deletion of features that were used within this time is worth a warning: the limit
-# is too small for what the user is working on.
+# If features that were used within this time are deleted, the limit is too small for
+# what the user is working on.
 RECENT_HOURS = 24
 
 FEATURES = "skltl-features-"
@@ -266,7 +266,8 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
             break
         if path.stem not in in_use:
             hours = (time.time() - last_used(path)) / 3600
-            if _delete(path) and path.suffix == ".sqlite" and hours < RECENT_HOURS:
+            are_features = path.suffix == ".sqlite" and path.stem.startswith(FEATURES)
+            if _delete(path) and are_features and hours < RECENT_HOURS:
                 warn_once(
                     folder,
                     "deletion",

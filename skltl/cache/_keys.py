@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
 
 import PIL
@@ -41,11 +42,9 @@ def files_database() -> str:
 
     It depends on everything besides the file that determines its pixels.
     """
-    decoders = ("jpg", "libjpeg_turbo", "webp", "libtiff")
     facts = (
         FORMAT,
-        PIL.__version__,
-        *map(version, decoders),
+        *_decoder_versions(),
         ImageFile.LOAD_TRUNCATED_IMAGES,
         Image.MAX_IMAGE_PIXELS,
     )
@@ -116,3 +115,10 @@ def _path_digest(path: str, least_side: int | None) -> bytes:
     if least_side is not None:
         text += f"\0{least_side}".encode()
     return blake2b(text, digest_size=KEY_BYTES).digest()
+
+
+@cache
+def _decoder_versions() -> tuple[str | None, ...]:
+    """Return the versions of Pillow and of the libraries that it decodes files with."""
+    libraries = ("jpg", "libjpeg_turbo", "webp", "libtiff")
+    return PIL.__version__, *map(version, libraries)

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -66,7 +67,9 @@ class CachedFeatures:
         self._columns = _columns(widths)
         self._wanted = _columns({block: widths[block] for block in blocks})
         self._stores = {
-            block: Store(folder, name, 4 * widths[block], describe(config, block))
+            block: Store(
+                folder, name, 4 * widths[block], partial(describe, config, block)
+            )
             for block, name in zip(config.blocks, names, strict=True)
         }
         files = files_database()
@@ -119,7 +122,7 @@ class CachedFeatures:
     def wait_for_others(self) -> list[int]:
         """Wait for other extractions; return positions that are left to this one."""
         self._store()
-        self._leases.release()  # nobody may wait for an extraction that waits
+        self._leases.release()  # avoids deadlocks between extractions
         others = self._copy_repeated()
         while others:
             leased = self._leases.acquire({self._keys[index] for index in others})
@@ -168,7 +171,7 @@ class CachedFeatures:
                 others.append(position)
             else:
                 self._features[position] = self._features[first]
-        self._report(len(self._skipped) - len(others), "cached")
+        self._report(len(self._skipped) - len(others), "repeated")
         self._skipped = []
         return others
 

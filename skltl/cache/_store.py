@@ -116,12 +116,13 @@ class _ForkGate:
 
     def renew(self) -> None:
         """Forget, in a child, the threads of its parent."""
-        self._entrance = threading.Lock()  # held by a fork
         self._changed = threading.Condition()
         self._n_inside = 0
+        self._n_forks = 0
 
     def __enter__(self) -> None:
-        with self._entrance, self._changed:
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_forks == 0)
             self._n_inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -131,13 +132,15 @@ class _ForkGate:
 
     def close(self) -> None:
         """Wait for the threads inside, not longer than these may wait for a file."""
-        self._entrance.acquire()
         with self._changed:
+            self._n_forks += 1
             self._changed.wait_for(lambda: self._n_inside <= 0, LOCK_SECONDS)
 
     def open(self) -> None:
         """Admit the threads that have waited for the fork."""
-        self._entrance.release()
+        with self._changed:
+            self._n_forks -= 1
+            self._changed.notify_all()
 
 
 _fork_gate = _ForkGate()
@@ -165,14 +168,18 @@ class Store:
     is_durable = True
 
     def __init__(
-        self, folder: Path, name: str, n_value_bytes: int = 0, description: str = ""
+        self,
+        folder: Path,
+        name: str,
+        n_value_bytes: int = 0,
+        describe: Callable[[], str] = str,
     ) -> None:
         self.name = name
         self.may_write = True  # until an error, or the limit of the folder
         self._folder = folder
         self._path = folder / f"{name}.sqlite"
         self._n_value_bytes = n_value_bytes
-        self._description = description
+        self._describe = describe
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
         self._process = os.getpid()
@@ -243,7 +250,7 @@ class Store:
                 synchronous = "NORMAL" if self.is_durable else "OFF"
                 self._connection.execute(f"PRAGMA synchronous = {synchronous}")
                 if not _is_ours(self._connection):
-                    _create_tables(self._connection, self._description)
+                    _create_tables(self._connection, self._describe())
                 # Another program may have switched it to WAL.
                 self._connection.execute("PRAGMA journal_mode = DELETE")
             with suppress(OSError):
@@ -286,6 +293,9 @@ class Store:
             for suffix in (*COMPANIONS, ""):
                 with suppress(FileNotFoundError):
                     Path(f"{self._path}{suffix}").replace(f"{aside}{suffix}")
+            if Path(aside).lstat().st_ino != self._inode:
+                Path(aside).replace(self._path)  # another process was faster, after all
+                return
         except FileNotFoundError:
             return
         except OSError as why_not:
@@ -342,8 +352,8 @@ class Leases(Store):
             ended = self._held & {self._prefix + key for key in keys}
         self._held = self._held - ended
         if ended and not _is_paused(_unwritten, self._path):
-            self._attempt(_unwritten, _release, ended, self._owner)
-            if _is_paused(_unwritten, self._folder):
+            is_released = self._attempt(_unwritten, _release, ended, self._owner)
+            if not is_released and _is_paused(_unwritten, self._folder):
                 self._attempt(_unwritten, _delete_file, self._path)
                 self.close()
 
@@ -448,13 +458,14 @@ def _lease(
 
 def _release(
     connection: sqlite3.Connection, keys: Iterable[bytes], owner: bytes
-) -> None:
+) -> bool:
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "DELETE FROM leases WHERE key = ? AND owner = ?",
             [(key, owner) for key in keys],
         )
+    return True
 
 
 def _delete_file(connection: sqlite3.Connection, path: Path) -> None:

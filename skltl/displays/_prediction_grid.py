@@ -11,7 +11,7 @@ from sklearn.utils.validation import (
     column_or_1d,
 )
 
-from skltl._estimator import read_images_of
+from skltl._estimator import ImageEstimator, is_fitted, read_images_of
 from skltl._sklearn import take
 from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
 from skltl.features import CNNFeatureTransformer, NetworkClassifier
@@ -132,10 +132,7 @@ class PredictionGridDisplay:
         # The predicted label is not always the one with the highest score: a
         # classifier may have a decision threshold.
         worst = np.lexsort((margins, y_pred == y))[:n_images]
-        if image_shape is None:
-            image_shape = _image_shape(estimator)
-        reader = CNNFeatureTransformer(image_shape=image_shape)
-        images = list(read_images_of(reader, take(X, worst), reset=True))
+        images = list(_read_images(estimator, take(X, worst), image_shape))
         display = cls(images, y[worst], y_pred[worst], margins[worst])
         return display.plot(n_columns=n_columns, axes=axes, **kwargs)
 
@@ -211,6 +208,29 @@ def _margins(scores, columns):
     others = scores.copy()
     others[rows, columns] = -np.inf
     return scores[rows, columns] - others.max(axis=1)
+
+
+def _read_images(estimator, X, image_shape):
+    """Read images as the fitted estimator does, or rows of the given shape."""
+    reader = _find_reader(estimator)
+    if image_shape is None and reader is not None:
+        return read_images_of(reader, X)
+    shape = _image_shape(estimator) if image_shape is None else image_shape
+    return read_images_of(CNNFeatureTransformer(image_shape=shape), X, reset=True)
+
+
+def _find_reader(estimator):
+    """Return the first fitted part of an estimator that reads images, or ``None``."""
+    if isinstance(estimator, ImageEstimator):
+        return estimator if is_fitted(estimator) else None
+    names = ("best_estimator_", "estimator_", "estimator")
+    parts = [
+        *(step for _, step in getattr(estimator, "steps", [])),
+        *(getattr(estimator, name, None) for name in names),
+        *getattr(estimator, "calibrated_classifiers_", [])[:1],
+    ]
+    readers = [_find_reader(part) for part in parts if hasattr(part, "__dict__")]
+    return next((reader for reader in readers if reader is not None), None)
 
 
 def _image_shape(estimator):

@@ -24,7 +24,7 @@ from skltl._parameters import (
     resolve_precision,
 )
 from skltl.cache import CachedFeatures, resolve_folder
-from skltl.exceptions import ImageReadError, quote
+from skltl.exceptions import NonFiniteFeaturesError
 from skltl.images import (
     Batch,
     Crop,
@@ -103,7 +103,7 @@ def extract_features(
     `out` if it is given. Without a cache, they may be those of ``then(features)``, such
     as the logits, computed for a batch at once.
 
-    Raises `ImageReadError` for the first image that cannot be read, and its subclass
+    Raises `ImageReadError` for the first image that cannot be read, and
     `NonFiniteFeaturesError` for the first whose features are not finite.
     """
     source = config.scaled(source)
@@ -120,11 +120,12 @@ def extract_features(
             if cache is None:
                 _extract_all(source, this, n_threads, features, then, progress.update)
                 return
-            counts = {"computed": 0, "cached": 0}
+            counts = {"computed": 0, "cached": 0, "repeated": 0}
 
             def report(n_images: int, origin: str) -> None:
                 counts[origin] += n_images
-                progress.set_postfix(counts, refresh=False)
+                texts = [f"{count} {name}" for name, count in counts.items() if count]
+                progress.set_postfix_str(", ".join(texts), refresh=False)
                 progress.update(n_images)
 
             with closing(
@@ -214,19 +215,4 @@ def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
         return
     is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
     for position in np.array(batch.positions)[is_bad.numpy()][:1].tolist():
-        raise NonFiniteFeaturesError(
-            position,
-            source.path(position),
-            "the weights of the network, or the values of the image, are too large",
-        )
-
-
-class NonFiniteFeaturesError(ImageReadError):
-    """Features of an image are NaN or infinite."""
-
-    def __str__(self) -> str:
-        name = "" if self.path is None else f" ({quote(self.path, 120)})"
-        return (
-            f"The features of image {self.index}{name} are NaN or infinite: "
-            f"{self.reason}."
-        )
+        raise NonFiniteFeaturesError(position, source.path(position))

@@ -226,6 +226,12 @@ STATE_TYPES: dict[str, Any] = {
 }
 
 
+def check_folder(folder: str) -> None:
+    """Refuse a `checkpoint` that cannot be the name of a folder."""
+    if not folder or "\0" in folder:
+        raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
+
+
 @contextmanager
 def open_checkpoint(folder: str, fingerprint: str) -> Iterator[Checkpoint]:
     """Lock the checkpoint of a fit, inside the block.
@@ -233,8 +239,6 @@ def open_checkpoint(folder: str, fingerprint: str) -> Iterator[Checkpoint]:
     Another fit with the same data and parameters that runs meanwhile has a file of its
     own, so that fits without a `random_state` do not end as the same model.
     """
-    if not folder or "\0" in folder:
-        raise ValueError(f"checkpoint={folder!r} is not the name of a folder.")
     with ExitStack() as stack:
         try:
             name = f"skltl-fit-{fingerprint}"
@@ -297,6 +301,8 @@ class Checkpoint:
         """Name the file if it cannot be read, or does not fit where it is restored."""
         try:
             yield
+        except MemoryError:  # not the file's fault
+            raise
         except TORCH_FILE_ERRORS as error:
             # torch's own message advises to load unsafe files nevertheless.
             raise ValueError(

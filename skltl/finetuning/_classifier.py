@@ -35,7 +35,7 @@ from skltl.features import (
     fitted_parameters,
     fitted_transformer,
 )
-from skltl.finetuning._checkpoint import fingerprint, open_checkpoint
+from skltl.finetuning._checkpoint import check_folder, fingerprint, open_checkpoint
 from skltl.finetuning._conversion import (
     head_of_pipeline,
     linear_head,
@@ -539,8 +539,10 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """Return the checkpoint of the fit, or a context without one."""
         if self.checkpoint is None:
             return nullcontext()
+        folder = fspath(self.checkpoint)
+        check_folder(folder)  # before all images are hashed
         name = fingerprint(self, new, source, arrays, requested_seed)
-        return open_checkpoint(fspath(self.checkpoint), name)
+        return open_checkpoint(folder, name)
 
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""

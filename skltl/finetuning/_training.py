@@ -123,8 +123,12 @@ def train_network(
 
 # Attributes of a `StageTrainer` that change with each epoch.
 PROGRESS = (
-    *("n_epochs", "is_stopped", "best_score", "best_loss", "best_weights"),
+    "n_epochs",
     "n_epochs_since_best",
+    "is_stopped",
+    "best_score",
+    "best_loss",
+    "best_weights",
 )
 
 

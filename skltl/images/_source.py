@@ -552,32 +552,32 @@ class PixelRanges:
             self._ranges[kind] = (min(low, known_low), max(high, known_high))
 
     def warn_if_odd(self) -> None:
-        """Warn once about each kind whose range is unusual."""
+        """Warn about unusual ranges, once with each advice."""
         low, high = self._ranges.get("floats", (0, 1))
         if low < 0 or high > 1:
-            fitting = (
+            remedy = next(
                 advice
                 for (least, most), advice in FLOAT_ADVICE
                 if least <= low and high <= most
             )
             self._warn_once(
-                "floats",
+                remedy,
                 f"Float images should lie in [0, 1], these range from {low:.4g} to "
-                f"{high:.4g}. {next(fitting)}",
+                f"{high:.4g}. {remedy}",
             )
         largest = round(self._ranges.get("16-bit", (0, 1))[1] * 65535)
-        fitting = (advice for most, advice in SIXTEEN_BIT_ADVICE if largest <= most)
-        if largest and (advice := next(fitting, None)):
+        fitting = [advice for most, advice in SIXTEEN_BIT_ADVICE if largest <= most]
+        if largest and fitting:
             self._warn_once(
-                "16-bit",
+                fitting[0],
                 "16-bit images should use the values 0 to 65535; the largest one here "
-                f"is {largest}, which is nearly black. {advice}",
+                f"is {largest}, which is nearly black. {fitting[0]}",
             )
 
-    def _warn_once(self, kind: str, message: str) -> None:
+    def _warn_once(self, advice: str, message: str) -> None:
         """Give an `ImageRangeWarning` that points to the user's code."""
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if advice not in self._warned:
+            self._warned.add(advice)
             warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
 
 

@@ -21,7 +21,12 @@ from sklearn.utils.validation import column_or_1d
 from skltl._estimator import read_images_of
 from skltl._random import fresh_seed
 from skltl._sklearn import check_sample_weight, take
-from skltl.exceptions import ImageReadError, ImageTypeError, WeightsError
+from skltl.exceptions import (
+    ImageReadError,
+    ImageTypeError,
+    NonFiniteFeaturesError,
+    WeightsError,
+)
 from skltl.features import make_feature_pipeline, n_features_by_layer
 from skltl.finetuning import encode_labels
 from skltl.networks import get_backbone
@@ -82,7 +87,7 @@ class LabeledImages:
         """Let errors of images name their positions in the ``X`` of the user."""
         try:
             yield
-        except (ImageReadError, ImageTypeError) as error:
+        except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
             position = int(self.positions[error.index])
             raise type(error)(position, *error.args[1:]) from error
 
@@ -186,17 +191,19 @@ def _compare_sizes(advisor: Any, by_size: dict[int, Scores]) -> None:
 
 def _count_smallest(labeled: LabeledImages) -> int:
     """Count the images, or groups, of the class that has the fewest."""
-    units = labeled.positions if labeled.groups is None else labeled.groups
-    members = [labeled.targets == target for target in range(len(labeled.classes))]
-    counts = [len(np.unique(units[is_member])) for is_member in members]
+    n_images = counts = np.bincount(labeled.targets)
+    if labeled.groups is not None:
+        _, groups = np.unique(labeled.groups, return_inverse=True)
+        pairs = np.unique(np.column_stack([labeled.targets, groups]), axis=0)
+        counts = np.bincount(pairs[:, 0])
     rarest = int(np.argmin(counts))
     if counts[rarest] < 2:
-        unit = "image" if members[rarest].sum() == 1 else "group of images"
+        unit = "image" if n_images[rarest] == 1 else "group of images"
         raise ValueError(
             f"The class {repr(labeled.classes.tolist()[rarest])[:80]} has a single "
             f"{unit}, but cross-validation needs at least two of each class."
         )
-    return counts[rarest]
+    return int(counts[rarest])
 
 
 def _sample_images(
@@ -317,7 +324,7 @@ def fit_linear(
 ) -> None:
     """Fit the scaler and the classifier of a feature pipeline, both with weights."""
     weights = {f"{name}__sample_weight": sample_weight for name, _ in steps.steps}
-    # Parameters of steps by name, whether the user enables metadata routing or not.
+    # With routing enabled by the user, the steps would have to request the weights.
     with config_context(enable_metadata_routing=False):
         steps.fit(features, y, **weights)
 

@@ -148,10 +148,9 @@ def test_progress_shows_what_is_computed_and_what_is_cached(images, tmp_path, ca
 
     transformer(tmp_path, verbose=1).fit_transform([*images, images[8], images[0]])
 
-    # Also from the cache: the repeated images.
     shown = capsys.readouterr().err
     assert "11/11" in shown
-    assert "computed=5, cached=6" in shown
+    assert "5 computed, 5 cached, 1 repeated" in shown
 
 
 def test_known_files_are_not_decoded_again(settled_files, tmp_path, decoded, computed):

@@ -173,6 +173,17 @@ def test_image_shape_is_found_in_any_wrapper(kind, digits):
     assert_allclose(display.images[0][..., 0], rows[30].reshape(8, 8))
 
 
+def test_rows_have_the_shape_of_the_fit(digits):
+    pipeline = tiny_pipeline("softmax").fit(digits[0][:30], digits[1][:30])
+    pipeline.set_params(feat__image_shape=None)  # for the next fit
+
+    display = PredictionGridDisplay.from_estimator(
+        pipeline, digits[0][30:31], digits[1][30:31]
+    )
+
+    assert_allclose(display.images[0][..., 0], digits[0][30].reshape(8, 8))
+
+
 def test_arguments_are_checked(fitted):
     pipeline, X, y = fitted
     from_estimator = PredictionGridDisplay.from_estimator

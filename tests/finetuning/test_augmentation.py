@@ -189,3 +189,16 @@ def test_values_of_the_wrong_range_give_one_warning(unfreeze, n_views, digits):
         augmented.fit(X, y)
 
     assert len(record) == 1
+
+
+def test_augmented_views_of_another_wrong_range_give_another_warning(digits):
+    """Views that are normalized already, of images that are not divided by 255."""
+    X, y = 255 * digits[0][:20], digits[1][:20]
+    normalized = classifier(augment=lambda batch: batch * 4 - 2, unfreeze="all")
+
+    with pytest.warns(ImageRangeWarning) as record:
+        normalized.fit(X, y)
+
+    first, second = (str(warning.message) for warning in record)
+    assert "Divide them by 255" in first
+    assert "If a mean was subtracted" in second

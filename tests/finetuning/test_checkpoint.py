@@ -108,7 +108,7 @@ def test_the_format_of_a_checkpoint_is_checked_before_its_contents(
     saved.write_bytes(first + content)
 
     def refused(*_, **__):
-        raise AssertionError("the state of a checkpoint in another format was read")
+        pytest.fail("the state of a checkpoint in another format was read")
 
     monkeypatch.setattr(torch, "load", refused)
 
