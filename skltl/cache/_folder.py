@@ -266,8 +266,8 @@ def drop_oldest(folder: Path, in_use: set[str]) -> bool:
             break
         if path.stem not in in_use:
             hours = (time.time() - last_used(path)) / 3600
-            are_features = path.suffix == ".sqlite" and path.stem.startswith(FEATURES)
-            if _delete(path) and are_features and hours < RECENT_HOURS:
+            entry = _entry(path)  # `None` if these are no features
+            if _delete(path) and entry and entry.n_images and hours < RECENT_HOURS:
                 warn_once(
                     folder,
                     "deletion",

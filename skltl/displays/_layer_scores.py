@@ -237,7 +237,8 @@ class LayerScoresDisplay:
         if isinstance(layers, str) and layers == "all":
             network._validate_params()
             layers = _main_layers(network)
-        layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+        is_sequence = isinstance(layers, (list, tuple, np.ndarray))
+        layers = list(layers) if is_sequence else [layers]
         for layer in layers:  # an unknown layer is an error before any fit
             _depth_and_name(network.backbone, layer)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -170,8 +170,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     checkpoint : str or path, default=None
         Folder in which the state is saved after each epoch, and deleted at the end.
         After an interruption, the same call resumes there and gives the same result; a
-        call with other images, labels, parameters or versions starts over. If the state
-        cannot be saved, there is a warning and training goes on.
+        call with other images, labels, parameters or versions starts over, and so does
+        one whose `random_state` is a ``RandomState``, which has changed meanwhile. If
+        the state cannot be saved, there is a warning and training goes on.
     warm_start : bool, default=False
         Whether `fit` starts from the result of the previous `fit`, with the same
         classes and layers.
@@ -412,10 +413,11 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
                 new.best_validation_score_ = train_network(
                     new, network, inputs, examples, seed, is_new_head, checkpoint, task
                 )
-        for name in INPUT_ATTRIBUTES:
-            self.__dict__.pop(name, None)  # of an earlier fit
-        self.__dict__.update(fitted())
+        attributes = fitted()
         task.end()
+        kept = vars(self).keys() - set(INPUT_ATTRIBUTES)  # those are of an earlier fit
+        # Replaced at once, for threads that predict meanwhile.
+        self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
         return self
 
     @classmethod

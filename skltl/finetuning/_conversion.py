@@ -49,7 +49,8 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     steps = _steps(pipeline)
     first, *between, last = steps if len(steps) > 1 else (*steps, None, None)[:2]
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
-    if not isinstance(first, CNNFeatureTransformer) or (between and not is_scaled):
+    is_known = isinstance(first, CNNFeatureTransformer) and last is not None
+    if not is_known or (between and not is_scaled):
         raise ValueError(
             "The steps of the pipeline must be a CNNFeatureTransformer, optionally a "
             "StandardScaler, and a linear classifier, got "

@@ -29,7 +29,14 @@ from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
-from skltl.images import ImageSource, Preprocessing, as_float, iter_crops, normalize
+from skltl.images import (
+    ImageSource,
+    PixelRanges,
+    Preprocessing,
+    as_float,
+    iter_crops,
+    normalize,
+)
 from skltl.inference import ExtractionConfig, FrozenPrefix
 from skltl.networks import block_shapes, nearest
 
@@ -267,7 +274,8 @@ class AugmentedViews(ImageSource):
         seed: int,
     ) -> None:
         super().__init__(crops)
-        self._ranges = source._ranges  # one warning for images and views
+        # What was said of the images is not repeated of their views.
+        self.ranges = PixelRanges("Images that `augment` returns", source.ranges.warned)
         self._crops = crops
         self._augment = augment
         self._n_stored = 1 + (n_views or 0)
@@ -298,7 +306,7 @@ class AugmentedViews(ImageSource):
         if view.dtype == torch.uint8:
             return np.asarray(view.numpy())
         pixels: NDArray[np.float32] = view.float().numpy()
-        self._widen_seen_range(float(pixels.min()), float(pixels.max()))
+        self.ranges.add("floats", float(pixels.min()), float(pixels.max()))
         return pixels
 
     def pixels(self, positions: Positions, views: NDArray[np.int64]) -> NDArray[Any]:

@@ -17,13 +17,19 @@ from skltl.images._identity import (
     file_state,
 )
 from skltl.images._preprocessing import Preprocessing, as_float, normalize
-from skltl.images._source import ImageSource, check_not_masked, read_images
+from skltl.images._source import (
+    ImageSource,
+    PixelRanges,
+    check_not_masked,
+    read_images,
+)
 
 __all__ = [
     "FILE_STATE_BYTES",
     "Batch",
     "Crop",
     "ImageSource",
+    "PixelRanges",
     "Preprocessing",
     "as_float",
     "check_not_masked",

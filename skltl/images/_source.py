@@ -72,7 +72,7 @@ class ImageSource:
         self._items = items
         self._channels_first = channels_first
         self._labels = labels
-        self._ranges = PixelRanges()
+        self.ranges = PixelRanges()
         self.least_side: int | None = None
 
     def reduced_to(self, least_side: int) -> ImageSource:
@@ -114,7 +114,9 @@ class ImageSource:
     def path(self, index: int) -> str | None:
         """Return the path of image ``index``, or ``None`` if it is not a file."""
         item = self._items[index]
-        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
+        if not isinstance(item, (str, os.PathLike)):
+            return None
+        return str(os.fspath(item))  # numpy's strings have another `repr`
 
     def check_items(self) -> None:
         """Raise an error for the first item that cannot be an image by its type."""
@@ -123,11 +125,7 @@ class ImageSource:
 
     def warn_of_odd_range(self) -> None:
         """Warn once if the values read so far are unusual for pixels."""
-        self._ranges.warn_if_odd()
-
-    def _widen_seen_range(self, low: float, high: float) -> None:
-        """Add the range of a float image that a subclass has computed."""
-        self._ranges.add("floats", low, high)
+        self.ranges.warn_if_odd()
 
     def _check(self, index: int, item: Any) -> None:
         """Raise an error if an item cannot be an image, whatever its pixels."""
@@ -161,7 +159,7 @@ class ImageSource:
             decoded = read_array(array)
         found = _range_of(decoded)
         if found is not None:
-            self._ranges.add("floats" if is_float else "16-bit", *found)
+            self.ranges.add("floats" if is_float else "16-bit", *found)
         return decoded
 
 
@@ -538,11 +536,17 @@ SIXTEEN_BIT_ADVICE = [
 
 
 class PixelRanges:
-    """Ranges of the float and of the 16-bit images read so far, by any thread."""
+    """Ranges of the float and of the 16-bit images read so far, by any thread.
 
-    def __init__(self) -> None:
+    `warned` is the advice given so far.
+    """
+
+    def __init__(
+        self, subject: str = "Float images", warned: set[str] | None = None
+    ) -> None:
+        self.warned = set() if warned is None else warned
+        self._subject = subject
         self._ranges: dict[str, tuple[float, float]] = {}
-        self._warned: set[str] = set()
         self._lock = Lock()
 
     def add(self, kind: str, low: float, high: float) -> None:
@@ -562,7 +566,7 @@ class PixelRanges:
             )
             self._warn_once(
                 remedy,
-                f"Float images should lie in [0, 1], these range from {low:.4g} to "
+                f"{self._subject} should lie in [0, 1], these range from {low:.4g} to "
                 f"{high:.4g}. {remedy}",
             )
         largest = round(self._ranges.get("16-bit", (0, 1))[1] * 65535)
@@ -576,8 +580,8 @@ class PixelRanges:
 
     def _warn_once(self, advice: str, message: str) -> None:
         """Give an `ImageRangeWarning` that points to the user's code."""
-        if advice not in self._warned:
-            self._warned.add(advice)
+        if advice not in self.warned:
+            self.warned.add(advice)
             warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
 
 

@@ -108,7 +108,9 @@ def label_images(
         )
         if not weights.any():
             raise ValueError("sample_weight is zero for all training samples.")
-        # As in fine-tuning, only their ratios matter: strategies are compared.
+        # As in fine-tuning, only their ratios matter: strategies are compared. A power
+        # of two changes no digit, and sums of what remains are finite.
+        weights = np.ldexp(weights, -np.frexp(weights.max())[1])
         weights = weights / weights[weights > 0].mean()
     labeled = LabeledImages(X, positions, classes, targets, weights, groups)
     if weights is None or weights.all():

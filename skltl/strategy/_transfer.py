@@ -16,6 +16,7 @@ from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import StrOptions, fit_context
 from skltl.features import SHARED_PARAMETERS
 from skltl.finetuning import FineTunedCNNClassifier
+from skltl.networks import get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
 from skltl.strategy._evaluation import (
     Features,
@@ -226,7 +227,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         # The same for the evaluation and the recommended estimator.
         seed = fresh_seed() if seed is None else seed
         transformer = self._make_transformer(seed)
-        self._check_layer(transformer.layer)
+        self._check_layer(transformer)
         advisor, evaluated = None, labeled
         features: dict[str, Features] = {}
         if self.strategy == "auto":
@@ -248,9 +249,16 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         else:
             fit_classifier(self.estimator_, labeled)
 
-    def _check_layer(self, layer):
+    def _check_layer(self, transformer):
         """Raise a ValueError for a layer that the requested strategy does not use."""
-        if layer != "last" and self.strategy not in TRUNCATING:
+        layer = transformer.layer
+        if layer == "last" or self.strategy in TRUNCATING:
+            return
+        backbone = get_backbone(transformer.backbone)
+        if isinstance(layer, (list, tuple)) or (
+            resolve_layer(backbone, layer).block
+            != resolve_layer(backbone, "last").block
+        ):
             raise ValueError(
                 f"layer={layer!r} is not used by strategy={self.strategy!r}; only "
                 f"{', '.join(TRUNCATING[1:])} truncate the network at another layer "

@@ -177,3 +177,10 @@ def test_clones_of_a_fine_tuned_transformer_are_fine_tuned(data, fitted):
     earlier = clone(fitted.to_transformer()).set_params(layer="block1")
     frozen = pretrained.set_params(layer="block1")
     assert_array_equal(earlier.fit_transform(X), frozen.fit_transform(X))
+
+
+def test_a_pipeline_without_a_classifier_is_refused(data):
+    features = make_pipeline(CNNFeatureTransformer("tiny", **NETWORK).fit(data[0]))
+
+    with pytest.raises(ValueError, match="The steps of the pipeline must be"):
+        FineTunedCNNClassifier.from_pipeline(features)

@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 from tiny_classifier import classifier, losses, saved_state
 
 from skltl import FineTunedCNNClassifier
+from skltl.finetuning._network import SplitNetwork
 from skltl.finetuning._training import OPTIMIZERS
 
 STOCHASTIC = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
@@ -201,3 +202,19 @@ def test_a_warm_start_ignores_the_checkpoint_of_another_one(data, fitted, tmp_pa
 
     assert losses(warm) == expected
     assert len(list(tmp_path.glob("*.checkpoint"))) == 1
+
+
+def test_a_refit_that_is_interrupted_at_its_end_keeps_the_earlier_fit(
+    data, fitted, monkeypatch
+):
+    refitted = copy.deepcopy(fitted)
+    expected = refitted.decision_function(data[0])
+
+    def interrupted(network):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SplitNetwork, "finished", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refitted.fit(data[0][:30], data[1][:30])
+
+    assert_array_equal(refitted.decision_function(data[0]), expected)

@@ -634,3 +634,30 @@ def test_layers_with_too_small_feature_maps_are_not_evaluated(few_digits):
     fitted = TransferClassifier(transformer, cv=2, random_state=0).fit(*few_digits)
 
     assert list(fitted.advisor_.layer_scores_) == ["stem", "block1", "block2", "block3"]
+
+
+def test_another_name_of_the_last_layer_is_accepted(make_classifier, few_digits):
+    expected = make_classifier("extract").fit(*few_digits)
+
+    for layer in ("block4", -1, "block4.1"):
+        found = make_classifier("extract", layer=layer).fit(*few_digits)
+        assert_array_equal(
+            found.decision_function(few_digits[0]),
+            expected.decision_function(few_digits[0]),
+        )
+    with pytest.raises(ValueError, match="layer='block3' is not used by strategy="):
+        make_classifier("extract", layer="block3").fit(*few_digits)
+
+
+def test_weights_may_be_as_large_as_floats_can_be(make_classifier, few_digits):
+    weights = np.linspace(1, 2, len(few_digits[1]))
+    expected = make_classifier("extract").fit(*few_digits, sample_weight=weights)
+
+    found = make_classifier("extract").fit(
+        *few_digits, sample_weight=2.0**1022 * weights
+    )
+
+    assert_array_equal(
+        found.decision_function(few_digits[0]),
+        expected.decision_function(few_digits[0]),
+    )
