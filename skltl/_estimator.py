@@ -22,11 +22,11 @@ from skltl.images import (
     read_images,
     tensor_to_array,
 )
-from skltl.inference import ENGINES, prefix_from_state, prefix_state
+from skltl.inference import ENGINES, from_format_2, prefix_from_state, prefix_state
 from skltl.networks import Backbone, ResolvedLayer, is_module, is_registered, versions
 
 # Version of the format of a saved estimator, raised when its state changes.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 # Attributes that describe the ``X`` of `fit`.
 INPUT_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "_fitted_image_shape")
@@ -101,7 +101,10 @@ class ImageEstimator(BaseEstimator):
             _leave_out(state)
         if "network_" in state:
             by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
-            state["network_"] = prefix_state(self.backbone_, self.network_, by_name)
+            size = self.preprocessing_.size
+            state["network_"] = prefix_state(
+                self.backbone_, self.network_, size, by_name
+            )
             state["layers_"] = [list(point) for point in self.layers_]
             state["preprocessing_"] = asdict(self.preprocessing_)
             del state["backbone_"]  # part of the state of the network
@@ -114,7 +117,7 @@ class ImageEstimator(BaseEstimator):
     def __setstate__(self, state):
         state = dict(state)
         if _has_fitted_attributes(state):  # the file may not come from `__getstate__`
-            _check_format(state, type(self).__name__)
+            state = _current_format(state, type(self).__name__)
             _leave_out(state)
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
@@ -152,15 +155,18 @@ def _leave_out(state):
     state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
 
 
-def _check_format(state, class_name):
-    """Raise an error for a state in another format; drop what is said of its origin."""
+def _current_format(state, class_name):
+    """Return a state in the current format, without what is said of its origin."""
     found, origin = state.pop("_format", None), state.pop("_versions", {})
+    if found == 2:
+        return from_format_2(state) if "network_" in state else state
     if found != STATE_FORMAT:
         raise ValueError(
             f"This {class_name} was saved by skltl {origin.get('skltl', '0.1')} in "
             f"format {found}, and skltl {versions()['skltl']} reads format "
             f"{STATE_FORMAT}. Load it with that version, or fit it again."
         )
+    return state
 
 
 def is_fitted(estimator):

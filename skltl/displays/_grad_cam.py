@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,13 +13,12 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, column_or_1d
-from torch import nn
 from torch.nn.functional import interpolate
 
 from skltl._estimator import read_images_of
 from skltl._parameters import resolve_threads
 from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
-from skltl.features import extract_features, extraction_config
+from skltl.features import extract_features, extraction_config, output_layout
 from skltl.finetuning import (
     FineTunedCNNClassifier,
     columns_of,
@@ -27,11 +27,24 @@ from skltl.finetuning import (
     parts_of_pipeline,
     unwrapped,
 )
-from skltl.networks import block_shapes, resolve_layer
+from skltl.images import ImageSource
+from skltl.networks import Block, Layout, skeleton
 from skltl.pretrained import PretrainedCNNClassifier
 
-# From a feature map (n, c, h', w') to logits (n, n_classes).
+# From an output of a network, in float64, to logits (n, n_classes).
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place in a network from which the class activation maps are computed.
+
+    `head` maps an output of the block, whose axes are those of `layout`, to the logits.
+    """
+
+    block: str
+    layout: Layout
+    head: Head
 
 
 def grad_cam(
@@ -40,8 +53,8 @@ def grad_cam(
     """Return the images, maps, labels and scores of a `GradCAMDisplay`."""
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
-    network, block, head = _split(estimator)
-    shape = _feature_map_shape(network, block)
+    network, head = _split(estimator)
+    targets = _targets(network, head)
     source = read_images_of(network, X)
     labels = estimator.predict(X) if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
@@ -50,43 +63,35 @@ def grad_cam(
     columns = columns_of(estimator.classes_, labels)
 
     threads = resolve_threads(network.n_jobs)
-    config = extraction_config(
-        network,
-        network.backbone_,
-        network.network_,
-        (block,),
-        network.preprocessing_,
-        "flatten",
-    )
-    features = extract_features(source, config, [block], threads)
-    feature_maps = torch.from_numpy(features).reshape(-1, *shape)  # (n, c, h', w')
-    pairs = [
-        _map_and_score(feature_map, head, column)
-        for feature_map, column in zip(feature_maps, columns, strict=True)
-    ]
-    activations, scores = zip(*pairs, strict=True)
+    for target in targets:
+        outputs = _outputs(network, target, source, threads)
+        pairs = [
+            _map_and_score(output, target, column)
+            for output, column in zip(outputs, columns, strict=True)
+        ]
+        if any(activation is not None for activation, _ in pairs):
+            break
+    empty = torch.zeros(target.layout.map_shape[1:], dtype=torch.float64)
+    activations = [empty if found is None else found for found, _ in pairs]
     coarse = torch.stack(activations)[:, None].float()  # (n, 1, h', w')
-    size = network.preprocessing_.crop_size
-    maps = interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
+    size = network.preprocessing_.size
+    maps = interpolate(coarse, size, mode="bilinear", align_corners=False)
+    scores = [score for _, score in pairs]
     images = decode_crops(source, network.preprocessing_, threads)
     return images, maps[:, 0].numpy(), labels, np.array(scores)
 
 
-def _split(estimator: Any) -> tuple[Any, str, Head]:
-    """Return the estimator with the network, a block, and the layers after it."""
+def _split(estimator: Any) -> tuple[Any, Head]:
+    """Return the estimator with the network, and what follows the network."""
     if isinstance(estimator, Pipeline):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
-        pooling = getattr(transformer, "pooling_", transformer.pooling)
-        head = head_of_pipeline(pooling, scaler, classifier)
-        return transformer, transformer.layers_[0].block, head
+        pooling, layout = transformer.pooling_, output_layout(transformer)
+        head = head_of_pipeline(pooling, layout, scaler, classifier)
+        return transformer, head
     if isinstance(estimator, FineTunedCNNClassifier):
-        return estimator, estimator.layers_[0].block, estimator.head_
+        return estimator, estimator.head_
     if isinstance(estimator, PretrainedCNNClassifier):
-        block = resolve_layer(estimator.backbone_, "last").block
-        blocks = estimator.network_.blocks
-        following = list(blocks)[list(blocks).index(block) + 1 :]
-        head = nn.Sequential(*(blocks[name] for name in following), estimator.head_)
-        return estimator, block, partial(_pretrained_logits, estimator, head)
+        return estimator, partial(_pretrained_logits, estimator)
     raise ValueError(
         "Grad-CAM needs a classifier of skltl, or a pipeline of a "
         "CNNFeatureTransformer and a linear classifier; got "
@@ -94,11 +99,46 @@ def _split(estimator: Any) -> tuple[Any, str, Head]:
     )
 
 
+def _targets(network: Any, head: Head) -> list[Target]:
+    """Return the places that maps may be computed from, the last one first.
+
+    These are the layer of the network, and the main layers before it.
+    """
+    whole = skeleton(network.backbone_, network.preprocessing_.size)
+    blocks = network.network_.blocks
+    own = {layer.block for layer in network.layers_}
+    targets = []
+    for name in reversed(blocks):
+        grid = whole.layouts[name].grid
+        is_main = name in whole.layers.values() and grid not in (None, (1, 1))
+        if is_main or (name in own and grid is not None):
+            following = list(blocks)[list(blocks).index(name) + 1 :]
+            rest = [blocks[other] for other in following]
+            logits = partial(_run_rest, rest, head)
+            targets.append(Target(name, whole.layouts[name], logits))
+    if not targets:
+        raise ValueError(
+            "Grad-CAM needs a spatial feature map, but no layer up to "
+            f"{network.layers_[0].name!r} of {network.backbone_.name!r} returns one."
+        )
+    return targets
+
+
+def _run_rest(rest: Sequence[Block], head: Head, output: torch.Tensor) -> torch.Tensor:
+    """Return the logits for an output in float64: blocks are run in float32."""
+    if rest:
+        output = output.float()
+        for block in rest:
+            output = block(output)
+        output = output.double()
+    return head(output)
+
+
 def _pretrained_logits(
-    classifier: PretrainedCNNClassifier, head: nn.Module, feature_map: torch.Tensor
+    classifier: PretrainedCNNClassifier, output: torch.Tensor
 ) -> torch.Tensor:
     """Return the logits (n, n_classes) of a pretrained network in float64."""
-    logits: torch.Tensor = head(feature_map.float()).double()  # (n, n_categories)
+    logits: torch.Tensor = classifier.head_(output.float()).double()
     if classifier.class_map_ is None:
         return logits[:, np.argsort(classifier.categories_)]
     class_map = torch.from_numpy(classifier.class_map_)  # (n_categories, n_classes)
@@ -109,34 +149,44 @@ def _pretrained_logits(
     return class_logits.masked_fill(is_empty, -torch.inf)
 
 
-def _feature_map_shape(network: Any, block: str) -> tuple[int, ...]:
-    """Return the shape (c, h', w') of a block's output; refuse vectors."""
-    size = network.preprocessing_.crop_size
-    shape = block_shapes(network.backbone_, size, (block,))[block]
-    if len(shape) == 3:
-        return shape
-    layers = {layer.block: layer.name for layer in network.layers_}
-    output = f"a vector of size {shape[0]}" if len(shape) == 1 else f"shape {shape}"
-    raise ValueError(
-        "Grad-CAM needs a spatial feature map, but layer "
-        f"{layers.get(block, block)!r} returns {output}."
+def _outputs(
+    network: Any, target: Target, source: ImageSource, n_threads: int
+) -> torch.Tensor:
+    """Return the outputs (n, ...) of the network at a place."""
+    config = extraction_config(
+        network,
+        network.backbone_,
+        network.network_,
+        (target.block,),
+        network.preprocessing_,
+        "flatten",
     )
+    features = extract_features(source, config, [target.block], n_threads)
+    return torch.from_numpy(features).reshape(-1, *target.layout.shape)
 
 
 def _map_and_score(
-    feature_map: torch.Tensor, head: Head, column: int
-) -> tuple[torch.Tensor, float]:
-    """Return the map (h', w') of a class, with maximum 1 or 0, and its score."""
+    output: torch.Tensor, target: Target, column: int
+) -> tuple[torch.Tensor | None, float]:
+    """Return the map (h', w') of a class, with maximum 1 or 0, and its score.
+
+    There is no map where the score does not depend on any position: behind the last
+    attention of a transformer whose head uses the class token only.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = feature_map[None].double().requires_grad_(True)  # (1, c, h', w')
-        logits = head(leaf)[0]
+        leaf = output[None].double().requires_grad_(True)
+        logits = target.head(leaf)[0]
         if len(logits) == 2:  # the decision function of two classes
             score = logits[column] - logits[1 - column]
         else:
             score = logits[column]
         (gradient,) = torch.autograd.grad(score, leaf)
+    gradient = target.layout.as_map(gradient)  # (1, c, h', w')
+    if target.layout.n_prefix and not gradient.any():
+        return None, score.item()
     weights = gradient.mean(dim=(2, 3), keepdim=True)  # (1, c, 1, 1)
-    activation = (weights * leaf.detach()).sum(dim=1)[0].clamp(min=0)  # (h', w')
+    feature_map = target.layout.as_map(leaf.detach())
+    activation = (weights * feature_map).sum(dim=1)[0].clamp(min=0)  # (h', w')
     return activation / activation.max().clamp(min=1e-300), score.item()
 
 

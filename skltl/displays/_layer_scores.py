@@ -16,9 +16,7 @@ from skltl.exceptions import shorten
 from skltl.inference import can_pool
 from skltl.networks import (
     Backbone,
-    block_shapes,
     get_backbone,
-    reached_main_blocks,
     resolve_layer,
     resolve_network,
     skeleton,
@@ -439,7 +437,7 @@ def _depth_and_name(backbone, layer):
     backbone = get_backbone(backbone)
     names = layer if isinstance(layer, (list, tuple)) else [layer]
     layers = [resolve_layer(backbone, name) for name in names]
-    blocks = list(skeleton(backbone).blocks)
+    blocks = list(skeleton(backbone, backbone.preprocessing.size).blocks)
     depth = max(blocks.index(layer.block) for layer in layers)
     name = " + ".join(layer.name for layer in layers)
     return (depth, len(layers)), name
@@ -450,13 +448,12 @@ def _main_layers(estimator):
     backbone, _, preprocessing = resolve_network(
         estimator.backbone, estimator.weights, estimator.image_size
     )
-    size = preprocessing.crop_size
-    reached = reached_main_blocks(backbone, size)
-    shapes = block_shapes(backbone, size, reached)
+    network = skeleton(backbone, preprocessing.size)
     return [
         name
-        for name, block in skeleton(backbone).layers.items()
-        if block in reached and can_pool(shapes[block], estimator.pooling)
+        for name, block in network.layers.items()
+        if block in network.layouts
+        and can_pool(network.layouts[block], estimator.pooling)
     ]
 
 

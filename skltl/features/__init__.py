@@ -4,6 +4,7 @@ from skltl.features._estimators import (
     FeatureEstimator,
     NetworkClassifier,
     n_features_by_layer,
+    output_layout,
 )
 from skltl.features._extraction import (
     cache_folder,
@@ -35,5 +36,6 @@ __all__ = [
     "fitted_transformer",
     "make_feature_pipeline",
     "n_features_by_layer",
+    "output_layout",
     "transformer_config",
 ]

@@ -12,7 +12,7 @@ from skltl._parameters import resolve_threads
 from skltl._sklearn import check_feature_names_in
 from skltl.features._extraction import extract_features, extraction_config
 from skltl.inference import n_pooled
-from skltl.networks import Network, block_shapes, own_backbone, skeleton
+from skltl.networks import layouts
 
 
 class FeatureEstimator(TransformerMixin, ImageEstimator):
@@ -49,21 +49,15 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
 def n_features_by_layer(estimator):
     """Return the number of features of each layer of a fitted estimator."""
     blocks = tuple(layer.block for layer in estimator.layers_)
-    size = estimator.preprocessing_.crop_size
-    shapes = block_shapes(estimator.backbone_, size, blocks)
-    return [n_pooled(shapes[block], estimator.pooling_) for block in blocks]
+    found = layouts(estimator.backbone_, estimator.preprocessing_.size, blocks)
+    return [n_pooled(found[block], estimator.pooling_) for block in blocks]
 
 
-def truncated_backbone(estimator):
-    """Return a backbone that holds the weights of the truncated network."""
-    blocks, whole = estimator.network_.blocks, skeleton(estimator.backbone_)
-    layers = {name: block for name, block in whole.layers.items() if block in blocks}
-    aliases = {name: layer for name, layer in whole.aliases.items() if layer in layers}
-    return own_backbone(
-        estimator.backbone_.name,
-        Network(blocks, {}, layers, aliases),
-        estimator.preprocessing_,
-    )
+def output_layout(estimator):
+    """Return the layout of the network's output at the layer of an estimator."""
+    (layer,) = estimator.layers_
+    size = estimator.preprocessing_.size
+    return layouts(estimator.backbone_, size, (layer.block,))[layer.block]
 
 
 class NetworkClassifier(ClassifierMixin, ImageEstimator):
@@ -152,11 +146,6 @@ class NetworkClassifier(ClassifierMixin, ImageEstimator):
     def _network_batch_size(self):
         """Return the batch size of prediction."""
         return "auto"
-
-    def _map_shape(self):
-        """Return the shape of the network's output for one image."""
-        block, size = self.layers_[0].block, self.preprocessing_.crop_size
-        return block_shapes(self.backbone_, size, (block,))[block]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -59,7 +59,7 @@ def extraction_config(
     dtype = resolve_precision(estimator.precision, device, fitted)
     fitted = getattr(estimator, "engine_", None)
     engine = resolve_engine(estimator.engine, device, network.blocks, fitted)
-    map_bytes = largest_map(backbone, preprocessing.crop_size) * dtype.itemsize
+    map_bytes = largest_map(backbone, preprocessing.size) * dtype.itemsize
     return ExtractionConfig(
         backbone,
         network,

@@ -23,7 +23,7 @@ from skltl._sklearn import (
     fit_context,
 )
 from skltl.exceptions import WeightsError, shorten
-from skltl.features._estimators import FeatureEstimator, truncated_backbone
+from skltl.features._estimators import FeatureEstimator
 from skltl.features._extraction import (
     cache_folder,
     extract_features,
@@ -37,10 +37,11 @@ from skltl.inference import (
     resolve_engine,
 )
 from skltl.networks import (
-    block_shapes,
     is_registered,
+    layouts,
     resolve_layer,
     resolve_network,
+    truncated_backbone,
 )
 
 # What all estimators that extract features from one network have in common: parameters
@@ -264,18 +265,18 @@ class CNNFeatureTransformer(FeatureEstimator):
         backbone, weights, preprocessing = resolve_network(
             self.backbone, self.weights, self.image_size
         )
-        layers = _resolve_layers(backbone, self.layer)
+        size = preprocessing.size
+        layers = _resolve_layers(backbone, self.layer, size, self.pooling)
         blocks = tuple(layer.block for layer in layers)
-        shapes = block_shapes(backbone, preprocessing.crop_size, blocks)
+        found = layouts(backbone, size, blocks)
         for layer in layers:
-            check_output(layer, shapes[layer.block], self.pooling)
+            check_output(layer, found[layer.block], self.pooling)
         seed = draw_seed(self.random_state) if weights is None else None
-        size = preprocessing.crop_size
         recorded = recorded_blocks(backbone, blocks, size, self.pooling)
         recorder = None
         if cache_folder(self) is not None:
-            recorder = _load_recorder(backbone, weights, seed, recorded)
-        network = load_prefix(backbone, weights, seed, blocks)
+            recorder = _load_recorder(backbone, weights, seed, size, recorded)
+        network = load_prefix(backbone, weights, seed, size, blocks)
         engine = resolve_engine(self.engine, device, network.blocks)
         self.backbone_ = backbone
         self.layers_ = layers
@@ -332,8 +333,8 @@ def fitted_parameters(transformer):
         "image_shape": transformer._fitted_image_shape,
     }
     if transformer._fitted_weights is None:  # random weights cannot be named
-        own = truncated_backbone(transformer)
-        return found | {"backbone": own, "weights": "imagenet", "image_size": None}
+        own = _own_backbone(transformer)
+        return found | {"backbone": own, "weights": "pretrained", "image_size": None}
     size = transformer.preprocessing_.crop_size
     is_usual = size == transformer.backbone_.preprocessing.crop_size
     is_same = isinstance(transformer.backbone, str) and is_registered(
@@ -351,7 +352,7 @@ def fitted_transformer(estimator):
 
     Its backbone holds the weights, and its input size is that of the network.
     """
-    backbone = truncated_backbone(estimator)
+    backbone = _own_backbone(estimator)
     transformer = CNNFeatureTransformer(
         backbone,
         layer=estimator.layers_[0].name,
@@ -363,6 +364,13 @@ def fitted_transformer(estimator):
     transformer.backbone_, transformer._recorder = backbone, None
     transformer._fitted_weights = transformer.weights
     return transformer
+
+
+def _own_backbone(estimator):
+    """Return a backbone that holds the weights of the truncated network."""
+    return truncated_backbone(
+        estimator.backbone_, estimator.network_.blocks, estimator.preprocessing_
+    )
 
 
 def copy_fitted_network(estimator, other):
@@ -378,7 +386,7 @@ def transformer_config(transformer):
     network = transformer.network_
     if cache_folder(transformer) is not None:
         network = transformer.__dict__.get("_recorder") or transformer.network_
-        size = transformer.preprocessing_.crop_size
+        size = transformer.preprocessing_.size
         recorded = recorded_blocks(
             transformer.backbone_, blocks, size, transformer.pooling_
         )
@@ -398,7 +406,7 @@ def _plain(weights):
     return fspath(weights) if isinstance(weights, PathLike) else weights
 
 
-def _resolve_layers(backbone, layer):
+def _resolve_layers(backbone, layer, image_size, pooling):
     """Return the layers that a `layer` parameter names, each of them once."""
     names = layer if isinstance(layer, (list, tuple)) else [layer]
     is_name = [isinstance(one, (str, Integral)) for one in names]
@@ -407,7 +415,7 @@ def _resolve_layers(backbone, layer):
             "The 'layer' parameter of CNNFeatureTransformer must be a name, an index "
             f"or a list of them. Got {shorten(repr(layer))} instead."
         )
-    layers = [resolve_layer(backbone, name) for name in names]
+    layers = [resolve_layer(backbone, name, image_size, pooling) for name in names]
     n_blocks = len({one.block for one in layers})
     if not layers or n_blocks < len(layers):
         raise ValueError(
@@ -416,28 +424,34 @@ def _resolve_layers(backbone, layer):
     return layers
 
 
-def _load_recorder(backbone, weights, seed, blocks):
+def _load_recorder(backbone, weights, seed, image_size, blocks):
     """Load the network up to the last layer that a cache stores, or ``None``.
 
     The fully connected layers of some published weights hold NaN on purpose: they
     cannot be stored.
     """
     try:
-        return load_prefix(backbone, weights, seed, blocks)
+        return load_prefix(backbone, weights, seed, image_size, blocks)
     except WeightsError:
         return None
 
 
-def check_output(layer, shape, pooling):
+def check_output(layer, layout, pooling):
     """Raise an error for a layer whose output cannot be pooled."""
-    if can_pool(shape, pooling):
+    if can_pool(layout, pooling):
         return
-    if len(shape) != 3:
+    if layout.grid is None:
         raise ValueError(
-            f"The output of layer {layer.name!r} for an image has shape {shape}; "
-            "expected a feature map (c, h, w) or a vector (d,)."
+            f"The output of layer {layer.name!r} for an image has shape "
+            f"{layout.shape}; expected a feature map (c, h, w) or (h, w, c), tokens "
+            "(t, c) of a grid, or a vector (d,)."
+        )
+    if isinstance(pooling, str):
+        raise ValueError(
+            f"pooling={pooling!r} needs a class token, which layer {layer.name!r} does "
+            "not have."
         )
     raise ValueError(
-        f"pooling={pooling} is a finer grid than the feature map of {shape[1]} x "
-        f"{shape[2]} at layer {layer.name!r}."
+        f"pooling={pooling} is a finer grid than the feature map of "
+        f"{layout.grid[0]} x {layout.grid[1]} at layer {layer.name!r}."
     )

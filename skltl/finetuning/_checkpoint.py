@@ -57,7 +57,7 @@ def fingerprint(
     digested = sorted(params.keys() - NOT_DIGESTED)
     digest.update(repr([(name, params[name]) for name in digested]).encode())
     blocks = new.network_.blocks
-    digest.update(repr((new.preprocessing_, structure(blocks))).encode())
+    digest.update(repr((new.preprocessing_, structure(blocks.values()))).encode())
     for position in range(len(source)):
         digest.update(_content(source, position))
     for array in arrays:

@@ -34,6 +34,7 @@ from skltl.features import (
     extraction_config,
     fitted_parameters,
     fitted_transformer,
+    output_layout,
 )
 from skltl.finetuning._checkpoint import check_folder, fingerprint, open_checkpoint
 from skltl.finetuning._conversion import (
@@ -51,6 +52,7 @@ from skltl.finetuning._network import (
     Pool,
     SplitNetwork,
     build_head,
+    check_trainable,
     check_widths,
     count_frozen,
     group_blocks,
@@ -463,8 +465,10 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         linear = FrozenEstimator(copy.deepcopy(linear))
         defaults = {"head_init": linear, "head_epochs": 0}
         made = cls(**{**network, **shared, **defaults, **parameters})
-        head = head_of_pipeline(transformer.pooling_, scaler, classifier)
         copy_fitted_network(transformer, made)
+        head = head_of_pipeline(
+            transformer.pooling_, output_layout(transformer), scaler, classifier
+        )
         if isinstance(made.backbone, Backbone):
             made.backbone_ = made.backbone
         made.classes_ = classifier.classes_
@@ -551,14 +555,15 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         self.backbone_, weights, self.preprocessing_ = resolve_network(
             self.backbone, self.weights, self.image_size
         )
-        layer = resolve_layer(self.backbone_, self.layer)
+        size = self.preprocessing_.size
+        layer = resolve_layer(self.backbone_, self.layer, size, self.pooling)
         self.layers_, self.pooling_ = [layer], self.pooling
+        check_output(layer, output_layout(self), self.pooling)
         # Random weights without a `random_state` are never requested again.
         is_shared = self.random_state is not None
         self.network_ = load_prefix(
-            self.backbone_, weights, seed, [layer.block], is_shared
+            self.backbone_, weights, seed, size, [layer.block], is_shared
         )
-        check_output(layer, self._map_shape(), self.pooling)
         device = resolve_device(self.device)
         self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
@@ -569,19 +574,22 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
 
     def _build_network(self, new, seed):
         """Build the head, plan the stages, and split the network accordingly."""
-        head = build_head(new, new._map_shape(), len(new.classes_), seed)
+        layout, size = output_layout(new), new.preprocessing_.size
+        head = build_head(new, layout, len(new.classes_), seed)
         if not isinstance(self.head_init, str):
             fitted = self.head_init.estimator
-            head = linear_head(fitted, self.pooling, head, new.classes_)
+            head = linear_head(fitted, self.pooling, layout, head, new.classes_)
         if self._is_warm():
             self._check_same_network(new, head)
             new.network_ = self.network_
             head = copy.deepcopy(self.head_).float().requires_grad_(True)
         blocks, (layer,) = new.network_.blocks, new.layers_
-        n_frozen = count_frozen(new.backbone_, blocks, layer, self.unfreeze)
+        n_frozen = count_frozen(new.backbone_, blocks, layer, size, self.unfreeze)
         new.stages_ = plan_stages(new, len(blocks), n_frozen)
         n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
-        groups = group_blocks(new.backbone_, blocks, layer)
+        if n_frozen < len(blocks):
+            check_trainable(new.backbone_, size)
+        groups = group_blocks(new.backbone_, blocks, layer, size)
         network = SplitNetwork(blocks, groups, n_frozen, head)
         is_from_scratch = self.weights is None and has_batch_norms([network.trainable])
         if is_from_scratch and self.batch_size == 1:
@@ -628,7 +636,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         """Return the logits; in float64 they do not depend on the batch."""
         features = rows.double()
         if not isinstance(self.head_[0], Pool):
-            features = features.reshape(len(rows), *self._map_shape())
+            features = features.reshape(len(rows), *output_layout(self).shape)
         with torch.inference_mode():
             return self.head_(features)
 
@@ -642,5 +650,6 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     def __setstate__(self, state):
         super().__setstate__(state)  # before anything else: it checks the format
         if "head_" in state:
-            self.head_ = head_from_state(state["head_"])
-            self.stages_ = [Stage(**stage) for stage in state["stages_"]]
+            plain = vars(self)
+            self.head_ = head_from_state(plain["head_"])
+            self.stages_ = [Stage(**stage) for stage in plain["stages_"]]

@@ -19,6 +19,7 @@ from skltl._random import torch_defaults
 from skltl.features import CNNFeatureTransformer
 from skltl.finetuning._data import abbreviate
 from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
+from skltl.networks import Layout
 
 
 def unwrapped(estimator: Any) -> Any:
@@ -72,7 +73,9 @@ def _steps(pipeline: Pipeline) -> list[Any]:
     return [step for step in steps if step is not None and step != "passthrough"]
 
 
-def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Sequential:
+def head_of_pipeline(
+    pooling: str | int, layout: Layout, scaler: Any, classifier: Any
+) -> nn.Sequential:
     """Build the head that is equivalent to a scaler and a linear classifier."""
     coef, intercept = _coefficients(classifier)
     n_features = coef.shape[1]
@@ -87,18 +90,22 @@ def head_of_pipeline(pooling: str | int, scaler: Any, classifier: Any) -> nn.Seq
     if scaler is not None and scaler.with_std:
         standardize.scale.copy_(torch.from_numpy(scaler.scale_))
     set_linear(linear, coef, intercept)
-    return nn.Sequential(Pool(pooling), standardize, linear)
+    return nn.Sequential(Pool(pooling, layout), standardize, linear)
 
 
 def linear_head(
-    fitted: Any, pooling: str | int, expected: nn.Sequential, classes: NDArray[Any]
+    fitted: Any,
+    pooling: str | int,
+    layout: Layout,
+    expected: nn.Sequential,
+    classes: NDArray[Any],
 ) -> nn.Sequential:
     """Build the trainable head that is equivalent to `head_init`, a fitted estimator.
 
     Its classes, and the layers of the `expected` head, must be those of the fit.
     """
     scaler, linear = fitted if isinstance(fitted, Pipeline) else (None, fitted)
-    head = head_of_pipeline(pooling, scaler, linear)
+    head = head_of_pipeline(pooling, layout, scaler, linear)
     if not np.array_equal(classes, fitted.classes_):
         raise ValueError(
             f"head_init: the classes are {abbreviate(classes)}, those of the fitted "

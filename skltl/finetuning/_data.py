@@ -38,7 +38,7 @@ from skltl.images import (
     normalize,
 )
 from skltl.inference import ExtractionConfig, FrozenPrefix
-from skltl.networks import block_shapes, nearest
+from skltl.networks import nearest
 
 # The fraction that early stopping holds out by default.
 DEFAULT_FRACTION = 0.1
@@ -219,8 +219,8 @@ def decode_crops(
     source: ImageSource, preprocessing: Preprocessing, n_threads: int
 ) -> NDArray[Any]:
     """Decode, resize and crop all images: (n, h, w, 3), uint8 if all of them are."""
-    size, everything = preprocessing.crop_size, range(len(source))
-    array = new_array((len(source), size, size, 3), np.uint8)
+    everything = range(len(source))
+    array = new_array((len(source), *preprocessing.size, 3), np.uint8)
     with closing(iter_crops(source, everything, preprocessing, 8, n_threads)) as crops:
         for crop in crops:
             if crop.pixels.dtype != array.dtype and array.dtype == np.uint8:
@@ -251,7 +251,7 @@ def stored_inputs(array: NDArray[np.float32], device: torch.device) -> Inputs:
 
     def batch(positions: Positions, views: NDArray[np.int64]) -> Tensor:
         inputs = torch.from_numpy(array[positions, views]).to(device)
-        if inputs.ndim == 2:
+        if inputs.ndim != 4:
             return inputs
         return inputs.contiguous(memory_format=torch.channels_last)
 
@@ -447,6 +447,5 @@ def _output_shape(config: ExtractionConfig) -> tuple[int, ...]:
     """Return the shape of what the frozen blocks give for one image."""
     if config.pooling != "flatten":
         return (sum(config.widths()),)
-    (block,) = config.blocks
-    size = config.preprocessing.crop_size
-    return block_shapes(config.backbone, size, config.blocks)[block]
+    (layout,) = config.layouts().values()
+    return layout.shape

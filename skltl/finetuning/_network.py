@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral
 from typing import Any
 
@@ -16,21 +17,43 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skltl._random import as_int, derived_seed, own_random_state, torch_defaults
 from skltl.exceptions import UnknownLayerError
 from skltl.inference import FrozenPrefix, as_tensor, n_pooled, pool
-from skltl.networks import Backbone, ResolvedLayer, freeze, resolve_layer, skeleton
+from skltl.networks import (
+    Backbone,
+    Block,
+    ImageSize,
+    Layout,
+    ResolvedLayer,
+    freeze,
+    resolve_layer,
+    skeleton,
+)
 
 
 class Pool(nn.Module):
-    """Pool a feature map (n, c, h, w) to features (n, d), which pass unchanged."""
+    """Pool outputs of a layout to features (n, d), which pass unchanged."""
 
-    def __init__(self, pooling: str | int) -> None:
+    def __init__(self, pooling: str | int, layout: Layout) -> None:
         super().__init__()
         self.pooling = pooling
+        self.layout = layout
 
-    def forward(self, feature_map: Tensor) -> Tensor:
+    def forward(self, output: Tensor) -> Tensor:
         """Return the features (n, d)."""
-        if feature_map.ndim == 2:
-            return feature_map
-        return pool(feature_map, self.pooling).to(feature_map.dtype)
+        if output.ndim == 2:
+            return output
+        return pool(output, self.pooling, self.layout).to(output.dtype)
+
+
+class AsMap(nn.Module):
+    """Arrange outputs of a layout as feature maps (n, c, h, w)."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Return the feature maps."""
+        return self.layout.as_map(output)
 
 
 class Standardize(nn.Module):
@@ -75,7 +98,7 @@ class SplitNetwork(nn.Module):
 
     def __init__(
         self,
-        blocks: Mapping[str, nn.Module],
+        blocks: Mapping[str, Block],
         groups: Sequence[Sequence[str]],
         n_frozen: int,
         head: nn.Sequential,
@@ -93,7 +116,7 @@ class SplitNetwork(nn.Module):
                 self.trainable.append(nn.Sequential(*copies))
         self.head = head
         self._keeps_statistics = self._only_batch_norms = False
-        freeze({"trainable": self.trainable})
+        freeze([self.trainable])
 
     def unfreeze(self, only_batch_norms: bool, keeps_statistics: bool) -> None:
         """Unfreeze the trainable blocks, or only their batch-norms' parameters."""
@@ -126,17 +149,21 @@ class SplitNetwork(nn.Module):
     def finished(self) -> tuple[FrozenPrefix, nn.Module]:
         """Return frozen copies on the CPU: all blocks, and the head in float64."""
         trained, head = copy.deepcopy((self.trainable, self.head))
-        freeze({"trained": trained.cpu(), "head": head})
-        blocks = [block for group in trained.children() for block in group.children()]
+        freeze([trained.cpu(), head])
+        groups = trained.children()
+        blocks: Any = [block for group in groups for block in group.children()]
         named = dict(zip(self._trainable_names, blocks, strict=True))
         return FrozenPrefix({**self.frozen, **named}), head.cpu().double()
 
 
 def group_blocks(
-    backbone: Backbone, blocks: Iterable[str], layer: ResolvedLayer
+    backbone: Backbone,
+    blocks: Iterable[str],
+    layer: ResolvedLayer,
+    image_size: ImageSize,
 ) -> list[tuple[str, ...]]:
     """Group the names of the blocks up to `layer` by the main layers they end in."""
-    ends = {*skeleton(backbone).layers.values(), layer.block}
+    ends = {*skeleton(backbone, image_size).layers.values(), layer.block}
     groups, group = [], []
     for name in blocks:
         group.append(name)
@@ -148,12 +175,13 @@ def group_blocks(
 
 def count_frozen(
     backbone: Backbone,
-    blocks: Mapping[str, nn.Module],
+    blocks: Mapping[str, Block],
     layer: ResolvedLayer,
+    image_size: ImageSize,
     unfreeze: str | int | None,
 ) -> int:
     """Return how many of the blocks up to `layer`, from the first one, stay frozen."""
-    names, groups = list(blocks), group_blocks(backbone, blocks, layer)
+    names, groups = list(blocks), group_blocks(backbone, blocks, layer, image_size)
     if unfreeze is None:
         return len(names)
     if unfreeze == "batch_norm" and not has_batch_norms(blocks.values()):
@@ -171,7 +199,7 @@ def count_frozen(
                 f"of blocks up to layer {layer.name!r}. unfreeze='all' unfreezes all."
             )
         return names.index(groups[-int(unfreeze)][0])
-    block = resolve_layer(backbone, unfreeze).block
+    block = resolve_layer(backbone, unfreeze, image_size).block
     if block not in names:
         raise UnknownLayerError(
             f"unfreeze={unfreeze!r} comes after layer {layer.name!r}, where the "
@@ -179,6 +207,15 @@ def count_frozen(
         )
     first = {group[-1]: group[0] for group in groups}  # a main layer is its group
     return names.index(first.get(block, block))
+
+
+def check_trainable(backbone: Backbone, image_size: ImageSize) -> None:
+    """Refuse to train blocks that would not compute in train mode what they should."""
+    if not skeleton(backbone, image_size).is_trainable:
+        raise ValueError(
+            f"{backbone.name!r} can only be used frozen (unfreeze=None): its forward "
+            "pass in train mode cannot be traced."
+        )
 
 
 def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
@@ -189,27 +226,29 @@ def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
 
 
 def build_head(
-    estimator: Any, shape: tuple[int, ...], n_classes: int, seed: int
+    estimator: Any, layout: Layout, n_classes: int, seed: int
 ) -> nn.Sequential:
     """Build convolutions, pooling, standardization and fully connected layers.
 
-    `shape` is that of one image's feature map (c, h, w) or features (d,). Dropout comes
-    after each hidden layer or, if there are none, before the only linear layer.
+    `layout` is that of the outputs of the backbone. Dropout comes after each hidden
+    layer or, if there are none, before the only linear layer.
     """
     conv_channels = tuple(estimator.conv_channels)
     hidden_units, dropout = tuple(estimator.hidden_units), estimator.dropout
-    if conv_channels and len(shape) != 3:
+    if conv_channels and layout.grid is None:
         raise ValueError(
             f"conv_channels={conv_channels!r} require a feature map, but the layer "
-            f"returns a vector of {shape[0]} features."
+            f"returns a vector of {layout.shape[0]} features."
         )
     specs: list[tuple[Any, ...]] = []
-    n_channels = shape[0]
+    if conv_channels and layout.map_shape != layout.shape:
+        specs += [("map", asdict(layout))]
     for n_out in conv_channels:
-        specs += [("conv", n_channels, n_out), ("relu",)]
-        n_channels = n_out
-    n_features = n_pooled((n_channels, *shape[1:]), estimator.pooling)
-    specs += [("pool", estimator.pooling), ("standardize", n_features)]
+        specs += [("conv", layout.n_channels, n_out), ("relu",)]
+        layout = Layout((n_out, *layout.map_shape[1:]), layout.grid)
+    n_features = n_pooled(layout, estimator.pooling)
+    specs += [("pool", estimator.pooling, asdict(layout))]
+    specs += [("standardize", n_features)]
     for n_out in hidden_units:
         specs += [("linear", n_features, n_out), ("relu",)]
         specs += [("dropout", dropout)] if dropout else []
@@ -233,12 +272,22 @@ def _build_layers(specs: Sequence[Sequence[Any]]) -> nn.Sequential:
     kinds: dict[str, Callable[..., nn.Module]] = {
         "conv": lambda n_in, n_out: nn.Conv2d(n_in, n_out, 3, padding=1),
         "relu": nn.ReLU,
-        "pool": Pool,
+        "pool": lambda pooling, layout: Pool(pooling, _layout(layout)),
+        "map": lambda layout: AsMap(_layout(layout)),
         "standardize": Standardize,
         "linear": nn.Linear,
         "dropout": nn.Dropout,
     }
     return nn.Sequential(*(kinds[kind](*arguments) for kind, *arguments in specs))
+
+
+def _layout(fields: dict[str, Any]) -> Layout:
+    """Return a layout from its fields, which may have been saved as lists."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value
+        for name, value in fields.items()
+    }
+    return Layout(**values)
 
 
 def head_specs(head: nn.Sequential) -> list[list[Any]]:
@@ -253,7 +302,9 @@ def head_specs(head: nn.Sequential) -> list[list[Any]]:
             case Standardize():
                 return ["standardize", len(layer.mean)]
             case Pool():
-                return ["pool", layer.pooling]
+                return ["pool", layer.pooling, asdict(layer.layout)]
+            case AsMap():
+                return ["map", asdict(layer.layout)]
             case nn.Dropout():
                 return ["dropout", layer.p]
             case nn.ReLU():

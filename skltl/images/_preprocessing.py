@@ -88,6 +88,11 @@ class Preprocessing:
             )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the network's input, in pixels."""
+        return self.crop_size, self.crop_size
+
+    @property
     def shorter_side(self) -> int:
         """Length of the image's shorter side before the crop, in pixels."""
         return self.crop_size if self.resize_size is None else self.resize_size

@@ -5,6 +5,7 @@ from skltl.inference._config import (
     ExtractionConfig,
     describe,
     fingerprints,
+    main_layouts,
     recorded_blocks,
 )
 from skltl.inference._frozen import (
@@ -17,6 +18,7 @@ from skltl.inference._frozen import (
 from skltl.inference._openvino import ENGINES, can_run, resolve_engine
 from skltl.inference._state import (
     as_tensor,
+    from_format_2,
     head_from_state,
     head_state,
     prefix_from_state,
@@ -44,10 +46,12 @@ __all__ = [
     "can_run",
     "describe",
     "fingerprints",
+    "from_format_2",
     "head_from_state",
     "head_state",
     "load_prefix",
     "load_with_head",
+    "main_layouts",
     "n_in_flight",
     "n_pooled",
     "pool",

@@ -20,15 +20,17 @@ from skltl.inference._frozen import FrozenPrefix, is_before_batch_norm
 from skltl.inference._torch import InFlight, can_pool, n_pooled
 from skltl.networks import (
     Backbone,
-    block_shapes,
+    ImageSize,
+    Layout,
+    layouts,
     prefix_digests,
-    reached_main_blocks,
+    resolve_layer,
     skeleton,
 )
 
 # To be raised when the way in which features are computed or stored changes: features
 # of other formats are never read.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,13 @@ class ExtractionConfig:
             return source
         return source.reduced_to(2 * self.preprocessing.shorter_side)
 
+    def layouts(self) -> dict[str, Layout]:
+        """Return the layouts of the outputs of the blocks."""
+        return layouts(self.backbone, self.preprocessing.size, self.blocks)
+
     def widths(self) -> list[int]:
         """Return the number of features at each of the blocks."""
-        shapes = block_shapes(self.backbone, self.preprocessing.crop_size, self.blocks)
-        return [n_pooled(shapes[block], self.pooling) for block in self.blocks]
+        return [n_pooled(layout, self.pooling) for layout in self.layouts().values()]
 
     def start(self, pixels: Tensor) -> InFlight:
         """Start to compute the features of a batch; a GPU continues on its own."""
@@ -74,9 +79,9 @@ class ExtractionConfig:
 
         The pixels are resized and cropped, in uint8 or float32.
         """
-        mains = tuple(skeleton(self.backbone).layers.values())
+        mains = main_layouts(self.backbone, self.preprocessing.size, self.pooling)
         runner = self.network.runner(
-            self.device, self.dtype, self.blocks, self.engine, mains
+            self.device, self.dtype, self.layouts(), self.engine, mains
         )
         mean = _per_channel(self.preprocessing.mean, self.device)
         std = _per_channel(self.preprocessing.std, self.device)
@@ -100,8 +105,24 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
+def main_layouts(
+    backbone: Backbone, image_size: ImageSize, pooling: str | int
+) -> dict[str, Layout]:
+    """Return the blocks of the main layers before which images do not vanish.
+
+    With automatic pooling, the last one is followed by a part of the network's head.
+    """
+    network = skeleton(backbone, image_size)
+    blocks = [
+        resolve_layer(backbone, name, image_size, pooling).block
+        for name in network.layers
+    ]
+    found = network.layouts
+    return {block: found[block] for block in blocks if block in found}
+
+
 def recorded_blocks(
-    backbone: Backbone, asked: Sequence[str], crop_size: int, pooling: str | int
+    backbone: Backbone, asked: Sequence[str], image_size: ImageSize, pooling: str | int
 ) -> tuple[str, ...]:
     """Return the blocks whose features a cache stores where some are requested.
 
@@ -109,14 +130,13 @@ def recorded_blocks(
     search over layers runs the network once. Whole feature maps, and layers between the
     main ones, are stored only if they are requested.
     """
-    mains = reached_main_blocks(backbone, crop_size)
-    if pooling == "flatten" or not set(asked) <= set(mains):
+    mains = main_layouts(backbone, image_size, pooling)
+    if pooling == "flatten" or not set(asked) <= mains.keys():
         return tuple(asked)
-    shapes = block_shapes(backbone, crop_size, mains)
-    blocks = skeleton(backbone).blocks
+    blocks = skeleton(backbone, image_size).blocks
 
     def is_harmless(block: str) -> bool:
-        can = can_pool(shapes[block], pooling)
+        can = can_pool(mains[block], pooling)
         return can and not is_before_batch_norm(blocks, block)
 
     return tuple(block for block in mains if block in asked or is_harmless(block))
@@ -124,7 +144,7 @@ def recorded_blocks(
 
 def describe(config: ExtractionConfig, block: str) -> str:
     """Describe the features of a block for people, as JSON."""
-    mains = skeleton(config.backbone).layers
+    mains = skeleton(config.backbone, config.preprocessing.size).layers
     names = {main_block: name for name, main_block in mains.items()}
     digests = prefix_digests(config.backbone, config.network.blocks)
     preprocessing = config.preprocessing
@@ -187,7 +207,7 @@ def _splits(config: ExtractionConfig, block: str) -> list[str]:
     """
     blocks = config.network.blocks
     before = list(blocks)[: list(blocks).index(block)]
-    mains = set(skeleton(config.backbone).layers.values())
+    mains = main_layouts(config.backbone, config.preprocessing.size, config.pooling)
     return [
         one
         for one in before

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary, finalize
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.googlenet import BasicConv2d as GoogLeNetUnit
-from torchvision.models.inception import BasicConv2d as InceptionUnit
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from skltl._locks import Lock
 from skltl._random import fresh_seed
@@ -26,25 +22,23 @@ from skltl.inference._openvino import OpenVINOEngine
 from skltl.inference._torch import compile_segment, run_segments, to_device
 from skltl.networks import (
     Backbone,
+    Block,
+    ImageSize,
+    Layout,
     PretrainedWeights,
     check_finite,
-    children_of,
     forget_networks,
     freeze,
+    graph_of,
     has_hooks,
+    layers_of,
     load_network,
+    parts_of,
     random_network,
     resolve_layer,
     skeleton,
     truncate,
 )
-
-# The `forward` of modules that run each batch-norm right after the convolution defined
-# before it. With another `forward`, as in subclasses of these, the order is unknown.
-RUN_IN_ORDER = {
-    kind.forward
-    for kind in (nn.Sequential, BasicBlock, Bottleneck, GoogLeNetUnit, InceptionUnit)
-}
 
 # Each runner is a copy of the network, and lives as long as its prefix.
 MAX_RUNNERS = 2
@@ -68,8 +62,8 @@ class FrozenPrefix:
     network share them.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
-        freeze(blocks)
+    def __init__(self, blocks: Mapping[str, Block]) -> None:
+        freeze(blocks.values())
         self.blocks = blocks
         self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
         self._lock = Lock()
@@ -82,16 +76,16 @@ class FrozenPrefix:
         self,
         device: torch.device,
         dtype: torch.dtype,
-        wanted: Sequence[str],
+        wanted: Mapping[str, Layout],
         engine: str = "torch",
-        mains: Sequence[str] = (),
+        mains: Mapping[str, Layout] | None = None,
     ) -> Runner:
         """Return a recently used `Runner` for the same arguments, or a new one."""
         key = (device, dtype, tuple(wanted), engine)
         with self._lock:
             runner = self._runners.pop(key, None)
             if runner is None:
-                blocks = truncate(self.blocks, wanted)
+                blocks = truncate(self.blocks, list(wanted))
                 runner = Runner(blocks, wanted, device, dtype, engine, mains)
             self._runners[key] = runner
             if len(self._runners) > MAX_RUNNERS:
@@ -108,24 +102,25 @@ class Runner:
     """Copies of frozen blocks, prepared for a device, a dtype and an engine.
 
     Features are taken after the `wanted` blocks; `mains` are the blocks of the main
-    layers.
+    layers. Both are given with the layouts of their outputs.
     """
 
     def __init__(
         self,
-        blocks: Mapping[str, nn.Module],
-        wanted: Sequence[str],
+        blocks: Mapping[str, Block],
+        wanted: Mapping[str, Layout],
         device: torch.device,
         dtype: torch.dtype,
         engine: str = "torch",
-        mains: Sequence[str] = (),
+        mains: Mapping[str, Layout] | None = None,
     ) -> None:
+        mains = {} if mains is None else mains
         self.device = device
         self.dtype = dtype
         self._wanted = wanted
         # Eager torch computes the same wherever segments end. The others fuse what is
         # inside a segment, so theirs end at all main layers, wanted or not.
-        ends = set(wanted) if engine == "torch" else {*wanted, *mains}
+        ends = dict(wanted) if engine == "torch" else {**mains, **wanted}
         segments = build_segments(blocks, ends, device, dtype)
         self._input_dtype = dtype
         self._engine: Engine = partial(run_segments, segments, wanted)
@@ -134,7 +129,7 @@ class Runner:
             self._engine = partial(run_segments, compiled, wanted)
         elif engine == "openvino":
             self._input_dtype = torch.float32
-            self._engine = OpenVINOEngine(segments, wanted, dtype)
+            self._engine = OpenVINOEngine(segments, ends, wanted, dtype)
 
     def features(
         self, pixels: Tensor, mean: Tensor, std: Tensor, pooling: str | int
@@ -159,72 +154,103 @@ class Runner:
 
 
 def build_segments(
-    blocks: Mapping[str, nn.Module],
-    ends: set[str],
+    blocks: Mapping[str, Block],
+    ends: Collection[str],
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, nn.Sequential]:
+) -> dict[str, Block]:
     """Copy blocks to a device as segments, with batch-norms folded, channels last.
 
     A segment is named by the block at its end.
     """
     segments = {}
-    segment = nn.Sequential()
+    parts = []
     for name, block in blocks.items():
-        segment.append(copy.deepcopy(block))
+        parts.append(block)
         if name in ends:
-            fold_batch_norms(segment)
-            freeze({name: segment})  # the folded convolutions are new
+            graph, layers, constants = parts_of(parts)
+            layers = copy.deepcopy(fold_batch_norms(graph, layers))
+            segment = Block(graph, _with_short_names(graph, layers), constants)
+            freeze([segment])  # the folded convolutions are new
             # torch's annotations of `Module.to` leave out `memory_format`.
             segment.to(  # type: ignore[call-overload]
                 device, dtype, memory_format=torch.channels_last
             )
             segments[name] = segment
-            segment = nn.Sequential()
+            parts = []
     return segments
 
 
-def fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch-norm into the weights of the convolution before it, in place.
+def fold_batch_norms(graph: fx.Graph, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Fold each batch-norm of a graph into the convolution before it.
 
-    In eval mode a batch-norm multiplies each channel and adds to it.
+    The graph is modified; the layers that it then calls are returned. In eval mode a
+    batch-norm multiplies each channel and adds to it.
     """
-    for child in module.children():
-        fold_batch_norms(child)
-    if type(module).forward not in RUN_IN_ORDER:
-        return
-    for (first, conv), (second, norm) in pairwise(children_of(module)):
+    layers = dict(layers)
+    calls = graph.find_nodes(op="call_module")
+    n_calls = Counter(call.target for call in calls)
+    for call in calls:
+        before = call.args[0]
         if (
-            type(conv) is nn.Conv2d
-            and type(norm) is nn.BatchNorm2d
-            and not (has_hooks(conv) or has_hooks(norm))
+            _is_call_of(before, nn.Conv2d, layers)
+            and _is_call_of(call, nn.BatchNorm2d, layers)
+            and len(before.users) == n_calls[before.target] == n_calls[call.target] == 1
         ):
-            setattr(module, first, fuse_conv_bn_eval(conv, norm))
-            setattr(module, second, nn.Identity())
+            conv, norm = layers[before.target], layers.pop(call.target)
+            layers[before.target] = fuse_conv_bn_eval(conv, norm)
+            call.replace_all_uses_with(before)
+            graph.erase_node(call)
+    return layers
 
 
-def is_before_batch_norm(blocks: Mapping[str, nn.Module], name: str) -> bool:
-    """Return whether a block is a convolution that the next block's batch-norm follows.
+def _with_short_names(graph: fx.Graph, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the layers and weights of a graph, which is modified.
+
+    Nested names such as "layer1.0.conv1" take several microseconds in each call.
+    """
+    names = {name: f"part_{number}" for number, name in enumerate(layers)}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = names.get(node.target, node.target)
+    return {names[name]: layer for name, layer in layers.items()}
+
+
+def _is_call_of(node: Any, kind: type[nn.Module], layers: Mapping[str, Any]) -> bool:
+    """Return whether a node calls a layer of a class, without hooks."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    layer = layers[str(node.target)]
+    return type(layer) is kind and not has_hooks(layer)
+
+
+def is_before_batch_norm(blocks: Mapping[str, Block], name: str) -> bool:
+    """Return whether a block ends with a convolution that a batch-norm follows.
 
     If a segment ends between them they are not folded, which changes the last digits of
     everything after.
     """
     names = list(blocks)
     following = names[names.index(name) + 1 :][:1]
-    return type(blocks[name]) is nn.Conv2d and any(
-        type(blocks[next_name]) is nn.BatchNorm2d for next_name in following
+    (end,) = graph_of(blocks[name]).find_nodes(op="output")
+    return _is_call_of(end.args[0], nn.Conv2d, layers_of(blocks[name])) and any(
+        _is_call_of(call, nn.BatchNorm2d, layers_of(blocks[other]))
+        for other in following
+        for (batch,) in [graph_of(blocks[other]).find_nodes(op="placeholder")]
+        for call in batch.users
     )
 
 
 Value = TypeVar("Value")
 
-# The token of a backbone, the identity of its weights, and the last block.
-Key = tuple[str, Hashable, str]
+# The token of a backbone, the identity of its weights, the size of the images, and the
+# last block.
+Key = tuple[str, Hashable, ImageSize, str]
 
-_networks: OrderedDict[Key, Mapping[str, nn.Module]] = OrderedDict()
+_networks: OrderedDict[Key, Mapping[str, Block]] = OrderedDict()
 _prefixes: OrderedDict[Key, FrozenPrefix] = OrderedDict()
 _held_prefixes: WeakValueDictionary[Key, FrozenPrefix] = WeakValueDictionary()
-_wholes: OrderedDict[Key, tuple[FrozenPrefix, nn.Sequential]] = OrderedDict()
+_wholes: OrderedDict[Key, tuple[FrozenPrefix, Block]] = OrderedDict()
 _lock = Lock()
 
 # Backbones whose networks are dropped with them.
@@ -235,6 +261,7 @@ def load_prefix(
     backbone: Backbone,
     weights: PretrainedWeights | None,
     seed: int | None,
+    image_size: ImageSize,
     wanted: Sequence[str],
     is_shared: bool = True,
 ) -> FrozenPrefix:
@@ -244,30 +271,34 @@ def load_prefix(
     ``is_shared=False``, they cannot be requested again, and are not kept.
     """
     if weights is None and (seed is None or not is_shared):
-        network = random_network(backbone, fresh_seed() if seed is None else seed)
+        seed = fresh_seed() if seed is None else seed
+        network = random_network(backbone, seed, image_size)
         return FrozenPrefix(truncate(network.blocks, wanted))
     identity = seed if weights is None else _identity(weights)
-    deepest = list(truncate(skeleton(backbone).blocks, wanted))[-1]
-    key = (backbone.token, identity, deepest)
+    deepest = list(truncate(skeleton(backbone, image_size).blocks, wanted))[-1]
+    key = (backbone.token, identity, image_size, deepest)
     with _lock:
         prefix = _recall(_prefixes, key) or _held_prefixes.get(key)
         if prefix is None:
-            blocks = _load_blocks(identity, backbone, weights, seed, wanted)
+            blocks = _load_blocks(key, backbone, weights, wanted)
             prefix = _held_prefixes[key] = FrozenPrefix(truncate(blocks, wanted))
         _remember(_prefixes, key, prefix, MAX_PREFIXES, backbone)
         return prefix
 
 
 def load_with_head(
-    backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
-) -> tuple[FrozenPrefix, nn.Sequential]:
+    backbone: Backbone,
+    weights: PretrainedWeights | None,
+    seed: int | None,
+    image_size: ImageSize,
+) -> tuple[FrozenPrefix, Block]:
     """Load all blocks of a network, and its own head, frozen, once per process."""
     identity = seed if weights is None else _identity(weights)
-    key = (backbone.token, identity, "")
+    key = (backbone.token, identity, image_size, "")
     with _lock:
         whole = _recall(_wholes, key)
         if whole is None:
-            whole = _load_whole(backbone, weights, seed)
+            whole = _load_whole(backbone, weights, seed, image_size)
             if identity is not None:  # it can be requested again
                 _remember(_wholes, key, whole, MAX_NETWORKS, backbone)
     return whole
@@ -299,49 +330,54 @@ def release_memory() -> None:
 
 
 def _load_whole(
-    backbone: Backbone, weights: PretrainedWeights | None, seed: int | None
-) -> tuple[FrozenPrefix, nn.Sequential]:
+    backbone: Backbone,
+    weights: PretrainedWeights | None,
+    seed: int | None,
+    image_size: ImageSize,
+) -> tuple[FrozenPrefix, Block]:
     """Build all blocks of a network and its own head; refuse one without a head."""
     if weights is None:
-        network = random_network(backbone, fresh_seed() if seed is None else seed)
+        seed = fresh_seed() if seed is None else seed
+        network = random_network(backbone, seed, image_size)
     else:
-        network = load_network(backbone, weights)
-        check_finite({**network.blocks, **network.head}, weights)
-    if not network.head:
+        network = load_network(backbone, weights, image_size)
+        check_finite(network.parts, weights)
+    if network.head is None:
         raise WeightsError(
             f"{backbone.name!r} with these weights has no head, which classification "
             "needs. CNNFeatureTransformer extracts its features without one."
         )
-    head = nn.Sequential(*network.head.values())
     # The modules that a backbone owns are never run: a layer may modify itself.
     is_own = backbone.own_network is not None and weights is not None
-    return FrozenPrefix(network.blocks), copy.deepcopy(head) if is_own else head
+    head = copy.deepcopy(network.head) if is_own else network.head
+    return FrozenPrefix(network.blocks), head
 
 
 def _load_blocks(
-    identity: Hashable,
+    wanted_key: Key,
     backbone: Backbone,
     weights: PretrainedWeights | None,
-    seed: int | None,
     wanted: Sequence[str],
-) -> Mapping[str, nn.Module]:
-    """Return the wanted blocks, and at least the convolutional ones.
+) -> Mapping[str, Block]:
+    """Return the wanted blocks, and at least those up to the last main layer.
 
     So a search over layers loads a network once, and VGG-16's fully connected layers
     do not occupy 500 MB where they are not used.
     """
-    key = (backbone.token, identity, "")
+    token, identity, image_size, _ = wanted_key
+    key = (token, identity, image_size, "")
     kept = _recall(_networks, key)
     if kept is None or not set(wanted) <= kept.keys():
         if weights is None:
-            network = random_network(backbone, cast(int, seed))
+            network = random_network(backbone, cast(int, identity), image_size)
         else:
-            network = load_network(backbone, weights)
-        last = resolve_layer(backbone, "last").block
-        kept = truncate(network.blocks, [last, *wanted])
+            network = load_network(backbone, weights, image_size)
+        last = resolve_layer(backbone, "last", image_size).block
+        ends = [block for block in (last, *wanted) if block in network.blocks]
+        kept = truncate(network.blocks, ends)
         if weights is not None:
             # Not the head: some published files hold NaN there on purpose.
-            check_finite(kept, weights)
+            check_finite(kept.values(), weights)
         _remember(_networks, key, kept, MAX_NETWORKS, backbone)
     return kept
 

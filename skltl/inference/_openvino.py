@@ -16,7 +16,7 @@ from skltl._caller import user_stacklevel
 from skltl._locks import Lock
 from skltl.exceptions import EngineError, EngineWarning
 from skltl.inference._torch import pool
-from skltl.networks import is_known_code
+from skltl.networks import Block, Layout, is_known_code, layers_of
 
 ENGINES = ("torch", "compile", "openvino")
 
@@ -38,7 +38,7 @@ _process_of_openvino: int | None = None
 def resolve_engine(
     engine: str,
     device: torch.device,
-    blocks: Mapping[str, nn.Module],
+    blocks: Mapping[str, Block],
     fitted: str | None = None,
 ) -> str:
     """Return the engine for a network.
@@ -89,9 +89,10 @@ def _obstacle(engine: str, device: torch.device) -> str:
     return ""
 
 
-def _is_usual(block: nn.Module) -> bool:
+def _is_usual(block: Block) -> bool:
     """Return whether a block consists of known code and usual layers."""
-    layers = (part for part in block.modules() if type(part).__module__[:6] == "torch.")
+    parts = (part for layer in layers_of(block).values() for part in layer.modules())
+    layers = (part for part in parts if type(part).__module__[:6] == "torch.")
     return is_known_code(block) and all(type(one) in USUAL_LAYERS for one in layers)
 
 
@@ -107,10 +108,12 @@ class OpenVINOEngine:
     def __init__(
         self,
         segments: Mapping[str, nn.Module],
+        layouts: Mapping[str, Layout],
         wanted: Collection[str],
         dtype: torch.dtype,
     ) -> None:
         self._segments = {name: one.float() for name, one in segments.items()}
+        self._layouts = layouts
         self._wanted = wanted
         self._precision = "bf16" if dtype == torch.bfloat16 else "f32"
         self._models: dict[Any, Any] = {}
@@ -139,7 +142,8 @@ class OpenVINOEngine:
         _process_of_openvino = os.getpid()
         is_large = pooling == "flatten"
         names = [one for one in self._segments if not is_large or one in self._wanted]
-        network = _PooledNetwork(self._segments, names, pooling)
+        named = {name: self._layouts[name] for name in names}
+        network = _PooledNetwork(self._segments, named, pooling)
         # Not `openvino.convert_model`, which would ask for consent to telemetry.
         frontend = FrontEndManager().load_by_framework("pytorch")
         example = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
@@ -174,21 +178,21 @@ class _PooledNetwork(nn.Module):
     def __init__(
         self,
         segments: Mapping[str, nn.Module],
-        names: Collection[str],
+        named: Mapping[str, Layout],
         pooling: str | int,
     ) -> None:
         super().__init__()
         self._segments = nn.ModuleList(segments.values())
-        self._is_named = [name in names for name in segments]
+        self._layouts = [named.get(name) for name in segments]
         self._pooling = pooling
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Return the features, of copies that in-place operations do not change."""
         features = []
-        for segment, is_named in zip(self._segments, self._is_named, strict=True):
+        for segment, layout in zip(self._segments, self._layouts, strict=True):
             batch = segment(batch)
-            if is_named:
-                features.append(pool(batch.clone(), self._pooling))
+            if layout is not None:
+                features.append(pool(batch.clone(), self._pooling, layout))
         return tuple(features)
 
 

@@ -8,19 +8,25 @@ into another network of the same name is noticed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from skltl.exceptions import WeightsError
 from skltl.inference._frozen import FrozenPrefix
 from skltl.networks import (
     Backbone,
+    Block,
+    ImageSize,
+    Network,
+    as_network,
     build_skeleton,
     get_backbone,
-    load_state,
+    layouts,
+    skeleton,
     state_of,
     structure,
     truncate,
@@ -30,16 +36,18 @@ from skltl.networks import (
 State = dict[str, Any]
 
 
-def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> State:
+def prefix_state(
+    backbone: Backbone, prefix: FrozenPrefix, image_size: ImageSize, by_name: bool
+) -> State:
     """Return a frozen prefix, and its backbone or the backbone's name, as a state.
 
     Weights equal to those of the network that a backbone owns are left out, since they
     are saved with the backbone.
     """
-    weights = state_of(prefix.blocks)
-    has_own = not by_name and backbone.own_network is not None
-    if has_own:
-        own = _own_state(backbone)
+    blocks = prefix.blocks.values()
+    weights = state_of(blocks)
+    own = None if by_name else backbone.own_state
+    if own is not None:
         weights = {
             key: value
             for key, value in weights.items()
@@ -48,8 +56,9 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
     return {
         "versions": versions(),
         "backbone": backbone.name if by_name else backbone,
-        "blocks": list(prefix.blocks),
-        "structure": None if has_own else structure(prefix.blocks),
+        "image_size": list(image_size),
+        "last_block": list(prefix.blocks)[-1],
+        "structure": structure(blocks) if own is None else None,
         "weights": {key: value.numpy() for key, value in weights.items()},
     }
 
@@ -57,50 +66,94 @@ def prefix_state(backbone: Backbone, prefix: FrozenPrefix, by_name: bool) -> Sta
 def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
     """Build the backbone and the frozen prefix of a state; refuse another network."""
     backbone = get_backbone(state["backbone"])
-    own = backbone.own_network
-    if own is not None and not state["weights"] and state["structure"] is None:
-        return backbone, FrozenPrefix(truncate(own.blocks, state["blocks"]))
-    blocks = build_skeleton(backbone).blocks
-    if not set(state["blocks"]) <= blocks.keys():
-        raise _another_network(backbone, "it has other blocks", state)
-    blocks = truncate(blocks, state["blocks"])
-    _check_structure(backbone, blocks, state)
-    _check_shapes(backbone, blocks, state)
+    image_size, last = tuple(state["image_size"]), state["last_block"]
+    is_by_value = "structure" in state and state["structure"] is None
+    own = backbone.own_state if is_by_value else None
+    is_shared = own is not None and not state["weights"]
+    network = _build(backbone, image_size, is_shared=is_shared)
+    if last not in network.blocks:
+        raise _another_network(backbone, f"it has no block {last!r}", state)
+    blocks = truncate(network.blocks, [last])
+    if state.get("structure") is not None:
+        _check_structure(backbone, structure(blocks.values()), state)
+    _check_shapes(backbone, blocks, state, is_by_value)
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
-    load_state(blocks, {**_own_state(backbone), **weights})
+    weights = {**(own or {}), **weights}
+    for block in blocks.values():
+        block.load_state_dict(weights, strict=False, assign=True)
     return backbone, FrozenPrefix(blocks)
 
 
-def head_state(head: nn.Sequential) -> State:
+def from_format_2(state: State) -> State:
+    """Return the state of an estimator from a development version of 0.2.0.
+
+    Its blocks were modules with the same weights, named by module paths, and its heads
+    were for feature maps only.
+    """
+    network = state["network_"]
+    backbone = get_backbone(network["backbone"])
+    size = state["preprocessing_"]["crop_size"]
+    paths = skeleton(backbone, (size, size)).paths
+    layers = [[name, paths[block]] for name, block in state["layers_"]]
+    network = {
+        "versions": network["versions"],
+        "backbone": network["backbone"],
+        "image_size": [size, size],
+        "last_block": paths[network["blocks"][-1]],
+        "weights": network["weights"],
+    }
+    changed = {"network_": network, "layers_": layers}
+    if "layers" in state.get("head_", {}):
+        (layout,) = layouts(backbone, (size, size), (layers[0][1],)).values()
+        specs = [
+            [*spec, asdict(layout)] if spec[0] == "pool" else spec
+            for spec in state["head_"]["layers"]
+        ]
+        changed["head_"] = {**state["head_"], "layers": specs}
+    return {**state, **changed}
+
+
+def head_state(head: Block) -> State:
     """Return a network's own head as a state."""
     return {
         "versions": versions(),
-        "structure": structure({"head": head}),
+        "structure": structure([head]),
         "weights": {key: value.numpy() for key, value in head.state_dict().items()},
     }
 
 
-def head_from_state(backbone: Backbone, state: State, n_classes: int) -> nn.Sequential:
+def head_from_state(
+    backbone: Backbone, state: State, image_size: ImageSize, n_classes: int
+) -> Block:
     """Build a network's own head from a state; refuse another one."""
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     shapes = {key: value.shape for key, value in weights.items()}
-    head = nn.Sequential(*build_skeleton(backbone).head.values())
+    head = _build(backbone, image_size).head
+    assert head is not None
     if shapes != {key: value.shape for key, value in head.state_dict().items()}:
-        head = nn.Sequential(*build_skeleton(backbone, n_classes).head.values())
-    _check_structure(backbone, {"head": head}, state)
+        head = _build(backbone, image_size, n_classes).head
+        assert head is not None
+    _check_structure(backbone, structure([head]), state)
     head.load_state_dict(weights, assign=True)
     return head.requires_grad_(False)
+
+
+def _build(
+    backbone: Backbone,
+    image_size: ImageSize,
+    n_classes: int | None = None,
+    is_shared: bool = False,
+) -> Network:
+    """Build a network to load weights into, or return the one that a backbone owns."""
+    if is_shared and backbone.own_network is not None:
+        return skeleton(backbone, image_size)
+    built = build_skeleton(backbone, image_size, n_classes)
+    return as_network(backbone, built, image_size)
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
     """Copy an array to a tensor on the CPU, whatever the user's default device is."""
     return torch.tensor(array, device="cpu")
-
-
-def _own_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the state dict of the network that a backbone owns, if any."""
-    own = backbone.own_network
-    return {} if own is None else state_of(own.blocks)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -111,41 +164,43 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _check_structure(
-    backbone: Backbone, blocks: Mapping[str, nn.Module], state: State
-) -> None:
+def _check_structure(backbone: Backbone, here: dict[str, Any], state: State) -> None:
     """Refuse blocks with other layers or settings than those of a state.
 
-    Another version of torch may know more settings of a layer: settings are compared
-    as far as both versions have them.
+    Another version of torch may know more settings of a layer, and call its functions
+    otherwise: settings are compared as far as both versions have them.
     """
-    if state["structure"] is None:  # the backbone itself was saved
-        return
-    there, here = state["structure"], structure(blocks)
-    for (path, kind, _), (path_here, kind_here, _) in zip(there, here, strict=False):
+    there = state["structure"]
+    layers, layers_here = there["layers"], here["layers"]
+    for (path, kind, _), (path_here, kind_here, _) in zip(
+        layers, layers_here, strict=False
+    ):
         if (path, kind) != (path_here, kind_here):
             difference = f"{path!r} was a {kind}, and {path_here!r} is a {kind_here}"
             raise _another_network(backbone, difference, state)
-    if len(there) != len(here):
-        difference = f"it had {len(there)} layers, and has {len(here)}"
+    if len(layers) != len(layers_here):
+        difference = f"it had {len(layers)} layers, and has {len(layers_here)}"
         raise _another_network(backbone, difference, state)
     is_same_version = state["versions"] == versions()
-    for (path, _, before), (_, _, now) in zip(there, here, strict=True):
+    for (path, _, before), (_, _, now) in zip(layers, layers_here, strict=True):
         both = before.keys() & now.keys()
         for name in sorted(before.keys() | now.keys() if is_same_version else both):
             was, is_now = before.get(name), now.get(name)
             if was != is_now:
                 difference = f"{name} of {path!r} was {was}, and is {is_now}"
                 raise _another_network(backbone, difference, state)
+    if is_same_version and there["functions"] != here["functions"]:
+        difference = "its layers are connected otherwise"
+        raise _another_network(backbone, difference, state)
 
 
 def _check_shapes(
-    backbone: Backbone, blocks: Mapping[str, nn.Module], state: State
+    backbone: Backbone, blocks: Mapping[str, Block], state: State, is_by_value: bool
 ) -> None:
     """Refuse blocks whose weights have other shapes than those of a state."""
-    shapes = {key: tuple(one.shape) for key, one in state_of(blocks).items()}
+    shapes = {key: tuple(one.shape) for key, one in state_of(blocks.values()).items()}
     saved = {key: array.shape for key, array in state["weights"].items()}
-    if state["structure"] is None:  # weights that the backbone owns were left out
+    if is_by_value:  # weights that the backbone owns were left out
         shapes = {key: shape for key, shape in shapes.items() if key in saved}
     for key in shapes | saved:
         if shapes.get(key) != saved.get(key):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from skltl.exceptions import EngineError
+from skltl.networks import Layout
 
 # A GPU computes and copies in the order of its instructions. While it works on one
 # batch, the CPU queues the next and prepares the third, so that the GPU never waits for
@@ -31,62 +32,81 @@ def _avgmax(feature_map: Tensor) -> Tensor:
     return torch.cat([averages, feature_map.amax(dim=(2, 3))], dim=1)
 
 
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+# Functions from feature maps (n, c, h, w) to features (n, d).
+MAP_POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": partial(torch.mean, dim=(2, 3)),
     "max": partial(torch.amax, dim=(2, 3)),
     "avgmax": _avgmax,
-    "flatten": partial(torch.flatten, start_dim=1),
 }
 
+# Poolings of the tokens of a transformer with a class token, the first token.
+TOKEN_POOLINGS = ("cls", "cls+avg")
 
-def pool(feature_map: Tensor, pooling: str | int) -> Tensor:
-    """Pool feature maps (n, c, h, w) to float32 features (n, d) in memory of their own.
+POOLINGS = (*MAP_POOLINGS, "flatten", *TOKEN_POOLINGS, "auto")
 
-    An integer gives the average in each cell of a grid with that number of rows and
-    columns. The features of a channel are adjacent, except for "avgmax", where all
-    averages come first. Vectors (n, d) are returned as features.
+
+def pool(output: Tensor, pooling: str | int, layout: Layout) -> Tensor:
+    """Pool an output of a network to float32 features (n, d) in memory of their own.
+
+    Feature maps and tokens of parts of the image are pooled alike. An integer gives the
+    average in each cell of a grid with that number of rows and columns. The features of
+    a channel are adjacent, except for "avgmax", where all averages come first.
+    "flatten" returns all values in the order of the output. Vectors (n, d) are returned
+    as features.
     """
-    if feature_map.ndim == 2:
-        return feature_map.float().clone()
-    chunks = torch.split(feature_map, _images_per_chunk(feature_map))
-    return torch.cat([_pool_chunk(chunk, pooling) for chunk in chunks])
+    if layout.is_vector or pooling == "flatten":
+        return output.flatten(1).to(torch.float32, copy=True)
+    if pooling == "auto":
+        pooling = "cls" if layout.uses_class_token else "avg"
+    if pooling == "cls":
+        return layout.class_token(output).to(torch.float32, copy=True)
+    if pooling == "cls+avg":
+        parts = [pool(output, part, layout) for part in ("cls", "avg")]
+        return torch.cat(parts, dim=1)
+    chunks = torch.split(output, _images_per_chunk(output))
+    return torch.cat([_pool_chunk(layout.as_map(one), pooling) for one in chunks])
 
 
-def _images_per_chunk(feature_map: Tensor) -> int:
+def _images_per_chunk(output: Tensor) -> int:
     """Return the number of images to pool at once, which is small on a CPU.
 
     The memory of a float32 copy of all of a large feature map would be new to the
     process, and to get it takes ten times as long as the arithmetic.
     """
-    if feature_map.device.type != "cpu":
-        return len(feature_map)
-    return max(1, CHUNK // feature_map[0].numel())
+    if output.device.type != "cpu":
+        return len(output)
+    return max(1, CHUNK // output[0].numel())
 
 
 def _pool_chunk(feature_map: Tensor, pooling: str | int) -> Tensor:
     # bfloat16 has 8 significant bits: sums of hundreds of values need more.
     feature_map = feature_map.float()
     if isinstance(pooling, str):
-        return POOLINGS[pooling](feature_map)
+        return MAP_POOLINGS[pooling](feature_map)
     return adaptive_avg_pool2d(feature_map, int(pooling)).flatten(1)
 
 
 @lru_cache(maxsize=1024)
-def n_pooled(shape: tuple[int, ...], pooling: str | int) -> int:
-    """Return the number of features of a feature map (c, h, w) or vector (d,)."""
-    return pool(torch.empty(1, *shape, device="meta"), pooling).shape[1]
+def n_pooled(layout: Layout, pooling: str | int) -> int:
+    """Return the number of features of an output of a network."""
+    output = torch.empty(1, *layout.shape, device="meta")
+    return pool(output, pooling, layout).shape[1]
 
 
-def can_pool(shape: Sequence[int], pooling: str | int) -> bool:
-    """Return whether an output of this shape, for one image, can be pooled."""
-    if len(shape) != 3:
-        return len(shape) == 1
-    return isinstance(pooling, str) or pooling <= min(shape[1:])
+def can_pool(layout: Layout, pooling: str | int) -> bool:
+    """Return whether an output of a network can be pooled."""
+    if layout.is_vector or pooling == "flatten":
+        return True
+    if layout.grid is None:
+        return False
+    if pooling in TOKEN_POOLINGS:
+        return layout.n_prefix > 0
+    return isinstance(pooling, str) or pooling <= min(layout.grid)
 
 
 def run_segments(
     segments: Mapping[str, Callable[[Tensor], Tensor]],
-    wanted: Collection[str],
+    wanted: Mapping[str, Layout],
     batch: Tensor,
     pooling: str | int,
 ) -> dict[str, Tensor]:
@@ -96,10 +116,10 @@ def run_segments(
     """
     features = {}
     for name, segment in segments.items():
-        batch = segment(batch)  # (n, c, h, w)
+        batch = segment(batch)
         if name in wanted:
-            # Now, since the next segment may overwrite the feature map in place.
-            features[name] = pool(batch, pooling)  # (n, d)
+            # Now, since the next segment may overwrite the output in place.
+            features[name] = pool(batch, pooling, wanted[name])  # (n, d)
     return features
 
 

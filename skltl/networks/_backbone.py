@@ -1,4 +1,4 @@
-"""Backbones: an ordered sequence of named blocks, and a head.
+"""Backbones: networks as an ordered sequence of named blocks, and a head.
 
 Truncating a network is slicing the sequence, extracting several layers is iterating
 over it once, and freezing the first blocks is a slice again: no hooks, no graph
@@ -8,16 +8,21 @@ rewriting.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
-from itertools import chain
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skltl.images import Preprocessing
+from skltl.networks._blocks import Block, block_of_layer, joined
+from skltl.networks._layouts import Layout
+
+ImageSize = tuple[int, int]  # height and width in pixels
 
 
 def is_module(value: object) -> bool:
@@ -30,94 +35,109 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the children of a module, with repetitions.
-
-    ``named_children`` skips repetitions, such as the second use of a shared ReLU.
-    """
-    return [(key, child) for key, child in module._modules.items() if child is not None]
-
-
-def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Split every plain ``nn.Sequential`` without hooks into its children, recursively.
-
-    The resulting blocks are named by their module paths.
-    """
-    blocks: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        is_plain = type(module).forward is nn.Sequential.forward
-        if is_plain and not has_hooks(module):
-            blocks |= expand(
-                {f"{name}.{key}": child for key, child in children_of(module)}
-            )
-        else:
-            blocks[name] = module
-    return blocks
-
-
-def truncate(
-    blocks: Mapping[str, nn.Module], wanted: Sequence[str]
-) -> dict[str, nn.Module]:
+def truncate(blocks: Mapping[str, Block], wanted: Sequence[str]) -> dict[str, Block]:
     """Return the blocks up to and including the last wanted one."""
     names = list(blocks)
     deepest = max(names.index(name) for name in wanted)
     return {name: blocks[name] for name in names[: deepest + 1]}
 
 
-def last_block(blocks: Mapping[str, nn.Module], path: str) -> str:
-    """Return the last block at or inside a module path; raise KeyError for none."""
-    inside = [block for block in blocks if f"{block}.".startswith(f"{path}.")]
-    if not inside:
-        raise KeyError(path)
-    return inside[-1]
+def state_of(blocks: Iterable[Block]) -> dict[str, Tensor]:
+    """Return the state dict of some blocks, with the keys of the network."""
+    return {key: value for block in blocks for key, value in block.state_dict().items()}
 
 
-def state_of(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the state dict of a sequence of blocks."""
-    return {
-        f"{name}.{key}": value
-        for name, block in blocks.items()
-        for key, value in block.state_dict().items()
-    }
-
-
-def load_state(blocks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Load a state dict with the keys of `state_of`, without copying its tensors."""
-    for name, block in blocks.items():
-        own = {key: state[f"{name}.{key}"] for key in block.state_dict()}
-        block.load_state_dict(own, assign=True)
-
-
-def freeze(modules: Mapping[str, nn.Module]) -> None:
+def freeze(blocks: Iterable[nn.Module]) -> None:
     """Set modules to eval mode and turn their gradients off."""
-    for module in modules.values():
-        module.eval().requires_grad_(False)
+    for block in blocks:
+        block.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network as one module, and what its ``forward`` does not tell.
+
+    `layers` maps the names of the main layers to module paths, from the image to the
+    logits, and `aliases` maps further names to names or paths. `head` are the paths of
+    the modules that return the logits, if any. The first `n_prefix_tokens` tokens of a
+    transformer belong to no part of the image; with `uses_class_token`, the head uses
+    the first of them. `last_block` is where the network ends, if not at its head.
+    """
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    module: nn.Module
+    layers: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    head: tuple[str, ...] = ()
+    n_prefix_tokens: int = 0
+    uses_class_token: bool = False
+    last_block: str | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state dict of the network."""
+        state: dict[str, Any] = self.module.state_dict()
+        return {key: one for key, one in state.items() if isinstance(one, Tensor)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict without copying its tensors; it may lack some."""
+        current: Any = OrderedDict(state)
+        # A state dict without versions of its modules would count as an old one.
+        current._metadata = getattr(self.module.state_dict(), "_metadata", {})
+        self.module.load_state_dict(current, strict=False, assign=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
     """The blocks of a network, in the order of the forward pass, and its head.
 
-    `blocks` and `head` are named by module paths. `layers` maps the name of each
-    main layer to the block that computes it, `aliases` further names to main layers.
+    `layers` maps the name of each main layer to the block that computes it, and
+    `aliases` maps further names to names of layers. `paths` maps the paths of modules
+    to the blocks that they end with, and `inside` those of other modules to the blocks
+    inside of which they end. `layouts` are those of the blocks that images of a certain
+    size reach; `limit` says why they reach no others. Blocks in `inner` end inside of
+    modules. A network that is not trainable computes something else in train mode.
     """
 
-    __module__ = "skltl.networks"  # the path in saved files
-
-    blocks: Mapping[str, nn.Module]
-    head: Mapping[str, nn.Module]
+    blocks: Mapping[str, Block]
+    head: Block | None
     layers: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    limit: str = ""
+    inner: frozenset[str] = frozenset()
+    is_trainable: bool = True
+
+    @property
+    def parts(self) -> list[Block]:
+        """The blocks and the head."""
+        return [*self.blocks.values(), *([] if self.head is None else [self.head])]
 
     def logits(self, batch: Tensor) -> Tensor:
         """Return the logits (n, n_classes) of a normalized batch (n, 3, h, w)."""
-        for module in chain(self.blocks.values(), self.head.values()):
-            batch = module(batch)
+        for part in self.parts:
+            batch = part(batch)
         return batch
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict of the blocks and the head."""
-        return state_of({**self.blocks, **self.head})
+        return state_of(self.parts)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict without copying its tensors; it may lack some."""
+        for part in self.parts:
+            part.load_state_dict(state, strict=False, assign=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredWeights:
+    """Weights in memory: the state dict of all blocks of a network."""
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    state: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,40 +145,43 @@ class PretrainedWeights:
     """Pretrained weights, and the preprocessing they were trained with.
 
     `source` is a file; a URL whose file name ends in the first digits of the SHA-256,
-    as torchvision's do; or ``None`` if the network is built with these weights.
-    `categories` are the class names in the order of the logits.
+    as torchvision's do; weights in memory; or ``None`` if the network is built with
+    these weights. `categories` are the class names in the order of the logits.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
 
     name: str
-    source: str | Path | None
+    source: str | Path | StoredWeights | None
     preprocessing: Preprocessing
     categories: tuple[str, ...] = field(default=(), repr=False)
     aliases: tuple[str, ...] = ()
+
+
+# From a number of classes, or None for the usual one, and the size of the images.
+Builder = Callable[[int | None, ImageSize], Model | Network]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Backbone:
     """A pretrained network that can be truncated, run and saved.
 
-    Use :meth:`from_blocks` to make a backbone of a network of your own.
+    Use :meth:`from_module` to make a backbone of a network of your own.
 
     Parameters
     ----------
     name : str
         Name, as given to the `backbone` parameter of the estimators.
     build : callable
-        Function ``build(n_classes)`` that returns a new network; ``None`` stands for
-        the usual number of classes.
+        Function ``build(n_classes, image_size)`` that returns a new network; ``None``
+        stands for the usual number of classes.
     preprocessing : Preprocessing
         Preprocessing of images where no pretrained weights define it.
     weights : tuple of PretrainedWeights
-        Available weights. The first ones are the default, ``weights="imagenet"``.
-    rename_keys : callable, default=None
-        Function that translates the keys of old state dicts to the current ones.
-    needless_keys : tuple of str, default=()
-        Prefixes of the keys of a state dict that are ignored.
+        Available weights. The first ones are the default, ``weights="pretrained"``.
+    convert_state : callable, default=None
+        Function ``convert_state(state, module)`` that translates a state dict from a
+        file to one of the module.
     known_as : str, default=""
         Identifier shared by all descriptions of this very network; see `token`.
 
@@ -175,23 +198,20 @@ class Backbone:
 
     Examples
     --------
-    >>> from collections import OrderedDict
     >>> from torch import nn
     >>> from skltl import Backbone, Preprocessing
-    >>> blocks = OrderedDict(
-    ...     stem=nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()),
-    ...     block1=nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()),
+    >>> network = nn.Sequential(
+    ...     nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU()
     ... )
-    >>> Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
+    >>> Backbone.from_module("mine", network, preprocessing=Preprocessing(32))
     Backbone('mine')
     """
 
     name: str
-    build: Callable[[int | None], Network]
+    build: Builder
     preprocessing: Preprocessing
     weights: tuple[PretrainedWeights, ...]
-    rename_keys: Callable[[str], str] | None = None
-    needless_keys: tuple[str, ...] = ()
+    convert_state: Callable[[dict[str, Tensor], nn.Module], Any] | None = None
     known_as: InitVar[str] = ""
     token: str = field(init=False)
 
@@ -199,6 +219,76 @@ class Backbone:
         if not self.weights:
             raise ValueError("weights is empty: a backbone needs at least one entry.")
         object.__setattr__(self, "token", known_as or uuid4().hex)
+
+    @classmethod
+    def from_module(
+        cls,
+        name: str,
+        module: nn.Module,
+        *,
+        preprocessing: Preprocessing,
+        head: str | None = None,
+        n_prefix_tokens: int = 0,
+    ) -> Backbone:
+        """Make a backbone of a network of your own, with its present weights.
+
+        The network is traced, and cut where a single tensor connects what comes before
+        and after: any ConvNet or transformer becomes a sequence of blocks. The result
+        is compared with the network itself, bit for bit.
+
+        Parameters
+        ----------
+        name : str
+            Name of the backbone.
+        module : Module
+            Network from a normalized batch (n, 3, h, w) to logits or features, one
+            tensor. Its children are the main layers, as far as they end at a place
+            where the network can be cut. The paths of modules inside of them can be
+            given as `layer`, too.
+        preprocessing : Preprocessing
+            Preprocessing of images before the network.
+        head : str, default=None
+            Path of the module that returns the logits, such as ``"fc"``. ``None`` if
+            the network returns features.
+        n_prefix_tokens : int, default=0
+            Number of tokens of a transformer before those of the image, such as the
+            class token.
+
+        Returns
+        -------
+        Backbone
+            The backbone. It holds a copy of the network, on the CPU, in float32.
+
+        Raises
+        ------
+        TypeError
+            If a parameter has another type than documented.
+        ValueError
+            If there is no module `head`; if the network cannot be traced, for example
+            because its forward pass depends on pixel values; or if the features of an
+            image would depend on the rest of its batch (batch-norm without running
+            statistics). Networks that cannot be traced can be given to `from_blocks`.
+
+        Examples
+        --------
+        >>> from torchvision.models import resnet18
+        >>> from skltl import Backbone, Preprocessing, list_layers
+        >>> mine = Backbone.from_module(
+        ...     "mine", resnet18(), preprocessing=Preprocessing(64), head="fc"
+        ... )
+        >>> [layer.name for layer in list_layers(mine)]
+        ['conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', ...]
+        """
+        from skltl.networks._building import check_own  # which needs this module
+
+        _check_preprocessing(preprocessing)
+        module = _check_module(module, head)
+        heads = () if head is None else (head,)
+        layers = {path: path for path, _ in module.named_children() if path != "last"}
+        model = Model(module, layers, {}, heads, n_prefix_tokens)
+        backbone = own_backbone(name, OwnModel(model), preprocessing)
+        check_own(backbone)
+        return backbone
 
     @classmethod
     def from_blocks(
@@ -209,7 +299,9 @@ class Backbone:
         *,
         preprocessing: Preprocessing,
     ) -> Backbone:
-        """Make a backbone from a network of your own, with its present weights.
+        """Make a backbone of modules of your own that run one after the other.
+
+        For networks that `from_module` cannot trace: the modules are used as they are.
 
         Parameters
         ----------
@@ -227,7 +319,8 @@ class Backbone:
         Returns
         -------
         Backbone
-            The backbone. It holds copies of the modules, on the CPU, in float32.
+            The backbone. It holds copies of the modules, on the CPU, in float32, with
+            their present weights.
 
         Raises
         ------
@@ -238,30 +331,49 @@ class Backbone:
             If a name is not allowed, a block is empty, or the features of an image
             would depend on the rest of its batch (batch-norm without running
             statistics).
+
+        Examples
+        --------
+        >>> from collections import OrderedDict
+        >>> from torch import nn
+        >>> from skltl import Backbone, Preprocessing
+        >>> blocks = OrderedDict(
+        ...     stem=nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()),
+        ...     block1=nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()),
+        ... )
+        >>> Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
+        Backbone('mine')
         """
-        if not isinstance(preprocessing, Preprocessing):
-            raise TypeError(
-                f"preprocessing must be a Preprocessing, got {preprocessing!r}."
-            )
+        _check_preprocessing(preprocessing)
         _check_blocks(blocks)
         if not (head is None or isinstance(head, nn.Module)):
             raise TypeError(
                 f"head must be a torch module or None, got {type(head).__name__}."
             )
-        own, own_head = copy.deepcopy((dict(blocks), head))
-        expanded = expand(own)
-        ends = {block: last_block(expanded, block) for block in own}
-        head_modules = {} if own_head is None else expand({"head": own_head})
-        network = Network(expanded, head_modules, ends)
-        return own_backbone(name, network, preprocessing)
+        return own_backbone(name, OwnBlocks(dict(blocks), head), preprocessing)
 
     @property
-    def own_network(self) -> Network | None:
+    def own_network(self) -> Model | Network | None:
         """The network that the backbone owns, if any; it must not be modified."""
-        return self.build.network if isinstance(self.build, OwnNetwork) else None
+        return self.build.shared() if isinstance(self.build, Own) else None
+
+    @property
+    def own_state(self) -> Mapping[str, Tensor] | None:
+        """The state dict of the weights that the backbone owns, if any."""
+        source = self.weights[0].source
+        if isinstance(source, StoredWeights):
+            return source.state
+        return None if self.own_network is None else self.own_network.state()
 
     def __deepcopy__(self, memo: object) -> Backbone:
         return self  # immutable: a clone of an estimator may share it
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from skltl.networks._registry import get_backbone, is_included
+
+        if is_included(self):
+            return get_backbone, (self.name,)
+        return super().__reduce_ex__(protocol)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Backbone):
@@ -279,30 +391,157 @@ class Backbone:
 Backbone.__module__ = "skltl"
 
 
-def own_backbone(name: str, network: Network, preprocessing: Preprocessing) -> Backbone:
-    """Return a backbone that owns a network, with its present weights only.
+class Own:
+    """Builder of copies of a network that a backbone owns, weights included."""
 
-    The network is frozen and moved to the CPU and to float32, in place.
-    """
-    modules = {**network.blocks, **network.head}
-    for module in modules.values():
-        module.cpu().float()
-    freeze(modules)
-    own = PretrainedWeights("own", None, preprocessing)
-    return Backbone(name, OwnNetwork(network), preprocessing, weights=(own,))
+    def shared(self) -> Model | Network:
+        """Return the network itself, which must not be modified."""
+        raise NotImplementedError
+
+    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model | Network:
+        """Return a copy, whose number of classes is fixed."""
+        return copy.deepcopy(self).shared()
 
 
 @dataclass(frozen=True)
-class OwnNetwork:
-    """Builder of copies of a network, for `own_backbone`."""
+class OwnModel(Own):
+    """Builder for `Backbone.from_module`."""
 
     __module__ = "skltl.networks"  # the path in saved files
 
-    network: Network
+    model: Model
 
-    def __call__(self, n_classes: int | None) -> Network:
-        """Return a copy, whose number of classes is fixed."""
-        return copy.deepcopy(self.network)
+    def shared(self) -> Model:
+        """Return the network itself, which must not be modified."""
+        return self.model
+
+
+@dataclass(frozen=True)
+class OwnBlocks(Own):
+    """Builder for `Backbone.from_blocks`."""
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    blocks: Mapping[str, nn.Module]
+    head: nn.Module | None
+
+    def shared(self) -> Network:
+        """Return the network itself, which must not be modified."""
+        layers = expand(self.blocks)
+        blocks = {name: block_of_layer(name, layer) for name, layer in layers.items()}
+        ends = {path: last_inside(blocks, path) for path in _paths(blocks)}
+        head = None
+        if self.head is not None:
+            parts = expand({"head": self.head}).items()
+            head = joined([block_of_layer(name, layer) for name, layer in parts])
+        main_layers = {name: ends[name] for name in self.blocks}
+        return Network(blocks, head, main_layers, paths=ends)
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Builder of the first blocks of the network of another backbone."""
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    base: Backbone
+    last_block: str
+
+    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model | Network:
+        """Build a network."""
+        built = self.base.build(n_classes, image_size)
+        if isinstance(built, Model):
+            return replace(built, last_block=self.last_block)
+        blocks = truncate(built.blocks, [self.last_block])
+        layers = {name: one for name, one in built.layers.items() if one in blocks}
+        paths = {path: one for path, one in built.paths.items() if one in blocks}
+        return Network(blocks, None, layers, built.aliases, paths)
+
+
+def truncated_backbone(
+    backbone: Backbone,
+    blocks: Mapping[str, Block],
+    preprocessing: Preprocessing,
+) -> Backbone:
+    """Return a backbone with the first blocks of another one, and their weights."""
+    base, last_block = backbone, list(blocks)[-1]
+    if isinstance(base.build, Truncated):
+        base = base.build.base
+    stored = StoredWeights(state_of(blocks.values()))
+    return Backbone(
+        backbone.name,
+        Truncated(base, last_block),
+        preprocessing,
+        weights=(PretrainedWeights("own", stored, preprocessing),),
+    )
+
+
+def own_backbone(name: str, build: Own, preprocessing: Preprocessing) -> Backbone:
+    """Return a backbone with a copy of a network, with its present weights only.
+
+    The copy is frozen, on the CPU, in float32.
+    """
+    build = copy.deepcopy(build)
+    network = build.shared()
+    modules = network.parts if isinstance(network, Network) else [network.module]
+    for module in modules:
+        module.cpu().float()
+    freeze(modules)
+    own = PretrainedWeights("own", None, preprocessing)
+    return Backbone(name, build, preprocessing, weights=(own,))
+
+
+def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Split every plain ``nn.Sequential`` without hooks into its children, recursively.
+
+    The resulting layers are named by their module paths.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        is_plain = type(module).forward is nn.Sequential.forward
+        if is_plain and not has_hooks(module):
+            # Not `named_children`, which skips the second use of a shared ReLU.
+            children = module._modules.items()
+            layers |= expand({f"{name}.{key}": one for key, one in children if one})
+        else:
+            layers[name] = module
+    return layers
+
+
+def last_inside(blocks: Iterable[str], path: str) -> str:
+    """Return the last block at or inside of a module path."""
+    return [block for block in blocks if f"{block}.".startswith(f"{path}.")][-1]
+
+
+def _paths(blocks: Iterable[str]) -> set[str]:
+    """Return the names of blocks, and the paths of all modules around them."""
+    paths = set()
+    for block in blocks:
+        parts = block.split(".")
+        paths |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return paths
+
+
+def _check_preprocessing(preprocessing: Preprocessing) -> None:
+    if not isinstance(preprocessing, Preprocessing):
+        raise TypeError(
+            f"preprocessing must be a Preprocessing, got {preprocessing!r}."
+        )
+
+
+def _check_module(module: nn.Module, head: str | None) -> nn.Module:
+    """Refuse what is not a module, or has no such head; unwrap a compiled one."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch module, got {type(module).__name__}.")
+    module = getattr(module, "_orig_mod", module)
+    _check_statistics("The network", module)
+    paths = [path for path, _ in module.named_modules() if path]
+    if head is not None and head not in paths:
+        raise ValueError(
+            f"head={head!r} is not the path of a module of the network. The last ones "
+            f"are {', '.join(paths[-3:])}."
+        )
+    return module
 
 
 def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
@@ -332,11 +571,16 @@ def _check_block(name: str, block: nn.Module) -> None:
         raise TypeError(
             f"The block {name!r} must be a torch module, got {type(block).__name__}."
         )
-    if isinstance(block, nn.Sequential) and not children_of(block):
+    if isinstance(block, nn.Sequential) and len(block) == 0:
         raise ValueError(f"The block {name!r} is empty.")
-    for module in block.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+    _check_statistics(f"The block {name!r}", block)
+
+
+def _check_statistics(what: str, module: nn.Module) -> None:
+    """Refuse modules whose output for an image depends on the rest of the batch."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.running_mean is None:
             raise ValueError(
-                f"The block {name!r} has a batch-norm without running statistics: the "
-                "features of an image would depend on the others in its batch."
+                f"{what} has a batch-norm without running statistics: the features of "
+                "an image would depend on the others in its batch."
             )

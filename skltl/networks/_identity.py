@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,17 +14,19 @@ from torch import nn
 from skltl import __version__
 from skltl._locks import Lock
 from skltl.networks._backbone import Backbone, has_hooks
+from skltl.networks._blocks import Block, functions_of, layers_of, source_of
 
-# The code of classes of these packages is identified by their versions. Of other
-# classes, the code is unknown.
+# The code of these packages is identified by their versions. Of others, it is unknown.
 KNOWN_PACKAGES = ("torch", "torchvision", "skltl")
+PYTHON_PACKAGES = ("builtins", "_operator", "math")
+KNOWN_OPERATORS = ("aten", "torchvision")
 
 # The attributes that every module has.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
-_digests: WeakKeyDictionary[nn.Module, tuple[bytes, bool]] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[Block, tuple[bytes, bool]] = WeakKeyDictionary()
 _lock = Lock()
 
 
@@ -37,18 +39,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def is_known_code(module: nn.Module) -> bool:
-    """Return whether a module runs code of torch, torchvision and skltl only."""
-    return all(
-        type(part).__module__.partition(".")[0] in KNOWN_PACKAGES
-        and not has_hooks(part)
-        for part in module.modules()
+def is_known_code(block: Block) -> bool:
+    """Return whether a block runs code of torch, torchvision and skltl only."""
+    return all(map(_is_known_function, functions_of(block))) and all(
+        _package(type(module)) in KNOWN_PACKAGES and not has_hooks(module)
+        for _, module in _modules(block)
     )
 
 
-def prefix_digests(
-    backbone: Backbone, blocks: Mapping[str, nn.Module]
-) -> dict[str, bytes]:
+def prefix_digests(backbone: Backbone, blocks: Mapping[str, Block]) -> dict[str, bytes]:
     """Return, for each frozen block, a digest of the function from image to its output.
 
     Equal digests mean equal functions, in all processes with the same versions. From
@@ -65,16 +64,22 @@ def prefix_digests(
     return digests
 
 
-def structure(blocks: Mapping[str, nn.Module]) -> list[list[Any]]:
-    """Return path, class name and settings of each layer, as plain data.
+def structure(blocks: Iterable[Block]) -> dict[str, Any]:
+    """Return the structure of blocks as plain data.
 
-    Class names exclude the module, which may change with a release of its package.
+    ``"layers"`` has the path, class name and settings of each layer. Class names
+    exclude the module, which may change with a release of its package. ``"functions"``
+    is a digest of how layers are connected.
     """
-    return [
-        [f"{name}.{path}", type(module).__qualname__, _settings(module)]
-        for name, block in blocks.items()
-        for path, module in block.named_modules(remove_duplicate=False)
-    ]
+    digest = blake2b(digest_size=16)
+    layers: list[list[Any]] = []
+    for block in blocks:
+        digest.update(source_of(block).encode())
+        layers += [
+            [path, type(module).__qualname__, _settings(module)]
+            for path, module in _modules(block)
+        ]
+    return {"layers": layers, "functions": digest.hexdigest()}
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
@@ -87,23 +92,16 @@ def _settings(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
+def _block_digest(block: Block) -> tuple[bytes, bool]:
     """Return the digest of a frozen block, and whether it identifies the block.
 
     Computed once, since it includes every bit of the weights.
     """
     with _lock:
         if block not in _digests:
-            digest = blake2b(digest_size=16)
-            for path, module in block.named_modules(remove_duplicate=False):
-                kind = type(module)
-                attributes = sorted(
-                    (name, repr(value))
-                    for name, value in _attributes(module).items()
-                    if _is_plain(value)
-                )
-                line = (path, kind.__module__, kind.__qualname__, attributes)
-                digest.update(f"{line}\n".encode())
+            digest = blake2b(source_of(block).encode(), digest_size=16)
+            for path, module in _modules(block):
+                digest.update(_description(path, module))
             # Not the state dict, which excludes non-persistent buffers. A shared tensor
             # appears under each of its names, which are a part of the structure.
             for name, tensor in [
@@ -118,19 +116,51 @@ def _block_digest(block: nn.Module) -> tuple[bytes, bool]:
         return _digests[block]
 
 
+def _modules(block: Block) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers of a block, and the modules inside of them, by their paths."""
+    for name, layer in layers_of(block).items():
+        yield from layer.named_modules(prefix=name, remove_duplicate=False)
+
+
+def _description(path: str, module: nn.Module) -> bytes:
+    """Return the class and the plain attributes of a module as text."""
+    kind = type(module)
+    attributes = sorted(
+        (name, repr(value))
+        for name, value in _attributes(module).items()
+        if _is_plain(value)
+    )
+    return f"{(path, kind.__module__, kind.__qualname__, attributes)}\n".encode()
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes that a module has besides those of every module."""
     found = vars(module)
     return {name: found[name] for name in found.keys() - _MODULE_ATTRIBUTES}
 
 
-def _is_complete(block: nn.Module) -> bool:
-    """Return whether classes, plain attributes and weights define what is computed."""
+def _is_complete(block: Block) -> bool:
+    """Return whether code, plain attributes and weights define what is computed."""
     return is_known_code(block) and all(
         _is_plain(value)
-        for module in block.modules()
+        for _, module in _modules(block)
         for value in _attributes(module).values()
     )
+
+
+def _is_known_function(function: Any) -> bool:
+    """Return whether a function, or method of tensors, is of a known package."""
+    if isinstance(function, str):
+        return True
+    operator = getattr(function, "_qualified_op_name", "")  # of ``torch.ops``
+    if operator:
+        return operator.partition("::")[0] in KNOWN_OPERATORS
+    name = getattr(function, "__module__", None) or type(function).__module__
+    return name.partition(".")[0] in (*KNOWN_PACKAGES, *PYTHON_PACKAGES)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,53 +1,18 @@
-"""Layers of a network: their names, their shapes, and the `layer` parameter."""
+"""Layers of a network: main layers, and the `layer` parameter."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Hashable, Mapping
-from functools import update_wrapper
-from itertools import chain
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
-import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-
-from skltl._parameters import settle_in_forked_child
-from skltl._random import torch_defaults
-from skltl.exceptions import UnknownLayerError, quote, shorten
-from skltl.networks._backbone import Backbone, Network, freeze, last_block, truncate
+from skltl.exceptions import UnknownLayerError, quote
+from skltl.networks._backbone import Backbone, ImageSize, Network
+from skltl.networks._building import skeleton
 from skltl.networks._registry import did_you_mean, get_backbone
 
-Arguments = ParamSpec("Arguments")
-Value = TypeVar("Value")
-
-# Results of `once_per_backbone`, for the lifetime of each backbone.
-_results: WeakKeyDictionary[Backbone, dict[Hashable, Any]] = WeakKeyDictionary()
-
-
-def once_per_backbone(
-    function: Callable[Concatenate[Backbone, Arguments], Value],
-) -> Callable[Concatenate[Backbone, Arguments], Value]:
-    """Cache the results of a function without keeping the backbone alive."""
-
-    def cached(
-        backbone: Backbone, /, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Value:
-        results = _results.setdefault(backbone, {})
-        key = (function.__name__, args, tuple(sorted(kwargs.items())))
-        if key not in results:
-            results[key] = function(backbone, *args, **kwargs)
-        value: Value = results[key]
-        return value
-
-    return update_wrapper(cached, function)
-
-
-def forget_networks() -> None:
-    """Clear the cached results of all backbones."""
-    _results.clear()
+# Strides are measured on images that are larger by this many pixels: it is divisible by
+# the strides that occur, powers of 2 and 3 times those.
+ADDED_PIXELS = 768
 
 
 class Layer(NamedTuple):
@@ -71,7 +36,8 @@ class ResolvedLayer(NamedTuple):
 def list_layers(backbone: str | Backbone) -> list[Layer]:
     """List the main layers of a backbone, from the image to the logits.
 
-    Every torch path up to the last of them is accepted as `layer`, too.
+    The path of any other module that ends where the network can be cut is accepted as
+    `layer`, too.
 
     Parameters
     ----------
@@ -83,10 +49,10 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     list of Layer
         Named tuples, which ``pandas.DataFrame`` turns into a table: `name`, for the
         `layer` parameter; `aliases`, further names; `path`, the torch path of the
-        module; `channels` of the feature map, or length of the vector after a fully
-        connected layer; `stride` in pixels of the image, or ``None`` for a vector; and
-        `n_features`, the number of features with ``pooling="flatten"`` at the default
-        image size (with average or maximum pooling it is `channels`).
+        module; `channels` of the feature map or of the tokens, or length of the vector
+        after a fully connected layer; `stride` in pixels of the image, or ``None`` for
+        a vector; and `n_features`, the number of features with ``pooling="flatten"`` at
+        the default image size (with average or maximum pooling it is `channels`).
 
     Raises
     ------
@@ -111,42 +77,85 @@ def list_layers(backbone: str | Backbone) -> list[Layer]:
     fc7 4096 None 4096
     """
     backbone = get_backbone(backbone)
-    network = skeleton(backbone)
-    size = backbone.preprocessing.crop_size
-    shapes = block_shapes(backbone, size)
-    strides = _strides(_safe_to_run(backbone, network.blocks), shapes, size)
+    network = skeleton(backbone, backbone.preprocessing.size)
+    strides = _strides(backbone)
     return [
         Layer(
             name,
             tuple(alias for alias, main in network.aliases.items() if main == name),
             block,
-            shapes[block][0],
+            network.layouts[block].n_channels,
             strides.get(block),
-            math.prod(shapes[block]),
+            math.prod(network.layouts[block].shape),
         )
         for name, block in network.layers.items()
     ]
 
 
-def resolve_layer(backbone: Backbone, layer: str | int) -> ResolvedLayer:
+def _strides(backbone: Backbone) -> dict[str, int]:
+    """Return the stride of each block with a grid.
+
+    It is the ratio of what a larger image adds in pixels to what it adds to the grid:
+    the ratio of the sizes is blurred by padding and rounding. A network for images of
+    one size has a stride only if the sizes are divisible.
+    """
+    (height, width), strides = backbone.preprocessing.size, {}
+    layouts = skeleton(backbone, (height, width)).layouts
+    try:
+        size = height + ADDED_PIXELS, width + ADDED_PIXELS
+        larger = skeleton(backbone, size).layouts
+    except ValueError:
+        larger = {}
+    for block, layout in layouts.items():
+        other = larger[block].grid if block in larger else None
+        if layout.grid is None:
+            continue
+        n = layout.grid[0]
+        if other is not None and other[0] > n:
+            strides[block] = round(ADDED_PIXELS / (other[0] - n))
+        elif other is None and height % n == 0:
+            strides[block] = height // n
+    return strides
+
+
+def resolve_layer(
+    backbone: Backbone,
+    layer: str | int,
+    image_size: ImageSize | None = None,
+    pooling: str | int = "avg",
+) -> ResolvedLayer:
     """Return the layer given by a name, an alias, a torch path or an index.
 
-    ``"last"`` is the last main layer with a feature map.
+    ``"last"`` is the last main layer with a feature map or tokens. With automatic
+    pooling, that layer is followed by what the network's own head does before the
+    logits.
     """
-    network = skeleton(backbone)
+    network = skeleton(backbone, image_size or backbone.preprocessing.size)
     mains = list(network.layers)
-    if layer == "last":
-        shapes = block_shapes(backbone, backbone.preprocessing.crop_size)
-        spatial = [name for name in mains if len(shapes[network.layers[name]]) == 3]
-        layer = (spatial or mains)[-1]
+    last = _last_layer(backbone)
     if isinstance(layer, str):
-        return _named_layer(backbone, network, layer)
-    if not -len(mains) <= layer < len(mains):
+        resolved = _named_layer(backbone, network, last if layer == "last" else layer)
+    elif -len(mains) <= layer < len(mains):
+        resolved = ResolvedLayer(mains[layer], network.layers[mains[layer]])
+    else:
         raise UnknownLayerError(
             f"layer={layer}, but {backbone.name!r} has {len(mains)} main layers: "
             f"{', '.join(mains)}."
         )
-    return ResolvedLayer(mains[layer], network.layers[mains[layer]])
+    if pooling == "auto" and resolved.block == network.layers[last]:
+        return resolved._replace(block=list(network.blocks)[-1])
+    return resolved
+
+
+def _last_layer(backbone: Backbone) -> str:
+    """Return the name of the last main layer with a grid, for images of usual size."""
+    network = skeleton(backbone, backbone.preprocessing.size)
+    spatial = [
+        name
+        for name, block in network.layers.items()
+        if not network.layouts[block].is_vector
+    ]
+    return (spatial or list(network.layers))[-1]
 
 
 def _named_layer(backbone: Backbone, network: Network, layer: str) -> ResolvedLayer:
@@ -154,138 +163,24 @@ def _named_layer(backbone: Backbone, network: Network, layer: str) -> ResolvedLa
     name = network.aliases.get(layer, layer)
     if name in network.layers:
         return ResolvedLayer(name, network.layers[name])
-    try:
-        return ResolvedLayer(name, last_block(network.blocks, name))
-    except KeyError:
-        mains = list(network.layers)
-        known = [*mains, *network.aliases, *network.blocks]
-        hint = did_you_mean(layer, mains) or did_you_mean(layer, known)
+    if name in network.paths:
+        return ResolvedLayer(layer, network.paths[name])
+    if name in network.inside:
+        block = network.inside[name]
+        blocks = ["", *network.blocks]
+        before = blocks[max(blocks.index(block) - 1, 0)]
+        nearest = " and ".join(repr(one) for one in (before, block) if one)
         raise UnknownLayerError(
-            f"{backbone.name!r} has no layer {quote(layer)}. {hint}{' ' * bool(hint)}"
-            f"Its main layers are {', '.join(mains)}; every torch path up to "
-            f"{list(network.blocks)[-1]!r} can be given, too."
-        ) from None
-
-
-@once_per_backbone
-def skeleton(backbone: Backbone) -> Network:
-    """Return the network of a backbone for names and shapes only.
-
-    It has no weights in memory, unless the backbone owns its network.
-    """
-    return backbone.own_network or build_skeleton(backbone)
-
-
-def build_skeleton(backbone: Backbone, n_classes: int | None = None) -> Network:
-    """Build a frozen network without weights, to load a state dict into."""
-    with torch_defaults(), MetaParameters():
-        network = backbone.build(n_classes)
-    freeze({**network.blocks, **network.head})
-    return network
-
-
-class MetaParameters(TorchFunctionMode):
-    """Create parameters on torch's "meta" device: no memory, no random numbers.
-
-    Unlike in ``torch.device("meta")``, builders can compute widths with small tensors.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros, torch.ones):
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
-@once_per_backbone
-def block_shapes(
-    backbone: Backbone, size: int, wanted: tuple[str, ...] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the output shape of each block for one image of size x size pixels.
-
-    It is (c, h, w), or (d,) after a fully connected layer. Blocks after the last of
-    `wanted` are left out.
-    """
-    blocks = skeleton(backbone).blocks
-    if wanted:
-        blocks = truncate(blocks, wanted)
-    try:
-        return _output_shapes(_safe_to_run(backbone, blocks), size)
-    except (RuntimeError, AssertionError) as error:  # torchvision's ViT asserts sizes
-        raise ValueError(
-            f"Images of {size} x {size} pixels cannot pass through {backbone.name!r}: "
-            f"{shorten(str(error), 200)}"
-        ) from error
-
-
-@once_per_backbone
-def reached_main_blocks(backbone: Backbone, size: int) -> tuple[str, ...]:
-    """Return the blocks of the main layers before which images do not vanish."""
-    reached = []
-    for block in skeleton(backbone).layers.values():
-        try:
-            block_shapes(backbone, size, (block,))
-        except ValueError:
-            break
-        reached.append(block)
-    return tuple(reached)
-
-
-def largest_map(backbone: Backbone, size: int) -> int:
-    """Return the number of values in the largest feature map between blocks.
-
-    For one image, the image itself included, and for the whole network: it does not
-    depend on the layer in use.
-    """
-    reached = reached_main_blocks(backbone, size)
-    shapes = block_shapes(backbone, size, reached) if reached else {}
-    return max([3 * size * size, *map(math.prod, shapes.values())])
-
-
-def _safe_to_run(
-    backbone: Backbone, blocks: Mapping[str, nn.Module]
-) -> Mapping[str, nn.Module]:
-    """Return copies of blocks that a backbone owns, since ``forward`` may modify them.
-
-    A module that stores anything would have another identity after it has run.
-    """
-    return blocks if backbone.own_network is None else copy.deepcopy(dict(blocks))
-
-
-@torch.inference_mode()
-def _output_shapes(
-    blocks: Mapping[str, nn.Module], size: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the output shape of each block for one image, by running the blocks."""
-    settle_in_forked_child()  # the blocks of an own network have weights, and compute
-    parameters = chain.from_iterable(block.parameters() for block in blocks.values())
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
-    feature_map = torch.zeros(1, 3, size, size, dtype=torch.float32, device=device)
-    shapes = {}
-    for name, block in blocks.items():
-        feature_map = block(feature_map)  # (1, c, h, w)
-        shapes[name] = tuple(feature_map.shape[1:])
-    return shapes
-
-
-def _strides(
-    blocks: Mapping[str, nn.Module], shapes: dict[str, tuple[int, ...]], size: int
-) -> dict[str, int]:
-    """Return the stride of each block with a feature map.
-
-    It is the ratio of what a larger image adds in pixels to what it adds in the feature
-    map: the ratio of the sizes is blurred by padding and rounding.
-    """
-    added = 768  # divisible by the strides that occur: powers of 2, and 3 times those
-    spatial = {name: blocks[name] for name in shapes if len(shapes[name]) == 3}
-    try:
-        larger = _output_shapes(spatial, size + added)
-    except RuntimeError:  # a network for images of one size only
-        return {}
-    return {
-        name: round(added / (larger[name][1] - shapes[name][1]))
-        for name in spatial
-        if larger[name][1] > shapes[name][1]
-    }
+            f"{backbone.name!r} cannot be truncated at {quote(layer)}: later layers "
+            "need more than its output (it is inside of a residual connection or a "
+            f"branch). The nearest layers are {nearest}."
+        )
+    mains = list(network.layers)
+    known = [*mains, *network.aliases, *network.paths]
+    hint = did_you_mean(layer, mains) or did_you_mean(layer, known)
+    raise UnknownLayerError(
+        f"{backbone.name!r} has no layer {quote(layer)}. {hint}{' ' * bool(hint)}"
+        f"Its main layers are {', '.join(mains)}; any torch path up to "
+        f"{list(network.blocks)[-1]!r} where the network can be truncated is accepted, "
+        "too."
+    )

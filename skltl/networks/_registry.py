@@ -24,7 +24,7 @@ def list_backbones() -> list[str]:
     Returns
     -------
     list of str
-        ``"tiny"`` (shipped with skltl), the ConvNets of torchvision, and the backbones
+        ``"tiny"`` (shipped with skltl), the networks of torchvision, and the backbones
         added with :func:`register_backbone`.
 
     See Also
@@ -85,6 +85,13 @@ def is_registered(backbone: Backbone) -> bool:
     return is_known and get_backbone(backbone.name) == backbone
 
 
+def is_included(backbone: Backbone) -> bool:
+    """Return whether a name leads to a backbone in every process."""
+    name = backbone.name
+    is_known = name not in _REGISTERED and name in list_backbones()
+    return is_known and _included_backbone(name) == backbone
+
+
 def get_backbone(backbone: str | Backbone) -> Backbone:
     """Return the backbone of a name; a `Backbone` is returned unchanged."""
     if isinstance(backbone, Backbone):
@@ -99,13 +106,15 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
         return _included_backbone(backbone)
     if backbone in list_models():
         raise UnknownBackboneError(
-            f"torchvision's {backbone!r} is not a ConvNet for image classification; "
-            "vision transformers and other networks are not supported yet."
+            f"torchvision's {backbone!r} is not a network for image classification."
         )
     raise UnknownBackboneError(
         f"Unknown backbone {quote(backbone)}. {nearest(backbone, list_backbones())} "
         "skltl.list_backbones() gives all names; skltl.register_backbone adds your own."
     )
+
+
+get_backbone.__module__ = "skltl.networks"  # the path in saved files
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,13 +15,7 @@ from torch import nn
 from torchvision.models import ResNet50_Weights
 
 from skltl.images import Preprocessing
-from skltl.networks._backbone import (
-    Backbone,
-    Network,
-    PretrainedWeights,
-    expand,
-    last_block,
-)
+from skltl.networks._backbone import Backbone, ImageSize, Model, PretrainedWeights
 
 FOLDER = Path(__file__).parent
 
@@ -129,8 +123,6 @@ def tiny_backbone() -> Backbone:
     return Backbone("tiny", _build, preprocessing, (weights,), known_as="skltl tiny")
 
 
-def _build(n_classes: int | None) -> Network:
-    modules = dict(TinyNet(n_classes or N_CLASSES).named_children())
-    blocks = expand({name: modules.pop(name) for name in MAIN_LAYERS})
-    ends = {name: last_block(blocks, name) for name in MAIN_LAYERS}
-    return Network(blocks, modules, ends)
+def _build(n_classes: int | None, image_size: ImageSize) -> Model:
+    module = TinyNet(n_classes or N_CLASSES)
+    return Model(module, {name: name for name in MAIN_LAYERS}, head=("fc",))

@@ -1,39 +1,32 @@
-"""Blocks and heads of the families of torchvision's ConvNets.
+"""The families of torchvision: names of their main layers.
 
-A family lists the modules that its ``forward`` runs, in order and by their torch names
-(with modules for the functions between them), its main layers, and their aliases.
-`tests/networks/test_torchvision.py` compares every network with torchvision's
-``forward``.
+A family lists the main layers by their torch paths, and their aliases. Everything else
+follows from the trace of a network.
 """
 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 import torchvision.models as models
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from skltl.images import Preprocessing
-from skltl.networks._backbone import (
-    Backbone,
-    Network,
-    PretrainedWeights,
-    expand,
-    last_block,
-)
-
-# Prefixes of the names of networks that are not supported: all or part of their blocks
-# are transformers.
-UNSUPPORTED = ("maxvit", "swin", "vit")
+from skltl.networks._backbone import Backbone, ImageSize, Model, PretrainedWeights
 
 # Both have auxiliary classifiers, which are used in training only, and warn unless
 # `init_weights` is given.
 GOOGLE = ("googlenet", "inception_v3")
 GOOGLE_OPTIONS = {"aux_logits": False, "init_weights": True}
+POSITIONS = "encoder.pos_embedding"
+
 AUXILIARY_KEYS = ("aux1.", "aux2.", "AuxLogits.")
 
 MainLayers = Mapping[str, str]
@@ -43,20 +36,17 @@ MainLayers = Mapping[str, str]
 class Family:
     """The networks of one torchvision class.
 
-    `order` lists the modules in the order of the forward pass; a function between them
-    is a pair of its name and a constructor of the equivalent module. `main_layers` maps
-    names to torch paths, or is a function of the network that does. `aliases` maps the
-    names used elsewhere to those of main layers.
+    `layers` maps the names of the main layers to torch paths, or is a function of the
+    network that does. `aliases` maps the names used elsewhere to names or paths.
     """
 
-    order: tuple[str | tuple[str, Callable[[], nn.Module]], ...]
-    main_layers: MainLayers | Callable[[nn.Module], MainLayers]
+    layers: MainLayers | Callable[[Any], MainLayers]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
-FLATTEN = ("flatten", nn.Flatten)
-AVGPOOL = ("avgpool", partial(nn.AdaptiveAvgPool2d, 1))
-RELU = ("relu", partial(nn.ReLU, inplace=True))
+# Other names of functions that follow the last feature map.
+AVGPOOL = {"avgpool": "adaptive_avg_pool2d"}
+MEAN = {"avgpool": "mean", "flatten": "mean"}
 
 
 def _vgg_layers(model: Any) -> MainLayers:
@@ -112,14 +102,34 @@ def _resolution_layers(model: Any) -> MainLayers:
     return layers
 
 
-def _numbered(path: str, name: str, numbers: range) -> dict[str, str]:
-    """Return names and paths of layers that differ in a number only."""
-    return {name.format(i): path.format(i) for i in numbers}
+def _numbered(
+    path: str, name: str, numbers: range, first: int | None = None
+) -> dict[str, str]:
+    """Return names and paths of layers that differ in a number only.
+
+    Names are numbered from `first`, or as the paths are.
+    """
+    shift = 0 if first is None else first - numbers[0]
+    return {name.format(i + shift): path.format(i) for i in numbers}
+
+
+def _vit_layers(model: Any) -> MainLayers:
+    """Return the layers of a vision transformer: the last one is normalized."""
+    n_blocks = len(model.encoder.layers)
+    path = "encoder.layers.encoder_layer_{}"
+    layers = {f"block{i}": path.format(i - 1) for i in range(1, n_blocks)}
+    return {"stem": "encoder.dropout", **layers, f"block{n_blocks}": "encoder.ln"}
+
+
+def _swin_layers(model: Any) -> MainLayers:
+    """Return the layers of Swin: the stages, between which patches are merged."""
+    n_stages = (len(model.features) + 1) // 2
+    stages = {f"stage{i}": f"features.{2 * i - 1}" for i in range(1, n_stages)}
+    return {"stem": "features.0", **stages, f"stage{n_stages}": "norm"}
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
     models.AlexNet: Family(
-        ("features", "avgpool", FLATTEN, "classifier"),
         {
             "block1": "features.2",
             "block2": "features.5",
@@ -138,48 +148,23 @@ FAMILIES: dict[type[nn.Module], Family] = {
         },
     ),
     models.VGG: Family(
-        ("features", "avgpool", FLATTEN, "classifier"),
         _vgg_layers,
         _numbered("block{}", "pool{}", range(1, 6)) | {"fc1": "fc6", "fc2": "fc7"},
     ),
     models.ResNet: Family(
-        (
-            *("conv1", "bn1", "relu", "maxpool"),
-            *("layer1", "layer2", "layer3", "layer4"),
-            *("avgpool", FLATTEN, "fc"),
-        ),
         {"stem": "maxpool", **_numbered("layer{}", "layer{}", range(1, 5))},
-        {
-            "conv2_x": "layer1",
-            "conv3_x": "layer2",
-            "conv4_x": "layer3",
-            "conv5_x": "layer4",
-        },
+        _numbered("layer{}", "conv{}_x", range(1, 5), first=2),
     ),
     models.DenseNet: Family(
-        ("features", RELU, AVGPOOL, FLATTEN, "classifier"),
         {
             "stem": "features.pool0",
             **_numbered("features.denseblock{}", "block{}", range(1, 4)),
-            "block4": "relu",
+            "block4": "relu",  # a function
         },
-        _numbered("block{}", "denseblock{}", range(1, 5)),
+        _numbered("block{}", "denseblock{}", range(1, 5)) | AVGPOOL,
     ),
-    models.SqueezeNet: Family(("features", "classifier", FLATTEN), _squeezenet_layers),
+    models.SqueezeNet: Family(_squeezenet_layers),
     models.GoogLeNet: Family(
-        (
-            *("conv1", "maxpool1", "conv2", "conv3", "maxpool2"),
-            *("inception3a", "inception3b", "maxpool3"),
-            *(
-                "inception4a",
-                "inception4b",
-                "inception4c",
-                "inception4d",
-                "inception4e",
-            ),
-            *("maxpool4", "inception5a", "inception5b"),
-            *("avgpool", FLATTEN, "dropout", "fc"),
-        ),
         {
             "stem": "maxpool2",
             "inception3b": "inception3b",
@@ -188,14 +173,6 @@ FAMILIES: dict[type[nn.Module], Family] = {
         },
     ),
     models.Inception3: Family(
-        (
-            *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
-            *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
-            *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
-            *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
-            *("Mixed_7a", "Mixed_7b", "Mixed_7c"),
-            *("avgpool", "dropout", FLATTEN, "fc"),
-        ),
         {
             "stem": "maxpool2",
             "Mixed_5d": "Mixed_5d",
@@ -204,63 +181,50 @@ FAMILIES: dict[type[nn.Module], Family] = {
         },
         {"mixed2": "Mixed_5d", "mixed7": "Mixed_6e", "mixed10": "Mixed_7c"},  # Keras
     ),
-    models.MobileNetV2: Family(
-        ("features", AVGPOOL, FLATTEN, "classifier"), _resolution_layers
-    ),
-    models.MobileNetV3: Family(
-        ("features", "avgpool", FLATTEN, "classifier"), _resolution_layers
-    ),
+    models.MobileNetV2: Family(_resolution_layers, AVGPOOL),
+    models.MobileNetV3: Family(_resolution_layers),
     models.MNASNet: Family(
-        ("layers", AVGPOOL, FLATTEN, "classifier"),
         {
             "stem": "layers.7",
-            **{f"block{i}": f"layers.{i + 7}" for i in range(1, 7)},
+            **_numbered("layers.{}", "block{}", range(8, 14), first=1),
             "final_conv": "layers.16",
         },
+        MEAN,
     ),
     models.ShuffleNetV2: Family(
-        (
-            "conv1",
-            "maxpool",
-            "stage2",
-            "stage3",
-            "stage4",
-            "conv5",
-            AVGPOOL,
-            FLATTEN,
-            "fc",
-        ),
         {
             "stem": "maxpool",
             **_numbered("stage{}", "stage{}", range(2, 5)),
             "conv5": "conv5",
         },
-        {"final_conv": "conv5"},
+        {"final_conv": "conv5", **MEAN},
     ),
     models.EfficientNet: Family(
-        ("features", "avgpool", FLATTEN, "classifier"),
         _stage_layers,
         {"top_conv": "final_conv", "conv_head": "final_conv"},  # Keras; timm
     ),
     models.RegNet: Family(
-        ("stem", "trunk_output", "avgpool", FLATTEN, "fc"),
         {"stem": "stem", **_numbered("trunk_output.block{}", "block{}", range(1, 5))},
         _numbered("block{}", "s{}", range(1, 5)),  # timm
     ),
     models.ConvNeXt: Family(
-        ("features", "avgpool", "classifier"),
         {
             "stem": "features.0",
             **{f"stage{i}": f"features.{2 * i - 1}" for i in range(1, 5)},
         },
     ),
+    models.VisionTransformer: Family(_vit_layers),
+    models.SwinTransformer: Family(_swin_layers),
+    models.MaxVit: Family(
+        {"stem": "stem", **_numbered("blocks.{}", "block{}", range(4), first=1)}
+    ),
 }
 
 
 def list_torchvision() -> list[str]:
-    """Return the names of torchvision's ConvNets for image classification."""
-    names = models.list_models(module=models)
-    return [name for name in names if not name.startswith(UNSUPPORTED)]
+    """Return the names of torchvision's networks for image classification."""
+    names: list[str] = models.list_models(module=models)
+    return names
 
 
 def torchvision_backbone(name: str) -> Backbone:
@@ -272,38 +236,56 @@ def torchvision_backbone(name: str) -> Backbone:
         preprocessing=_preprocessing(known[0]),
         weights=tuple(_pretrained(name, weights) for weights in known),
         known_as=f"torchvision {name}",
-        rename_keys=_rename_densenet_key if name.startswith("densenet") else None,
-        needless_keys=AUXILIARY_KEYS if name in GOOGLE else (),
+        convert_state=_current_state,
     )
 
 
-def _build(name: str, n_classes: int | None) -> Network:
-    options: dict[str, Any] = dict(GOOGLE_OPTIONS) if name in GOOGLE else {}
+def _build(name: str, n_classes: int | None, image_size: ImageSize) -> Model:
+    """Build a network for images of a size."""
+    options = _size_options(name, image_size)
+    if name in GOOGLE:
+        options |= GOOGLE_OPTIONS
     if n_classes is not None:
         options["num_classes"] = n_classes
-    return _as_network(models.get_model(name, weights=None, **options))
-
-
-def _as_network(model: nn.Module) -> Network:
-    """Split a network of torchvision into blocks and a head."""
-    family = FAMILIES[type(model)]
-    modules = {}
-    for entry in family.order:
-        name, make = (entry, None) if isinstance(entry, str) else entry
-        modules[name] = getattr(model, name) if make is None else make()
-    steps = expand(modules)
-    layers = family.main_layers
-    paths = layers(model) if callable(layers) else layers
-    ends = {name: last_block(steps, path) for name, path in paths.items()}
-    # The head begins with the last layer with parameters, which gives the logits.
-    trained = [name for name, step in steps.items() if list(step.parameters())]
-    n_blocks = list(steps).index(trained[-1])
-    return Network(
-        dict(list(steps.items())[:n_blocks]),
-        dict(list(steps.items())[n_blocks:]),
-        ends,
-        {alias: name for alias, name in family.aliases.items() if name in ends},
+    module = models.get_model(name, weights=None, **options)
+    family = FAMILIES[type(module)]
+    has_class_token = isinstance(module, models.VisionTransformer)
+    return Model(
+        module,
+        family.layers(module) if callable(family.layers) else family.layers,
+        family.aliases,
+        head=(_last_layer(module),),
+        n_prefix_tokens=int(has_class_token),
+        uses_class_token=has_class_token,
     )
+
+
+def _size_options(name: str, image_size: ImageSize) -> dict[str, Any]:
+    """Return the options of networks that are built for one size; refuse others."""
+    height, width = image_size
+    divisor, is_square = 1, name.startswith("vit_")
+    if is_square:  # "vit_b_16" has patches of 16 x 16 pixels
+        divisor = int(name.rpartition("_")[2])
+    elif name.startswith("maxvit"):  # its strides are up to 32, its windows 7 x 7
+        divisor = 32 * 7
+    if height % divisor or width % divisor or (is_square and height != width):
+        raise ValueError(
+            f"the sides of images must be multiples of {divisor} pixels"
+            + (" and equal" if is_square else "")
+        )
+    if is_square:
+        return {"image_size": height}
+    return {} if divisor == 1 else {"input_size": image_size}
+
+
+def _last_layer(module: nn.Module) -> str:
+    """Return the path of the last layer with weights, which gives the logits."""
+    *_, last = [
+        path
+        for path, layer in module.named_modules()
+        if list(layer.parameters(recurse=False))
+    ]
+    return last
 
 
 def _pretrained(name: str, weights: Any) -> PretrainedWeights:
@@ -333,7 +315,25 @@ def _preprocessing(weights: Any) -> Preprocessing:
     )
 
 
-def _rename_densenet_key(key: str) -> str:
+def _current_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Translate an old state dict, and drop the weights of auxiliary classifiers."""
+    is_google = isinstance(module, (models.GoogLeNet, models.Inception3))
+    needless = AUXILIARY_KEYS if is_google else ()
+    is_dense = isinstance(module, models.DenseNet)
+    state = {
+        _current_densenet_key(key) if is_dense else key: value
+        for key, value in state.items()
+        if not key.startswith(needless)
+    }
+    is_vit = isinstance(module, models.VisionTransformer)
+    if is_vit and state.get(POSITIONS, torch.empty(0)).ndim == 3:
+        # For images of another size, the position embedding is resized.
+        size = module.image_size, module.patch_size
+        state = interpolate_embeddings(*size, OrderedDict(state))
+    return state
+
+
+def _current_densenet_key(key: str) -> str:
     # The files date from before torch forbade dots in module names: their keys are
     # "denselayer1.norm.1.weight" instead of "denselayer1.norm1.weight".
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", key)

@@ -5,13 +5,14 @@ Files are checked, and read without executing code from them.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -28,16 +29,20 @@ from skltl.exceptions import WeightsError, WeightsNotFoundError, quote, shorten
 from skltl.images import Preprocessing
 from skltl.networks._backbone import (
     Backbone,
+    ImageSize,
+    Model,
     Network,
     PretrainedWeights,
-    freeze,
-    load_state,
+    StoredWeights,
+    Truncated,
     state_of,
 )
-from skltl.networks._layers import build_skeleton, skeleton
+from skltl.networks._blocks import Block
+from skltl.networks._building import as_network, build_skeleton, check, skeleton
 from skltl.networks._registry import get_backbone, nearest
 
-DEFAULT = "imagenet"
+# The second is an older name of the first.
+DEFAULTS = ("pretrained", "imagenet")
 
 FILE_FORMATS = (".safetensors", ".pt", ".pth")
 
@@ -67,7 +72,7 @@ def resolve_weights(
     if weights is None:
         return None
     default = backbone.weights[0]
-    if weights == DEFAULT:
+    if weights in DEFAULTS:
         return default
     known = {name: one for one in backbone.weights for name in (one.name, *one.aliases)}
     if str(weights) in known:
@@ -75,7 +80,7 @@ def resolve_weights(
     path = Path(weights).expanduser()
     if isinstance(weights, os.PathLike) or path.suffix in FILE_FORMATS:
         return PretrainedWeights(path.name, path, default.preprocessing)
-    names = [DEFAULT, *(one.name for one in backbone.weights)]
+    names = [*DEFAULTS, *(one.name for one in backbone.weights)]
     raise WeightsError(
         f"Unknown weights {quote(str(weights))} for {backbone.name!r}. "
         f"{nearest(str(weights), names)} A file's name must end in "
@@ -98,42 +103,54 @@ def resolve_network(
     return backbone, pretrained, preprocessing
 
 
-def load_network(backbone: Backbone, weights: PretrainedWeights) -> Network:
+def load_network(
+    backbone: Backbone, weights: PretrainedWeights, image_size: ImageSize
+) -> Network:
     """Build a network with pretrained weights, frozen, on the CPU, in float32.
 
     The head is that of the weights, whatever its number of classes. Weights are not
     checked to be finite: callers use `check_finite` on the blocks they need.
     """
+    if isinstance(weights.source, StoredWeights):
+        built = build_skeleton(backbone, image_size)
+        built.load(weights.source.state)
+        return as_network(backbone, built, image_size)
     if weights.source is None:
         with own_random_state(0):  # a constructor may draw what it then replaces
-            network = backbone.own_network or _build(backbone)
-    else:
-        is_url = isinstance(weights.source, str)
-        path = fetch(str(weights.source)) if is_url else Path(weights.source)
-        n_bytes = sum(one.nbytes for one in skeleton(backbone).state().values())
-        state = _remove_wrappers(backbone, read_state(path, n_bytes))
-        state = _rename(backbone, state)
-        network = _fitting_skeleton(backbone, state, path)
-        load_state({**network.blocks, **network.head}, state)
-    freeze({**network.blocks, **network.head})
-    return network
+            built = backbone.own_network or _build(backbone, image_size)
+        return _checked(backbone, built, image_size)
+    is_url = isinstance(weights.source, str)
+    path = fetch(str(weights.source)) if is_url else Path(weights.source)
+    expected = skeleton(backbone, image_size)
+    n_bytes = sum(one.nbytes for one in expected.state().values())
+    state = _remove_wrappers(expected, read_state(path, n_bytes))
+    return _load_state(backbone, state, image_size, path)
 
 
-def random_network(backbone: Backbone, seed: int) -> Network:
+def random_network(backbone: Backbone, seed: int, image_size: ImageSize) -> Network:
     """Build a frozen network with the weights drawn after ``torch.manual_seed(seed)``.
 
     The state of torch's global generator does not change.
     """
     with own_random_state(seed):
-        network = _build(backbone)
-        if backbone.weights[0].source is None:
+        built = _build(backbone, image_size)
+        if _is_own(backbone):
             with torch_defaults():
-                _reset_parameters(network)
-    freeze({**network.blocks, **network.head})
-    return network
+                _reset_parameters(built)
+    return _checked(backbone, built, image_size)
 
 
-def check_finite(blocks: Mapping[str, nn.Module], weights: PretrainedWeights) -> None:
+def _checked(
+    backbone: Backbone, built: Model | Network, image_size: ImageSize
+) -> Network:
+    """Return a network as blocks, which are compared with the network once."""
+    if isinstance(built, Model):
+        is_own = backbone.own_network is built
+        check(backbone, copy.deepcopy(built) if is_own else built, image_size)
+    return as_network(backbone, built, image_size)
+
+
+def check_finite(blocks: Iterable[Block], weights: PretrainedWeights) -> None:
     """Refuse weights that are not finite, and negative variances."""
     for key, value in state_of(blocks).items():
         if not torch.isfinite(value).all():
@@ -260,18 +277,33 @@ def _checked_tensor(key: Any, value: Any, path: Path) -> Tensor:
     return value.detach().to(torch.float32).contiguous()
 
 
-def _build(backbone: Backbone) -> Network:
+def _is_own(backbone: Backbone) -> bool:
+    """Return whether the network of a backbone is always built with its weights."""
+    if isinstance(backbone.build, Truncated):
+        return _is_own(backbone.build.base)
+    return backbone.weights[0].source is None
+
+
+def _build(backbone: Backbone, image_size: ImageSize) -> Model | Network:
     """Build a network with weights, on the CPU, in float32."""
     with torch_defaults():
-        network = backbone.build(None)
-    for module in (*network.blocks.values(), *network.head.values()):
+        built = backbone.build(None, image_size)
+    for module in _modules(built).values():
         module.float()
-    return network
+    return built
 
 
-def _reset_parameters(network: Network) -> None:
+def _modules(built: Model | Network) -> dict[str, nn.Module]:
+    """Return the blocks of a network, or the children of its module, by name."""
+    if isinstance(built, Model):
+        return {"the network": built.module}
+    head = {} if built.head is None else {"head": built.head}
+    return {**built.blocks, **head}
+
+
+def _reset_parameters(built: Model | Network) -> None:
     """Replace the weights that a network was built with by random ones."""
-    for name, module in {**network.blocks, **network.head}.items():
+    for name, module in _modules(built).items():
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
             if reset is not None:
@@ -283,10 +315,9 @@ def _reset_parameters(network: Network) -> None:
                 )
 
 
-def _remove_wrappers(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _remove_wrappers(expected: Network, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of wrappers from all keys, until any key is known."""
-    expected = skeleton(backbone).state().keys()
-    while state and expected.isdisjoint(_rename(backbone, state)):
+    while state and expected.state().keys().isdisjoint(state):
         common = [one for one in WRAPPERS if all(key.startswith(one) for key in state)]
         if not common:
             break
@@ -294,49 +325,47 @@ def _remove_wrappers(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, 
     return state
 
 
-def _rename(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate old keys of a state dict, and drop the ones without use."""
-    rename = backbone.rename_keys or str
-    return {
-        rename(key): value
-        for key, value in state.items()
-        if not key.startswith(backbone.needless_keys)
-    }
-
-
-def _fitting_skeleton(
-    backbone: Backbone, state: dict[str, Tensor], path: Path
+def _load_state(
+    backbone: Backbone, state: dict[str, Tensor], image_size: ImageSize, path: Path
 ) -> Network:
-    """Build a network without weights for the number of classes of a state dict.
-
-    Entries that it does not need are removed from the state dict, in place.
-    """
-    expected = skeleton(backbone).state()
+    """Build a network with the weights of a state dict, and its number of classes."""
+    network = skeleton(backbone, image_size)
+    built = build_skeleton(backbone, image_size, _n_classes(network, state))
+    if backbone.convert_state is not None and isinstance(built, Model):
+        try:
+            state = backbone.convert_state(state, built.module)
+        except _READ_ERRORS as error:
+            raise WeightsError(
+                f"{path} does not fit {backbone.name!r}: {error}."
+            ) from error
+    expected = built.state()
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
             state[key] = torch.tensor(0)
-    network = build_skeleton(backbone, _n_classes(expected, state))
-    head = state_of(network.head)
-    if head.keys() <= state.keys() and any(
-        state[key].shape != value.shape for key, value in head.items()
-    ):
+    head = state_of([network.head]) if network.head is not None else {}
+    has_other_head = head.keys() <= state.keys() and any(
+        state[key].shape != expected[key].shape for key in head
+    )
+    if has_other_head:
         # The head of an own network has a fixed number of classes: use the blocks only.
-        network = replace(network, head={})
-        for key in head:
-            del state[key]
-    _check_fit(network.state(), state, backbone, path)
-    return network
+        for one in (expected, state):
+            for key in head:
+                del one[key]
+    _check_fit(expected, state, backbone, path)
+    built.load(state)
+    if has_other_head:
+        return replace(as_network(backbone, built, image_size), head=None)
+    return _checked(backbone, built, image_size)
 
 
-def _n_classes(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> int | None:
+def _n_classes(network: Network, state: Mapping[str, Tensor]) -> int | None:
     """Return the number of classes of a state dict, if it is not the usual one."""
-    matrices = [key for key, value in expected.items() if value.ndim > 1]
+    head = {} if network.head is None else state_of([network.head])
+    matrices = [key for key, value in head.items() if value.ndim > 1]
     if not matrices or state.get(matrices[-1], torch.tensor(0)).ndim < 2:
         return None
     n_classes = len(state[matrices[-1]])
-    return None if n_classes == len(expected[matrices[-1]]) else n_classes
+    return None if n_classes == len(head[matrices[-1]]) else n_classes
 
 
 def _check_fit(

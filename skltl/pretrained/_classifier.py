@@ -23,7 +23,7 @@ from skltl._parameters import (
 from skltl._random import draw_seed
 from skltl._sklearn import AT_LEAST_ONE, StrOptions, fit_context
 from skltl.exceptions import shorten
-from skltl.features import NetworkClassifier
+from skltl.features import NetworkClassifier, output_layout
 from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
     head_from_state,
@@ -235,14 +235,14 @@ class PretrainedCNNClassifier(NetworkClassifier):
             self.backbone, self.weights, self.image_size
         )
         self.network_, self.head_ = load_with_head(
-            backbone, weights, seed if weights is None else None
+            backbone, weights, seed if weights is None else None, preprocessing.size
         )
         self.backbone_ = backbone
         self.preprocessing_ = preprocessing
         block = list(self.network_.blocks)[-1]
         self.layers_ = [ResolvedLayer(block, block)]
         with torch.inference_mode():
-            shape = (1, *self._map_shape())
+            shape = (1, *output_layout(self).shape)
             zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
             n_categories = self.head_(zeros).shape[1]
         default = backbone.weights[0]
@@ -277,9 +277,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
         return self.batch_size
 
     def _run_head(self, features):
-        feature_map = features.reshape(len(features), *self._map_shape())
+        outputs = features.reshape(len(features), *output_layout(self).shape)
         with torch.inference_mode():
-            return self.head_(feature_map).double()
+            return self.head_(outputs).double()
 
     def _category_logits(self, X):
         """Return the logits (n, n_categories)."""
@@ -317,7 +317,10 @@ class PretrainedCNNClassifier(NetworkClassifier):
         super().__setstate__(state)
         if "head_" in state:
             n_categories = len(self.categories_)
-            self.head_ = head_from_state(self.backbone_, state["head_"], n_categories)
+            size = self.preprocessing_.size
+            self.head_ = head_from_state(
+                self.backbone_, state["head_"], size, n_categories
+            )
 
 
 def map_by_names(

@@ -20,7 +20,6 @@ from skltl.finetuning import FineTunedCNNClassifier
 from skltl.inference import can_pool
 from skltl.networks import (
     Backbone,
-    block_shapes,
     get_backbone,
     resolve_layer,
     resolve_weights,
@@ -325,7 +324,8 @@ def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
             f"layer={shorten(repr(layer))}."
         )
     if layer == "last":
-        names = feature_map_layers(backbone) or list(skeleton(backbone).layers)
+        network = skeleton(backbone, backbone.preprocessing.size)
+        names = feature_map_layers(backbone) or list(network.layers)
         return names[round((len(names) - 1) * 2 / 3)]
     resolve_layer(backbone, layer)  # raises if there is no such layer
     return layer
@@ -339,12 +339,17 @@ def feature_map_layers(
     Shapes decide, not strides: the output of adaptive pooling is a feature map, too.
     """
     resolved = get_backbone(backbone)
-    shapes = block_shapes(resolved, image_size or resolved.preprocessing.crop_size)
-    layers = skeleton(resolved).layers
+    preprocessing = resolved.preprocessing
+    if image_size is not None:
+        preprocessing = preprocessing.resized_to(image_size)
+    network = skeleton(resolved, preprocessing.size)
+    layouts = network.layouts
     return [
         name
-        for name, block in layers.items()
-        if len(shapes[block]) == 3 and can_pool(shapes[block], pooling)
+        for name, block in network.layers.items()
+        if block in layouts
+        and not layouts[block].is_vector
+        and can_pool(layouts[block], pooling)
     ]
 
 

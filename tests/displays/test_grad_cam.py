@@ -197,10 +197,11 @@ def test_pretrained_network_matches_its_last_feature_map(class_map, images):
     images = images[:4]
     fitted = tiny_pretrained(class_map=class_map).fit(images)
     backbone = get_backbone("tiny")
-    network = load_network(backbone, resolve_weights(backbone, "imagenet"))
+    weights = resolve_weights(backbone, "pretrained")
+    network = load_network(backbone, weights, backbone.preprocessing.size)
     blocks = list(network.blocks.items())
     last = list(network.blocks).index(network.layers["block4"]) + 1
-    rest = nn.Sequential(*(block for _, block in blocks[last:]), *network.head.values())
+    rest = nn.Sequential(*(block for _, block in blocks[last:]), network.head)
     with torch.no_grad():
         feature_maps = network_input(images, backbone.preprocessing)
         for _, block in blocks[:last]:
@@ -244,6 +245,38 @@ def test_map_precedes_fully_connected_blocks(images):
     for feature_map, found in zip(feature_maps, maps, strict=True):
         expected = expected_map(feature_map, lambda leaf: head(fc(leaf))[0, 1], 16)
         assert_allclose(found, expected, atol=1e-3)
+
+
+def test_map_of_a_classifier_on_vectors_precedes_them(squares):
+    """The classifier uses a fully connected layer, behind the last feature map."""
+    y = np.arange(24) % 3
+    conv = nn.Conv2d(3, 4, 5, stride=2)
+    fc = nn.Sequential(nn.Flatten(), nn.Linear(4 * 6 * 6, 6), nn.Tanh())
+    preprocessing = Preprocessing(16)
+    backbone = Backbone.from_blocks(
+        "mine", {"conv": conv, "fc": fc}, preprocessing=preprocessing
+    )
+    fitted = make_feature_pipeline(
+        backbone, "softmax", layer="fc", precision="float32"
+    ).fit(squares, y)
+    scaler, linear = fitted["scale"], fitted["softmax"]
+
+    _, maps, _, scores = grad_cam(fitted, squares[:3], 1)
+
+    weight, shift, scale = (
+        torch.from_numpy(one).float()
+        for one in (linear.coef_[1], scaler.mean_, scaler.scale_)
+    )
+    with torch.no_grad():
+        feature_maps = conv(network_input(squares[:3], preprocessing))
+
+    def score(leaf):
+        return ((fc(leaf)[0] - shift) / scale) @ weight
+
+    for feature_map, found in zip(feature_maps, maps, strict=True):
+        assert_allclose(found, expected_map(feature_map, score, 16), atol=1e-3)
+    decisions = fitted.decision_function(squares[:3])
+    assert_allclose(scores, decisions[:, 1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -291,11 +324,15 @@ def test_classifiers_without_a_feature_map_are_refused(squares):
         "fc": nn.Sequential(nn.Flatten(), nn.Linear(2 * 14 * 14, 5)),
     }
     backbone = Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(16))
-    vectors = make_feature_pipeline(backbone, "softmax", layer="fc").fit(squares, y)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    only_vectors = Backbone.from_blocks(
+        "flat", {"fc": flat}, preprocessing=Preprocessing(16)
+    )
+    vectors = make_feature_pipeline(only_vectors, "softmax").fit(squares, y)
     two_layers = make_feature_pipeline(backbone, "softmax", layer=["conv", "fc"])
     forest = make_feature_pipeline(backbone, RandomForestClassifier(3)).fit(squares, y)
 
-    with pytest.raises(ValueError, match="layer 'fc' returns a vector of size 5"):
+    with pytest.raises(ValueError, match="no layer up to 'fc' of 'flat' returns one"):
         grad_cam(vectors, squares[:2])
     with pytest.raises(ValueError, match="2 layers, conv, fc: .* single layer"):
         grad_cam(two_layers.fit(squares, y), squares[:2])

@@ -28,7 +28,7 @@ def tiny_blocks(layer):
     backbone = get_backbone("tiny")
     block = resolve_layer(backbone, layer).block
     weights = resolve_weights(backbone, "imagenet")
-    return load_prefix(backbone, weights, None, [block]).blocks
+    return load_prefix(backbone, weights, None, (32, 32), [block]).blocks
 
 
 def standardized_probe(features, y):
@@ -194,7 +194,7 @@ def test_from_scratch_batch_norms_update_their_statistics(data):
 
     fitted = scratch.fit(*data)
 
-    statistics = fitted.network_.blocks["stem.1"].running_mean
+    statistics = fitted.network_.blocks["stem.1"].get_buffer("stem.1.running_mean")
     assert [record["stage"] for record in fitted.history_] == ["fine-tuning"] * 2
     assert not torch.equal(statistics, torch.zeros_like(statistics))
 

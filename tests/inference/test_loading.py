@@ -12,7 +12,13 @@ from skltl import Backbone, Preprocessing
 from skltl.exceptions import WeightsError
 from skltl.inference import _frozen, load_prefix
 from skltl.inference._frozen import build_segments
-from skltl.networks import get_backbone, random_network, resolve_layer, resolve_weights
+from skltl.networks import (
+    get_backbone,
+    layouts,
+    random_network,
+    resolve_layer,
+    resolve_weights,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +54,13 @@ def weights_file(tmp_path, state):
 
 def load(backbone, layer, weights_file):
     block = resolve_layer(backbone, layer).block
-    return load_prefix(backbone, resolve_weights(backbone, weights_file), None, [block])
+    weights = resolve_weights(backbone, weights_file)
+    return load_prefix(backbone, weights, None, (16, 16), [block])
+
+
+def parameter(prefix, name):
+    block, _, _ = name.partition(".")
+    return prefix.blocks[block].get_parameter(name)
 
 
 def n_weights(prefix):
@@ -59,8 +71,8 @@ def n_weights(prefix):
 def test_all_layers_share_the_weights_of_one_network(backbone, weights_file):
     prefixes = [load(backbone, f"conv{n}", weights_file) for n in range(3)]
 
-    first = prefixes[0].blocks["conv0"].weight
-    assert all(one.blocks["conv0"].weight is first for one in prefixes)
+    first = parameter(prefixes[0], "conv0.weight")
+    assert all(parameter(one, "conv0.weight") is first for one in prefixes)
     assert [n_weights(one) for one in prefixes] == [84, 2 * 84, 3 * 84]
 
 
@@ -75,19 +87,20 @@ def test_fully_connected_layers_are_kept_only_if_requested(backbone, weights_fil
 
 @pytest.mark.parametrize("keeps_time", [False, True])
 def test_a_modified_file_is_loaded_again(backbone, state, weights_file, keeps_time):
-    before = load(backbone, "conv0", weights_file).blocks["conv0"].weight.clone()
+    loaded = load(backbone, "conv0", weights_file)
+    before = parameter(loaded, "conv0.weight").clone()
     stat = weights_file.stat()
     save_file({key: 2 * value for key, value in state.items()}, weights_file)
     if keeps_time:
         os.utime(weights_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    after = load(backbone, "conv0", weights_file).blocks["conv0"].weight
+    after = parameter(load(backbone, "conv0", weights_file), "conv0.weight")
 
     assert torch.equal(after, 2 * before)
 
 
 def test_loaded_weights_do_not_change_with_the_file(backbone, weights_file):
-    weight = load(backbone, "conv0", weights_file).blocks["conv0"].weight
+    weight = parameter(load(backbone, "conv0", weights_file), "conv0.weight")
     before = weight.clone()
 
     with weights_file.open("r+b") as file:  # in place, as `cp` does it
@@ -111,7 +124,7 @@ def test_weights_not_in_use_need_not_be_finite(backbone, state, tmp_path):
 
     prefix = load(backbone, "last", tmp_path / "weights.safetensors")
 
-    assert torch.equal(prefix.blocks["conv2"].bias, state["conv2.bias"])
+    assert torch.equal(parameter(prefix, "conv2.bias"), state["conv2.bias"])
     with pytest.raises(WeightsError, match="'fc0.bias' holds NaN"):
         load(backbone, "fc0", tmp_path / "weights.safetensors")
 
@@ -119,7 +132,7 @@ def test_weights_not_in_use_need_not_be_finite(backbone, state, tmp_path):
 def test_prepared_networks_have_no_batch_norm_left():
     backbone = get_backbone("resnet18")
     blocks = [resolve_layer(backbone, layer).block for layer in ("stem", "layer4")]
-    loaded = load_prefix(backbone, None, 0, blocks)
+    loaded = load_prefix(backbone, None, 0, (64, 64), blocks)
 
     segments = build_segments(
         loaded.blocks, set(blocks), torch.device("cpu"), torch.bfloat16
@@ -134,7 +147,8 @@ def test_prepared_networks_have_no_batch_norm_left():
         weight = convolution.weight
         assert weight.dtype == torch.bfloat16
         assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert any(isinstance(one, nn.BatchNorm2d) for one in loaded.blocks.values())
+    parts = [part for block in loaded.blocks.values() for part in block.modules()]
+    assert any(isinstance(part, nn.BatchNorm2d) for part in parts)
 
 
 def test_concurrent_threads_load_one_network():
@@ -145,8 +159,9 @@ def test_concurrent_threads_load_one_network():
 
     def load():
         barrier.wait()
-        loaded = load_prefix(backbone, None, 7, [block])
-        runner = loaded.runner(torch.device("cpu"), torch.float32, [block])
+        loaded = load_prefix(backbone, None, 7, (32, 32), [block])
+        wanted = layouts(backbone, (32, 32), (block,))
+        runner = loaded.runner(torch.device("cpu"), torch.float32, wanted)
         found.append((loaded, runner))
 
     threads = [threading.Thread(target=load) for _ in range(6)]
@@ -163,9 +178,13 @@ def test_concurrent_threads_load_one_network():
 def test_random_networks_without_a_seed_are_not_kept():
     backbone = get_backbone("tiny")
 
-    first, second = (load_prefix(backbone, None, None, ["stem.2"]) for _ in range(2))
+    first, second = (
+        load_prefix(backbone, None, None, (32, 32), ["stem.2"]) for _ in range(2)
+    )
 
-    weights = [one.blocks["stem.0"].weight for one in (first, second)]
+    weights = [
+        one.blocks["stem.0"].get_parameter("stem.0.weight") for one in (first, second)
+    ]
     assert not torch.equal(*weights)
     assert not _frozen._networks
     assert not _frozen._prefixes
@@ -174,6 +193,6 @@ def test_random_networks_without_a_seed_are_not_kept():
 def test_random_networks_leave_the_global_generator_alone():
     before = torch.get_rng_state()
 
-    random_network(get_backbone("tiny"), 3)
+    random_network(get_backbone("tiny"), 3, (32, 32))
 
     assert torch.equal(torch.get_rng_state(), before)

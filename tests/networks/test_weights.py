@@ -35,7 +35,7 @@ def state():
 
 def load(path, backbone="squeezenet1_1"):
     backbone = get_backbone(backbone)
-    return load_network(backbone, resolve_weights(backbone, path))
+    return load_network(backbone, resolve_weights(backbone, path), (64, 64))
 
 
 def as_safetensors(state, folder):
@@ -370,7 +370,7 @@ def test_a_damaged_file_in_the_hub_folder_is_not_used(state, tmp_path, hub):
     published = replace(backbone.weights[0], source=f"https://nowhere.invalid/{name}")
 
     with pytest.raises(WeightsError, match=f"{name} is not a readable.*Delete it"):
-        load_network(backbone, published)
+        load_network(backbone, published, (64, 64))
 
 
 def test_an_offline_error_names_the_file_and_the_folder(hub):
@@ -392,14 +392,14 @@ def test_imagenet_weights_work_offline_once_they_are_there(state, tmp_path, hub)
     backbone = get_backbone("squeezenet1_1")
     published = replace(backbone.weights[0], source=f"https://nowhere.invalid/{name}")
 
-    network = load_network(backbone, published)
+    network = load_network(backbone, published, (64, 64))
 
     assert torch.equal(network.state()["features.0.bias"], state["features.0.bias"])
 
 
 def test_random_weights_are_those_of_torchvision_for_the_seed(state):
     before = torch.get_rng_state()
-    network = random_network(get_backbone("squeezenet1_1"), 0)
+    network = random_network(get_backbone("squeezenet1_1"), 0, (64, 64))
 
     assert torch.equal(torch.get_rng_state(), before)
     for key, value in network.state().items():

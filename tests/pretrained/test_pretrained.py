@@ -33,7 +33,8 @@ def preprocess(images, preprocessing):
 def tiny_logits(images):
     """Return the logits of the tiny network, computed by torch alone."""
     backbone = get_backbone("tiny")
-    network = load_network(backbone, resolve_weights(backbone, "imagenet"))
+    weights = resolve_weights(backbone, "pretrained")
+    network = load_network(backbone, weights, backbone.preprocessing.size)
     with torch.inference_mode():
         return network.logits(preprocess(images, backbone.preprocessing)).double()
 

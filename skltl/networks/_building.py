@@ -1,0 +1,295 @@
+"""From a backbone to a network: traced, split into blocks, and checked."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import update_wrapper
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from skltl._parameters import settle_in_forked_child
+from skltl._random import own_random_state, torch_defaults
+from skltl.exceptions import shorten
+from skltl.networks._backbone import (
+    Backbone,
+    ImageSize,
+    Model,
+    Network,
+    Truncated,
+    freeze,
+)
+from skltl.networks._layouts import Layout, layout_of
+from skltl.networks._recording import FORWARD_ERRORS, TraceError
+from skltl.networks._trace import Trace, cut_points_before, module_ends, split, trace
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+# Results of `once_per_backbone`, for the lifetime of each backbone.
+_results: WeakKeyDictionary[Backbone, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def once_per_backbone(
+    function: Callable[Concatenate[Backbone, Arguments], Value],
+) -> Callable[Concatenate[Backbone, Arguments], Value]:
+    """Cache the results of a function without keeping the backbone alive."""
+
+    def cached(
+        backbone: Backbone, /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Value:
+        results = _results.setdefault(backbone, {})
+        key = (function.__name__, args, tuple(sorted(kwargs.items())))
+        if key not in results:
+            results[key] = function(backbone, *args, **kwargs)
+        value: Value = results[key]
+        return value
+
+    return update_wrapper(cached, function)
+
+
+def forget_networks() -> None:
+    """Clear the cached results of all backbones."""
+    _results.clear()
+
+
+@once_per_backbone
+def skeleton(backbone: Backbone, image_size: ImageSize) -> Network:
+    """Return the network of a backbone for names and shapes only.
+
+    It has no weights in memory, unless the backbone owns its network. Images of this
+    size reach at least one block.
+    """
+    network = as_network(backbone, _model(backbone, image_size), image_size)
+    if not network.layouts:
+        own = " x ".join(map(str, usual_size(backbone)))
+        refusal = _refusal(backbone, image_size, network.limit)
+        raise ValueError(f"{refusal} It takes images of {own} pixels.")
+    return network
+
+
+def build_skeleton(
+    backbone: Backbone, image_size: ImageSize, n_classes: int | None = None
+) -> Model | Network:
+    """Build a network without weights, to load a state dict into."""
+    try:
+        with own_random_state(0), torch_defaults(), _weights_on_meta():
+            return backbone.build(n_classes, image_size)
+    except FORWARD_ERRORS as error:
+        if image_size == usual_size(backbone):
+            raise
+        raise ValueError(_refusal(backbone, image_size, str(error))) from error
+
+
+def as_network(
+    backbone: Backbone, built: Model | Network, image_size: ImageSize
+) -> Network:
+    """Return a network that was built as frozen blocks, for images of a size."""
+    if isinstance(built, Network):
+        layouts, limit = _layouts_by_running(backbone, built, image_size)
+        network = replace(built, layouts=layouts, limit=limit)
+    else:
+        network = _split(backbone, built, image_size)
+    freeze(network.parts)
+    return network
+
+
+def layouts(
+    backbone: Backbone, image_size: ImageSize, wanted: tuple[str, ...]
+) -> dict[str, Layout]:
+    """Return the layouts of the outputs of some blocks, for images of a size."""
+    network = skeleton(backbone, image_size)
+    if not network.layouts.keys() >= set(wanted):
+        raise ValueError(_refusal(backbone, image_size, network.limit))
+    return {block: network.layouts[block] for block in wanted}
+
+
+def largest_map(backbone: Backbone, image_size: ImageSize) -> int:
+    """Return the number of values in the largest output between modules.
+
+    For one image, the image itself included, and for the whole network: it does not
+    depend on the layer in use.
+    """
+    network = skeleton(backbone, image_size)
+    return max(
+        3 * math.prod(image_size),
+        *(
+            math.prod(layout.shape)
+            for block, layout in network.layouts.items()
+            if block not in network.inner
+        ),
+    )
+
+
+def _refusal(backbone: Backbone, image_size: ImageSize, reason: str) -> str:
+    """Return the message for images that cannot pass through a network."""
+    height, width = image_size
+    return (
+        f"Images of {height} x {width} pixels cannot pass through {backbone.name!r}: "
+        f"{shorten(reason, 200).rstrip('.')}."
+    )
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Create parameters on torch's "meta" device: no memory, no random numbers.
+
+    Unlike in ``torch.device("meta")``, all other tensors have values.
+    """
+    thread = threading.get_ident()
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        # The hook is called in other threads, too.
+        is_here = threading.get_ident() == thread
+        if parameter is None or parameter.is_meta or not is_here:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def usual_size(backbone: Backbone) -> ImageSize:
+    """Return a size of images that the network of a backbone is suited to."""
+    if isinstance(backbone.build, Truncated):
+        return usual_size(backbone.build.base)
+    return backbone.preprocessing.size
+
+
+@once_per_backbone
+def _model(backbone: Backbone, image_size: ImageSize) -> Model | Network:
+    return backbone.own_network or build_skeleton(backbone, image_size)
+
+
+@once_per_backbone
+def _trace(backbone: Backbone, image_size: ImageSize) -> Trace:
+    """Trace the network of a backbone for images of a size.
+
+    It ends where they vanish, if they are smaller than usual.
+    """
+    if isinstance(backbone.build, Truncated):
+        return _trace(backbone.build.base, image_size)
+    model = _model(backbone, image_size)
+    assert isinstance(model, Model)
+    usual = usual_size(backbone)
+    try:
+        return trace(model.module, image_size)
+    except FORWARD_ERRORS as error:
+        if image_size == usual:
+            raise TraceError(
+                f"{backbone.name!r} cannot be traced: {shorten(str(error), 200)}. "
+                "Backbone.from_blocks accepts any modules that run one after the other."
+            ) from error
+    return trace(model.module, image_size, reference=_trace(backbone, usual))
+
+
+def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
+    """Return a network as blocks, by its trace."""
+    traced = _trace(backbone, image_size)
+    # Names are those of the whole network, whichever blocks the images reach.
+    is_whole = traced.error is None
+    named = traced if is_whole else _trace(backbone, usual_size(backbone))
+    points = cut_points_before(named, model.module, model.head)
+    paths, inside = module_ends(named, points)
+    if model.last_block is not None:
+        kept = [point.name for point in points]
+        kept = kept[: kept.index(model.last_block) + 1]
+        paths = {path: block for path, block in paths.items() if block in kept}
+    blocks, head = split(traced, model.module, model.head, model.last_block)
+    found: dict[str, Layout] = {}
+    is_last = False  # whether the channels were last in the output before
+    for point in traced.cut_points[: len(blocks)]:
+        tokens = model.n_prefix_tokens, model.uses_class_token
+        found[point.name] = layout_of(point.shape, image_size, *tokens, is_last)
+        is_last = found[point.name].is_channels_last
+    return Network(
+        blocks,
+        head,
+        {name: paths[path] for name, path in model.layers.items() if path in paths},
+        model.aliases,
+        paths,
+        inside,
+        found,
+        limit=shorten(str(traced.error or ""), 200),
+        inner=frozenset(
+            one.name for one in traced.cut_points if not one.is_between_modules
+        ),
+        is_trainable=traced.is_trainable,
+    )
+
+
+def _layouts_by_running(
+    backbone: Backbone, network: Network, image_size: ImageSize
+) -> tuple[dict[str, Layout], str]:
+    """Return the layouts of the blocks that images reach, and why they reach no more.
+
+    Copies of the blocks are run: a module may modify itself when it runs.
+    """
+    settle_in_forked_child()
+    found: dict[str, Layout] = {}
+    output = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
+    for name, block in network.blocks.items():
+        try:
+            with torch.inference_mode():
+                output = copy.deepcopy(block)(output)
+        except FORWARD_ERRORS as error:
+            return found, shorten(str(error), 200)
+        found[name] = layout_of(tuple(output.shape[1:]), image_size)
+    return found, ""
+
+
+# The sizes of images for which the blocks of a network have been compared with it.
+_checked: WeakKeyDictionary[Backbone, set[ImageSize]] = WeakKeyDictionary()
+
+
+def check(backbone: Backbone, model: Model, image_size: ImageSize) -> None:
+    """Compare the blocks of a network with the network itself, once for each size.
+
+    Where images vanish in the network, images of its usual size are used. The network
+    is run, and should be a copy if that matters.
+    """
+    if model.last_block is not None:  # the network has no weights after it
+        return
+    if _trace(backbone, image_size).error is not None:
+        image_size = usual_size(backbone)
+    if image_size in _checked.setdefault(backbone, set()):
+        return
+    settle_in_forked_child()
+    network = as_network(backbone, model, image_size)
+    generator = torch.Generator("cpu").manual_seed(0)
+    options: Any = {"dtype": torch.float32, "device": "cpu", "generator": generator}
+    batch = torch.randn(1, 3, *image_size, **options)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        expected = model.module.eval()(batch.clone())
+        found = network.logits(batch)
+    if not _is_same(found, expected):
+        raise TraceError(
+            f"{backbone.name!r} cannot be traced: its blocks do not compute what the "
+            "network computes. Backbone.from_blocks accepts any modules that run one "
+            "after the other."
+        )
+    _checked[backbone].add(image_size)
+
+
+def check_own(backbone: Backbone) -> None:
+    """Check the network that a backbone owns."""
+    model = copy.deepcopy(backbone.own_network)
+    assert isinstance(model, Model)
+    check(backbone, model, usual_size(backbone))
+
+
+def _is_same(one: Tensor, other: Any) -> bool:
+    """Return whether tensors are equal; NaN is NaN."""
+    is_tensor = isinstance(other, Tensor) and one.shape == other.shape
+    return is_tensor and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
