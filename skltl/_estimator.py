@@ -52,7 +52,7 @@ class ImageEstimator(BaseEstimator):
     _parameter_constraints: dict = {
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],
-        "image_size": [IMAGE_SIZES, None],
+        "image_size": [IMAGE_SIZES, tuple, list, None],
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],
@@ -184,8 +184,8 @@ def _refuse_live_objects(params, estimator_name):
     if is_module(params.get("backbone")):
         raise InvalidParameterError(
             f"The 'backbone' parameter of {estimator_name} must be a name or a "
-            f"Backbone, not a module ({type(params['backbone']).__name__}). Build a "
-            "Backbone from its blocks: skltl.Backbone.from_blocks(name, blocks, "
+            f"Backbone, not a module ({type(params['backbone']).__name__}). Make a "
+            "Backbone of it: skltl.Backbone.from_module(name, module, "
             "preprocessing=...)."
         )
     if isinstance(params.get("weights"), Mapping):

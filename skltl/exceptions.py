@@ -19,6 +19,7 @@
     ├── CheckpointWarning         the state of a fit cannot be saved
     ├── EngineWarning             the engine differs from that used in fit
     ├── ImageRangeWarning         pixel values are outside the expected range
+    ├── LicenseWarning            weights do not permit commercial use
     └── PrecisionWarning          float32 is used instead of bfloat16
 
 They inherit from the built-in classes that scikit-learn raises, so that
@@ -35,6 +36,7 @@ __all__ = [
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
+    "LicenseWarning",
     "NonFiniteFeaturesError",
     "PrecisionWarning",
     "TrainingError",
@@ -144,6 +146,10 @@ class ImageTypeError(TypeError):
 
     def __str__(self) -> str:
         return f"Image {self.index} is {shorten(self.reason, 400)}."
+
+
+class LicenseWarning(UserWarning):
+    """The license of pretrained weights does not permit commercial use."""
 
 
 class NonFiniteFeaturesError(ValueError):

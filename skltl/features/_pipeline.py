@@ -18,7 +18,8 @@ def make_feature_pipeline(backbone="resnet50", classifier="svm", **parameters):
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
+        The network: a name of :func:`~skltl.list_backbones`, such as ``"vgg16"`` or
+        ``"timm:vit_small_patch16_dinov3.lvd1689m"``, or a `Backbone`.
     classifier : {"svm", "softmax", "ovr"} or estimator, default="svm"
         A linear support vector machine, multinomial logistic regression, one-vs-rest
         logistic regression, or any classifier or regressor. ``"softmax"`` and

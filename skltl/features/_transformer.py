@@ -1,4 +1,4 @@
-"""``CNNFeatureTransformer``: a pretrained ConvNet as a scikit-learn transformer."""
+"""``CNNFeatureTransformer``: a pretrained network as a scikit-learn transformer."""
 
 from __future__ import annotations
 
@@ -54,36 +54,44 @@ NETWORK_ATTRIBUTES = (
 
 
 class CNNFeatureTransformer(FeatureEstimator):
-    """Extract features from images with a frozen pretrained ConvNet.
+    """Extract features from images with a frozen pretrained network.
 
-    The network is truncated at any of its layers, and the feature map of that layer is
-    pooled to one feature vector per image. A linear classifier on such features is the
+    The network, a ConvNet or a vision transformer, is truncated at any of its layers,
+    and the feature map or the tokens of that layer are pooled to one feature vector per
+    image. A linear classifier on such features is the
     method of choice for a few hundred images [1]_ [2]_. Nothing is learned in `fit`.
 
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
-    weights : str, path or None, default="imagenet"
-        ``"imagenet"`` loads torchvision's ``IMAGENET1K_V1`` weights (for ``"tiny"`` and
-        for your own networks, the weights they come with). Any other name of
-        torchvision's weights, such as ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt``
-        or ``.pth`` file with a state dict, whose head may have another number of
-        classes; or ``None`` for random weights. The older ImageNet weights are the
-        default because newer training procedures, although more accurate on ImageNet,
-        give worse features for linear classifiers [2]_.
+        The network: a name of :func:`~skltl.list_backbones`, such as ``"vgg16"`` or
+        ``"timm:vit_small_patch16_dinov3.lvd1689m"``, or a `Backbone`.
+    weights : str, path or None, default="pretrained"
+        ``"pretrained"`` (or ``"imagenet"``) loads torchvision's ``IMAGENET1K_V1``
+        weights; for ``"tiny"``, timm and your own networks, those that they come with.
+        Any other name of the weights of torchvision or timm, such as
+        ``"IMAGENET1K_V2"``; a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file with
+        a state dict, whose head may be missing or have another number of classes; or
+        ``None`` for random weights. The older ImageNet weights are the default because
+        newer training procedures, although more accurate on ImageNet, give worse
+        features for linear classifiers [2]_.
     layer : str, int or list of them, default="last"
         Layer at which the network is truncated: a name of :func:`~skltl.list_layers`,
-        any torch path such as ``"layer3.2"``, the index of a main layer (negative:
-        from the end), or ``"last"``, the last convolutional one. The features of
-        several layers are concatenated; they take a single forward pass.
-    pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
-        Conversion of a feature map to a feature vector: the average or the maximum of
-        each channel, both, all values, or averages over a grid of `pooling` x
-        `pooling` cells.
-    image_size : int, default=None
-        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
-        the size that the network was trained on.
+        any torch path such as ``"layer3.2"`` where the network can be truncated, the
+        index of a main layer (negative: from the end), or ``"last"``, the last one with
+        a feature map or tokens. The features of several layers are concatenated; they
+        take a single forward pass.
+    pooling : str or int, default="avg"
+        Conversion of a feature map to a feature vector: ``"avg"``, ``"max"`` or
+        ``"avgmax"``, the average or the maximum of each channel, or both;
+        ``"flatten"``, all values; or an int, averages over a grid of `pooling` x
+        `pooling` cells. The tokens of a transformer are a feature map, except for those
+        that belong to no part of the image. ``"cls"`` is the class token, and
+        ``"cls+avg"`` both it and the average. ``"auto"`` is what the network's own
+        head uses, of the last layer the vector that enters the head.
+    image_size : int or tuple of 2 ints, default=None
+        Height and width in pixels of the network's input, in [1, 10000]; an int is
+        both. ``None`` is the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``,
@@ -135,7 +143,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         Name of each layer, and the block that it is the output of.
     preprocessing_ : Preprocessing
         Resizing, cropping and normalization.
-    pooling_ : {"avg", "max", "avgmax", "flatten"} or int
+    pooling_ : str or int
         The pooling that was fitted.
     precision_ : {"float32", "bfloat16"}
         Data type of the computation. Where bfloat16 is not native, a saved estimator
@@ -198,7 +206,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self,
         backbone="resnet50",
         *,
-        weights="imagenet",
+        weights="pretrained",
         layer="last",
         pooling="avg",
         image_size=None,

@@ -1,4 +1,4 @@
-"""``FineTunedCNNClassifier``: two-stage fine-tuning of a pretrained ConvNet."""
+"""``FineTunedCNNClassifier``: two-stage fine-tuning of a pretrained network."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ from skltl.networks import Backbone, resolve_layer, resolve_network
 
 
 class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClassifier):
-    """Fine-tune a pretrained ConvNet in two stages.
+    """Fine-tune a pretrained network in two stages.
 
     First a new head is trained on the frozen network, then all of the network, or its
     last blocks, are trained with it. The activations of frozen blocks are computed once
@@ -84,14 +84,15 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
-    weights : str, path or None, default="imagenet"
+        The network: a name of :func:`~skltl.list_backbones`, such as ``"vgg16"`` or
+        ``"timm:vit_small_patch16_dinov3.lvd1689m"``, or a `Backbone`.
+    weights : str, path or None, default="pretrained"
         Pretrained weights, as for `CNNFeatureTransformer`. ``None`` (random weights)
         with ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
     layer : str or int, default="last"
         Layer at which the network is truncated and the head is attached, as for
         `CNNFeatureTransformer`.
-    pooling : {"avg", "max", "avgmax", "flatten"} or int, default="avg"
+    pooling : str or int, default="avg"
         Pooling of the last feature map, as for `CNNFeatureTransformer`.
     conv_channels : tuple of int, default=()
         Numbers of channels of 3 x 3 convolutions in the head, before the pooling.
@@ -124,9 +125,11 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     optimizer : {"auto", "sgd", "adamw"}, default="auto"
         Optimizer. SGD has a Nesterov momentum of 0.9, which ``schedule="one_cycle"``
         varies from 0.95 to 0.85 and back, inversely to the learning rate. ``"auto"`` is
-        AdamW for ConvNeXt and EfficientNet v2, else SGD.
+        AdamW for networks with layer normalization (transformers, ConvNeXt) and for
+        EfficientNet v2, else SGD.
     weight_decay : float, default=0.0001
-        Weight decay. Biases and parameters of batch-norms have none.
+        Weight decay of matrices and kernels. Biases, parameters of norms, tokens and
+        position embeddings have none.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         Learning rate schedule of each stage.
     augment : callable, default=None
@@ -148,9 +151,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         epochs, and the weights of its best epoch are kept.
     patience : int, default=5
         Number of epochs without a higher validation score before a stage ends.
-    image_size : int, default=None
-        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
-        the size that the network was trained on.
+    image_size : int or tuple of 2 ints, default=None
+        Height and width in pixels of the network's input, in [1, 10000]; an int is
+        both. ``None`` is the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
@@ -201,7 +204,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         One element: the layer at which the head is attached.
     preprocessing_ : Preprocessing
         Preprocessing of the images.
-    pooling_ : {"avg", "max", "avgmax", "flatten"} or int
+    pooling_ : str or int
         Pooling of the last feature map.
     precision_ : {"float32", "bfloat16"}
         Data type of products. Where bfloat16 is not native, an estimator that was
@@ -279,7 +282,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         self,
         backbone="resnet50",
         *,
-        weights="imagenet",
+        weights="pretrained",
         layer="last",
         pooling="avg",
         conv_channels=(),

@@ -366,7 +366,7 @@ def build_inputs(
         return _compute_activations(estimator, source, 0, config, cache)
     n_views = 0 if augment is None else estimator.n_views
     if estimator.decode == "fast":
-        source = source.reduced_to(2 * preprocessing.shorter_side)
+        source = source.reduced_to(2 * max(preprocessing.size_before_crop))
     crops = decode_crops(source, preprocessing, resolve_threads(estimator.n_jobs))
     views = AugmentedViews(source, crops, augment, n_views, seed)
     if config is not None:

@@ -34,6 +34,7 @@ from skltl.finetuning._data import (
     stored_inputs,
 )
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
+from skltl.networks import uses_layer_norm
 
 try:
     from sklearn.callback import CallbackSupportMixin as CallbackSupportMixin
@@ -53,8 +54,9 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
     "adamw": torch.optim.AdamW,
 }
 
-# Families that were trained with AdamW, and are best fine-tuned with it.
-ADAMW_FAMILIES = ("convnext", "efficientnet_v2")
+# Families that were trained with AdamW, and are best fine-tuned with it. Other ones are
+# those with layer normalization: transformers, ConvNeXt.
+ADAMW_FAMILIES = ("efficientnet_v2", "timm:efficientnetv2", "timm:tf_efficientnetv2")
 
 # The best of the powers of ten on flowers and digits, as in `make_feature_pipeline`.
 PROBE_C = 0.1
@@ -470,7 +472,8 @@ def resolve_optimizer(estimator: Any) -> str:
     if estimator.optimizer != "auto":
         return str(estimator.optimizer)
     is_adamw = estimator.backbone_.name.startswith(ADAMW_FAMILIES)
-    return "adamw" if is_adamw else "sgd"
+    blocks = estimator.network_.blocks.values()
+    return "adamw" if is_adamw or uses_layer_norm(blocks) else "sgd"
 
 
 def plan_stages(estimator: Any, n_blocks: int, n_frozen: int) -> list[Stage]:
@@ -492,7 +495,7 @@ def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Opti
     """Build the optimizer of all trainable parameters.
 
     One group for each group of blocks, with its learning rate, and kind of parameter:
-    biases and batch-norms have no weight decay.
+    biases, norms, tokens and position embeddings have no weight decay.
     """
     parts: list[tuple[str, nn.Module, float]] = []
     parts += [("head_lr", network.head, stage.head_lr)]
@@ -502,13 +505,18 @@ def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Opti
         lr *= estimator.backbone_lr_decay
     groups = []
     for name, part, lr in parts:
-        trainable = [weights for weights in part.parameters() if weights.requires_grad]
-        matrices = [weights for weights in trainable if weights.ndim > 1]
-        vectors = [weights for weights in trainable if weights.ndim <= 1]
-        for params, decay in ((matrices, estimator.weight_decay), (vectors, 0.0)):
+        trainable = [one for one in part.named_parameters() if one[1].requires_grad]
+        kernels = [one for name, one in trainable if _is_kernel(name, one)]
+        others = [one for name, one in trainable if not _is_kernel(name, one)]
+        for params, decay in ((kernels, estimator.weight_decay), (others, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
             groups += [group] if params else []
     return OPTIMIZERS[resolve_optimizer(estimator)](groups)
+
+
+def _is_kernel(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is the matrix or kernel of a layer."""
+    return parameter.ndim > 1 and name.endswith("weight")
 
 
 def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:

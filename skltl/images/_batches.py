@@ -112,16 +112,16 @@ def iter_crops(
             return Crop(position, crop, key, after if before == after else None)
 
     if alternate:
-        n_in_flight = images_per_turn(preprocessing.crop_size, batch_size, n_threads)
+        n_in_flight = images_per_turn(preprocessing.size, batch_size, n_threads)
     else:
         n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
     return prefetch(read, positions, n_threads, n_in_flight, alternate)
 
 
-def images_per_turn(crop_size: int, batch_size: int, n_threads: int) -> int:
+def images_per_turn(crop_size: tuple[int, int], batch_size: int, n_threads: int) -> int:
     """Return the number of images to decode before the network runs: whole batches."""
     n_images = max(IMAGES_PER_TURN, IMAGES_PER_THREAD * n_threads)
-    n_that_fit = BYTES_PER_TURN // (3 * 4 * crop_size**2)  # they may be float32
+    n_that_fit = BYTES_PER_TURN // (3 * 4 * math.prod(crop_size))  # maybe float32
     n_batches = min(math.ceil(n_images / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size
 

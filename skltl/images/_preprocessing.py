@@ -8,6 +8,7 @@ last two run on whole batches, on the network's device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,17 +34,23 @@ INTERPOLATIONS = {
 _MAX_RESIZED_PIXELS = 2**24
 
 
+MODES = ("center", "squash", "pad")
+
+Size = int | tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resizing, cropping and normalization of images for a network.
 
     Parameters
     ----------
-    crop_size : int
-        Height and width of the network's input, in pixels.
-    resize_size : int or None, default=None
-        Length of the image's shorter side before the center is cropped, in pixels. If
-        ``None``, it is `crop_size`: nothing is cropped from a square image.
+    crop_size : int or tuple of 2 ints
+        Height and width of the network's input, in pixels. An int is both.
+    resize_size : int, tuple of 2 ints or None, default=None
+        Size of the image before the center is cropped, in pixels: an int is height and
+        width, and `mode` says how an image of other proportions is resized. ``None`` is
+        `crop_size`: nothing is cropped from an image of its proportions.
     interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
         Resampling filter of Pillow.
     mean : tuple of 3 floats, default=(0.485, 0.456, 0.406)
@@ -51,6 +58,10 @@ class Preprocessing:
         The default is that of ImageNet, which torchvision's weights use.
     std : tuple of 3 floats, default=(0.229, 0.224, 0.225)
         Standard deviation by which each channel is divided, in units of [0, 1].
+    mode : {"center", "squash", "pad"}, default="center"
+        Treatment of images of other proportions: ``"center"`` fills `resize_size`
+        and loses the ends of the longer side, ``"squash"`` changes the proportions, and
+        ``"pad"`` keeps the whole image and adds a border of the color `mean`.
 
     Examples
     --------
@@ -61,11 +72,12 @@ class Preprocessing:
 
     __module__ = "skltl"  # the path in saved files
 
-    crop_size: int
-    resize_size: int | None = None
+    crop_size: Size
+    resize_size: Size | None = None
     interpolation: str = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mode: str = "center"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -75,34 +87,36 @@ class Preprocessing:
             raise ValueError(f"std must be positive, got {self.std}.")
         for name in ("crop_size", "resize_size"):
             size = getattr(self, name)
-            is_count = isinstance(size, Integral) and not isinstance(size, bool)
-            if not (is_count and size >= 1) and (name, size) != ("resize_size", None):
+            if (name, size) != ("resize_size", None):
+                object.__setattr__(self, name, _checked_size(name, size))
+        for name, known in (("interpolation", INTERPOLATIONS), ("mode", MODES)):
+            value = getattr(self, name)
+            if value not in list(known):  # it may be unhashable
                 raise ValueError(
-                    f"{name} must be a number of pixels, at least 1; got "
-                    f"{shorten(repr(size))}."
+                    f"Unknown {name} {shorten(repr(value))}. Known: {', '.join(known)}."
                 )
-        if self.interpolation not in list(INTERPOLATIONS):  # it may be unhashable
-            raise ValueError(
-                f"Unknown interpolation {shorten(repr(self.interpolation))}. "
-                f"Known: {', '.join(INTERPOLATIONS)}."
-            )
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the network's input, in pixels."""
-        return self.crop_size, self.crop_size
+        return _both(self.crop_size)
+
+    @property
+    def size_before_crop(self) -> tuple[int, int]:
+        """Height and width to which images are resized, in pixels."""
+        return self.size if self.resize_size is None else _both(self.resize_size)
 
     @property
     def shorter_side(self) -> int:
         """Length of the image's shorter side before the crop, in pixels."""
-        return self.crop_size if self.resize_size is None else self.resize_size
+        return min(self.size_before_crop)
 
-    def resized_to(self, crop_size: int) -> Preprocessing:
+    def resized_to(self, crop_size: Size) -> Preprocessing:
         """Return the same preprocessing for another input size.
 
         Parameters
         ----------
-        crop_size : int
+        crop_size : int or tuple of 2 ints
             New height and width of the network's input, in pixels.
 
         Returns
@@ -110,7 +124,14 @@ class Preprocessing:
         Preprocessing
             Preprocessing that crops the same fraction of the image.
         """
-        resize_size = round(self.shorter_side * crop_size / self.crop_size)
+        crop_size = _checked_size("crop_size", crop_size)
+        height, width = (
+            round(resized * new / old)
+            for resized, new, old in zip(
+                self.size_before_crop, _both(crop_size), self.size, strict=True
+            )
+        )
+        resize_size = height if height == width else (height, width)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
     def crop(self, image: Decoded) -> Pixels:
@@ -124,29 +145,40 @@ class Preprocessing:
 
         Returns
         -------
-        array of shape (crop_size, crop_size, 3)
-            Crop of the image's dtype; of a PIL image uint8, or float32 in mode F. Black
-            outside of the image.
+        array of shape (height, width, 3)
+            Crop of the image's dtype; of a PIL image uint8, or float32 in mode F.
+            Outside of the image it is black, or has the color `mean` in mode "pad".
         """
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image) and image.mode == "RGB":
-            return np.asarray(self._crop_image(image))
+            return np.asarray(self._crop_image(image, self._border(image.mode)))
         # Pillow resizes floats one channel at a time only, and copies RGBA. Unlike a
         # loop variable, `map` keeps no channel while the next one is extracted.
-        crops = list(map(np.asarray, map(self._crop_image, _channels(image))))
+        is_gray = isinstance(image, Image.Image) and image.mode in ("L", "F")
+        is_repeated = is_gray and self.mode == "pad"  # its border has a color
+        channels = _channels(image, 3 if is_repeated else 1)
+        borders = map(self._border, itertools.repeat("channel"), range(3))
+        crops = list(map(np.asarray, map(self._crop_image, channels, borders)))
         return np.stack(crops if len(crops) == 3 else crops * 3, axis=2)
 
-    def _crop_image(self, image: Image.Image) -> Image.Image:
+    def _border(self, mode: str, channel: int = 0) -> tuple[float, ...] | float:
+        """Return the color outside of an image, in [0, 1]; of a channel, a number."""
+        color = self.mean if self.mode == "pad" else (0.0, 0.0, 0.0)
+        return color if mode == "RGB" else color[channel]
+
+    def _crop_image(self, image: Image.Image, border: Any) -> Image.Image:
         """Resize and crop all channels of a PIL image together."""
+        (crop_height, crop_width) = self.size
         width, height = self._resized_size(*image.size)
-        left, top = self._first_pixel(width), self._first_pixel(height)
+        left = _first_pixel(width, crop_width)
+        top = _first_pixel(height, crop_height)
         resample = INTERPOLATIONS[self.interpolation]
         if width * height > _MAX_RESIZED_PIXELS:
             # Only the region of the crop. Outside of the image the crop is black.
             x, y = max(left, 0), max(top, 0)
-            right = min(left + self.crop_size, width)
-            bottom = min(top + self.crop_size, height)
+            right = min(left + crop_width, width)
+            bottom = min(top + crop_height, height)
             across, down = image.width / width, image.height / height
             box = (
                 x * across,
@@ -158,30 +190,59 @@ class Preprocessing:
             left, top = min(left, 0), min(top, 0)
         else:
             resized = image.resize((width, height), resample)
-        return resized.crop((left, top, left + self.crop_size, top + self.crop_size))
-
-    def _first_pixel(self, length: int) -> int:
-        """Return where the crop begins, rounded as in torchvision."""
-        if length < self.crop_size:
-            return -((self.crop_size - length) // 2)
-        return round((length - self.crop_size) / 2)
+        if self.mode != "pad" or (left >= 0 and top >= 0):
+            return resized.crop((left, top, left + crop_width, top + crop_height))
+        return _on_border(resized, (crop_width, crop_height), (left, top), border)
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size of the image before the crop."""
-        short = self.shorter_side
-        if width <= height:
-            return short, int(short * height / width)
-        return int(short * width / height), short
+        """Return the width and height of the image before the crop."""
+        new_height, new_width = self.size_before_crop
+        if self.mode == "squash":
+            return new_width, new_height
+        if self.mode == "center" and new_height == new_width:  # as torchvision rounds
+            if width <= height:
+                return new_width, int(new_width * height / width)
+            return int(new_height * width / height), new_height
+        ratios = height / new_height, width / new_width
+        ratio = max(ratios) if self.mode == "pad" else min(ratios)  # as timm rounds
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
-def _channels(image: Decoded) -> Iterator[Image.Image]:
-    """Yield the red, green and blue channels of an image, or its only channel."""
+def _first_pixel(length: int, crop_length: int) -> int:
+    """Return where the crop begins, rounded as in torchvision."""
+    if length < crop_length:
+        return -((crop_length - length) // 2)
+    return round((length - crop_length) / 2)
+
+
+def _on_border(
+    image: Image.Image, size: tuple[int, int], start: tuple[int, int], border: Any
+) -> Image.Image:
+    """Return a crop of an image that is smaller than the crop, with a border."""
+    if image.mode == "RGB":
+        border = tuple(round(255 * value) for value in border)
+    elif image.mode == "L":
+        border = round(255 * border)
+    canvas = Image.new(image.mode, size, border)
+    left, top = (max(value, 0) for value in start)
+    inside = image.crop(
+        (left, top, min(left + size[0], image.width), min(top + size[1], image.height))
+    )
+    canvas.paste(inside, (max(-start[0], 0), max(-start[1], 0)))
+    return canvas
+
+
+def _channels(image: Decoded, n_repeats: int = 1) -> Iterator[Image.Image]:
+    """Yield the red, green and blue channels of an image, or its only channel.
+
+    The only channel is repeated.
+    """
     if isinstance(image, np.ndarray):
         yield from map(Image.fromarray, np.moveaxis(image, 2, 0))
     elif image.mode == "RGBA":
         yield from map(image.getchannel, range(3))
     else:
-        yield image
+        yield from itertools.repeat(image, n_repeats)
 
 
 def normalize(batch: Any, mean: Any, std: Any) -> Any:
@@ -215,3 +276,23 @@ def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
             f"{name} must be 3 finite numbers, got {shorten(repr(value))}."
         )
     return red, green, blue
+
+
+def _both(size: Size) -> tuple[int, int]:
+    """Return height and width."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _checked_size(name: str, size: Any) -> Size:
+    """Return a size in pixels as an int or a tuple; refuse anything else."""
+    is_pair = isinstance(size, (tuple, list))
+    sides: Any = size if is_pair else (size,)
+    is_count = [
+        isinstance(one, Integral) and not isinstance(one, bool) for one in sides
+    ]
+    if len(sides) != (2 if is_pair else 1) or not all(is_count) or min(sides) < 1:
+        raise ValueError(
+            f"{name} must be a number of pixels, at least 1, or height and width; got "
+            f"{shorten(repr(size))}."
+        )
+    return (int(sides[0]), int(sides[1])) if is_pair else int(sides[0])

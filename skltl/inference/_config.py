@@ -60,7 +60,7 @@ class ExtractionConfig:
         """
         if self.decode == "exact":
             return source
-        return source.reduced_to(2 * self.preprocessing.shorter_side)
+        return source.reduced_to(2 * max(self.preprocessing.size_before_crop))
 
     def layouts(self) -> dict[str, Layout]:
         """Return the layouts of the outputs of the blocks."""
@@ -152,23 +152,29 @@ def describe(config: ExtractionConfig, block: str) -> str:
         " ".join(f"{value:.4g}" for value in values)
         for values in (preprocessing.mean, preprocessing.std)
     )
+    before, size = map(_as_text, (preprocessing.size_before_crop, preprocessing.size))
     facts = {
         "backbone": config.backbone.name,
         "layer": names.get(block, block),
         "depth": list(config.network.blocks).index(block) + 1,
         "pooling": config.pooling,
-        "image_size": preprocessing.crop_size,
+        "image_size": size,
         "batch_size": config.batch_size,
         "device": config.device.type,
         "precision": str(config.dtype).removeprefix("torch."),
         "engine": config.engine,
         "preprocessing": (
-            f"resize {preprocessing.shorter_side} {preprocessing.interpolation}, "
-            f"crop {preprocessing.crop_size}, mean {mean}, std {std}"
+            f"resize {before} {preprocessing.interpolation}, {preprocessing.mode} crop "
+            f"{size}, mean {mean}, std {std}"
         ),
         "network": digests[block].hex()[:8],
     }
     return json.dumps(facts, default=int)
+
+
+def _as_text(size: tuple[int, int]) -> int | str:
+    """Return the side of a square, or height and width as text."""
+    return size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
 def fingerprints(config: ExtractionConfig) -> list[str]:

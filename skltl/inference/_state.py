@@ -7,7 +7,7 @@ into another network of the same name is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -54,7 +54,7 @@ def prefix_state(
             if key not in own or not _is_same(value, own[key])
         }
     return {
-        "versions": versions(),
+        "versions": versions(blocks),
         "backbone": backbone.name if by_name else backbone,
         "image_size": list(image_size),
         "last_block": list(prefix.blocks)[-1],
@@ -75,7 +75,7 @@ def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
         raise _another_network(backbone, f"it has no block {last!r}", state)
     blocks = truncate(network.blocks, [last])
     if state.get("structure") is not None:
-        _check_structure(backbone, structure(blocks.values()), state)
+        _check_structure(backbone, blocks.values(), state)
     _check_shapes(backbone, blocks, state, is_by_value)
     weights = {key: as_tensor(value) for key, value in state["weights"].items()}
     weights = {**(own or {}), **weights}
@@ -116,7 +116,7 @@ def from_format_2(state: State) -> State:
 def head_state(head: Block) -> State:
     """Return a network's own head as a state."""
     return {
-        "versions": versions(),
+        "versions": versions([head]),
         "structure": structure([head]),
         "weights": {key: value.numpy() for key, value in head.state_dict().items()},
     }
@@ -133,7 +133,7 @@ def head_from_state(
     if shapes != {key: value.shape for key, value in head.state_dict().items()}:
         head = _build(backbone, image_size, n_classes).head
         assert head is not None
-    _check_structure(backbone, structure([head]), state)
+    _check_structure(backbone, [head], state)
     head.load_state_dict(weights, assign=True)
     return head.requires_grad_(False)
 
@@ -164,13 +164,15 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _check_structure(backbone: Backbone, here: dict[str, Any], state: State) -> None:
+def _check_structure(
+    backbone: Backbone, blocks: Collection[Block], state: State
+) -> None:
     """Refuse blocks with other layers or settings than those of a state.
 
     Another version of torch may know more settings of a layer, and call its functions
     otherwise: settings are compared as far as both versions have them.
     """
-    there = state["structure"]
+    there, here = state["structure"], structure(blocks)
     layers, layers_here = there["layers"], here["layers"]
     for (path, kind, _), (path_here, kind_here, _) in zip(
         layers, layers_here, strict=False
@@ -181,7 +183,7 @@ def _check_structure(backbone: Backbone, here: dict[str, Any], state: State) -> 
     if len(layers) != len(layers_here):
         difference = f"it had {len(layers)} layers, and has {len(layers_here)}"
         raise _another_network(backbone, difference, state)
-    is_same_version = state["versions"] == versions()
+    is_same_version = state["versions"] == versions(blocks)
     for (path, _, before), (_, _, now) in zip(layers, layers_here, strict=True):
         both = before.keys() & now.keys()
         for name in sorted(before.keys() | now.keys() if is_same_version else both):

@@ -17,7 +17,13 @@ from skltl.networks._backbone import (
     truncate,
     truncated_backbone,
 )
-from skltl.networks._blocks import Block, graph_of, layers_of, parts_of
+from skltl.networks._blocks import (
+    Block,
+    graph_of,
+    layers_of,
+    parts_of,
+    uses_layer_norm,
+)
 from skltl.networks._building import (
     as_network,
     build_skeleton,
@@ -95,5 +101,6 @@ __all__ = [
     "truncate",
     "truncated_backbone",
     "unique",
+    "uses_layer_norm",
     "versions",
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,9 +60,11 @@ class Model:
 
     `layers` maps the names of the main layers to module paths, from the image to the
     logits, and `aliases` maps further names to names or paths. `head` are the paths of
-    the modules that return the logits, if any. The first `n_prefix_tokens` tokens of a
-    transformer belong to no part of the image; with `uses_class_token`, the head uses
-    the first of them. `last_block` is where the network ends, if not at its head.
+    the modules or weights that return the logits, if any. The first `n_prefix_tokens`
+    tokens of a transformer belong to no part of the image; with `uses_class_token`, the
+    head uses the first of them. `last_block` is where the network ends, if not at its
+    head. If the `final_stride` of the feature maps is given, the last of the main
+    layers are found by it.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -73,6 +76,7 @@ class Model:
     n_prefix_tokens: int = 0
     uses_class_token: bool = False
     last_block: str | None = None
+    final_stride: int = 0
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict of the network."""
@@ -141,25 +145,41 @@ class StoredWeights:
 
 
 @dataclass(frozen=True)
+class HubFile:
+    """A file in a repository of the Hugging Face Hub: the first of `names` there is."""
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    repository: str
+    names: tuple[str, ...]
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class PretrainedWeights:
     """Pretrained weights, and the preprocessing they were trained with.
 
     `source` is a file; a URL whose file name ends in the first digits of the SHA-256,
-    as torchvision's do; weights in memory; or ``None`` if the network is built with
-    these weights. `categories` are the class names in the order of the logits.
+    as torchvision's do; a file of the Hugging Face Hub; weights in memory; or ``None``
+    if the network is built with these weights. `categories` are the class names in the
+    order of the logits, and `license` is empty if it is unknown.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
 
     name: str
-    source: str | Path | StoredWeights | None
+    source: str | Path | HubFile | StoredWeights | None
     preprocessing: Preprocessing
     categories: tuple[str, ...] = field(default=(), repr=False)
     aliases: tuple[str, ...] = ()
+    license: str = ""
 
 
 # From a number of classes, or None for the usual one, and the size of the images.
 Builder = Callable[[int | None, ImageSize], Model | Network]
+
+# From the state dict of a file, a module, and the size of the images.
+Converter = Callable[[dict[str, Tensor], nn.Module, ImageSize], Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,8 +200,8 @@ class Backbone:
     weights : tuple of PretrainedWeights
         Available weights. The first ones are the default, ``weights="pretrained"``.
     convert_state : callable, default=None
-        Function ``convert_state(state, module)`` that translates a state dict from a
-        file to one of the module.
+        Function ``convert_state(state, module, image_size)`` that translates a state
+        dict from a file to one of the module.
     known_as : str, default=""
         Identifier shared by all descriptions of this very network; see `token`.
 
@@ -211,7 +231,7 @@ class Backbone:
     build: Builder
     preprocessing: Preprocessing
     weights: tuple[PretrainedWeights, ...]
-    convert_state: Callable[[dict[str, Tensor], nn.Module], Any] | None = None
+    convert_state: Converter | None = None
     known_as: InitVar[str] = ""
     token: str = field(init=False)
 
@@ -228,6 +248,7 @@ class Backbone:
         *,
         preprocessing: Preprocessing,
         head: str | None = None,
+        layers: Mapping[str, str] | None = None,
         n_prefix_tokens: int = 0,
     ) -> Backbone:
         """Make a backbone of a network of your own, with its present weights.
@@ -242,14 +263,17 @@ class Backbone:
             Name of the backbone.
         module : Module
             Network from a normalized batch (n, 3, h, w) to logits or features, one
-            tensor. Its children are the main layers, as far as they end at a place
-            where the network can be cut. The paths of modules inside of them can be
-            given as `layer`, too.
+            tensor.
         preprocessing : Preprocessing
             Preprocessing of images before the network.
         head : str, default=None
             Path of the module that returns the logits, such as ``"fc"``. ``None`` if
             the network returns features.
+        layers : dict of str to str, default=None
+            Names of the main layers and paths of the modules that they are the outputs
+            of, from the image to the logits. ``None`` names the children of the
+            network, as far as it can be truncated after them. Other paths can be given
+            as `layer`, too.
         n_prefix_tokens : int, default=0
             Number of tokens of a transformer before those of the image, such as the
             class token.
@@ -264,10 +288,11 @@ class Backbone:
         TypeError
             If a parameter has another type than documented.
         ValueError
-            If there is no module `head`; if the network cannot be traced, for example
-            because its forward pass depends on pixel values; or if the features of an
-            image would depend on the rest of its batch (batch-norm without running
-            statistics). Networks that cannot be traced can be given to `from_blocks`.
+            If there is no module `head`, or the network cannot be truncated at one of
+            the `layers`; if the network cannot be traced, for example because its
+            forward pass depends on pixel values; or if the features of an image would
+            depend on the rest of its batch (batch-norm without running statistics).
+            Networks that cannot be traced can be given to `from_blocks`.
 
         Examples
         --------
@@ -284,10 +309,11 @@ class Backbone:
         _check_preprocessing(preprocessing)
         module = _check_module(module, head)
         heads = () if head is None else (head,)
-        layers = {path: path for path, _ in module.named_children() if path != "last"}
-        model = Model(module, layers, {}, heads, n_prefix_tokens)
+        children = {path: path for path, _ in module.named_children() if path != "last"}
+        names = dict(children if layers is None else layers)
+        model = Model(module, names, {}, heads, n_prefix_tokens)
         backbone = own_backbone(name, OwnModel(model), preprocessing)
-        check_own(backbone)
+        check_own(backbone, () if layers is None else names)
         return backbone
 
     @classmethod
@@ -534,7 +560,7 @@ def _check_module(module: nn.Module, head: str | None) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch module, got {type(module).__name__}.")
     module = getattr(module, "_orig_mod", module)
-    _check_statistics("The network", module)
+    _check_parts("The network", module)
     paths = [path for path, _ in module.named_modules() if path]
     if head is not None and head not in paths:
         raise ValueError(
@@ -573,12 +599,17 @@ def _check_block(name: str, block: nn.Module) -> None:
         )
     if isinstance(block, nn.Sequential) and len(block) == 0:
         raise ValueError(f"The block {name!r} is empty.")
-    _check_statistics(f"The block {name!r}", block)
+    _check_parts(f"The block {name!r}", block)
 
 
-def _check_statistics(what: str, module: nn.Module) -> None:
-    """Refuse modules whose output for an image depends on the rest of the batch."""
+def _check_parts(what: str, module: nn.Module) -> None:
+    """Refuse scripted modules, and those that use the statistics of each batch."""
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{what} has a module of TorchScript. Use the module that it was made "
+                "from."
+            )
         if isinstance(part, _BatchNorm) and part.running_mean is None:
             raise ValueError(
                 f"{what} has a batch-norm without running statistics: the features of "

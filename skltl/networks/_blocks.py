@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -80,6 +80,20 @@ def functions_of(block: Block) -> list[Any]:
     """Return the functions that a block calls, and the names of methods of tensors."""
     ops = ("call_function", "call_method")
     return [node.target for node in graph_of(block).nodes if node.op in ops]
+
+
+def uses_layer_norm(blocks: Iterable[Block]) -> bool:
+    """Return whether any block normalizes the channels of each image."""
+    names = {"layer_norm", "rms_norm", "LayerNorm", "RMSNorm", "LayerNorm2d"}
+    for block in blocks:
+        modules = (
+            one for layer in layers_of(block).values() for one in layer.modules()
+        )
+        kinds = {type(module).__name__ for module in modules}
+        functions = {getattr(one, "__name__", one) for one in functions_of(block)}
+        if names & (kinds | functions):
+            return True
+    return False
 
 
 def source_of(block: Block) -> str:

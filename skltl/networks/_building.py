@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -14,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from skltl._parameters import settle_in_forked_child
 from skltl._random import own_random_state, torch_defaults
@@ -26,6 +24,7 @@ from skltl.networks._backbone import (
     Network,
     Truncated,
     freeze,
+    state_of,
 )
 from skltl.networks._layouts import Layout, layout_of
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
@@ -81,8 +80,7 @@ def build_skeleton(
 ) -> Model | Network:
     """Build a network without weights, to load a state dict into."""
     try:
-        with own_random_state(0), torch_defaults(), _weights_on_meta():
-            return backbone.build(n_classes, image_size)
+        return build_without_values(lambda: backbone.build(n_classes, image_size))
     except FORWARD_ERRORS as error:
         if image_size == usual_size(backbone):
             raise
@@ -134,30 +132,47 @@ def _refusal(backbone: Backbone, image_size: ImageSize, reason: str) -> str:
     height, width = image_size
     return (
         f"Images of {height} x {width} pixels cannot pass through {backbone.name!r}: "
-        f"{shorten(reason, 200).rstrip('.')}."
+        f"{shorten(reason, 200).rstrip('.!')}."
     )
 
 
-@contextmanager
-def _weights_on_meta() -> Iterator[None]:
-    """Create parameters on torch's "meta" device: no memory, no random numbers.
+def build_without_values(build: Callable[[], Value]) -> Value:
+    """Build a network, or a description with one, whose weights have no values.
 
-    Unlike in ``torch.device("meta")``, all other tensors have values.
+    They are on torch's "meta" device: no memory, no random numbers. Unlike in
+    ``torch.device("meta")``, tensors that are no weights have values.
     """
-    thread = threading.get_ident()
+    with own_random_state(0), torch_defaults(), _WithoutInitialization():
+        built = build()
+    module = getattr(built, "module", built)
+    if isinstance(module, nn.Module):
+        _drop_values(module)
+    return built
 
-    def move(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
-        # The hook is called in other threads, too.
-        is_here = threading.get_ident() == thread
-        if parameter is None or parameter.is_meta or not is_here:
-            return None
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
+class _WithoutInitialization(TorchFunctionMode):
+    """Create parameters without initial values: their memory is not even touched."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        modified = args[0] if args else kwargs.get("tensor")  # so named in nn.init
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_in_place and isinstance(modified, nn.Parameter):
+            return modified
+        return func(*args, **kwargs)
+
+
+def _drop_values(module: nn.Module) -> None:
+    """Move the parameters of a module to the meta device; shared ones stay shared."""
+    moved: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                on_meta = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+                part._parameters[name] = moved.setdefault(id(parameter), on_meta)
 
 
 def usual_size(backbone: Backbone) -> ImageSize:
@@ -187,25 +202,25 @@ def _trace(backbone: Backbone, image_size: ImageSize) -> Trace:
         return trace(model.module, image_size)
     except FORWARD_ERRORS as error:
         if image_size == usual:
-            raise TraceError(
-                f"{backbone.name!r} cannot be traced: {shorten(str(error), 200)}. "
-                "Backbone.from_blocks accepts any modules that run one after the other."
-            ) from error
+            raise _untraceable(backbone, str(error)) from error
     return trace(model.module, image_size, reference=_trace(backbone, usual))
+
+
+def _untraceable(backbone: Backbone, reason: str) -> TraceError:
+    """Return the error for a network that cannot be traced."""
+    if "meta tensor" in reason or "meta device" in reason:  # which have no values
+        reason = "its forward pass depends on the values of pixels or weights"
+    if "TorchScript" in reason:  # in which errors are wrapped
+        reason = "it runs code that torch cannot observe, a function of TorchScript"
+    return TraceError(
+        f"{backbone.name!r} cannot be traced: {shorten(reason, 200)}. "
+        "Backbone.from_blocks accepts any modules that run one after the other."
+    )
 
 
 def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
     """Return a network as blocks, by its trace."""
     traced = _trace(backbone, image_size)
-    # Names are those of the whole network, whichever blocks the images reach.
-    is_whole = traced.error is None
-    named = traced if is_whole else _trace(backbone, usual_size(backbone))
-    points = cut_points_before(named, model.module, model.head)
-    paths, inside = module_ends(named, points)
-    if model.last_block is not None:
-        kept = [point.name for point in points]
-        kept = kept[: kept.index(model.last_block) + 1]
-        paths = {path: block for path, block in paths.items() if block in kept}
     blocks, head = split(traced, model.module, model.head, model.last_block)
     found: dict[str, Layout] = {}
     is_last = False  # whether the channels were last in the output before
@@ -213,20 +228,92 @@ def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
         tokens = model.n_prefix_tokens, model.uses_class_token
         found[point.name] = layout_of(point.shape, image_size, *tokens, is_last)
         is_last = found[point.name].is_channels_last
-    return Network(
+    inner = [one.name for one in traced.cut_points if not one.is_between_modules]
+    network = Network(
         blocks,
         head,
-        {name: paths[path] for name, path in model.layers.items() if path in paths},
-        model.aliases,
-        paths,
-        inside,
-        found,
+        layers={},
+        layouts=found,
         limit=shorten(str(traced.error or ""), 200),
-        inner=frozenset(
-            one.name for one in traced.cut_points if not one.is_between_modules
-        ),
+        inner=frozenset(inner),
         is_trainable=traced.is_trainable,
     )
+    return _with_names(backbone, model, network, image_size)
+
+
+def _with_names(
+    backbone: Backbone, model: Model, network: Network, image_size: ImageSize
+) -> Network:
+    """Return a network with the names of its layers.
+
+    They are those of the whole network, whichever blocks the images reach.
+    """
+    usual = usual_size(backbone)
+    traced = _trace(backbone, usual if network.limit else image_size)
+    points = cut_points_before(traced, model.module, model.head)
+    paths, inside = module_ends(traced, points)
+    if model.last_block is not None:
+        kept = [point.name for point in points]
+        kept = kept[: kept.index(model.last_block) + 1]
+        paths = {path: block for path, block in paths.items() if block in kept}
+    layers = {name: paths[path] for name, path in model.layers.items() if path in paths}
+    named = replace(
+        network, layers=layers, aliases=model.aliases, paths=paths, inside=inside
+    )
+    if not model.final_stride:
+        return named
+    if image_size != usual:
+        return replace(named, layers=skeleton(backbone, usual).layers)
+    return replace(named, layers=_with_final_layers(named, model, image_size))
+
+
+def _with_final_layers(
+    network: Network, model: Model, image_size: ImageSize
+) -> dict[str, str]:
+    """Return main layers, with what follows the last one before the head.
+
+    These are the last output with weights on the same grid, in place of the last main
+    layer if it has as many channels, such as the final norm of a transformer; and the
+    vector before the logits, if there are weights in between.
+    """
+    layers = dict(network.layers) or _outer_layers(network, model)
+    layouts, names = network.layouts, list(network.blocks)
+    has_weights = {name: bool(state_of([network.blocks[name]])) for name in names}
+    last = final = max((names.index(block) for block in layers.values()), default=-1)
+    for number, name in enumerate(names[last + 1 :], start=last + 1):
+        layout, before = layouts[name], layouts[names[final]]
+        # An activation function belongs to the layer before it.
+        is_activation = number == final + 1 and final > last
+        is_activation = is_activation and _is_rearranged(layout, before)
+        if layout.grid == before.grid and (has_weights[name] or is_activation):
+            final = number
+    if final > last:
+        if layouts[names[final]].n_channels == layouts[names[last]].n_channels:
+            layers = {key: one for key, one in layers.items() if one != names[last]}
+        layers[names[final]] = names[final]
+    if layouts[names[-1]].is_vector and any(map(has_weights.get, names[final + 1 :])):
+        grid = layouts[names[final]].grid
+        if grid is None or min(grid) * model.final_stride >= 2 * max(image_size):
+            layers = {}  # later feature maps are parallel, and there is only the vector
+        layers[names[-1]] = names[-1]
+    return layers
+
+
+def _is_rearranged(one: Layout, other: Layout) -> bool:
+    """Return whether two outputs differ at most in the order of their axes."""
+    return (one.map_shape, one.n_prefix) == (other.map_shape, other.n_prefix)
+
+
+def _outer_layers(network: Network, model: Model) -> dict[str, str]:
+    """Return the top-level modules with a grid, and their children, as main layers."""
+    found: dict[str, str] = {}
+    for path, _ in model.module.named_modules():
+        block = network.paths.get(path, "")
+        layout = network.layouts.get(block)
+        has_grid = layout is not None and layout.grid not in (None, (1, 1))
+        if path.count(".") <= 1 and has_grid:
+            found[block] = min(path, found.get(block, path), key=len)
+    return {found[block]: block for block in network.blocks if block in found}
 
 
 def _layouts_by_running(
@@ -274,19 +361,27 @@ def check(backbone: Backbone, model: Model, image_size: ImageSize) -> None:
         expected = model.module.eval()(batch.clone())
         found = network.logits(batch)
     if not _is_same(found, expected):
-        raise TraceError(
-            f"{backbone.name!r} cannot be traced: its blocks do not compute what the "
-            "network computes. Backbone.from_blocks accepts any modules that run one "
-            "after the other."
-        )
+        raise _untraceable(backbone, "its blocks do not compute what it computes")
     _checked[backbone].add(image_size)
 
 
-def check_own(backbone: Backbone) -> None:
-    """Check the network that a backbone owns."""
+def check_own(backbone: Backbone, layers: Iterable[str]) -> None:
+    """Check the network that a backbone owns, and that it has some main layers."""
     model = copy.deepcopy(backbone.own_network)
     assert isinstance(model, Model)
     check(backbone, model, usual_size(backbone))
+    network = skeleton(backbone, usual_size(backbone))
+    if not network.layers:
+        raise ValueError(
+            f"{backbone.name!r} has no layer at which it can be truncated, before its "
+            "head."
+        )
+    for name in set(layers) - network.layers.keys():
+        raise ValueError(
+            f"layers: {backbone.name!r} cannot be truncated at "
+            f"{model.layers[name]!r}. It can be truncated at "
+            f"{', '.join(list(network.blocks)[-12:])}."
+        )
 
 
 def _is_same(one: Tensor, other: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
+from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from skltl.networks._backbone import Backbone, has_hooks
 from skltl.networks._blocks import Block, functions_of, layers_of, source_of
 
 # The code of these packages is identified by their versions. Of others, it is unknown.
-KNOWN_PACKAGES = ("torch", "torchvision", "skltl")
+KNOWN_PACKAGES = ("torch", "torchvision", "skltl", "timm")
 PYTHON_PACKAGES = ("builtins", "_operator", "math")
 KNOWN_OPERATORS = ("aten", "torchvision")
 
@@ -30,13 +31,16 @@ _digests: WeakKeyDictionary[Block, tuple[bytes, bool]] = WeakKeyDictionary()
 _lock = Lock()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that define the layers of networks."""
-    return {
+def versions(blocks: Iterable[Block] = ()) -> dict[str, str]:
+    """Return the versions of the packages that define the layers of blocks."""
+    always = {
         "skltl": __version__,
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
     }
+    used = {_package(type(module)) for block in blocks for _, module in _modules(block)}
+    optional = sorted(used & {"timm"})
+    return always | {package: version(package) for package in optional}
 
 
 def is_known_code(block: Block) -> bool:
@@ -100,6 +104,7 @@ def _block_digest(block: Block) -> tuple[bytes, bool]:
     with _lock:
         if block not in _digests:
             digest = blake2b(source_of(block).encode(), digest_size=16)
+            digest.update(repr(sorted(versions([block]).items())).encode())
             for path, module in _modules(block):
                 digest.update(_description(path, module))
             # Not the state dict, which excludes non-persistent buffers. A shared tensor
@@ -152,9 +157,11 @@ def _is_known_function(function: Any) -> bool:
     """Return whether a function, or method of tensors, is of a known package."""
     if isinstance(function, str):
         return True
-    operator = getattr(function, "_qualified_op_name", "")  # of ``torch.ops``
-    if operator:
-        return operator.partition("::")[0] in KNOWN_OPERATORS
+    # The functions of ``torch.ops`` are named "namespace::name".
+    operator = getattr(function, "overloadpacket", function)
+    namespace, separator, _ = getattr(operator, "_qualified_op_name", "").partition(":")
+    if separator:
+        return namespace in KNOWN_OPERATORS
     name = getattr(function, "__module__", None) or type(function).__module__
     return name.partition(".")[0] in (*KNOWN_PACKAGES, *PYTHON_PACKAGES)
 

@@ -44,6 +44,9 @@ _ANSWERS = {
 }
 
 
+_UNOBSERVED = "it runs code that torch cannot observe"
+
+
 class TraceError(ValueError):
     """The forward pass of a network cannot be traced."""
 
@@ -175,6 +178,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _ANSWERS:
             return _ANSWERS[func]
+        if getattr(func, "namespace", "") == "prims":  # a part of a scripted function
+            raise TraceError(_UNOBSERVED)
         tensors = tensors_in((args, kwargs))
         source, arguments = self._source(tensors), self._referenced((args, kwargs))
         if source > Source.CONSTANT:
@@ -282,7 +287,7 @@ class _Recorder(TorchFunctionMode):
             if id(tensor) in self._known:
                 source = max(source, self._known[id(tensor)][1])
             elif tensor.is_meta:
-                raise TraceError("it runs code that torch cannot observe")
+                raise TraceError(_UNOBSERVED)
         return source
 
     def _check_modified(self, tensor: Tensor, source: Source) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any, NamedTuple
 
 from torchvision.models import list_models
 
 from skltl.exceptions import UnknownBackboneError, quote
 from skltl.networks._backbone import Backbone
+from skltl.networks._timm import (
+    PREFIX,
+    config_stamp,
+    is_known_to_timm,
+    list_timm,
+    timm_backbone,
+)
 from skltl.networks._tiny import tiny_backbone
 from skltl.networks._torchvision import list_torchvision, torchvision_backbone
 
@@ -18,14 +27,39 @@ _REGISTERED: dict[str, Backbone] = {}
 MAX_NAMES_IN_MESSAGE = 12
 
 
-def list_backbones() -> list[str]:
+class BackboneInfo(NamedTuple):
+    """A backbone, as listed by `list_backbones` with details."""
+
+    name: str
+    weights: str
+    license: str
+    image_size: int | tuple[int, int]
+
+
+def list_backbones(pattern: str | None = None, *, details: bool = False) -> list[Any]:
     """List the names accepted by the `backbone` parameter.
+
+    Parameters
+    ----------
+    pattern : str, default=None
+        Pattern of names, in which ``*`` stands for any text. A pattern that begins with
+        ``"timm:"`` lists the weights of timm, which are left out otherwise.
+    details : bool, default=False
+        Whether to list the default weights, their license and the image size with each
+        name.
 
     Returns
     -------
-    list of str
-        ``"tiny"`` (shipped with skltl), the networks of torchvision, and the backbones
-        added with :func:`register_backbone`.
+    list of str or BackboneInfo
+        ``"tiny"`` (shipped with skltl), the networks of torchvision, the backbones
+        added with :func:`register_backbone`, or the names of timm. With `details`,
+        named tuples of `name`, `weights`, `license` (empty if it is unknown) and
+        `image_size`, which ``pandas.DataFrame`` turns into a table.
+
+    Raises
+    ------
+    UnknownBackboneError
+        If the names of timm are requested, and timm is not installed.
 
     See Also
     --------
@@ -34,10 +68,26 @@ def list_backbones() -> list[str]:
     Examples
     --------
     >>> from skltl import list_backbones
-    >>> [name for name in list_backbones() if name.startswith("vgg16")]
+    >>> list_backbones("vgg16*")
     ['vgg16', 'vgg16_bn']
     """
+    is_timm = pattern is not None and pattern.startswith(PREFIX)
+    names = list_timm() if is_timm else _listed()
+    if pattern is not None:
+        names = [name for name in names if fnmatchcase(name, pattern)]
+    return list(map(_info, names)) if details else names
+
+
+def _listed() -> list[str]:
+    """Return all names but those of timm."""
     return ["tiny", *list_torchvision(), *_REGISTERED]
+
+
+def _info(name: str) -> BackboneInfo:
+    backbone = get_backbone(name)
+    default = backbone.weights[0]
+    size = default.preprocessing.crop_size
+    return BackboneInfo(name, default.name, default.license, size)
 
 
 def register_backbone(backbone: Backbone, replace: bool = False) -> None:
@@ -49,7 +99,7 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
     Parameters
     ----------
     backbone : Backbone
-        Backbone to add; see `Backbone.from_blocks`.
+        Backbone to add; see `Backbone.from_module`.
     replace : bool, default=False
         Whether to replace another backbone of this name that was added before.
 
@@ -73,7 +123,9 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
     if is_registered(backbone):
         return
     is_own = backbone.name in _REGISTERED
-    if backbone.name in list_backbones() and not (replace and is_own):
+    if backbone.name.startswith(PREFIX):
+        raise ValueError(f"Names that begin with {PREFIX!r} are those of timm.")
+    if backbone.name in _listed() and not (replace and is_own):
         hint = " Pass replace=True to replace it." if is_own else ""
         raise ValueError(f"There is a backbone named {backbone.name!r} already.{hint}")
     _REGISTERED[backbone.name] = backbone
@@ -81,15 +133,15 @@ def register_backbone(backbone: Backbone, replace: bool = False) -> None:
 
 def is_registered(backbone: Backbone) -> bool:
     """Return whether the name of a backbone leads to this backbone."""
-    is_known = backbone.name in list_backbones()
-    return is_known and get_backbone(backbone.name) == backbone
+    return _REGISTERED.get(backbone.name) == backbone or is_included(backbone)
 
 
 def is_included(backbone: Backbone) -> bool:
     """Return whether a name leads to a backbone in every process."""
     name = backbone.name
-    is_known = name not in _REGISTERED and name in list_backbones()
-    return is_known and _included_backbone(name) == backbone
+    if name in _REGISTERED or not (name in _listed() or name.startswith(PREFIX)):
+        return False
+    return get_backbone(name) == backbone
 
 
 def get_backbone(backbone: str | Backbone) -> Backbone:
@@ -102,14 +154,20 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
         )
     if backbone in _REGISTERED:
         return _REGISTERED[backbone]
-    if backbone in list_backbones():
+    if backbone.startswith(PREFIX):
+        return _timm_backbone(backbone, config_stamp(backbone))
+    if backbone in _listed():
         return _included_backbone(backbone)
     if backbone in list_models():
         raise UnknownBackboneError(
             f"torchvision's {backbone!r} is not a network for image classification."
         )
+    if is_known_to_timm(backbone):
+        raise UnknownBackboneError(
+            f"Unknown backbone {quote(backbone)}. Did you mean {PREFIX + backbone!r}?"
+        )
     raise UnknownBackboneError(
-        f"Unknown backbone {quote(backbone)}. {nearest(backbone, list_backbones())} "
+        f"Unknown backbone {quote(backbone)}. {nearest(backbone, _listed())} "
         "skltl.list_backbones() gives all names; skltl.register_backbone adds your own."
     )
 
@@ -137,3 +195,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def _included_backbone(name: str) -> Backbone:
     """Return a backbone of skltl or torchvision, always the same object."""
     return tiny_backbone() if name == "tiny" else torchvision_backbone(name)
+
+
+@cache
+def _timm_backbone(name: str, stamp: object) -> Backbone:
+    """Return a backbone of timm, always the same object for the same configuration."""
+    return timm_backbone(name)

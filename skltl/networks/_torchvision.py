@@ -280,12 +280,12 @@ def _size_options(name: str, image_size: ImageSize) -> dict[str, Any]:
 
 def _last_layer(module: nn.Module) -> str:
     """Return the path of the last layer with weights, which gives the logits."""
-    *_, last = [
+    paths: list[str] = [
         path
         for path, layer in module.named_modules()
         if list(layer.parameters(recurse=False))
     ]
-    return last
+    return paths[-1]
 
 
 def _pretrained(name: str, weights: Any) -> PretrainedWeights:
@@ -299,7 +299,12 @@ def _pretrained(name: str, weights: Any) -> PretrainedWeights:
     short = ("DEFAULT",) if weights is type(weights).DEFAULT else ()
     qualified = (f"{type(weights).__name__}.{one}" for one in (weights.name, *short))
     return PretrainedWeights(
-        weights.name, weights.url, preprocessing, categories, (*short, *qualified)
+        weights.name,
+        weights.url,
+        preprocessing,
+        categories,
+        (*short, *qualified),
+        license="cc-by-nc-4.0" if "SWAG" in weights.name else "",
     )
 
 
@@ -315,7 +320,9 @@ def _preprocessing(weights: Any) -> Preprocessing:
     )
 
 
-def _current_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def _current_state(
+    state: dict[str, Tensor], module: nn.Module, image_size: ImageSize
+) -> dict[str, Tensor]:
     """Translate an old state dict, and drop the weights of auxiliary classifiers."""
     is_google = isinstance(module, (models.GoogLeNet, models.Inception3))
     needless = AUXILIARY_KEYS if is_google else ()
@@ -328,7 +335,7 @@ def _current_state(state: dict[str, Tensor], module: nn.Module) -> dict[str, Ten
     is_vit = isinstance(module, models.VisionTransformer)
     if is_vit and state.get(POSITIONS, torch.empty(0)).ndim == 3:
         # For images of another size, the position embedding is resized.
-        size = module.image_size, module.patch_size
+        size = image_size[0], module.patch_size
         state = interpolate_embeddings(*size, OrderedDict(state))
     return state
 

@@ -131,6 +131,10 @@ def trace(
         trained = record(model, image_size, N_IMAGES, DTYPE, training=True, whole=whole)
     is_trainable = not _modules_that_differ(small, trained)
     large = record(model, image_size, OTHER_N_IMAGES, OTHER_DTYPE, whole=whole)
+    if small.error is None and not isinstance(small.result, Output):
+        raise TraceError(
+            f"it returns a {type(small.result).__name__}, and not one tensor"
+        )
     aligned = _Alignment(small, large, trained if is_trainable else small)
     calls, error = aligned.calls, small.error
     ends = _last_calls(small, calls)
@@ -155,12 +159,10 @@ def trace(
 def cut_points_before(
     trace: Trace, model: nn.Module, head: Sequence[str]
 ) -> tuple[CutPoint, ...]:
-    """Return the cut points before the modules with the paths `head`."""
-    if not head:
-        return trace.cut_points
+    """Return the cut points before the head, given by paths of modules and weights."""
     prefixes = tuple(f"{path}." for path in head)
     for number, names in _weights_by_call(trace.calls, model).items():
-        if any(name.startswith(prefixes) for name in names):
+        if any(f"{name}.".startswith(prefixes) for name in names):
             return tuple(cut for cut in trace.cut_points if cut.call < number)
     return trace.cut_points
 
@@ -170,9 +172,9 @@ def split(
 ) -> tuple[dict[str, Block], Block | None]:
     """Return a network as blocks, which share its weights, and its head.
 
-    `head` are the paths of the modules that return the logits. The head is all that
-    follows the last cut point before them; without any, there is none. With `last`, the
-    network ends there.
+    `head` are the paths of the modules or weights that return the logits. The head is
+    all that follows the last cut point before them; without any, there is none. With
+    `last`, the network ends there.
     """
     blocks, start, batch = {}, 0, BATCH
     for point in cut_points_before(trace, model, head):
@@ -300,7 +302,12 @@ def _item(output: Any, keys: tuple[Any, ...]) -> Any:
 
 
 def _modules_that_differ(evaluated: Recording, trained: Recording) -> set[str]:
-    """Return the modules that make other calls in train mode than in eval mode."""
+    """Return the modules that make other calls in train mode than in eval mode.
+
+    It is the network itself, with the path "", if only one of the two passes fails.
+    """
+    if (evaluated.error is None) != (trained.error is None):
+        return {""}
     by_module: dict[str, tuple[list[Call], list[Call]]] = {}
     for position, recording in enumerate((evaluated, trained)):
         for call in recording.calls:

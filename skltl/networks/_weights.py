@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -24,11 +25,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from skltl._caller import user_stacklevel
 from skltl._random import own_random_state, torch_defaults
-from skltl.exceptions import WeightsError, WeightsNotFoundError, quote, shorten
+from skltl.exceptions import (
+    LicenseWarning,
+    WeightsError,
+    WeightsNotFoundError,
+    quote,
+    shorten,
+)
 from skltl.images import Preprocessing
 from skltl.networks._backbone import (
     Backbone,
+    HubFile,
     ImageSize,
     Model,
     Network,
@@ -44,7 +53,10 @@ from skltl.networks._registry import get_backbone, nearest
 # The second is an older name of the first.
 DEFAULTS = ("pretrained", "imagenet")
 
-FILE_FORMATS = (".safetensors", ".pt", ".pth")
+# Height and width of the input of a network. The largest take gigabytes.
+MAX_IMAGE_SIZE = 10_000
+
+FILE_FORMATS = (".safetensors", ".pt", ".pth", ".bin")
 
 # Errors that the readers raise on damaged files; they have no common base class.
 _READ_ERRORS = (
@@ -58,6 +70,11 @@ STATE_DICT_KEYS = ("state_dict", "model")
 
 # Prefixes of the keys of `DataParallel`, `torch.compile` and Lightning modules.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+# Parts of the names of licenses that permit research only.
+NON_COMMERCIAL = ("-nc", "noncommercial", "apple-amlr", "seer-license")
+
+_warned: set[tuple[str, str]] = set()
 
 # A file may hold float64, or the two moments of an optimizer beside the weights. One
 # that is much larger is damaged, or made to exhaust the memory.
@@ -92,15 +109,35 @@ def resolve_weights(
 def resolve_network(
     backbone: str | Backbone,
     weights: str | os.PathLike[str] | None,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
 ) -> tuple[Backbone, PretrainedWeights | None, Preprocessing]:
     """Return the backbone, weights and preprocessing given by three parameters."""
     backbone = get_backbone(backbone)
     pretrained = resolve_weights(backbone, weights)
+    if pretrained is not None:
+        warn_of_license(backbone, pretrained)
     preprocessing = (pretrained or backbone).preprocessing
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
+    if max(preprocessing.size) > MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"image_size={image_size!r}: sides are at most {MAX_IMAGE_SIZE} pixels."
+        )
     return backbone, pretrained, preprocessing
+
+
+def warn_of_license(backbone: Backbone, weights: PretrainedWeights) -> None:
+    """Warn, once in a process, of weights that do not permit commercial use."""
+    key = backbone.name, weights.name
+    is_restricted = any(part in weights.license for part in NON_COMMERCIAL)
+    if is_restricted and key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"The license of the weights {weights.name!r} of {backbone.name!r}, "
+            f"{weights.license}, does not permit commercial use.",
+            LicenseWarning,
+            stacklevel=user_stacklevel(),
+        )
 
 
 def load_network(
@@ -119,8 +156,7 @@ def load_network(
         with own_random_state(0):  # a constructor may draw what it then replaces
             built = backbone.own_network or _build(backbone, image_size)
         return _checked(backbone, built, image_size)
-    is_url = isinstance(weights.source, str)
-    path = fetch(str(weights.source)) if is_url else Path(weights.source)
+    path = _local_file(backbone, weights)
     expected = skeleton(backbone, image_size)
     n_bytes = sum(one.nbytes for one in expected.state().values())
     state = _remove_wrappers(expected, read_state(path, n_bytes))
@@ -157,6 +193,42 @@ def check_finite(blocks: Iterable[Block], weights: PretrainedWeights) -> None:
             raise WeightsError(f"{weights.source}: {key!r} holds NaN or infinity.")
         if key.endswith("running_var") and (value < 0).any():
             raise WeightsError(f"{weights.source}: {key!r} holds a negative variance.")
+
+
+def _local_file(backbone: Backbone, weights: PretrainedWeights) -> Path:
+    """Return the file of weights, downloaded if necessary."""
+    source = weights.source
+    if isinstance(source, HubFile):
+        return _fetch_from_hub(backbone, source)
+    if isinstance(source, str):
+        return fetch(source)
+    assert isinstance(source, Path)
+    return source
+
+
+def _fetch_from_hub(backbone: Backbone, file: HubFile) -> Path:
+    """Return a file of the Hugging Face Hub, downloaded if necessary.
+
+    ``HF_HOME`` and ``HF_HUB_OFFLINE`` have the meaning that they have for the Hub.
+    """
+    if not file.repository:
+        raise WeightsNotFoundError(
+            f"There are no pretrained weights of {backbone.name!r}. weights=None draws "
+            "random ones, and a file can be given by its path."
+        )
+    from huggingface_hub import hf_hub_download
+
+    for name in file.names:
+        try:
+            return Path(hf_hub_download(file.repository, name, revision=file.revision))
+        except (OSError, ValueError) as error:  # all errors of the Hub are among these
+            last_error = error
+    raise WeightsNotFoundError(
+        f"The weights of {backbone.name!r} could not be downloaded "
+        f"({shorten(str(last_error), 120)}). On a machine with a network, download\n  "
+        f"https://huggingface.co/{file.repository}/resolve/{file.revision or 'main'}/"
+        f"{file.names[0]}\nand pass it as weights={file.names[0]!r}."
+    ) from last_error
 
 
 def fetch(url: str) -> Path:
@@ -333,7 +405,7 @@ def _load_state(
     built = build_skeleton(backbone, image_size, _n_classes(network, state))
     if backbone.convert_state is not None and isinstance(built, Model):
         try:
-            state = backbone.convert_state(state, built.module)
+            state = backbone.convert_state(state, built.module, image_size)
         except _READ_ERRORS as error:
             raise WeightsError(
                 f"{path} does not fit {backbone.name!r}: {error}."
@@ -343,17 +415,19 @@ def _load_state(
         if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
             state[key] = torch.tensor(0)
     head = state_of([network.head]) if network.head is not None else {}
+    # Of a network without the head, or with one for a number of classes that an own
+    # network cannot have, the blocks can be used.
+    has_no_head = bool(head) and head.keys().isdisjoint(state)
     has_other_head = head.keys() <= state.keys() and any(
         state[key].shape != expected[key].shape for key in head
     )
-    if has_other_head:
-        # The head of an own network has a fixed number of classes: use the blocks only.
-        for one in (expected, state):
-            for key in head:
-                del one[key]
+    if has_no_head or has_other_head:
+        for key in head:
+            expected.pop(key, None)
+            state.pop(key, None)
     _check_fit(expected, state, backbone, path)
     built.load(state)
-    if has_other_head:
+    if has_no_head or has_other_head:
         return replace(as_network(backbone, built, image_size), head=None)
     return _checked(backbone, built, image_size)
 

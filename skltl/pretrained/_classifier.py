@@ -41,7 +41,7 @@ from skltl.networks import (
 
 
 class PretrainedCNNClassifier(NetworkClassifier):
-    """Classify images with a pretrained ConvNet and its original head.
+    """Classify images with a pretrained network and its original head.
 
     Nothing is trained. Without `class_map` the classes are the categories that the
     network was trained on, such as the 1,000 of ImageNet.
@@ -49,8 +49,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
     Parameters
     ----------
     backbone : str or Backbone, default="resnet50"
-        The network: a name of :func:`~skltl.list_backbones`, or a `Backbone`.
-    weights : str, path or None, default="imagenet"
+        The network: a name of :func:`~skltl.list_backbones`, such as ``"vgg16"`` or
+        ``"timm:vit_small_patch16_dinov3.lvd1689m"``, or a `Backbone`.
+    weights : str, path or None, default="pretrained"
         Pretrained weights, as for `CNNFeatureTransformer`. The categories of a file
         are named after those of the default weights if there are as many of them.
     class_map : dict, "learn" or None, default=None
@@ -59,9 +60,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
         ``{"dog": ["beagle", 235], "cat": "n02123045"}``; all others are ignored.
         ``"learn"`` estimates the assignment from labeled images [1]_. ``None`` keeps
         the categories as classes.
-    image_size : int, default=None
-        Height and width in pixels of the network's input, in [1, 10000]. ``None`` is
-        the size that the network was trained on.
+    image_size : int or tuple of 2 ints, default=None
+        Height and width in pixels of the network's input, in [1, 10000]; an int is
+        both. ``None`` is the size that the network was trained on.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
@@ -143,7 +144,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self,
         backbone="resnet50",
         *,
-        weights="imagenet",
+        weights="pretrained",
         class_map=None,
         image_size=None,
         image_shape=None,

@@ -586,8 +586,9 @@ def test_an_entry_describes_preprocessing_and_engine(images, tmp_path):
     entries = cache_info(tmp_path).entries
 
     assert {entry.preprocessing for entry in entries} == {
-        "resize 16 bilinear, crop 16, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
-        "resize 20 bicubic, crop 16, mean 0.5 0.25 0, std 1 2 0.125",
+        "resize 16 bilinear, center crop 16, mean 0.485 0.456 0.406, "
+        "std 0.229 0.224 0.225",
+        "resize 20 bicubic, center crop 16, mean 0.5 0.25 0, std 1 2 0.125",
     }
     assert {entry.engine for entry in entries} == {"torch"}
     # The blocks are the same.

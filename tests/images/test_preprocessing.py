@@ -87,11 +87,16 @@ def test_resized_to_keeps_the_fraction_that_is_cropped():
     [
         {"crop_size": 0},
         {"crop_size": 8, "resize_size": 0},
+        {"crop_size": (8, 8, 3)},
+        {"crop_size": (8, 0)},
+        {"crop_size": True},
         {"crop_size": 8, "interpolation": "best"},
+        {"crop_size": 8, "mode": "border"},
     ],
 )
 def test_invalid_settings_are_refused(arguments):
-    with pytest.raises(ValueError, match="pixels, at least 1|Unknown interpolation"):
+    words = "pixels, at least 1|Unknown interpolation|Unknown mode"
+    with pytest.raises(ValueError, match=words):
         Preprocessing(**arguments)
 
 
@@ -115,6 +120,60 @@ def test_crops_larger_than_the_image_are_padded_as_by_torchvision(
     crop = preprocessing.crop(image)
 
     np.testing.assert_array_equal(crop, by_hand(image, preprocessing))
+
+
+def squashed(image, size):
+    return functional.resize(image, list(size))
+
+
+def padded(image, size, border):
+    """Resize to fit inside of a size (height, width), in the middle of a border."""
+    ratio = max(image.height / size[0], image.width / size[1])
+    inner = round(image.height / ratio), round(image.width / ratio)
+    canvas = np.full((*size, 3), border, np.asarray(image).dtype)
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    pixels = np.asarray(functional.resize(image, list(inner)))
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    canvas[top : top + inner[0], left : left + inner[1]] = pixels
+    return canvas
+
+
+MEAN = (0.5, 0.25, 0.75)
+BORDERS = {"RGB": (128, 64, 191), "L": (128, 64, 191), "F": MEAN}
+
+
+@pytest.mark.parametrize("mode", BORDERS)
+@pytest.mark.parametrize("size", [(61, 40), (37, 300), (20, 20), (1, 200)])
+@pytest.mark.parametrize("crop_size", [32, (24, 40)], ids=str)
+def test_nothing_of_an_image_is_lost_if_it_is_squashed_or_padded(mode, size, crop_size):
+    noise = np.random.default_rng(0).integers(256, size=(*size[::-1], 3))
+    image = Image.fromarray(noise.astype(np.uint8)).convert(mode)
+    settings = {"crop_size": crop_size, "mean": MEAN}
+    sides = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+
+    squash = Preprocessing(**settings, mode="squash").crop(image)
+    pad = Preprocessing(**settings, mode="pad").crop(image)
+
+    expected = np.asarray(squashed(image, sides))
+    expected = expected if mode == "RGB" else np.stack([expected] * 3, axis=2)
+    np.testing.assert_array_equal(squash, expected)
+    if min(size) > 1:  # torchvision resizes to no less than a pixel
+        np.testing.assert_array_equal(pad, padded(image, sides, BORDERS[mode]))
+    assert pad.shape == (*sides, 3)
+
+
+def test_a_crop_that_is_not_square_fills_its_size():
+    """As timm resizes: the smaller of the two ratios, rounded."""
+    noise = np.random.default_rng(0).integers(256, size=(61, 40, 3))
+    image = Image.fromarray(noise.astype(np.uint8))
+    preprocessing = Preprocessing((30, 24), resize_size=(35, 28))
+
+    crop = preprocessing.crop(image)
+
+    resized = functional.resize(image, [round(61 / (40 / 28)), 28])
+    np.testing.assert_array_equal(crop, functional.center_crop(resized, [30, 24]))
+    assert preprocessing.size == (30, 24)
+    assert preprocessing.resized_to((60, 48)).resize_size == (70, 56)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "F"])

@@ -259,7 +259,7 @@ def test_a_duplicate_name_in_a_header_is_refused(tmp_path):
         ("imagenet1k_v1", "Did you mean"),
         ("IMAGENET1K_V7", "'IMAGENET1K_V1'"),
         ("weights.pkl", "must end in .safetensors, .pt, .pth"),
-        ("weights.bin", "must end in"),
+        ("weights.npz", "must end in"),
     ],
 )
 def test_unknown_weights_list_the_known_ones(weights, words):
