@@ -28,6 +28,9 @@ They inherit from the built-in classes that scikit-learn raises, so that
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CacheWarning",
     "CheckpointWarning",
@@ -50,6 +53,8 @@ __all__ = [
 # Maximum length of a message, whatever names it contains.
 MOST_CHARACTERS = 480
 
+MAX_NAMES_IN_MESSAGE = 12
+
 
 def shorten(text: str, n_characters: int = 80) -> str:
     """Replace the middle of a long text by "..." to keep messages readable."""
@@ -62,6 +67,22 @@ def shorten(text: str, n_characters: int = 80) -> str:
 def quote(text: str, n_characters: int = 80) -> str:
     """Return the ``repr`` of a text, shortened."""
     return shorten(repr(shorten(text, n_characters)), n_characters)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint to similar known names, or else a list of known names."""
+    names = list(known)
+    shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
+    more = ", ..." if len(names) > MAX_NAMES_IN_MESSAGE else ""
+    return did_you_mean(name, names) or f"Known: {shown}{more}."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question with the most similar names, or an empty string."""
+    by_lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
+    names = " or ".join(repr(by_lower[one]) for one in found)
+    return f"Did you mean {names}?" if names else ""
 
 
 class CacheWarning(UserWarning):

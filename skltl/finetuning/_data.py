@@ -27,6 +27,7 @@ from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
+from skltl.exceptions import nearest
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
@@ -38,7 +39,6 @@ from skltl.images import (
     normalize,
 )
 from skltl.inference import ExtractionConfig, FrozenPrefix
-from skltl.networks import nearest
 
 # The fraction that early stopping holds out by default.
 DEFAULT_FRACTION = 0.1

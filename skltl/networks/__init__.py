@@ -39,7 +39,6 @@ from skltl.networks._registry import (
     get_backbone,
     is_registered,
     list_backbones,
-    nearest,
     register_backbone,
 )
 from skltl.networks._tiny import ConvUnit, ResidualUnit, imagenet_names, unique
@@ -87,7 +86,6 @@ __all__ = [
     "list_backbones",
     "list_layers",
     "load_network",
-    "nearest",
     "parts_of",
     "prefix_digests",
     "random_network",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from skltl.exceptions import UnknownLayerError, quote
+from skltl.exceptions import UnknownLayerError, did_you_mean, quote
 from skltl.networks._backbone import Backbone, ImageSize, Network
 from skltl.networks._building import skeleton
-from skltl.networks._registry import did_you_mean, get_backbone
+from skltl.networks._registry import get_backbone
 
 # Strides are measured on images that are larger by this many pixels: it is divisible by
 # the strides that occur, powers of 2 and 3 times those.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
 from torchvision.models import list_models
 
-from skltl.exceptions import UnknownBackboneError, quote
+from skltl.exceptions import UnknownBackboneError, nearest, quote
 from skltl.networks._backbone import Backbone
 from skltl.networks._timm import (
     PREFIX,
@@ -23,8 +21,6 @@ from skltl.networks._tiny import tiny_backbone
 from skltl.networks._torchvision import list_torchvision, torchvision_backbone
 
 _REGISTERED: dict[str, Backbone] = {}
-
-MAX_NAMES_IN_MESSAGE = 12
 
 
 class BackboneInfo(NamedTuple):
@@ -173,22 +169,6 @@ def get_backbone(backbone: str | Backbone) -> Backbone:
 
 
 get_backbone.__module__ = "skltl.networks"  # the path in saved files
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint to similar known names, or else a list of known names."""
-    names = list(known)
-    shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
-    more = ", ..." if len(names) > MAX_NAMES_IN_MESSAGE else ""
-    return did_you_mean(name, names) or f"Known: {shown}{more}."
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a question with the most similar names, or an empty string."""
-    by_lower = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
-    names = " or ".join(repr(by_lower[one]) for one in found)
-    return f"Did you mean {names}?" if names else ""
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skltl._random import own_random_state
-from skltl.exceptions import UnknownBackboneError, quote, shorten
+from skltl.exceptions import UnknownBackboneError, did_you_mean, quote, shorten
 from skltl.images import Preprocessing, file_identity
 from skltl.networks._backbone import (
     Backbone,
@@ -66,7 +66,7 @@ def list_timm() -> list[str]:
     """Return the names of all weights of timm that can be loaded."""
     timm = import_timm()
     configs = {name: timm.get_pretrained_cfg(name) for name in timm.list_pretrained()}
-    return [PREFIX + name for name, config in configs.items() if not config.custom_load]
+    return [PREFIX + name for name, config in configs.items() if _is_loadable(config)]
 
 
 def is_known_to_timm(name: str) -> bool:
@@ -183,12 +183,11 @@ def _known_configs(timm: Any, identifier: str) -> dict[str, dict[str, Any]]:
     """Return the configurations of an architecture by tag, first that of the name."""
     architecture, _, tag = identifier.partition(".")
     if not timm.is_model(architecture):
-        near = [PREFIX + one for one in timm.list_models(f"*{architecture[:8]}*")[:4]]
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UnknownBackboneError(f"timm has no network {quote(architecture)}.{hint}")
+        hint = did_you_mean(architecture, timm.list_models())
+        raise UnknownBackboneError(f"timm has no network {quote(architecture)}. {hint}")
     names = timm.list_pretrained(f"{architecture}.*")
     configs = {name.partition(".")[2]: timm.get_pretrained_cfg(name) for name in names}
-    configs = {one: config for one, config in configs.items() if not config.custom_load}
+    configs = {one: config for one, config in configs.items() if _is_loadable(config)}
     default = timm.get_pretrained_cfg(architecture)
     if default is None:  # an old name
         return {"": _read_config(timm, identifier)}
@@ -200,6 +199,14 @@ def _known_configs(timm: Any, identifier: str) -> dict[str, dict[str, Any]]:
     first = tag or (default.tag if default.tag in configs else next(iter(configs), ""))
     ordered = dict.fromkeys((first, *configs)) if configs else {"": None}
     return {one: configs.get(one, default).to_dict() for one in ordered}
+
+
+def _is_loadable(config: Any) -> bool:
+    """Return whether there is a file of weights in a format that skltl reads.
+
+    On the Hub, all are safetensors files; elsewhere, some are in a format of their own.
+    """
+    return bool(config.hf_hub_id) or not config.custom_load
 
 
 def _read_config(timm: Any, identifier: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from skltl.exceptions import (
     LicenseWarning,
     WeightsError,
     WeightsNotFoundError,
+    nearest,
     quote,
     shorten,
 )
@@ -48,7 +49,7 @@ from skltl.networks._backbone import (
 )
 from skltl.networks._blocks import Block
 from skltl.networks._building import as_network, build_skeleton, check, skeleton
-from skltl.networks._registry import get_backbone, nearest
+from skltl.networks._registry import get_backbone
 
 # The second is an older name of the first.
 DEFAULTS = ("pretrained", "imagenet")
@@ -217,12 +218,21 @@ def _fetch_from_hub(backbone: Backbone, file: HubFile) -> Path:
             "random ones, and a file can be given by its path."
         )
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    is_offline = False
     for name in file.names:
         try:
-            return Path(hf_hub_download(file.repository, name, revision=file.revision))
+            path = hf_hub_download(
+                *(file.repository, name),
+                revision=file.revision,
+                local_files_only=is_offline,
+            )
+            return Path(path)
         except (OSError, ValueError) as error:  # all errors of the Hub are among these
             last_error = error
+            # Attempts to connect take long.
+            is_offline = is_offline or isinstance(error, LocalEntryNotFoundError)
     raise WeightsNotFoundError(
         f"The weights of {backbone.name!r} could not be downloaded "
         f"({shorten(str(last_error), 120)}). On a machine with a network, download\n  "
@@ -407,8 +417,9 @@ def _load_state(
         try:
             state = backbone.convert_state(state, built.module, image_size)
         except _READ_ERRORS as error:
+            reason = " ".join(str(error).split())
             raise WeightsError(
-                f"{path} does not fit {backbone.name!r}: {error}."
+                f"{path} does not fit {backbone.name!r}: {shorten(reason, 300)}"
             ) from error
     expected = built.state()
     for key in expected.keys() - state.keys():
