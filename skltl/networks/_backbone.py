@@ -11,11 +11,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
+from sklearn.utils import check_scalar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -63,8 +65,8 @@ class Model:
     the modules or weights that return the logits, if any. The first `n_prefix_tokens`
     tokens of a transformer belong to no part of the image; with `uses_class_token`, the
     head uses the first of them. `last_block` is where the network ends, if not at its
-    head. If the `final_stride` of the feature maps is given, the last of the main
-    layers are found by it.
+    head. With a `final_stride`, that of the last feature maps or 1 if it is unknown,
+    `layers` may lack the last layers, or be empty.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -76,7 +78,7 @@ class Model:
     n_prefix_tokens: int = 0
     uses_class_token: bool = False
     last_block: str | None = None
-    final_stride: int = 0
+    final_stride: int | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict of the network."""
@@ -271,9 +273,9 @@ class Backbone:
             the network returns features.
         layers : dict of str to str, default=None
             Names of the main layers and paths of the modules that they are the outputs
-            of, from the image to the logits. ``None`` names the children of the
-            network, as far as it can be truncated after them. Other paths can be given
-            as `layer`, too.
+            of, from the image to the logits. ``None`` names the outer modules that
+            return feature maps or tokens, and their children, by their paths. Other
+            paths can be given as `layer`, too.
         n_prefix_tokens : int, default=0
             Number of tokens of a transformer before those of the image, such as the
             class token.
@@ -302,18 +304,25 @@ class Backbone:
         ...     "mine", resnet18(), preprocessing=Preprocessing(64), head="fc"
         ... )
         >>> [layer.name for layer in list_layers(mine)]
-        ['conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', ...]
+        ['conv1', 'bn1', 'relu', 'maxpool', 'layer1.0', 'layer1', 'layer2.0', ...]
         """
         from skltl.networks._building import check_own  # which needs this module
 
+        check_scalar(name, "name", str)
         _check_preprocessing(preprocessing)
         module = _check_module(module, head)
+        _check_layers(layers)
+        check_scalar(n_prefix_tokens, "n_prefix_tokens", Integral, min_val=0)
         heads = () if head is None else (head,)
-        children = {path: path for path, _ in module.named_children() if path != "last"}
-        names = dict(children if layers is None else layers)
-        model = Model(module, names, {}, heads, n_prefix_tokens)
+        model = Model(
+            module,
+            dict(layers or {}),
+            head=heads,
+            n_prefix_tokens=n_prefix_tokens,
+            final_stride=1 if layers is None else None,
+        )
         backbone = own_backbone(name, OwnModel(model), preprocessing)
-        check_own(backbone, () if layers is None else names)
+        check_own(backbone, layers or ())
         return backbone
 
     @classmethod
@@ -370,6 +379,7 @@ class Backbone:
         >>> Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
         Backbone('mine')
         """
+        check_scalar(name, "name", str)
         _check_preprocessing(preprocessing)
         _check_blocks(blocks)
         if not (head is None or isinstance(head, nn.Module)):
@@ -562,12 +572,30 @@ def _check_module(module: nn.Module, head: str | None) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     _check_parts("The network", module)
     paths = [path for path, _ in module.named_modules() if path]
+    if head is not None:
+        check_scalar(head, "head", str)
     if head is not None and head not in paths:
         raise ValueError(
             f"head={head!r} is not the path of a module of the network. The last ones "
             f"are {', '.join(paths[-3:])}."
         )
     return module
+
+
+def _check_layers(layers: Mapping[str, str] | None) -> None:
+    """Refuse what is not a mapping of names to module paths."""
+    if layers is None:
+        return
+    if not isinstance(layers, Mapping):
+        raise TypeError(
+            "layers must be a dictionary of names and module paths, got a "
+            f"{type(layers).__name__}."
+        )
+    for name, path in layers.items():
+        check_scalar(name, "A name in layers", str)
+        check_scalar(path, f"layers[{name!r}]", str)
+    if "last" in layers:
+        raise ValueError("layers: 'last' cannot name a layer.")
 
 
 def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:

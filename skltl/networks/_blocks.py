@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+ACTIVATIONS = {
+    *("relu", "relu6", "leakyrelu", "prelu", "elu", "selu", "celu"),
+    *("gelu", "gelutanh", "silu", "swish", "mish", "hardswish"),
+}
+
 
 class Block(nn.Module):
     """A part of a network: a function of one tensor that returns one tensor.
@@ -84,16 +89,24 @@ def functions_of(block: Block) -> list[Any]:
 
 def uses_layer_norm(blocks: Iterable[Block]) -> bool:
     """Return whether any block normalizes the channels of each image."""
-    names = {"layer_norm", "rms_norm", "LayerNorm", "RMSNorm", "LayerNorm2d"}
-    for block in blocks:
-        modules = (
-            one for layer in layers_of(block).values() for one in layer.modules()
-        )
-        kinds = {type(module).__name__ for module in modules}
-        functions = {getattr(one, "__name__", one) for one in functions_of(block)}
-        if names & (kinds | functions):
-            return True
-    return False
+    names = {"layernorm", "rmsnorm", "layernorm2d"}
+    return any(names & _operations(block) for block in blocks)
+
+
+def is_activation(block: Block) -> bool:
+    """Return whether a block applies an activation function, and nothing else."""
+    return _operations(block) <= ACTIVATIONS
+
+
+def _operations(block: Block) -> set[str]:
+    """Return names of the functions and modules of a block, in lower case.
+
+    ``nn.LayerNorm`` and ``functional.layer_norm`` have the same name.
+    """
+    layers = layers_of(block).values()
+    kinds = {type(one).__name__ for layer in layers for one in layer.modules()}
+    functions = {getattr(one, "__name__", str(one)) for one in functions_of(block)}
+    return {name.replace("_", "").lower() for name in kinds | functions}
 
 
 def source_of(block: Block) -> str:

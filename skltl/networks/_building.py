@@ -24,9 +24,9 @@ from skltl.networks._backbone import (
     Network,
     Truncated,
     freeze,
-    state_of,
 )
 from skltl.networks._layouts import Layout, layout_of
+from skltl.networks._main_layers import find_layers
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
 from skltl.networks._trace import Trace, cut_points_before, module_ends, split, trace
 
@@ -222,6 +222,11 @@ def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
     """Return a network as blocks, by its trace."""
     traced = _trace(backbone, image_size)
     blocks, head = split(traced, model.module, model.head, model.last_block)
+    if not blocks and traced.error is None:
+        raise ValueError(
+            f"{backbone.name!r} has no layer at which it can be truncated, before its "
+            "head."
+        )
     found: dict[str, Layout] = {}
     is_last = False  # whether the channels were last in the output before
     for point in traced.cut_points[: len(blocks)]:
@@ -260,60 +265,11 @@ def _with_names(
     named = replace(
         network, layers=layers, aliases=model.aliases, paths=paths, inside=inside
     )
-    if not model.final_stride:
+    if model.final_stride is None:
         return named
     if image_size != usual:
         return replace(named, layers=skeleton(backbone, usual).layers)
-    return replace(named, layers=_with_final_layers(named, model, image_size))
-
-
-def _with_final_layers(
-    network: Network, model: Model, image_size: ImageSize
-) -> dict[str, str]:
-    """Return main layers, with what follows the last one before the head.
-
-    These are the last output with weights on the same grid, in place of the last main
-    layer if it has as many channels, such as the final norm of a transformer; and the
-    vector before the logits, if there are weights in between.
-    """
-    layers = dict(network.layers) or _outer_layers(network, model)
-    layouts, names = network.layouts, list(network.blocks)
-    has_weights = {name: bool(state_of([network.blocks[name]])) for name in names}
-    last = final = max((names.index(block) for block in layers.values()), default=-1)
-    for number, name in enumerate(names[last + 1 :], start=last + 1):
-        layout, before = layouts[name], layouts[names[final]]
-        # An activation function belongs to the layer before it.
-        is_activation = number == final + 1 and final > last
-        is_activation = is_activation and _is_rearranged(layout, before)
-        if layout.grid == before.grid and (has_weights[name] or is_activation):
-            final = number
-    if final > last:
-        if layouts[names[final]].n_channels == layouts[names[last]].n_channels:
-            layers = {key: one for key, one in layers.items() if one != names[last]}
-        layers[names[final]] = names[final]
-    if layouts[names[-1]].is_vector and any(map(has_weights.get, names[final + 1 :])):
-        grid = layouts[names[final]].grid
-        if grid is None or min(grid) * model.final_stride >= 2 * max(image_size):
-            layers = {}  # later feature maps are parallel, and there is only the vector
-        layers[names[-1]] = names[-1]
-    return layers
-
-
-def _is_rearranged(one: Layout, other: Layout) -> bool:
-    """Return whether two outputs differ at most in the order of their axes."""
-    return (one.map_shape, one.n_prefix) == (other.map_shape, other.n_prefix)
-
-
-def _outer_layers(network: Network, model: Model) -> dict[str, str]:
-    """Return the top-level modules with a grid, and their children, as main layers."""
-    found: dict[str, str] = {}
-    for path, _ in model.module.named_modules():
-        block = network.paths.get(path, "")
-        layout = network.layouts.get(block)
-        has_grid = layout is not None and layout.grid not in (None, (1, 1))
-        if path.count(".") <= 1 and has_grid:
-            found[block] = min(path, found.get(block, path), key=len)
-    return {found[block]: block for block in network.blocks if block in found}
+    return replace(named, layers=find_layers(named, model, image_size))
 
 
 def _layouts_by_running(
@@ -371,11 +327,6 @@ def check_own(backbone: Backbone, layers: Iterable[str]) -> None:
     assert isinstance(model, Model)
     check(backbone, model, usual_size(backbone))
     network = skeleton(backbone, usual_size(backbone))
-    if not network.layers:
-        raise ValueError(
-            f"{backbone.name!r} has no layer at which it can be truncated, before its "
-            "head."
-        )
     for name in set(layers) - network.layers.keys():
         raise ValueError(
             f"layers: {backbone.name!r} cannot be truncated at "

@@ -154,7 +154,7 @@ class _Recorder(TorchFunctionMode):
             self._remember(weight, Weight(name), Source.WEIGHTS)
         self._storages = set(map(storage_of, self._kept))
         for path, module in model.named_modules():
-            if path in whole or _is_layer(module):
+            if path and (path in whole or _is_layer(module)):
                 self._watch_layer(path, module)
             elif path:
                 self._watch_module(path, module)

@@ -22,7 +22,7 @@ from skltl._parameters import (
 )
 from skltl._random import draw_seed
 from skltl._sklearn import AT_LEAST_ONE, StrOptions, fit_context
-from skltl.exceptions import shorten
+from skltl.exceptions import nearest, shorten
 from skltl.features import NetworkClassifier, output_layout
 from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
@@ -34,7 +34,6 @@ from skltl.inference import (
 from skltl.networks import (
     ResolvedLayer,
     imagenet_names,
-    nearest,
     resolve_network,
     unique,
 )
