@@ -28,6 +28,13 @@ from skltl.exceptions import ImageReadError
 
 LAYERS = ["stem", "block1", "block2", "block3", "block4"]
 
+# A ConvNet and a vision transformer, with the names of some of their layers.
+VIT = {"backbone": "timm:test_vit", "weights": None, "random_state": 0}
+NETWORKS = {
+    "ConvNet": ({}, LAYERS),
+    "transformer": (VIT, ["blocks.0", "blocks.2", "blocks.4", "norm"]),
+}
+
 
 @pytest.fixture
 def settled_files(image_files, monkeypatch):
@@ -37,7 +44,8 @@ def settled_files(image_files, monkeypatch):
 
 
 def transformer(folder, **parameters):
-    return CNNFeatureTransformer("tiny", image_size=32, cache=folder, **parameters)
+    options = {"backbone": "tiny", "image_size": 32, "cache": folder, **parameters}
+    return CNNFeatureTransformer(**options)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,9 @@ def transformer(folder, **parameters):
         {"layer": "block1", "pooling": "flatten"},
         {"layer": ["block2.0", "block3"]},
         {"layer": "stem", "batch_size": 4},
+        {**VIT, "layer": ["norm", "blocks.1"], "pooling": "cls+avg"},
+        {**VIT, "pooling": "auto"},
+        {**VIT, "layer": "blocks.2", "pooling": 2, "precision": "bfloat16"},
     ],
     ids=str,
 )
@@ -68,16 +79,20 @@ def test_a_miss_and_a_hit_are_bitwise_equal_to_no_cache(
     assert n_missed == sum(computed) == len(images)
 
 
-def test_a_search_over_all_layers_computes_each_image_once(images, tmp_path, computed):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_search_over_all_layers_computes_each_image_once(
+    network, images, tmp_path, computed
+):
     labels = np.arange(9) % 2
+    parameters, layers = NETWORKS[network]
     grid = {
-        "cnnfeaturetransformer__layer": [*LAYERS, ["block1", "block3"]],
+        "cnnfeaturetransformer__layer": [*layers, layers[1::2]],
         "logisticregression__C": [0.1, 1],
     }
     scores = {}
     for cache in (None, tmp_path):
         computed.clear()
-        pipeline = make_pipeline(transformer(cache), LogisticRegression())
+        pipeline = make_pipeline(transformer(cache, **parameters), LogisticRegression())
         search = GridSearchCV(pipeline, grid, cv=3).fit(images, labels)
         scores[cache] = search.cv_results_["mean_test_score"]
 

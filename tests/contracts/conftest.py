@@ -18,6 +18,8 @@ from skltl import (
 )
 
 SMALL = {"image_size": 16, "random_state": 0}
+# A vision transformer of 0.4 million parameters, and no weights.
+VIT = {"backbone": "timm:test_vit", "weights": None, "image_size": 32}
 LABELS = np.arange(9) % 2
 
 
@@ -41,6 +43,13 @@ def fine_tuned(X, y):
     return FineTunedCNNClassifier(
         "tiny", layer="block2", unfreeze=1, head_epochs=2, finetune_epochs=1, **SMALL
     )
+
+
+def fine_tuned_vit(X, y):
+    return FineTunedCNNClassifier(
+        **VIT, pooling="auto", unfreeze=2, head_epochs=2, finetune_epochs=1,
+        random_state=0,
+    )  # fmt: skip
 
 
 def fine_tuned_transformer(X, y):
@@ -70,6 +79,12 @@ KINDS = {
     "random weights": Kind(
         lambda X, y: CNNFeatureTransformer("tiny", weights=None, **SMALL), transform
     ),
+    "vision transformer": Kind(
+        lambda X, y: CNNFeatureTransformer(
+            **VIT, layer=["blocks.1", "last"], pooling="cls+avg", random_state=0
+        ),
+        transform,
+    ),
     "pretrained": Kind(
         lambda X, y: PretrainedCNNClassifier("tiny", **SMALL), predict_proba
     ),
@@ -78,6 +93,7 @@ KINDS = {
         predict_proba,
     ),
     "fine-tuned": Kind(fine_tuned, predict_proba),
+    "fine-tuned vision transformer": Kind(fine_tuned_vit, predict_proba),
     "fine-tuned transformer": Kind(fine_tuned_transformer, transform),
     "from a pipeline": Kind(from_pipeline, predict_proba),
     "pipeline": Kind(

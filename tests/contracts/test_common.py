@@ -29,6 +29,8 @@ from skltl import (
 # The checks fit on small tables, of which each row becomes an image one pixel high.
 ROWS = {"image_shape": (1, -1), "image_size": 8, "n_jobs": 1}
 LARGE_ROWS = {"image_shape": (1, -1)}
+# Without weights, which this network of 0.4 million parameters has on the Hub only.
+VIT = {**ROWS, "backbone": "timm:test_vit", "weights": None, "image_size": 32}
 
 WEIGHTS_AND_REPEATS = "check_sample_weight_equivalence_on_dense_data"
 GRADIENT_DESCENT = {
@@ -40,6 +42,13 @@ FOLDS = {WEIGHTS_AND_REPEATS: "the folds depend on the rows, and `cv` is their n
 SUITES = {
     "transformer": (
         CNNFeatureTransformer("tiny", layer=["stem", -1], pooling="avgmax", **ROWS),
+        40,
+        {},
+    ),
+    "vision transformer": (
+        CNNFeatureTransformer(
+            **VIT, layer=["blocks.1", -1], pooling="cls+avg", random_state=0
+        ),
         40,
         {},
     ),
@@ -83,6 +92,18 @@ SLOW_SUITES = {
         PretrainedCNNClassifier("tiny", class_map="learn", batch_size=1, **ROWS),
         50,
         {},
+    ),
+    "fine-tuned vision transformer": (
+        FineTunedCNNClassifier(
+            **VIT,
+            pooling="auto",
+            unfreeze=1,
+            head_epochs=1,
+            finetune_epochs=1,
+            random_state=0,
+        ),
+        60,
+        GRADIENT_DESCENT,
     ),
     "fine-tuned, many epochs": (
         FineTunedCNNClassifier(

@@ -13,11 +13,22 @@ from torchvision.models import squeezenet1_1
 import skltl
 from skltl import CNNFeatureTransformer, make_feature_pipeline
 
+NETWORKS = {
+    "ConvNet": {"backbone": "tiny", "layer": ["stem", "block2"], "image_size": 16},
+    "transformer": {
+        "backbone": "timm:test_vit",
+        "weights": None,
+        "layer": ["blocks.0", "last"],
+        "pooling": "cls+avg",
+        "image_size": 32,
+        "random_state": 0,
+    },
+}
 
-@pytest.fixture
-def transformer(images):
-    transformer = CNNFeatureTransformer("tiny", layer=["stem", "block2"], image_size=16)
-    return transformer.fit(images)
+
+@pytest.fixture(params=NETWORKS)
+def transformer(request, images):
+    return CNNFeatureTransformer(**NETWORKS[request.param]).fit(images)
 
 
 def test_a_file_of_joblib_has_the_same_features(transformer, images, tmp_path):

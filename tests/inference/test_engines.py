@@ -1,5 +1,6 @@
 """All engines compute the same features, up to the documented tolerance."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -36,9 +37,23 @@ engines = pytest.mark.parametrize(
 )
 
 
-def transformer(engine, **parameters):
+NETWORKS = {
+    "ConvNet": {"backbone": "tiny"},
+    "transformer": {
+        "backbone": "timm:test_vit", "weights": None, "random_state": 0
+    },
+}  # fmt: skip
+LAYERS = {
+    "ConvNet": ["block2", "stem", "last"],
+    "transformer": ["blocks.4", "blocks.0", "last"],
+}
+both_networks = pytest.mark.parametrize("network", LAYERS)
+
+
+def transformer(engine, network="ConvNet", **parameters):
     settings = {"precision": "float32", "image_size": 48, "device": "cpu"}
-    return CNNFeatureTransformer("tiny", engine=engine, **{**settings, **parameters})
+    settings |= NETWORKS[network]
+    return CNNFeatureTransformer(engine=engine, **{**settings, **parameters})
 
 
 # torch's compiler raises warnings about its own modules.
@@ -48,10 +63,11 @@ def transformer(engine, **parameters):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)]
 )
-def test_engines_agree_with_torch(engine, precision, tolerance, images):
-    expected = transformer("torch").fit_transform(images)
+@both_networks
+def test_engines_agree_with_torch(network, engine, precision, tolerance, images):
+    expected = transformer("torch", network).fit_transform(images)
 
-    found = transformer(engine, precision=precision).fit_transform(images)
+    found = transformer(engine, network, precision=precision).fit_transform(images)
 
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
     assert np.abs(found - expected).max() > 0 or engine == "compile"
@@ -60,29 +76,38 @@ def test_engines_agree_with_torch(engine, precision, tolerance, images):
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 @engines
-def test_features_do_not_depend_on_the_position_in_the_batch(engine, images):
-    fitted = transformer(engine, precision="bfloat16").fit(images)
+@both_networks
+def test_features_do_not_depend_on_the_position_in_the_batch(network, engine, images):
+    fitted = transformer(engine, network, precision="bfloat16").fit(images)
     expected = fitted.transform(images)
 
     assert_array_equal(fitted.transform(images[4:5]), expected[4:5])
     assert_array_equal(fitted.transform(images[::-1]), expected[::-1])
     several = transformer(
-        engine, precision="bfloat16", layer=["stem", "block2", "last"]
+        engine, network, precision="bfloat16", layer=LAYERS[network]
     ).fit_transform(images)
     assert_array_equal(several[:, -expected.shape[1] :], expected)
 
 
 @openvino
-@pytest.mark.parametrize("pooling", ["avg", "flatten", 2])
-def test_openvino_keeps_the_order_of_the_requested_layers(pooling, images):
-    layers = ["block2", "stem", "last"]
-    several = transformer("openvino", layer=layers, pooling=pooling)
+@pytest.mark.parametrize(
+    ("network", "pooling"),
+    [
+        *itertools.product(LAYERS, ["avg", "flatten", 2]),
+        *itertools.product(["transformer"], ["cls", "cls+avg", "auto"]),
+    ],
+)
+def test_openvino_keeps_the_order_of_the_requested_layers(network, pooling, images):
+    layers = LAYERS[network]
+    several = transformer("openvino", network, layer=layers, pooling=pooling)
 
     found = several.fit_transform(images)
 
     for engine, tolerance in (("openvino", 0), ("torch", 1e-5)):
         one_by_one = [
-            transformer(engine, layer=layer, pooling=pooling).fit_transform(images)
+            transformer(engine, network, layer=layer, pooling=pooling).fit_transform(
+                images
+            )
             for layer in layers
         ]
         expected = np.concatenate(one_by_one, axis=1)
@@ -90,9 +115,10 @@ def test_openvino_keeps_the_order_of_the_requested_layers(pooling, images):
 
 
 @openvino
-def test_auto_is_openvino_on_a_cpu(images):
-    assert transformer("auto").fit(images).engine_ == "openvino"
-    assert transformer("torch").fit(images).engine_ == "torch"
+@both_networks
+def test_auto_is_openvino_on_a_cpu(network, images):
+    assert transformer("auto", network).fit(images).engine_ == "openvino"
+    assert transformer("torch", network).fit(images).engine_ == "torch"
 
 
 def test_a_warning_is_raised_if_the_fitted_engine_cannot_run(images, monkeypatch):
@@ -111,16 +137,17 @@ def test_a_warning_is_raised_if_the_fitted_engine_cannot_run(images, monkeypatch
 
 
 @openvino
-def test_features_of_engines_are_cached_separately(images, tmp_path):
-    first = transformer("torch", cache=tmp_path).fit_transform(images)
+@both_networks
+def test_features_of_engines_are_cached_separately(network, images, tmp_path):
+    first = transformer("torch", network, cache=tmp_path).fit_transform(images)
     n_bytes = cache_info(tmp_path).n_bytes
 
-    second = transformer("openvino", cache=tmp_path).fit_transform(images)
+    second = transformer("openvino", network, cache=tmp_path).fit_transform(images)
 
     assert cache_info(tmp_path).n_bytes > n_bytes
     assert not np.array_equal(first, second)
     for engine, expected in (("torch", first), ("openvino", second)):
-        found = transformer(engine, cache=tmp_path).fit_transform(images)
+        found = transformer(engine, network, cache=tmp_path).fit_transform(images)
         assert_array_equal(found, expected)
 
 
