@@ -158,17 +158,23 @@ class SplitNetwork(nn.Module):
 
 def group_blocks(
     backbone: Backbone,
-    blocks: Iterable[str],
+    blocks: Mapping[str, Block],
     layer: ResolvedLayer,
     image_size: ImageSize,
 ) -> list[tuple[str, ...]]:
-    """Group the names of the blocks up to `layer` by the main layers they end in."""
+    """Group the names of the blocks up to `layer` by the main layers they end in.
+
+    A group without parameters, such as a pooling, belongs to the one before it.
+    """
     ends = {*skeleton(backbone, image_size).layers.values(), layer.block}
-    groups, group = [], []
+    groups: list[tuple[str, ...]] = []
+    group: list[str] = []
     for name in blocks:
         group.append(name)
         if name in ends:
-            groups.append(tuple(group))
+            has_parameters = any(list(blocks[one].parameters()) for one in group)
+            before = () if has_parameters or not groups else groups.pop()
+            groups.append((*before, *group))
             group = []
     return groups
 
@@ -205,8 +211,9 @@ def count_frozen(
             f"unfreeze={unfreeze!r} comes after layer {layer.name!r}, where the "
             "network is truncated."
         )
-    first = {group[-1]: group[0] for group in groups}  # a main layer is its group
-    return names.index(first.get(block, block))
+    ends = skeleton(backbone, image_size).layers.values()
+    first = {one: group[0] for group in groups for one in group if one in ends}
+    return names.index(first.get(block, block))  # a main layer is its group
 
 
 def check_trainable(backbone: Backbone, image_size: ImageSize) -> None:
