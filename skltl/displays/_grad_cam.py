@@ -198,7 +198,8 @@ class GradCAMDisplay:
     The channels of the last feature map, weighted by the average gradient of a class's
     score with respect to them, are summed, and negative values are set to 0 [1]_. The
     map has the resolution of the feature map, 7 x 7 for most networks, and is
-    interpolated to the size of the image.
+    interpolated to the size of the image. The tokens of a transformer are such a map,
+    too. Where only its class token is classified, they are those before its last block.
 
     Parameters
     ----------

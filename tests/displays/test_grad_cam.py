@@ -12,6 +12,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC, NuSVC
+from small_vit import small_vit, small_vit_module
 from tiny_classifier import classifier
 from torch import nn
 
@@ -315,6 +316,71 @@ def test_tuned_network_matches_its_head(n_classes, settings, squares):
             feature_map, lambda leaf: fitted.head_(leaf)[0] @ signs, 32
         )
         assert_allclose(found, expected, atol=1e-4)
+
+
+def vit_map(tokens, rest, score):
+    """Return the map of a score of tokens (1, 17, 32), of which 4 x 4 are patches."""
+    leaf = tokens.clone().requires_grad_(True)
+    score(rest(leaf)).backward()
+    gradient, patches = leaf.grad[0, 1:], leaf.detach()[0, 1:]
+    weights = gradient.mean(dim=0)
+    activation = (patches @ weights).relu().reshape(1, 1, 4, 4)
+    scaled = activation / activation.max().clamp(min=1e-30)
+    return torch.nn.functional.interpolate(scaled, (32, 32), mode="bilinear")[0, 0]
+
+
+@pytest.mark.parametrize("pooling", ["avg", "cls", "auto"])
+def test_maps_of_a_transformer_are_those_of_its_patches(pooling, squares):
+    """Behind the last attention, the class token depends on no patch."""
+    pipeline = make_feature_pipeline(
+        small_vit(), "softmax", pooling=pooling, precision="float32"
+    ).fit(squares, np.arange(24) % 3)
+    scaler, linear = (step for _, step in pipeline.steps[1:])
+    coef, mean, scale = (
+        torch.tensor(one).float()
+        for one in (linear.coef_[2], scaler.mean_, scaler.scale_)
+    )
+    encoder = small_vit_module().eval().requires_grad_(False).encoder
+
+    def score(tokens):
+        features = tokens[:, 1:].mean(1) if pooling == "avg" else tokens[:, 0]
+        return ((features - mean) / scale @ coef).sum()
+
+    def rest(tokens):
+        return encoder.ln(encoder.layers[3](tokens))
+
+    _, maps, _, scores = grad_cam(pipeline, squares[:3], 2)
+
+    network = small_vit_module().eval()
+    outputs = {}
+    network.encoder.layers[2].register_forward_hook(
+        lambda module, args, output: outputs.update(tokens=output)
+    )
+    with torch.no_grad():
+        network(network_input(squares[:3], small_vit().preprocessing))
+        normalized = rest(outputs["tokens"])
+    if pooling == "avg":
+        tokens, rest = normalized, torch.nn.Identity()
+    else:
+        tokens = outputs["tokens"]
+    for number in range(3):
+        expected = vit_map(tokens[number : number + 1], rest, score)
+        assert_allclose(maps[number], expected, atol=1e-4)
+    decisions = pipeline.decision_function(squares[:3])[:, 2]
+    assert_allclose(scores, decisions, rtol=1e-3, atol=1e-4)
+
+
+def test_maps_of_a_fine_tuned_transformer_have_its_scores(squares):
+    fitted = FineTunedCNNClassifier(
+        small_vit(), pooling="auto", unfreeze=1, head_epochs=1, finetune_epochs=1,
+        precision="float32", random_state=0,
+    ).fit(squares, np.arange(24) % 3)  # fmt: skip
+
+    _, maps, labels, scores = grad_cam(fitted, squares[:3])
+
+    assert (maps.max(axis=(1, 2)) > 0).all()
+    expected = own_scores(fitted, squares[:3], labels)
+    assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_classifiers_without_a_feature_map_are_refused(squares):
