@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral, Real
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, check_cv
+from sklearn.utils import check_consistent_length
 
+from skltl._sklearn import take
 from skltl.displays._layout import import_pyplot, line_style, resolve_ax
 from skltl.exceptions import shorten
 from skltl.inference import can_pool
@@ -20,6 +24,12 @@ from skltl.networks import (
     resolve_layer,
     resolve_network,
     skeleton,
+)
+from skltl.strategy import (
+    check_backbones,
+    find_losers,
+    restrict_splits,
+    subset_rows,
 )
 
 # More lines than this have no bands, and their legend is beside the axes: names are
@@ -141,38 +151,46 @@ class LayerScoresDisplay:
                 "from_search needs a fitted search with cv_results_; got "
                 f"{type(search).__name__}."
             )
-        results = search.cv_results_
         metric = _resolve_metric(search, metric)
-        rows = _scored_rows(results, metric)
-        scores = results[f"mean_test_{metric}"][rows]
-        deviations = results[f"std_test_{metric}"][rows]
-        candidates = [results["params"][row] for row in rows]
-        chosen = _chosen_candidate(search, metric, rows)
+        candidates = _candidates_of(search, metric)
+        name = _score_name(search, metric)
+        display = cls._from_candidates(candidates, search.estimator, name)
+        return display.plot(ax=ax, **kwargs)
 
-        layers, lines, order = _arrange(candidates, search.estimator)
+    @classmethod
+    def _from_candidates(cls, candidates, estimator, score_name):
+        """Arrange the candidates of a search by layer and line."""
+        params = [candidate.params for candidate in candidates]
+        layers, lines, order = _arrange(params, estimator)
+        lines = [
+            f"{line}{candidate.note}"
+            for line, candidate in zip(lines, candidates, strict=True)
+        ]
+        chosen = [n for n, candidate in enumerate(candidates) if candidate.is_chosen]
         best = None
-        if chosen is not None:
-            best = layers[chosen], lines[chosen], float(scores[chosen])
-        plotted = range(len(rows))
-        if len(rows) > 1 and len(set(lines)) == len(rows):  # a single score each
-            plotted = _best_by_layer(layers, scores, chosen)
-            lines = [f"best of {len(rows)} candidates"] * len(rows)
+        if chosen:
+            best = layers[chosen[0]], lines[chosen[0]], candidates[chosen[0]].mean
+        plotted = range(len(candidates))
+        has_notes = any(candidate.note for candidate in candidates)
+        is_single = len(candidates) > 1 and len(set(lines)) == len(candidates)
+        if is_single and not has_notes:  # a single score each
+            plotted = _best_by_layer(layers, candidates)
+            lines = [f"best of {len(candidates)} candidates"] * len(candidates)
 
         empty = np.full(len(order), np.nan)
         means = {lines[index]: empty.copy() for index in plotted}
-        spreads = {lines[index]: empty.copy() for index in plotted}
+        deviations = {lines[index]: empty.copy() for index in plotted}
         for index in plotted:
             position = order.index(layers[index])
-            means[lines[index]][position] = scores[index]
-            spreads[lines[index]][position] = deviations[index]
-        display = cls(
+            means[lines[index]][position] = candidates[index].mean
+            deviations[lines[index]][position] = candidates[index].deviation
+        return cls(
             layers=order,
             scores=means,
-            deviations=spreads,
-            score_name=_score_name(search, metric),
+            deviations=deviations,
+            score_name=score_name,
             best=best,
         )
-        return display.plot(ax=ax, **kwargs)
 
     @classmethod
     def from_estimator(
@@ -182,6 +200,7 @@ class LayerScoresDisplay:
         y,
         *,
         layers="all",
+        backbones=None,
         cv=5,
         scoring=None,
         n_jobs=None,
@@ -193,6 +212,11 @@ class LayerScoresDisplay:
         An estimator without `cache` gets a temporary one: a frozen network runs once
         on each image. With a `FineTunedCNNClassifier`, each score is that of a network
         which is fine-tuned from that layer.
+
+        Several backbones are first compared on a subset of the images, a quarter but at
+        least 200. Those that are clearly worse than the best one, by the criterion of
+        `StrategyAdvisor`, are not evaluated on the others: their scores are those on
+        the subset, and their names end with its size.
 
         Parameters
         ----------
@@ -206,6 +230,8 @@ class LayerScoresDisplay:
         layers : "all" or list, default="all"
             Values of the parameter `layer`. ``"all"`` stands for all main layers
             that an image of the estimator's size reaches.
+        backbones : list of str or Backbone, default=None
+            Values of the parameter `backbone`; by default that of the estimator.
         cv : int or splitter, default=5
             Cross-validation splits, as in scikit-learn's ``GridSearchCV``.
         scoring : str or callable, default=None
@@ -225,33 +251,35 @@ class LayerScoresDisplay:
         Raises
         ------
         ValueError
-            If the estimator has no parameter `layer`.
+            If the estimator has no parameter `layer`, or `backbones` is empty or has a
+            name twice.
         """
         import_pyplot()
         estimator = clone(estimator)
         params = estimator.get_params()
         prefix = _layer_prefix(params, params)
         network = params[prefix.removesuffix("__")] if prefix else estimator
-        if isinstance(layers, str) and layers == "all":
-            network._validate_params()
-            layers = _main_layers(network)
-        is_sequence = isinstance(layers, (list, tuple, np.ndarray))
-        layers = list(layers) if is_sequence else [layers]
-        for layer in layers:  # an unknown layer is an error before any fit
-            _depth_and_name(network.backbone, layer)
+        if backbones is None:
+            backbones = [network.backbone]
+        check_backbones(backbones)
+        options = {"cv": cv, "scoring": scoring, "n_jobs": n_jobs}
+        searches = []
+        for backbone in backbones:  # an unknown layer is an error before any fit
+            network.set_params(backbone=backbone)
+            grid = {f"{prefix}layer": _resolve_layers(network, layers)}
+            if len(backbones) > 1:
+                grid[f"{prefix}backbone"] = [backbone]
+            search = GridSearchCV(
+                estimator, grid, refit=False, error_score="raise", **options
+            )
+            searches.append(search)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             if not network.cache:
                 network.set_params(cache=folder)
-            search = GridSearchCV(
-                estimator,
-                {f"{prefix}layer": layers},
-                cv=cv,
-                scoring=scoring,
-                n_jobs=n_jobs,
-                refit=False,
-                error_score="raise",
-            ).fit(X, y)
-        return cls.from_search(search, ax=ax, **kwargs)
+            candidates = _search_backbones(searches, X, y)
+        name = _score_name(searches[0], _resolve_metric(searches[0], None))
+        display = cls._from_candidates(candidates, estimator, name)
+        return display.plot(ax=ax, **kwargs)
 
     @property
     def best_(self):
@@ -362,35 +390,118 @@ def _score_name(search, metric):
     return "score"
 
 
-def _scored_rows(results, metric):
-    """Return the rows of `cv_results_` with a score, in the last halving iteration."""
-    is_scored = np.isfinite(results[f"mean_test_{metric}"])
+@dataclass(frozen=True)
+class _Candidate:
+    """Parameters of a search, and their score."""
+
+    params: dict
+    mean: float
+    deviation: float
+    is_chosen: bool = False
+    note: str = ""
+
+
+def _candidates_of(search, metric):
+    """Return the candidates with a score, in the last halving iteration."""
+    results = search.cv_results_
+    means, deviations = (results[f"{name}_test_{metric}"] for name in ("mean", "std"))
+    is_scored = np.isfinite(means)
     if "iter" in results:
         iterations = np.asarray(results["iter"])
         is_scored &= iterations == iterations.max()
     if not is_scored.any():
         raise ValueError("There is no score to plot: all fits failed.")
-    return np.flatnonzero(is_scored)
+    chosen = _chosen_index(search, metric)
+    return [
+        _Candidate(
+            results["params"][index],
+            float(means[index]),
+            float(deviations[index]),
+            is_chosen=index == chosen,
+        )
+        for index in np.flatnonzero(is_scored)
+    ]
 
 
-def _chosen_candidate(search, metric, rows):
-    """Return which of the rows the search has chosen by the metric, or None."""
+def _chosen_index(search, metric):
+    """Return the index of the candidate that the search chose by this metric."""
     is_single = not getattr(search, "multimetric_", False)  # then it is "score"
-    index = getattr(search, "best_index_", None)
-    if index in rows and (is_single or search.refit == metric):
-        return rows.tolist().index(index)
+    if is_single or search.refit == metric:
+        return getattr(search, "best_index_", None)
     return None
 
 
-def _best_by_layer(layers, scores, chosen):
+def _best_by_layer(layers, candidates):
     """Return the best candidate of each layer; of equal ones, the chosen or first."""
     best: dict = {}
-    for index, layer in enumerate(layers):
-        current = best.setdefault(layer, index)
-        is_chosen = index == chosen and scores[index] == scores[current]
-        if scores[index] > scores[current] or is_chosen:
+    for index, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
+        current = candidates[best.setdefault(layer, index)]
+        is_equal = candidate.mean == current.mean
+        if candidate.mean > current.mean or (candidate.is_chosen and is_equal):
             best[layer] = index
     return list(best.values())
+
+
+def _search_backbones(searches, X, y):
+    """Return the candidates of searches, one for each backbone.
+
+    Those of backbones that are clearly worse on a subset of the images have the scores
+    on the subset.
+    """
+    notes = [""] * len(searches)
+    if len(searches) > 1:
+        notes = _drop_losers(searches, X, y)
+    candidates = []
+    for search, note in zip(searches, notes, strict=True):
+        if not note:
+            search.fit(X, y)
+        metric = _resolve_metric(search, None)
+        scored = _candidates_of(search, metric)
+        candidates += [replace(each, note=note) for each in scored]
+    best = max(each.mean for each in candidates if not each.note)
+    return [
+        replace(each, is_chosen=each.mean == best and not each.note)
+        for each in candidates
+    ]
+
+
+def _drop_losers(searches, X, y):
+    """Fit searches on a subset of the images, and return a note on clearly worse ones.
+
+    All get the same folds.
+    """
+    check_consistent_length(X, y)
+    has_classes = is_classifier(searches[0].estimator)
+    splitter = check_cv(searches[0].cv, y, classifier=has_classes)
+    splits = list(splitter.split(X, y))
+    n_folds = 1 + fmean(len(train) / len(test) for train, test in splits)
+    strata = np.zeros(len(y), np.int64)
+    if has_classes:
+        strata[:] = np.unique(y, return_inverse=True)[1]
+    rows = subset_rows(strata, round(n_folds), seed=0)
+    parts = restrict_splits(splits, rows, np.asarray(y))
+    losers = [False] * len(searches)
+    if len(rows) < len(strata) and len(parts) > 1:
+        subset = take(X, rows), take(y, rows)
+        for search in searches:
+            search.set_params(cv=parts).fit(*subset)
+        losers = find_losers(list(map(_best_scores, searches)), n_folds)
+    for search in searches:
+        search.set_params(cv=splits)
+    note = f", on {len(rows):,} images"
+    return [note if is_loser else "" for is_loser in losers]
+
+
+def _best_scores(search):
+    """Return the scores of the best candidate of a search, in each split."""
+    results, metric = search.cv_results_, _resolve_metric(search, None)
+    best = np.argmax(results[f"mean_test_{metric}"])
+    return np.array(
+        [
+            results[f"split{split}_test_{metric}"][best]
+            for split in range(search.n_splits_)
+        ]
+    )
 
 
 def _arrange(candidates, estimator):
@@ -405,7 +516,8 @@ def _arrange(candidates, estimator):
         for candidate in candidates
     ]
     backbones = [params[f"{prefix}backbone"] for params in settings]
-    names = _numbered(list(map(str, backbones)), list(map(_identity, backbones)))
+    names = [get_backbone(backbone).name for backbone in backbones]
+    names = _numbered(names, list(map(_identity, backbones)))
     order = list(dict.fromkeys(names))
     layers, depths = [], {}
     for params, backbone, name in zip(settings, backbones, names, strict=True):
@@ -443,8 +555,20 @@ def _depth_and_name(backbone, layer):
     return (depth, len(layers)), name
 
 
+def _resolve_layers(estimator, layers):
+    """Return the values of `layer` as a list; raise an error for unknown ones."""
+    if isinstance(layers, str) and layers == "all":
+        return _main_layers(estimator)
+    is_sequence = isinstance(layers, (list, tuple, np.ndarray))
+    layers = list(layers) if is_sequence else [layers]
+    for layer in layers:
+        _depth_and_name(estimator.backbone, layer)
+    return layers
+
+
 def _main_layers(estimator):
     """Return the main layers that an image of the estimator's size reaches."""
+    estimator._validate_params()
     backbone, _, preprocessing = resolve_network(
         estimator.backbone, estimator.weights, estimator.image_size
     )
@@ -474,7 +598,9 @@ def _describe(params, is_exact):
     texts = []
     for name, value in params.items():
         is_float = isinstance(value, Real) and not isinstance(value, Integral)
-        if hasattr(value, "get_params"):
+        if isinstance(value, Backbone):
+            text = value.name
+        elif hasattr(value, "get_params"):
             text = repr(value) if is_exact else type(value).__name__
         else:
             text = f"{value:.3g}" if is_float and not is_exact else str(value)

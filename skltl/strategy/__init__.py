@@ -1,6 +1,12 @@
 """Data-driven selection of a transfer learning strategy."""
 
 from skltl.strategy._advisor import StrategyAdvisor
+from skltl.strategy._comparison import (
+    check_backbones,
+    find_losers,
+    restrict_splits,
+    subset_rows,
+)
 from skltl.strategy._rules import (
     MIN_LEAD,
     Strategy,
@@ -15,7 +21,11 @@ __all__ = [
     "Strategy",
     "StrategyAdvisor",
     "TransferClassifier",
+    "check_backbones",
+    "find_losers",
     "recommend_strategy",
     "relative_size",
+    "restrict_splits",
     "similarity_of",
+    "subset_rows",
 ]

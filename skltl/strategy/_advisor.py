@@ -8,11 +8,14 @@ from numbers import Integral
 from textwrap import wrap
 from typing import Any
 
+from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._random import draw_seed
 from skltl._sklearn import Interval, fit_context
-from skltl.strategy._evaluation import evaluate_strategies, label_images
+from skltl.strategy._comparison import check_backbones
+from skltl.strategy._cross_validation import label_images
+from skltl.strategy._evaluation import evaluate_strategies
 from skltl.strategy._rules import MIN_LEAD, TransformerMetaEstimator
 
 # More images pay if doubling their number improves accuracy by at least this.
@@ -36,7 +39,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
     The features of all main layers are extracted in one forward pass, and a linear
     classifier is cross-validated on those of each layer. If the last layer is the best,
     the images are similar to the pretraining data; if an earlier one is, they are
-    different. Similarity and size of the data determine the strategy.
+    different. Similarity and size of the data determine the strategy. Of several
+    backbones, the one with the best layer is recommended.
 
     Parameters
     ----------
@@ -45,6 +49,10 @@ class StrategyAdvisor(TransformerMetaEstimator):
         recommended estimator: backbone, weights, preprocessing, device and so on. All
         main layers are evaluated; a `layer` other than ``"last"`` replaces the best
         one in the recommended estimator. ``None`` is ``CNNFeatureTransformer()``.
+    backbones : list of str or Backbone, default=None
+        Backbones to compare, each in place of that of the transformer. All are
+        evaluated on a subset of the images, a quarter but at least 200; those that are
+        clearly worse than the best one are not evaluated on the others.
     cv : int, default=5
         Number of cross-validation folds, at least 2. It is reduced to the number of
         images in the smallest class.
@@ -62,6 +70,17 @@ class StrategyAdvisor(TransformerMetaEstimator):
     ----------
     transformer_ : CNNFeatureTransformer
         Fitted clone of the transformer that extracts the features of all main layers.
+    best_backbone_ : str
+        Name of the backbone with the highest accuracy. The other attributes concern
+        this one.
+    backbone_scores_, backbone_errors_ : dict of str to float
+        Cross-validated accuracy of a linear classifier at the best layer of each
+        backbone, and its standard error.
+    backbone_layers_ : dict of str to str
+        Best layer of each backbone.
+    backbone_sizes_ : dict of str to int
+        Number of images that each backbone was evaluated on, less than `n_evaluated_`
+        for those that were clearly worse than the best one.
     strategy_ : Strategy
         Recommended strategy: `name`, `reasons`, `estimator`, and cost.
     similarity_ : {"contained", "similar", "different"}
@@ -112,6 +131,11 @@ class StrategyAdvisor(TransformerMetaEstimator):
     images that the folds share [1]_. Up to 500 images, the cross-validation is repeated
     three times.
 
+    Of several backbones, one is clearly worse than the best one if a t-test of the
+    differences between their best layers, in the same folds and with the same
+    correction, is significant at 2.5 % (one-sided). A network runs once on each image
+    that it is evaluated on; all networks are in memory until the subset is evaluated.
+
     References
     ----------
     .. [1] Nadeau, Bengio, "Inference for the generalization error", Machine Learning,
@@ -132,13 +156,22 @@ class StrategyAdvisor(TransformerMetaEstimator):
 
     _parameter_constraints: dict = {
         **TransformerMetaEstimator._parameter_constraints,
+        "backbones": [list, tuple, None],
         "max_images": [Interval(Integral, 2, None, closed="left"), None],
     }
 
     def __init__(
-        self, transformer=None, *, cv=5, max_images=2000, random_state=None, verbose=0
+        self,
+        transformer=None,
+        *,
+        backbones=None,
+        cv=5,
+        max_images=2000,
+        random_state=None,
+        verbose=0,
     ):
         self.transformer = transformer
+        self.backbones = backbones
         self.cv = cv
         self.max_images = max_images
         self.random_state = random_state
@@ -171,8 +204,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
         TypeError
             If `transformer` is not a `CNNFeatureTransformer`.
         ValueError
-            If there are fewer than two classes, a class has a single image or group, or
-            lengths are inconsistent.
+            If there are fewer than two classes, a class has a single image or group,
+            lengths are inconsistent, or `backbones` is empty or has a name twice.
         """
         fitted = copy.copy(self)
         fitted._fit(X, y, sample_weight, groups)
@@ -182,8 +215,14 @@ class StrategyAdvisor(TransformerMetaEstimator):
     def _fit(self, X, y, sample_weight, groups):
         labeled = label_images(self, X, y, sample_weight, groups)
         seed = draw_seed(self.random_state)
-        transformer = self._make_transformer(seed)
-        self.transformer_, *_ = evaluate_strategies(self, labeled, transformer, seed)
+        transformers = [self._make_transformer(seed)]
+        if self.backbones is not None:
+            check_backbones(self.backbones)
+            transformers = [
+                clone(transformers[0]).set_params(backbone=backbone)
+                for backbone in self.backbones
+            ]
+        self.transformer_, *_ = evaluate_strategies(self, labeled, transformers, seed)
 
     def report(self):
         """Describe the measurements and the recommendation.
@@ -204,6 +243,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
             f"cross-validation{repeated}",
             "",
             "Accuracy of a linear classifier (standard error)",
+            *_describe_backbones(self),
             *_describe_layers(self),
         ]
         if strategy.name != "as_is":
@@ -243,10 +283,28 @@ def _wrap(line: str) -> list[str]:
     return wrap(line, REPORT_WIDTH, subsequent_indent=indent) or [""]
 
 
+def _describe_backbones(advisor: Any) -> list[str]:
+    """Return the lines about the scores by backbone, if there are several."""
+    scores = advisor.backbone_scores_
+    if len(scores) == 1:
+        return []
+    lines = ["  at the best layer of each backbone:"]
+    rows = _table(scores, advisor.backbone_errors_)
+    for (name, layer), row in zip(advisor.backbone_layers_.items(), rows, strict=True):
+        size = advisor.backbone_sizes_[name]
+        note = "  best" if name == advisor.best_backbone_ else ""
+        if size < advisor.n_evaluated_:
+            note = f"  clearly worse, on {size:,} images"
+        lines.append(f"{row} at {layer}{note}")
+    return lines
+
+
 def _describe_layers(advisor: Any) -> list[str]:
     """Return the lines about the scores by layer."""
     scores, (lead, error) = advisor.layer_scores_, advisor.lead_
-    lines = ["  by layer:", *_table(scores, advisor.layer_errors_)]
+    is_one_of_many = len(advisor.backbone_scores_) > 1
+    heading = f"of {advisor.best_backbone_}, by layer" if is_one_of_many else "by layer"
+    lines = [f"  {heading}:", *_table(scores, advisor.layer_errors_)]
     lines[1 + list(scores).index(advisor.best_layer_)] += "  best"
     if len(scores) > 1 and lead:
         lines.append(
@@ -285,8 +343,9 @@ def _describe_sizes(advisor: Any) -> list[str]:
 
 def _table(scores: dict[Any, float], errors: dict[Any, float]) -> list[str]:
     """Return a line for each score, with its standard error."""
+    width = max(12, *(len(str(name)) for name in scores))
     return [
-        f"    {name:<12} {score:.3f} ({errors[name]:.3f})"
+        f"    {name:<{width}} {score:.3f} ({errors[name]:.3f})"
         for name, score in scores.items()
     ]
 

@@ -1,49 +1,36 @@
-"""Labeled images, and the evaluation of strategies by cross-validation on them."""
+"""Evaluation of strategies: accuracy by backbone, layer, and number of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn import config_context
 from sklearn.base import clone
-from sklearn.metrics import accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.pipeline import Pipeline
-from sklearn.utils import check_consistent_length
-from sklearn.utils.validation import column_or_1d
 
-from skltl._estimator import read_images_of
 from skltl._random import fresh_seed
-from skltl._sklearn import check_sample_weight, take
-from skltl.exceptions import (
-    ImageReadError,
-    ImageTypeError,
-    NonFiniteFeaturesError,
-    WeightsError,
-)
-from skltl.features import make_feature_pipeline, n_features_by_layer
-from skltl.finetuning import encode_labels
-from skltl.networks import get_backbone
+from skltl.exceptions import WeightsError
 from skltl.pretrained import PretrainedCNNClassifier, map_by_names
+from skltl.strategy._comparison import Candidate, compare_backbones
+from skltl.strategy._cross_validation import (
+    Features,
+    LabeledImages,
+    Scores,
+    Split,
+    count_smallest,
+    mean_and_error,
+    sample_images,
+    sample_rows,
+    score_linear,
+    split_folds,
+    summarize,
+)
 from skltl.strategy._rules import (
-    feature_map_layers,
     find_class_map,
-    find_early_layer,
     recommend_strategy,
     shared_parameters,
     similarity_of,
 )
-
-# Up to this number of images the cross-validation is repeated: a fold of twenty images
-# gives a coarse estimate.
-FEW_IMAGES = 500
-N_REPEATS = 3
 
 # Subsets of the training images of each fold, for the learning curve.
 TRAIN_FRACTIONS = (0.25, 0.5)
@@ -51,105 +38,36 @@ TRAIN_FRACTIONS = (0.25, 0.5)
 # Fraction of the images that the pretrained classifier is evaluated on.
 PRETRAINED_FRACTION = 0.2
 
-Features = NDArray[np.float32]
-Scores = NDArray[np.float64]  # of splits
-Split = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class LabeledImages:
-    """Images with labels, and with weights and groups if there are any.
-
-    `targets` index `classes`, `weights` have a mean of 1, and `positions` are those of
-    the images in the ``X`` of the user.
-    """
-
-    X: Any
-    positions: NDArray[np.int64]
-    classes: NDArray[Any]
-    targets: NDArray[np.int64]
-    weights: NDArray[np.float64] | None
-    groups: NDArray[Any] | None
-
-    def subset(self, rows: NDArray[np.int64]) -> LabeledImages:
-        """Return some of the images."""
-        return replace(
-            self,
-            X=take(self.X, rows),
-            positions=self.positions[rows],
-            targets=self.targets[rows],
-            weights=None if self.weights is None else self.weights[rows],
-            groups=None if self.groups is None else self.groups[rows],
-        )
-
-    @contextmanager
-    def original_positions(self) -> Iterator[None]:
-        """Let errors of images name their positions in the ``X`` of the user."""
-        try:
-            yield
-        except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
-            position = int(self.positions[error.index])
-            raise type(error)(position, *error.args[1:]) from error
-
-
-def label_images(
-    estimator: Any, X: Any, y: Any, sample_weight: Any, groups: Any
-) -> LabeledImages:
-    """Check the data of a fit, and leave out images of weight 0."""
-    positions = np.arange(len(read_images_of(estimator, X, reset=True)))
-    classes, targets = encode_labels(y, len(positions))
-    if groups is not None:
-        groups = column_or_1d(groups)
-        check_consistent_length(positions, groups)
-    weights = None
-    if sample_weight is not None:
-        weights = check_sample_weight(
-            sample_weight, targets, dtype=np.float64, ensure_non_negative=True
-        )
-        if not weights.any():
-            raise ValueError("sample_weight is zero for all training samples.")
-        # As in fine-tuning, only their ratios matter: strategies are compared. A power
-        # of two changes no digit, and sums of what remains are finite.
-        weights = np.ldexp(weights, -np.frexp(weights.max())[1])
-        weights = weights / weights[weights > 0].mean()
-    labeled = LabeledImages(X, positions, classes, targets, weights, groups)
-    if weights is None or weights.all():
-        return labeled
-    rows = np.flatnonzero(weights)
-    classes, targets = encode_labels(classes[targets[rows]], len(rows))
-    return replace(labeled.subset(rows), classes=classes, targets=targets)
-
 
 def evaluate_strategies(
-    advisor: Any, labeled: LabeledImages, transformer: Any, seed: int | None
+    advisor: Any, labeled: LabeledImages, transformers: Sequence[Any], seed: int | None
 ) -> tuple[Any, LabeledImages, dict[str, Features]]:
     """Set the measurements and the recommendation of an advisor.
 
-    Return the fitted transformer of all main layers, the images that were evaluated and
-    their features by layer.
+    Return the transformer of the best backbone, fitted for all main layers, the images
+    that were evaluated and their features by layer.
     """
-    find_early_layer(transformer)  # raises if there is no such layer
+    candidates = [Candidate(transformer) for transformer in transformers]
     seed = fresh_seed() if seed is None else seed
-    n_folds = min(advisor.cv, _count_smallest(labeled))
-    evaluated = _sample_images(labeled, advisor.max_images, n_folds, seed)
-    splits = _split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
-    with evaluated.original_positions():
-        fitted, features = _extract_layers(transformer, evaluated.X)
+    n_folds = min(advisor.cv, count_smallest(labeled))
+    evaluated = sample_images(labeled, advisor.max_images, n_folds, seed)
+    splits = split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
+    best = compare_backbones(candidates, evaluated, splits, n_folds, seed)
     advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(labeled.classes)
     advisor.n_smallest_ = int(np.bincount(labeled.targets).min())
     advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
     advisor.n_repeats_ = -(-len(splits) // n_folds)
+    _describe_backbones(advisor, candidates, best)
+    transformer = best.transformer
     advisor.class_map_ = find_class_map(transformer, labeled.classes)
     advisor.as_is_score_, advisor.as_is_error_ = _score_pretrained(
         transformer, evaluated, advisor.class_map_, seed
     )
-    by_layer = {
-        layer: _score_linear(columns, evaluated, splits, seed)
-        for layer, columns in features.items()
-    }
-    _compare_layers(advisor, by_layer)
+    _compare_layers(advisor, best.scores)
     layer = advisor.layer_
-    by_size = _score_sizes(features[layer], evaluated, splits, seed, by_layer[layer])
+    by_size = _score_sizes(
+        best.features[layer], evaluated, splits, seed, best.scores[layer]
+    )
     _compare_sizes(advisor, by_size)
     if transformer.layer == "last":
         transformer = clone(transformer).set_params(layer=advisor.best_layer_)
@@ -159,19 +77,32 @@ def evaluate_strategies(
         n_smallest=advisor.n_smallest_,
         class_map=advisor.class_map_,
     )
-    return fitted, evaluated, features
+    return best.fitted, evaluated, best.features
+
+
+def _describe_backbones(
+    advisor: Any, candidates: Sequence[Candidate], best: Candidate
+) -> None:
+    """Set the fitted attributes that compare the backbones."""
+    scores = {each.name: each.best_scores for each in candidates}
+    advisor.backbone_scores_, advisor.backbone_errors_ = summarize(
+        scores, advisor.n_folds_
+    )
+    advisor.backbone_layers_ = {each.name: each.best_layer for each in candidates}
+    advisor.backbone_sizes_ = {each.name: len(each.rows) for each in candidates}
+    advisor.best_backbone_ = best.name
 
 
 def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:
     """Set the fitted attributes that follow from the scores by layer."""
-    scores, errors = _summarize(by_layer, advisor.n_folds_)
+    scores, errors = summarize(by_layer, advisor.n_folds_)
     *earlier, last = scores
     best = max(reversed(scores), key=lambda layer: scores[layer])  # the last of ties
     lead = 0.0, 0.0
     if earlier:
         best_earlier = max(earlier, key=lambda layer: scores[layer])
         leads = by_layer[best_earlier] - by_layer[last]
-        lead = _mean_and_error(leads, advisor.n_folds_)
+        lead = mean_and_error(leads, advisor.n_folds_)
     similarity, as_is_score = similarity_of(lead[0]), advisor.as_is_score_
     if as_is_score is not None and as_is_score + advisor.as_is_error_ >= scores[best]:
         similarity = "contained"
@@ -183,115 +114,12 @@ def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:
 
 def _compare_sizes(advisor: Any, by_size: dict[int, Scores]) -> None:
     """Set the fitted attributes that follow from the scores by size."""
-    advisor.size_scores_, advisor.size_errors_ = _summarize(by_size, advisor.n_folds_)
+    advisor.size_scores_, advisor.size_errors_ = summarize(by_size, advisor.n_folds_)
     advisor.gain_ = 0.0, 0.0
     if len(by_size) > 1:
         smaller, larger = list(by_size)[-2:]
         gains = (by_size[larger] - by_size[smaller]) / np.log2(larger / smaller)
-        advisor.gain_ = _mean_and_error(gains, advisor.n_folds_)
-
-
-def _count_smallest(labeled: LabeledImages) -> int:
-    """Count the images, or groups, of the class that has the fewest."""
-    n_images = counts = np.bincount(labeled.targets)
-    if labeled.groups is not None:
-        _, groups = np.unique(labeled.groups, return_inverse=True)
-        pairs = np.unique(np.column_stack([labeled.targets, groups]), axis=0)
-        counts = np.bincount(pairs[:, 0])
-    rarest = int(np.argmin(counts))
-    if counts[rarest] < 2:
-        unit = "image" if n_images[rarest] == 1 else "group of images"
-        raise ValueError(
-            f"The class {repr(labeled.classes.tolist()[rarest])[:80]} has a single "
-            f"{unit}, but cross-validation needs at least two of each class."
-        )
-    return int(counts[rarest])
-
-
-def _sample_images(
-    labeled: LabeledImages, max_images: int | None, n_per_class: int, seed: int
-) -> LabeledImages:
-    """Sample images by class, at least `n_per_class` of each or all that there are."""
-    n_images = len(labeled.targets)
-    if max_images is None or n_images <= max_images:
-        return labeled
-    fraction = Fraction(max_images, n_images)
-    return labeled.subset(_sample_rows(labeled.targets, fraction, n_per_class, seed))
-
-
-def _sample_rows(
-    targets: NDArray[np.int64],
-    fraction: float | Fraction,
-    n_per_class: int,
-    seed: int | list[int],
-) -> NDArray[np.int64]:
-    """Sample a fraction of the rows of each class; return them sorted."""
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for target in np.unique(targets):
-        members = rng.permutation(np.flatnonzero(targets == target))
-        n_wanted = max(n_per_class, round(fraction * len(members)))
-        chosen.append(members[:n_wanted])
-    return np.sort(np.concatenate(chosen))
-
-
-def _split_folds(
-    targets: NDArray[np.int64], groups: NDArray[Any] | None, n_folds: int, seed: int
-) -> list[Split]:
-    """Split images into stratified folds, repeatedly if there are few images.
-
-    Folds without test images or with a single training class are left out.
-    """
-    rng = np.random.RandomState(seed)
-    splits = []
-    for _ in range(N_REPEATS if len(targets) <= FEW_IMAGES else 1):
-        if groups is None:
-            folds = StratifiedKFold(n_folds, shuffle=True, random_state=rng)
-        else:
-            fold_seed = rng.randint(2**31 - 1)
-            folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=fold_seed)
-        splits += [
-            (train, test)
-            for train, test in folds.split(targets, targets, groups)
-            if len(test) and len(np.unique(targets[train])) > 1
-        ]
-    if len(splits) < 2:
-        raise ValueError(
-            "The groups leave fewer than two folds with two classes to train on. "
-            "Provide classes that occur in several groups."
-        )
-    return splits
-
-
-def _extract_layers(transformer: Any, X: Any) -> tuple[Any, dict[str, Features]]:
-    """Extract the features of all main layers; return the fitted transformer, too."""
-    layers = feature_map_layers(
-        transformer.backbone, transformer.image_size, transformer.pooling
-    )
-    if not layers:
-        name = get_backbone(transformer.backbone).name
-        raise ValueError(f"{name!r} has no layer with a feature map to compare.")
-    fitted = clone(transformer).set_params(layer=layers).fit(X)
-    features = np.asarray(fitted.transform(X))  # from a DataFrame after `set_output`
-    ends = np.cumsum(n_features_by_layer(fitted))
-    by_layer = np.split(features, ends[:-1], axis=1)
-    return fitted, dict(zip(layers, by_layer, strict=True))
-
-
-def _score_linear(
-    features: Features, labeled: LabeledImages, splits: list[Split], seed: int
-) -> Scores:
-    """Return the accuracy of a linear classifier in each split."""
-    probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
-    y, weights = labeled.targets, labeled.weights
-    scores = []
-    for train, test in splits:
-        w_train = None if weights is None else weights[train]
-        w_test = None if weights is None else weights[test]
-        fit_linear(probe, features[train], y[train], w_train)
-        predicted = probe.predict(features[test])
-        scores.append(accuracy_score(y[test], predicted, sample_weight=w_test))
-    return np.array(scores, dtype=np.float64)
+        advisor.gain_ = mean_and_error(gains, advisor.n_folds_)
 
 
 def _score_sizes(
@@ -308,10 +136,10 @@ def _score_sizes(
     by_size = {}
     for fraction in TRAIN_FRACTIONS:
         smaller = [
-            (train[_sample_rows(labeled.targets[train], fraction, 1, [seed, n])], test)
+            (train[sample_rows(labeled.targets[train], fraction, 1, [seed, n])], test)
             for n, (train, test) in enumerate(splits)
         ]
-        by_size[_mean_size(smaller)] = _score_linear(features, labeled, smaller, seed)
+        by_size[_mean_size(smaller)] = score_linear(features, labeled, smaller, seed)
     by_size[_mean_size(splits)] = full_scores
     return dict(sorted(by_size.items()))
 
@@ -319,16 +147,6 @@ def _score_sizes(
 def _mean_size(splits: list[Split]) -> int:
     """Return the mean number of training images."""
     return round(np.mean([len(train) for train, _ in splits]))
-
-
-def fit_linear(
-    steps: Pipeline, features: Any, y: NDArray[Any], sample_weight: Any
-) -> None:
-    """Fit the scaler and the classifier of a feature pipeline, both with weights."""
-    weights = {f"{name}__sample_weight": sample_weight for name, _ in steps.steps}
-    # With routing enabled by the user, the steps would have to request the weights.
-    with config_context(enable_metadata_routing=False):
-        steps.fit(features, y, **weights)
 
 
 def _score_pretrained(
@@ -343,7 +161,7 @@ def _score_pretrained(
         return None, None
     targets, classes = labeled.targets, labeled.classes
     n_most = max(len(classes), round(PRETRAINED_FRACTION * len(targets)))
-    sample = _sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
+    sample = sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
     classifier: Any = PretrainedCNNClassifier()
     classifier.set_params(**shared_parameters(transformer, classifier))
     with sample.original_positions():
@@ -358,24 +176,3 @@ def _score_pretrained(
     is_right = predicted == classes[sample.targets]
     score = float(np.average(is_right, weights=sample.weights))
     return score, float(np.sqrt(score * (1 - score) / len(is_right)))
-
-
-def _summarize(
-    scores: dict[Any, Scores], n_folds: int
-) -> tuple[dict[Any, float], dict[Any, float]]:
-    """Return the means of scores, and their standard errors."""
-    means, errors = {}, {}
-    for name, values in scores.items():
-        means[name], errors[name] = _mean_and_error(values, n_folds)
-    return means, errors
-
-
-def _mean_and_error(values: Scores, n_folds: int) -> tuple[float, float]:
-    """Return the mean over splits and its standard error.
-
-    Splits share training images, for which the error is corrected (see Notes of
-    `StrategyAdvisor`).
-    """
-    test_per_train = 1 / (n_folds - 1)
-    variance = values.var(ddof=1) * (1 / len(values) + test_per_train)
-    return float(values.mean()), float(np.sqrt(variance))

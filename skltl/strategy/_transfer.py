@@ -18,13 +18,13 @@ from skltl.features import SHARED_PARAMETERS
 from skltl.finetuning import FineTunedCNNClassifier
 from skltl.networks import get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
-from skltl.strategy._evaluation import (
+from skltl.strategy._cross_validation import (
     Features,
     LabeledImages,
-    evaluate_strategies,
     fit_linear,
     label_images,
 )
+from skltl.strategy._evaluation import evaluate_strategies
 from skltl.strategy._rules import (
     STRATEGIES,
     TransformerMetaEstimator,
@@ -235,7 +235,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
             read_images_of(advisor, X, reset=True)
             # The fitted transformer is not kept, or its network would be saved twice.
             _, evaluated, features = evaluate_strategies(
-                advisor, labeled, transformer, seed
+                advisor, labeled, [transformer], seed
             )
             strategy = advisor.strategy_
         else:

@@ -346,7 +346,7 @@ def test_backbones_of_one_name_are_numbered(pipeline, images):
 
     display = LayerScoresDisplay.from_search(search)
 
-    names = [f"Backbone('mine') ({number})" for number in (1, 2)]
+    names = [f"mine ({number})" for number in (1, 2)]
     assert display.layers == [f"{name} {layer}" for name in names for layer in "ab"]
     scores = np.array(list(display.scores.values()))
     assert_array_equal(

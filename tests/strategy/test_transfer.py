@@ -39,7 +39,7 @@ STRATEGIES = ["as_is", "extract", "extract_early", "finetune", "finetune_top", "
 def cross_validate_once():
     """Save time: no promise of this file is about repetitions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skltl.strategy._evaluation.N_REPEATS", 1)
+        patch.setattr("skltl.strategy._cross_validation.N_REPEATS", 1)
         yield
 
 

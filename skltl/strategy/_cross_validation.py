@@ -1,0 +1,218 @@
+"""Labeled images, and cross-validation of linear classifiers on their features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn import config_context
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_consistent_length
+from sklearn.utils.validation import column_or_1d
+
+from skltl._estimator import read_images_of
+from skltl._sklearn import check_sample_weight, take
+from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
+from skltl.features import make_feature_pipeline
+from skltl.finetuning import encode_labels
+
+# Up to this number of images the cross-validation is repeated: a fold of twenty images
+# gives a coarse estimate.
+FEW_IMAGES = 500
+N_REPEATS = 3
+
+Features = NDArray[np.float32]
+Scores = NDArray[np.float64]  # of splits
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images with labels, and with weights and groups if there are any.
+
+    `targets` index `classes`, `weights` have a mean of 1, and `positions` are those of
+    the images in the ``X`` of the user.
+    """
+
+    X: Any
+    positions: NDArray[np.int64]
+    classes: NDArray[Any]
+    targets: NDArray[np.int64]
+    weights: NDArray[np.float64] | None
+    groups: NDArray[Any] | None
+
+    def subset(self, rows: NDArray[np.int64]) -> LabeledImages:
+        """Return some of the images, in this order; `rows` are sorted."""
+        if len(rows) == len(self.targets):  # arrays are not copied
+            return self
+        return replace(
+            self,
+            X=take(self.X, rows),
+            positions=self.positions[rows],
+            targets=self.targets[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            groups=None if self.groups is None else self.groups[rows],
+        )
+
+    @contextmanager
+    def original_positions(self) -> Iterator[None]:
+        """Let errors of images name their positions in the ``X`` of the user."""
+        try:
+            yield
+        except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+            position = int(self.positions[error.index])
+            raise type(error)(position, *error.args[1:]) from error
+
+
+def label_images(
+    estimator: Any, X: Any, y: Any, sample_weight: Any, groups: Any
+) -> LabeledImages:
+    """Check the data of a fit, and leave out images of weight 0."""
+    positions = np.arange(len(read_images_of(estimator, X, reset=True)))
+    classes, targets = encode_labels(y, len(positions))
+    if groups is not None:
+        groups = column_or_1d(groups)
+        check_consistent_length(positions, groups)
+    weights = None
+    if sample_weight is not None:
+        weights = check_sample_weight(
+            sample_weight, targets, dtype=np.float64, ensure_non_negative=True
+        )
+        if not weights.any():
+            raise ValueError("sample_weight is zero for all training samples.")
+        # As in fine-tuning, only their ratios matter: strategies are compared. A power
+        # of two changes no digit, and sums of what remains are finite.
+        weights = np.ldexp(weights, -np.frexp(weights.max())[1])
+        weights = weights / weights[weights > 0].mean()
+    labeled = LabeledImages(X, positions, classes, targets, weights, groups)
+    if weights is None or weights.all():
+        return labeled
+    rows = np.flatnonzero(weights)
+    classes, targets = encode_labels(classes[targets[rows]], len(rows))
+    return replace(labeled.subset(rows), classes=classes, targets=targets)
+
+
+def count_smallest(labeled: LabeledImages) -> int:
+    """Count the images, or groups, of the class that has the fewest."""
+    n_images = counts = np.bincount(labeled.targets)
+    if labeled.groups is not None:
+        _, groups = np.unique(labeled.groups, return_inverse=True)
+        pairs = np.unique(np.column_stack([labeled.targets, groups]), axis=0)
+        counts = np.bincount(pairs[:, 0])
+    rarest = int(np.argmin(counts))
+    if counts[rarest] < 2:
+        unit = "image" if n_images[rarest] == 1 else "group of images"
+        raise ValueError(
+            f"The class {repr(labeled.classes.tolist()[rarest])[:80]} has a single "
+            f"{unit}, but cross-validation needs at least two of each class."
+        )
+    return int(counts[rarest])
+
+
+def sample_images(
+    labeled: LabeledImages, max_images: int | None, n_per_class: int, seed: int
+) -> LabeledImages:
+    """Sample images by class, at least `n_per_class` of each or all that there are."""
+    n_images = len(labeled.targets)
+    if max_images is None or n_images <= max_images:
+        return labeled
+    fraction = Fraction(max_images, n_images)
+    return labeled.subset(sample_rows(labeled.targets, fraction, n_per_class, seed))
+
+
+def sample_rows(
+    targets: NDArray[np.int64],
+    fraction: float | Fraction,
+    n_per_class: int,
+    seed: int | list[int],
+) -> NDArray[np.int64]:
+    """Sample a fraction of the rows of each class; return them sorted."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for target in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == target))
+        n_wanted = max(n_per_class, round(fraction * len(members)))
+        chosen.append(members[:n_wanted])
+    return np.sort(np.concatenate(chosen))
+
+
+def split_folds(
+    targets: NDArray[np.int64], groups: NDArray[Any] | None, n_folds: int, seed: int
+) -> list[Split]:
+    """Split images into stratified folds, repeatedly if there are few images.
+
+    Folds without test images or with a single training class are left out.
+    """
+    rng = np.random.RandomState(seed)
+    splits = []
+    for _ in range(N_REPEATS if len(targets) <= FEW_IMAGES else 1):
+        if groups is None:
+            folds = StratifiedKFold(n_folds, shuffle=True, random_state=rng)
+        else:
+            fold_seed = rng.randint(2**31 - 1)
+            folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=fold_seed)
+        splits += [
+            (train, test)
+            for train, test in folds.split(targets, targets, groups)
+            if len(test) and len(np.unique(targets[train])) > 1
+        ]
+    if len(splits) < 2:
+        raise ValueError(
+            "The groups leave fewer than two folds with two classes to train on. "
+            "Provide classes that occur in several groups."
+        )
+    return splits
+
+
+def score_linear(
+    features: Features, labeled: LabeledImages, splits: list[Split], seed: int
+) -> Scores:
+    """Return the accuracy of a linear classifier in each split."""
+    probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
+    y, weights = labeled.targets, labeled.weights
+    scores = []
+    for train, test in splits:
+        w_train = None if weights is None else weights[train]
+        w_test = None if weights is None else weights[test]
+        fit_linear(probe, features[train], y[train], w_train)
+        predicted = probe.predict(features[test])
+        scores.append(accuracy_score(y[test], predicted, sample_weight=w_test))
+    return np.array(scores, dtype=np.float64)
+
+
+def fit_linear(
+    steps: Pipeline, features: Any, y: NDArray[Any], sample_weight: Any
+) -> None:
+    """Fit the scaler and the classifier of a feature pipeline, both with weights."""
+    weights = {f"{name}__sample_weight": sample_weight for name, _ in steps.steps}
+    # With routing enabled by the user, the steps would have to request the weights.
+    with config_context(enable_metadata_routing=False):
+        steps.fit(features, y, **weights)
+
+
+def summarize(
+    scores: dict[Any, Scores], n_folds: int
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """Return the means of scores, and their standard errors."""
+    means, errors = {}, {}
+    for name, values in scores.items():
+        means[name], errors[name] = mean_and_error(values, n_folds)
+    return means, errors
+
+
+def mean_and_error(values: Scores, n_folds: float) -> tuple[float, float]:
+    """Return the mean over splits and its standard error.
+
+    Splits share training images, for which the error is corrected (see Notes of
+    `StrategyAdvisor`).
+    """
+    test_per_train = 1 / (n_folds - 1)
+    variance = values.var(ddof=1) * (1 / len(values) + test_per_train)
+    return float(values.mean()), float(np.sqrt(variance))
