@@ -113,7 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help="folder of class folders")
     parser.add_argument("--backbone", default="vgg16")
-    parser.add_argument("--weights", default="imagenet", help="file, or name")
+    parser.add_argument("--weights", default="pretrained", help="file, or name")
     parser.add_argument("--figures", default="flowers_figures", type=Path)
     parser.add_argument("--cache", help="folder for cached features (default: none)")
     parser.add_argument("--seed", default=0, type=int)

@@ -2,7 +2,7 @@
 Custom backbones
 ================
 
-Any torch network that is a sequence of blocks can be used as a backbone. In this
+Any torch network from images to logits or features can be used as a backbone. In this
 example, a small network is trained on the digits from 0 to 4, and its features are used
 to classify the digits from 5 to 9.
 """
@@ -10,8 +10,8 @@ to classify the digits from 5 to 9.
 # %%
 # Train a network
 # ---------------
-# The network consists of named blocks and a head. It can be trained in any way; here
-# with a plain torch loop.
+# The network is an ordinary module, with a residual connection. It can be trained in
+# any way; here with a plain torch loop.
 
 import numpy as np
 import torch
@@ -29,26 +29,36 @@ from skltl import (
 )
 
 
-def block(n_in, n_out):
+def conv(n_in, n_out):
     return nn.Sequential(
         nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU()
     )
 
 
-torch.manual_seed(0)
-blocks = {
-    "stem": block(3, 16),
-    "middle": nn.Sequential(block(16, 32), nn.MaxPool2d(2)),
-    "top": block(32, 32),
-}
-head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+class DigitNet(nn.Module):
+    """Two blocks, a residual block, and a linear classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 16)
+        self.middle = nn.Sequential(conv(16, 32), nn.MaxPool2d(2))
+        self.top = conv(32, 32)
+        self.classifier = nn.Linear(32, 5)
+
+    def forward(self, batch):
+        """Return the logits (n, 5)."""
+        hidden = self.middle(self.stem(batch))
+        hidden = hidden + self.top(hidden)
+        return self.classifier(hidden.mean(dim=(2, 3)))
+
 
 rows, labels = load_digits(return_X_y=True)
 is_low = labels < 5
 low_rows, low_labels = rows[is_low] / 16, labels[is_low]
 batch = torch.tensor(low_rows, dtype=torch.float32).reshape(-1, 1, 8, 8)
 batch, targets = batch.expand(-1, 3, -1, -1), torch.tensor(low_labels)
-network = nn.Sequential(*blocks.values(), head)
+torch.manual_seed(0)
+network = DigitNet()
 optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
 for _ in range(60):
     optimizer.zero_grad()
@@ -57,10 +67,18 @@ for _ in range(60):
     optimizer.step()
 
 # %%
-# A `~skltl.Backbone` consists of the blocks, the head, and the preprocessing of images.
+# `~skltl.Backbone.from_module` traces the network, and splits it into blocks where a
+# single tensor connects what comes before and after. It needs the preprocessing of
+# images and the path of the module that returns the logits. ``layers`` names the main
+# layers: here the outputs of two modules, and the sum of the residual connection.
 
-preprocessing = Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1))
-backbone = Backbone.from_blocks("mine", blocks, head, preprocessing=preprocessing)
+backbone = Backbone.from_module(
+    "digits",
+    network,
+    preprocessing=Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1)),
+    head="classifier",
+    layers={"stem": "stem", "middle": "middle", "sum": "add"},
+)
 for layer in list_layers(backbone):
     print(layer.name, layer.channels, layer.stride)
 
@@ -75,8 +93,8 @@ print(f"{(pretrained.predict(low_rows) == low_labels).mean():.3f}")
 # %%
 # Transfer to other classes
 # -------------------------
-# The features of each block are evaluated on the digits from 5 to 9, with 100 images
-# for training.
+# The features of each main layer are evaluated on the digits from 5 to 9, with 100
+# images for training.
 
 X_train, X_test, y_train, y_test = train_test_split(
     rows[~is_low] / 16, labels[~is_low], train_size=100, random_state=0
@@ -94,4 +112,4 @@ for name, pipeline in pipelines.items():
 # Grad-CAM shows the regions of the images that contribute to the predicted class.
 
 first = np.unique(y_test, return_index=True)[1]
-GradCAMDisplay.from_estimator(pipelines["top"], X_test[first], n_columns=5)
+GradCAMDisplay.from_estimator(pipelines["middle"], X_test[first], n_columns=5)

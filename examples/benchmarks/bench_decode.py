@@ -42,7 +42,7 @@ def write_photographs(folder, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backbone", default="tiny")
-    parser.add_argument("--weights", default="imagenet")
+    parser.add_argument("--weights", default="pretrained")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="output file for the figures")

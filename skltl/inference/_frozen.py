@@ -172,11 +172,11 @@ def build_segments(
             layers = copy.deepcopy(fold_batch_norms(graph, layers))
             segment = Block(graph, _with_short_names(graph, layers), constants)
             freeze([segment])  # the folded convolutions are new
-            # torch's annotations of `Module.to` leave out `memory_format`.
-            segment.to(  # type: ignore[call-overload]
-                device, dtype, memory_format=torch.channels_last
-            )
-            segments[name] = segment
+            segments[name] = segment.to(device, dtype)
+            # Not in `Module.to`, which rejects constants of five dimensions.
+            for tensor in (*segment.parameters(), *segment.buffers()):
+                if tensor.ndim == 4:
+                    tensor.data = tensor.contiguous(memory_format=torch.channels_last)
             parts = []
     return segments
 

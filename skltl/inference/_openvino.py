@@ -11,24 +11,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from skltl._caller import user_stacklevel
 from skltl._locks import Lock
 from skltl.exceptions import EngineError, EngineWarning
 from skltl.inference._torch import pool
-from skltl.networks import Block, Layout, is_known_code, layers_of
+from skltl.networks import Block, Layout, function_names, is_known_code, layers_of
 
 ENGINES = ("torch", "compile", "openvino")
 
-# The torch layers of torchvision's ConvNets, which OpenVINO can convert. Whether it can
-# convert others is unknown before it tries.
+# Layers and functions of torchvision and timm, which OpenVINO converts with the same
+# results. Whether it can convert others is unknown before it tries.
 USUAL_LAYERS = frozenset(
     (
-        *(nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm),
-        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish),
-        *(nn.Hardsigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-        *(nn.Flatten, nn.Dropout, nn.Identity),
+        *(nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Linear, nn.Identity, nn.Dropout),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.MultiheadAttention),
+        *(NonDynamicallyQuantizableLinear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU),
+        *(nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.MaxPool2d),
+        *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.ZeroPad2d, nn.Upsample),
     )
+)
+USUAL_FUNCTIONS = frozenset(
+    """
+    __eq__ __getitem__ __invert__ __pow__ __rsub__ __setitem__ adaptive_avg_pool2d add
+    add_ addcmul amax avg_pool2d batch_norm cat chunk clamp clone contiguous conv2d cos
+    cumsum div div_ dropout einsum exp expand flatten float fold gelu getattr getitem
+    group_norm interpolate layer_norm linear masked_fill matmul max_pool2d mean mul ne
+    neg new_zeros norm normalize pad permute relu repeat_interleave reshape reshape_as
+    rms_norm roll scaled_dot_product_attention sigmoid sin size softmax split squeeze
+    stack sub sum swapaxes tile to transpose type_as unbind unfold unsqueeze zero_ zeros
+    """.split()
 )
 
 # OpenVINO's threads do not exist in a forked child, which would wait for them forever.
@@ -90,10 +103,14 @@ def _obstacle(engine: str, device: torch.device) -> str:
 
 
 def _is_usual(block: Block) -> bool:
-    """Return whether a block consists of known code and usual layers."""
+    """Return whether a block consists of known code, usual layers and functions."""
     parts = (part for layer in layers_of(block).values() for part in layer.modules())
     layers = (part for part in parts if type(part).__module__[:6] == "torch.")
-    return is_known_code(block) and all(type(one) in USUAL_LAYERS for one in layers)
+    return (
+        is_known_code(block)
+        and all(type(one) in USUAL_LAYERS for one in layers)
+        and function_names(block) <= USUAL_FUNCTIONS
+    )
 
 
 class OpenVINOEngine:

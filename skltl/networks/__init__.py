@@ -19,6 +19,7 @@ from skltl.networks._backbone import (
 )
 from skltl.networks._blocks import (
     Block,
+    function_names,
     graph_of,
     layers_of,
     parts_of,
@@ -73,6 +74,7 @@ __all__ = [
     "check_finite",
     "forget_networks",
     "freeze",
+    "function_names",
     "get_backbone",
     "graph_of",
     "has_hooks",

@@ -87,6 +87,11 @@ def functions_of(block: Block) -> list[Any]:
     return [node.target for node in graph_of(block).nodes if node.op in ops]
 
 
+def function_names(block: Block) -> set[str]:
+    """Return the names of the functions and methods that a block calls."""
+    return {getattr(one, "__name__", str(one)) for one in functions_of(block)}
+
+
 def uses_layer_norm(blocks: Iterable[Block]) -> bool:
     """Return whether any block normalizes the channels of each image."""
     names = {"layernorm", "rmsnorm", "layernorm2d"}
@@ -105,8 +110,8 @@ def _operations(block: Block) -> set[str]:
     """
     layers = layers_of(block).values()
     kinds = {type(one).__name__ for layer in layers for one in layer.modules()}
-    functions = {getattr(one, "__name__", str(one)) for one in functions_of(block)}
-    return {name.replace("_", "").lower() for name in kinds | functions}
+    names = kinds | function_names(block)
+    return {name.replace("_", "").lower() for name in names}
 
 
 def source_of(block: Block) -> str:

@@ -229,7 +229,7 @@ def test_named_pipes_do_not_block(tmp_path, role):
     images = [pipe] * 4 if role == "image" else IMAGES
     with ThreadPoolExecutor(1) as pool:
         fit = pool.submit(
-            made.set_params(weights=pipe if role == "weights" else "imagenet").fit,
+            made.set_params(weights=pipe if role == "weights" else "pretrained").fit,
             *(images, LABELS),
         )
         try:

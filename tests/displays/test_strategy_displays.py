@@ -109,7 +109,7 @@ def test_fitted_classifiers_are_compared_by_epoch():
         FineTunedCNNClassifier("tiny", weights=weights, **settings, **ROWS).fit(
             rows[:60] / 16, labels[:60] % 3
         )
-        for weights in ("imagenet", None)
+        for weights in ("pretrained", None)
     ]
 
     display = TransferGainDisplay.from_estimators(*both)

@@ -27,7 +27,7 @@ from skltl.networks import get_backbone, resolve_layer, resolve_weights
 def tiny_blocks(layer):
     backbone = get_backbone("tiny")
     block = resolve_layer(backbone, layer).block
-    weights = resolve_weights(backbone, "imagenet")
+    weights = resolve_weights(backbone, "pretrained")
     return load_prefix(backbone, weights, None, (32, 32), [block]).blocks
 
 

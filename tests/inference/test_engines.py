@@ -210,7 +210,19 @@ def test_unusual_layers_run_on_torch(layer, images):
 
 
 @openvino
-@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v3_small", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "densenet121",
+            "mobilenet_v3_small",
+            "convnext_tiny",
+            "vit_b_32",
+            "swin_v2_t",
+        ),
+        *("timm:test_vit", "timm:resnet10t", "timm:levit_128s"),
+    ],
+)
 def test_usual_networks_run_on_openvino(name, images):
     settings = {"weights": None, "random_state": 0, "image_size": 64, "device": "cpu"}
     fitted = CNNFeatureTransformer(name, **settings).fit(images)
@@ -242,6 +254,27 @@ def test_code_of_the_user_runs_on_torch_unless_openvino_is_requested(images):
 
     assert fitted.engine_ == "torch"
     assert np.isfinite(fitted.transform(images)).all()
+    asked = CNNFeatureTransformer(backbone, engine="openvino", **settings)
+    with pytest.raises(EngineError, match=r"engine='torch' runs all.*aten::special"):
+        asked.fit(images).transform(images)
+
+
+@openvino
+def test_unusual_functions_run_on_torch_unless_openvino_is_requested(images):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, batch):
+            return torch.special.bessel_j0(self.conv(batch))  # unknown to OpenVINO
+
+    backbone = Backbone.from_module("odd", Odd(), preprocessing=Preprocessing(8))
+
+    settings = {"device": "cpu", "precision": "float32"}
+    fitted = CNNFeatureTransformer(backbone, **settings).fit(images)
+
+    assert fitted.engine_ == "torch"
     asked = CNNFeatureTransformer(backbone, engine="openvino", **settings)
     with pytest.raises(EngineError, match=r"engine='torch' runs all.*aten::special"):
         asked.fit(images).transform(images)

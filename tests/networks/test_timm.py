@@ -18,9 +18,15 @@ from skltl.exceptions import (
     WeightsError,
     WeightsNotFoundError,
 )
-from skltl.inference import pool
+from skltl.inference import FrozenPrefix, pool
 from skltl.networks import _timm as timm_networks
-from skltl.networks import _weights, get_backbone, resolve_layer, resolve_weights
+from skltl.networks import (
+    _weights,
+    get_backbone,
+    resolve_layer,
+    resolve_weights,
+    truncate,
+)
 
 timm = pytest.importorskip("timm")
 
@@ -29,6 +35,7 @@ BY_DEFAULT = (
     *("vit_tiny_patch16_224", "deit_tiny_patch16_224", "eva02_tiny_patch14_224"),
     *("convnext_atto", "efficientnet_b0", "lcnet_035", "nf_regnet_b0", "resnet10t"),
     *("levit_128s", "mobilevit_xxs", "xcit_nano_12_p16_224", "starnet_s050"),
+    "swin_tiny_patch4_window7_224",
 )
 NAMES = [
     pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
@@ -108,6 +115,31 @@ def test_automatic_pooling_is_that_of_the_network(built):
 
     assert not missing
     assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+def test_features_are_the_pooled_outputs_of_the_blocks(built):
+    """Folded, channels last, in segments: equal up to rounding at every main layer."""
+    name, network, _ = built
+    size = get_backbone("timm:" + name).preprocessing.size
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (2, *size, 3), generator=generator).to(torch.uint8)
+    mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.22)
+    wanted = {block: network.layouts[block] for block in network.layers.values()}
+    prefix = FrozenPrefix(truncate(network.blocks, list(wanted)))
+    runner = prefix.runner(torch.device("cpu"), torch.float32, wanted)
+
+    features = runner.features(pixels, mean, std, "avg")
+
+    output = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
+    by_hand = []
+    with torch.inference_mode():
+        for block_name, block in network.blocks.items():
+            output = block(output)
+            if block_name in wanted:
+                by_hand.append(pool(output.clone(), "avg", wanted[block_name]))
+    sizes = [each.shape[1] for each in by_hand]
+    for found, expected in zip(features.split(sizes, dim=1), by_hand, strict=True):
+        assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.abs().max())
 
 
 @pytest.mark.parametrize("name", NAMES)

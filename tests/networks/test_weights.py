@@ -275,6 +275,7 @@ def test_a_missing_file_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "name"),
     [
+        ("pretrained", "IMAGENET1K_V1"),
         ("imagenet", "IMAGENET1K_V1"),
         ("IMAGENET1K_V2", "IMAGENET1K_V2"),
         ("ResNet50_Weights.IMAGENET1K_V2", "IMAGENET1K_V2"),
