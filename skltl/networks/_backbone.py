@@ -8,6 +8,7 @@ rewriting.
 from __future__ import annotations
 
 import copy
+import keyword
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
@@ -20,7 +21,9 @@ import torch
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from skltl.exceptions import shorten
 from skltl.images import Preprocessing
 from skltl.networks._blocks import Block, block_of_layer, joined
 from skltl.networks._layouts import Layout
@@ -33,9 +36,10 @@ def is_module(value: object) -> bool:
     return isinstance(value, nn.Module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether calling a module does more than its ``forward``."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_customized(module: nn.Module) -> bool:
+    """Return whether calling a module does other things than its class says."""
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return has_hooks or "forward" in vars(module)
 
 
 def truncate(blocks: Mapping[str, Block], wanted: Sequence[str]) -> dict[str, Block]:
@@ -66,7 +70,8 @@ class Model:
     tokens of a transformer belong to no part of the image; with `uses_class_token`, the
     head uses the first of them. `last_block` is where the network ends, if not at its
     head. With a `final_stride`, that of the last feature maps or 1 if it is unknown,
-    `layers` may lack the last layers, or be empty.
+    `layers` may lack the last layers, or be empty. It is not trainable if its gradients
+    are other than those of its calls.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -79,6 +84,7 @@ class Model:
     uses_class_token: bool = False
     last_block: str | None = None
     final_stride: int | None = None
+    is_trainable: bool = True
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict of the network."""
@@ -290,11 +296,12 @@ class Backbone:
         TypeError
             If a parameter has another type than documented.
         ValueError
-            If there is no module `head`, or the network cannot be truncated at one of
-            the `layers`; if the network cannot be traced, for example because its
-            forward pass depends on pixel values; or if the features of an image would
-            depend on the rest of its batch (batch-norm without running statistics).
-            Networks that cannot be traced can be given to `from_blocks`.
+            If there is no module `head` with weights that the network uses, or it
+            cannot be truncated at one of the `layers`; if the network cannot be traced,
+            for example because its forward pass depends on pixel values; or if the
+            features of an image would depend on the rest of its batch (batch-norm
+            without running statistics). Networks that cannot be traced can be given to
+            `from_blocks`.
 
         Examples
         --------
@@ -306,9 +313,10 @@ class Backbone:
         >>> [layer.name for layer in list_layers(mine)]
         ['conv1', 'bn1', 'relu', 'maxpool', 'layer1.0', 'layer1', 'layer2.0', ...]
         """
-        from skltl.networks._building import check_own  # which needs this module
+        # These need this module.
+        from skltl.networks._building import check_own, has_equal_gradients
 
-        check_scalar(name, "name", str)
+        _check_name(name)
         _check_preprocessing(preprocessing)
         module = _check_module(module, head)
         _check_layers(layers)
@@ -323,6 +331,9 @@ class Backbone:
         )
         backbone = own_backbone(name, OwnModel(model), preprocessing)
         check_own(backbone, layers or ())
+        if not has_equal_gradients(backbone):
+            model = replace(model, is_trainable=False)
+            backbone = own_backbone(name, OwnModel(model), preprocessing)
         return backbone
 
     @classmethod
@@ -379,7 +390,7 @@ class Backbone:
         >>> Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
         Backbone('mine')
         """
-        check_scalar(name, "name", str)
+        _check_name(name)
         _check_preprocessing(preprocessing)
         _check_blocks(blocks)
         if not (head is None or isinstance(head, nn.Module)):
@@ -517,7 +528,14 @@ def own_backbone(name: str, build: Own, preprocessing: Preprocessing) -> Backbon
 
     The copy is frozen, on the CPU, in float32.
     """
-    build = copy.deepcopy(build)
+    try:
+        build = copy.deepcopy(build)
+    except RuntimeError as error:  # of torch, such as for weights that are functions
+        raise ValueError(
+            f"{name!r} cannot be copied: {shorten(str(error), 200)} Remove weight_norm "
+            "and spectral_norm from the trained network, or use those of "
+            "torch.nn.utils.parametrizations."
+        ) from error
     network = build.shared()
     modules = network.parts if isinstance(network, Network) else [network.module]
     for module in modules:
@@ -535,7 +553,7 @@ def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for name, module in modules.items():
         is_plain = type(module).forward is nn.Sequential.forward
-        if is_plain and not has_hooks(module):
+        if is_plain and not is_customized(module):
             # Not `named_children`, which skips the second use of a shared ReLU.
             children = module._modules.items()
             layers |= expand({f"{name}.{key}": one for key, one in children if one})
@@ -558,6 +576,19 @@ def _paths(blocks: Iterable[str]) -> set[str]:
     return paths
 
 
+def _is_reserved(name: str) -> bool:
+    """Return whether a module of this name cannot be called by generated code."""
+    is_text = name.isprintable() and not any(map(name.count, '"\\'))
+    return keyword.iskeyword(name) or not is_text
+
+
+def _check_name(name: Any) -> None:
+    """Raise an error if a backbone of the user cannot have this name."""
+    check_scalar(name, "name", str)
+    if name.startswith("timm:"):
+        raise ValueError(f"name={name!r}: names that begin with 'timm:' are timm's.")
+
+
 def _check_preprocessing(preprocessing: Preprocessing) -> None:
     if not isinstance(preprocessing, Preprocessing):
         raise TypeError(
@@ -572,6 +603,18 @@ def _check_module(module: nn.Module, head: str | None) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     _check_parts("The network", module)
     paths = [path for path, _ in module.named_modules() if path]
+    for path in paths:
+        if any(map(_is_reserved, path.split("."))):
+            raise ValueError(
+                f"The network has a module with the path {path!r}: a name in it is a "
+                "keyword of Python, or has quotes or backslashes. Rename the module."
+            )
+    for key, weight in module.state_dict(keep_vars=True).items():
+        if isinstance(weight, Tensor) and (weight.is_meta or is_lazy(weight)):
+            raise ValueError(
+                f"The weights {key!r} of the network have no values. Load them, or run "
+                "lazy modules once."
+            )
     if head is not None:
         check_scalar(head, "head", str)
     if head is not None and head not in paths:
@@ -594,6 +637,8 @@ def _check_layers(layers: Mapping[str, str] | None) -> None:
     for name, path in layers.items():
         check_scalar(name, "A name in layers", str)
         check_scalar(path, f"layers[{name!r}]", str)
+    if not layers:
+        raise ValueError("layers is empty: a backbone needs at least one layer.")
     if "last" in layers:
         raise ValueError("layers: 'last' cannot name a layer.")
 

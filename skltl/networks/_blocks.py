@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 ACTIVATIONS = {
     *("relu", "relu6", "leakyrelu", "prelu", "elu", "selu", "celu"),
-    *("gelu", "gelutanh", "silu", "swish", "mish", "hardswish"),
+    *("gelu", "gelutanh", "silu", "swish", "mish", "hardswish", "hardtanh"),
+    *("sigmoid", "hardsigmoid", "logsigmoid", "tanh", "softplus", "softsign"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -24,11 +24,13 @@ from skltl.networks._backbone import (
     Network,
     Truncated,
     freeze,
+    state_of,
 )
 from skltl.networks._layouts import Layout, layout_of
 from skltl.networks._main_layers import find_layers
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
-from skltl.networks._trace import Trace, cut_points_before, module_ends, split, trace
+from skltl.networks._splitting import cut_points_before, module_ends, split
+from skltl.networks._trace import Trace, trace
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -203,7 +205,11 @@ def _trace(backbone: Backbone, image_size: ImageSize) -> Trace:
     except FORWARD_ERRORS as error:
         if image_size == usual:
             raise _untraceable(backbone, str(error)) from error
-    return trace(model.module, image_size, reference=_trace(backbone, usual))
+    reference = _trace(backbone, usual)
+    try:
+        return trace(model.module, image_size, reference)
+    except FORWARD_ERRORS as error:  # it fails elsewhere than for the usual size
+        raise ValueError(_refusal(backbone, image_size, str(error))) from error
 
 
 def _untraceable(backbone: Backbone, reason: str) -> TraceError:
@@ -212,10 +218,11 @@ def _untraceable(backbone: Backbone, reason: str) -> TraceError:
         reason = "its forward pass depends on the values of pixels or weights"
     if "TorchScript" in reason:  # in which errors are wrapped
         reason = "it runs code that torch cannot observe, a function of TorchScript"
-    return TraceError(
-        f"{backbone.name!r} cannot be traced: {shorten(reason, 200)}. "
-        "Backbone.from_blocks accepts any modules that run one after the other."
-    )
+    remedy = ""
+    if backbone.own_network is not None:
+        remedy = " Backbone.from_blocks accepts modules that run one after the other."
+    message = f"{backbone.name!r} cannot be traced: {shorten(reason, 200)}."
+    return TraceError(message + remedy)
 
 
 def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
@@ -228,11 +235,11 @@ def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
             "head."
         )
     found: dict[str, Layout] = {}
-    is_last = False  # whether the channels were last in the output before
+    before: Layout | None = None
     for point in traced.cut_points[: len(blocks)]:
         tokens = model.n_prefix_tokens, model.uses_class_token
-        found[point.name] = layout_of(point.shape, image_size, *tokens, is_last)
-        is_last = found[point.name].is_channels_last
+        before = layout_of(point.shape, image_size, *tokens, before)
+        found[point.name] = before
     inner = [one.name for one in traced.cut_points if not one.is_between_modules]
     network = Network(
         blocks,
@@ -241,7 +248,7 @@ def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
         layouts=found,
         limit=shorten(str(traced.error or ""), 200),
         inner=frozenset(inner),
-        is_trainable=traced.is_trainable,
+        is_trainable=traced.is_trainable and model.is_trainable,
     )
     return _with_names(backbone, model, network, image_size)
 
@@ -262,6 +269,8 @@ def _with_names(
         kept = kept[: kept.index(model.last_block) + 1]
         paths = {path: block for path, block in paths.items() if block in kept}
     layers = {name: paths[path] for name, path in model.layers.items() if path in paths}
+    order = [point.name for point in points]
+    layers = dict(sorted(layers.items(), key=lambda item: order.index(item[1])))
     named = replace(
         network, layers=layers, aliases=model.aliases, paths=paths, inside=inside
     )
@@ -296,7 +305,9 @@ def _layouts_by_running(
 _checked: WeakKeyDictionary[Backbone, set[ImageSize]] = WeakKeyDictionary()
 
 
-def check(backbone: Backbone, model: Model, image_size: ImageSize) -> None:
+def check(
+    backbone: Backbone, model: Model, image_size: ImageSize, n_images: int = 1
+) -> None:
     """Compare the blocks of a network with the network itself, once for each size.
 
     Where images vanish in the network, images of its usual size are used. The network
@@ -312,12 +323,18 @@ def check(backbone: Backbone, model: Model, image_size: ImageSize) -> None:
     network = as_network(backbone, model, image_size)
     generator = torch.Generator("cpu").manual_seed(0)
     options: Any = {"dtype": torch.float32, "device": "cpu", "generator": generator}
-    batch = torch.randn(1, 3, *image_size, **options)
+    batch = torch.randn(n_images, 3, *image_size, **options)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         expected = model.module.eval()(batch.clone())
-        found = network.logits(batch)
+        found = network.logits(batch.clone())
+        alone = network.logits(batch[:1]) if n_images > 1 else found
+    if expected.dtype != torch.float32:
+        raise _untraceable(backbone, f"it returns values of the type {expected.dtype}")
     if not _is_same(found, expected):
         raise _untraceable(backbone, "its blocks do not compute what it computes")
+    scale = float(found.abs().max())
+    if not torch.allclose(alone, found[:1], rtol=0, atol=1e-3 * scale, equal_nan=True):
+        raise _untraceable(backbone, "what it computes depends on the other images")
     _checked[backbone].add(image_size)
 
 
@@ -325,14 +342,58 @@ def check_own(backbone: Backbone, layers: Iterable[str]) -> None:
     """Check the network that a backbone owns, and that it has some main layers."""
     model = copy.deepcopy(backbone.own_network)
     assert isinstance(model, Model)
-    check(backbone, model, usual_size(backbone))
+    # Another number of images than in the trace.
+    check(backbone, model, usual_size(backbone), n_images=5)
     network = skeleton(backbone, usual_size(backbone))
+    if model.head and network.head is not None and not state_of([network.head]):
+        raise ValueError(
+            f"head={model.head[0]!r} has no weights that the forward pass uses, so it "
+            "cannot return the logits."
+        )
     for name in set(layers) - network.layers.keys():
         raise ValueError(
             f"layers: {backbone.name!r} cannot be truncated at "
             f"{model.layers[name]!r}. It can be truncated at "
             f"{', '.join(list(network.blocks)[-12:])}."
         )
+
+
+def has_equal_gradients(backbone: Backbone) -> bool:
+    """Return whether the blocks of an own network are trained as the network is.
+
+    A backward pass of its own, or code without gradients, leaves no trace.
+    """
+    own, size = backbone.own_network, usual_size(backbone)
+    assert isinstance(own, Model)
+    if not skeleton(backbone, size).is_trainable:
+        return False
+    blocks = as_network(backbone, copy.deepcopy(own), size).parts
+    try:
+        expected = _gradients([copy.deepcopy(own.module)], size)
+    except FORWARD_ERRORS:  # it cannot be trained
+        return False
+    found = _gradients(blocks, size)
+    return all(
+        torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for name, gradient in expected.items()
+        if name in found
+    )
+
+
+def _gradients(parts: Sequence[nn.Module], image_size: ImageSize) -> dict[str, Tensor]:
+    """Return the gradients of all weights for two random images, in train mode."""
+    for part in parts:
+        part.train().requires_grad_(True)
+    with own_random_state(0), torch_defaults(), torch.enable_grad():
+        output = torch.randn(2, 3, *image_size, dtype=torch.float32, device="cpu")
+        for part in parts:
+            output = part(output)
+        torch.autograd.backward(output.square().mean())
+    return {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for part in parts
+        for name, weight in part.named_parameters()
+    }
 
 
 def _is_same(one: Tensor, other: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from skltl import __version__
 from skltl._locks import Lock
-from skltl.networks._backbone import Backbone, has_hooks
+from skltl.networks._backbone import Backbone, is_customized
 from skltl.networks._blocks import Block, functions_of, layers_of, source_of
 
 # The code of these packages is identified by their versions. Of others, it is unknown.
@@ -46,7 +46,7 @@ def versions(blocks: Iterable[Block] = ()) -> dict[str, str]:
 def is_known_code(block: Block) -> bool:
     """Return whether a block runs code of torch, torchvision and skltl only."""
     return all(map(_is_known_function, functions_of(block))) and all(
-        _package(type(module)) in KNOWN_PACKAGES and not has_hooks(module)
+        _package(type(module)) in KNOWN_PACKAGES and not is_customized(module)
         for _, module in _modules(block)
     )
 

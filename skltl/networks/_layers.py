@@ -15,6 +15,12 @@ from skltl.networks._registry import get_backbone
 ADDED_PIXELS = 768
 
 
+# In images of at least this size, in pixels, these ratios are strides: padding does not
+# add up to as much.
+LARGE = 160
+USUAL_STRIDES = frozenset((1, 2, 4, 8, 14, 16, 32))
+
+
 class Layer(NamedTuple):
     """A main layer, as listed by `list_layers`."""
 
@@ -96,25 +102,27 @@ def _strides(backbone: Backbone) -> dict[str, int]:
     """Return the stride of each block with a grid.
 
     It is the ratio of what a larger image adds in pixels to what it adds to the grid:
-    the ratio of the sizes is blurred by padding and rounding. A network for images of
-    one size has a stride only if the sizes are divisible.
+    the ratio of the sizes is blurred by padding and rounding. That takes long for some
+    networks, and is left out where all ratios are strides that occur. A network for
+    images of one size has a stride only if the sizes are divisible.
     """
     (height, width), strides = backbone.preprocessing.size, {}
     layouts = skeleton(backbone, (height, width)).layouts
+    grids = {block: one.grid for block, one in layouts.items() if one.grid is not None}
+    ratios = {block: height / grid[0] for block, grid in grids.items()}
+    if height >= LARGE and set(ratios.values()) <= USUAL_STRIDES:
+        return {block: int(ratio) for block, ratio in ratios.items()}
     try:
         size = height + ADDED_PIXELS, width + ADDED_PIXELS
         larger = skeleton(backbone, size).layouts
     except ValueError:
         larger = {}
-    for block, layout in layouts.items():
+    for block, grid in grids.items():
         other = larger[block].grid if block in larger else None
-        if layout.grid is None:
-            continue
-        n = layout.grid[0]
-        if other is not None and other[0] > n:
-            strides[block] = round(ADDED_PIXELS / (other[0] - n))
-        elif other is None and height % n == 0:
-            strides[block] = height // n
+        if other is not None and other[0] > grid[0]:
+            strides[block] = round(ADDED_PIXELS / (other[0] - grid[0]))
+        elif other is None and height % grid[0] == 0:
+            strides[block] = height // grid[0]
     return strides
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 class Layout:
     """The axes of an output of a network, for one image.
 
-    `shape` is (c, h, w), (h, w, c) if `is_channels_last`, (t, c) or (d,). `grid` is the
-    height and width of a feature map, or of the tokens after the `n_prefix` first ones;
-    it is ``None`` for a vector, and for a shape that cannot be interpreted.
+    `shape` is (c, h, w) or (c, h * w), with `is_channels_last` (h, w, c) or (t, c), or
+    else (d,). `grid` is the height and width of a feature map, or of the tokens after
+    the `n_prefix` first ones; it is ``None`` for a vector, and for a shape that cannot
+    be interpreted.
     `uses_class_token` says whether the network's own head uses the first token only.
     """
 
@@ -46,9 +47,12 @@ class Layout:
 
     def as_map(self, output: Tensor) -> Tensor:
         """Return an output as a feature map (n, c, h, w), without prefix tokens."""
-        if len(self.shape) == 2:
+        grid = self.grid or ()
+        if len(self.shape) == 2 and self.is_channels_last:
             tokens = output[:, self.n_prefix :]
-            output = tokens.reshape(-1, *(self.grid or ()), self.n_channels)
+            output = tokens.reshape(-1, *grid, self.n_channels)
+        elif len(self.shape) == 2:
+            output = output.reshape(-1, self.n_channels, *grid)
         return output.movedim(-1, 1) if self.is_channels_last else output
 
     def class_token(self, output: Tensor) -> Tensor:
@@ -61,26 +65,36 @@ def layout_of(
     image_size: tuple[int, int],
     n_prefix_tokens: int = 0,
     uses_class_token: bool = False,
-    was_channels_last: bool = False,
+    before: Layout | None = None,
 ) -> Layout:
     """Return the layout of an output with a shape, for images of a size.
 
     Where all axes of a feature map have the same length, channels are where they were
-    in the output before, `was_channels_last`.
+    in the output before it. A feature map whose rows are joined has its channels first.
     """
     if len(shape) == 3:
         is_first = _is_grid(shape[1:], image_size)
         is_last = _is_grid(shape[:2], image_size)
-        if is_last and (was_channels_last or not is_first):
+        was_last = before is not None and before.is_channels_last
+        if is_last and (was_last or not is_first):
             return Layout(shape, shape[:2], is_channels_last=True)
         return Layout(shape, shape[1:])
     if len(shape) == 2:
+        if before is not None and _is_flat(shape, before):
+            return Layout(shape, before.grid)
         for n_prefix in dict.fromkeys((n_prefix_tokens, 0)):
             grid = _grid_of(shape[0] - n_prefix, image_size)
             if grid is not None:
                 uses_first = uses_class_token and n_prefix > 0
                 return Layout(shape, grid, True, n_prefix, uses_first)
     return Layout(shape)
+
+
+def _is_flat(shape: tuple[int, ...], before: Layout) -> bool:
+    """Return whether an output (c, h * w) is the feature map (c, h, w) before it."""
+    if before.grid is None or before.is_channels_last:
+        return False
+    return shape == (before.n_channels, math.prod(before.grid))
 
 
 def _is_grid(grid: tuple[int, ...], image_size: tuple[int, int]) -> bool:

@@ -25,7 +25,9 @@ def find_layers(
     if 2 * len(layers) <= len(model.layers):  # most are inside of blocks
         layers = _outer_layers(network, model.module)
     last = max((names.index(block) for block in layers.values()), default=-1)
-    final = _final_map(network, last)
+    # The output of a network without a head is a layer, whatever computes it.
+    is_all = not model.head and model.last_block is None
+    final = _final_map(network, last, is_all)
     layout = network.layouts[names[final]]
     if final > last:
         # It has the place of the last one, unless that is a layer of its own.
@@ -60,11 +62,11 @@ def _n_parents(network: nn.Module, path: str) -> int:
     return sum(not isinstance(module, CONTAINERS) for module in modules)
 
 
-def _final_map(network: Network, last: int) -> int:
+def _final_map(network: Network, last: int, is_all: bool) -> int:
     """Return the position of the last block on the grid of the last main layer.
 
-    It has weights, or is an activation function right after the one that does. After
-    such a block, the order of the axes may change, too.
+    Unless `is_all`, it has weights, or is an activation function right after the one
+    that does. After such a block, the order of the axes may change, too.
     """
     final, names = last, list(network.blocks)
     for number in range(last + 1, len(names)):
@@ -72,12 +74,18 @@ def _final_map(network: Network, last: int) -> int:
         layout, before = network.layouts[name], network.layouts[names[final]]
         is_next = number == final + 1
         if layout.grid == before.grid and (
-            _have_weights(network, [name])
+            is_all
+            or (_have_weights(network, [name]) and _may_follow(layout, before))
             or (is_next and is_activation(network.blocks[name]))
             or (is_next and final > last and _is_rearranged(layout, before))
         ):
             final = number
     return final
+
+
+def _may_follow(layout: Layout, before: Layout) -> bool:
+    """Return whether an output may be of the trunk: later, heads project its tokens."""
+    return len(layout.shape) == 3 or layout.n_channels == before.n_channels
 
 
 def _is_rearranged(one: Layout, other: Layout) -> bool:

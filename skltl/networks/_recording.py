@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -100,10 +101,11 @@ class Recording:
     """The calls of a forward pass, in order.
 
     `spans` holds, for each module that was run, its path, the number of its first call
-    and the number of the first call after it. `error` is the reason if the forward pass
-    has failed; then `result` is ``None``.
+    and the number of the first call after it. `dtype` is that of images and weights.
+    `error` is the reason if the forward pass has failed; then `result` is ``None``.
     """
 
+    dtype: torch.dtype
     calls: list[Call] = field(default_factory=list)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     result: Any = None
@@ -130,7 +132,8 @@ def record(
         torch_defaults(),
     ):
         batch = torch.empty((n_images, 3, *image_size), dtype=dtype, device="meta")
-        recorder = _Recorder(_without_values(model, dtype).train(training), whole)
+        copied = _without_values(model, dtype).train(training)
+        recorder = _Recorder(copied, dtype, whole)
         recorder.run(batch)
     return recorder.recording
 
@@ -141,9 +144,9 @@ class _Recorder(TorchFunctionMode):
     The network gets hooks, and must be a copy.
     """
 
-    def __init__(self, model: nn.Module, whole: Set[str]) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, whole: Set[str]) -> None:
         super().__init__()
-        self.recording = Recording()
+        self.recording = Recording(dtype)
         self._model = model
         # By the identities of tensors, which are kept: others could get these.
         self._known: dict[int, tuple[Output | Weight, Source]] = {}
@@ -184,15 +187,16 @@ class _Recorder(TorchFunctionMode):
         source, arguments = self._source(tensors), self._referenced((args, kwargs))
         if source > Source.CONSTANT:
             args, kwargs = map_values(_without_value, (args, kwargs))
-        versions = [tensor._version for tensor in tensors]
+        passed = tensors_in((args, kwargs))
+        versions = [tensor._version for tensor in passed]
         output = func(*args, **kwargs)
         modified = [
             tensor
-            for tensor, version in zip(tensors, versions, strict=True)
-            if tensor._version > version
+            for tensor, one, version in zip(tensors, passed, versions, strict=True)
+            if one._version > version
         ]
         for tensor in modified:
-            self._check_modified(tensor, source)
+            self._note_modified(tensor, source)
         if not modified:
             output = _distinct(output, tensors)
         if modified or tensors_in(output):
@@ -276,7 +280,8 @@ class _Recorder(TorchFunctionMode):
                 return self._known[id(value)][0]
             if isinstance(value, Tensor):
                 self._kept.append(value)
-            return value
+            # Code with numpy's numbers would need their type.
+            return value.item() if isinstance(value, np.generic) else value
 
         return map_values(referenced, values)
 
@@ -290,15 +295,27 @@ class _Recorder(TorchFunctionMode):
                 raise TraceError(_UNOBSERVED)
         return source
 
-    def _check_modified(self, tensor: Tensor, source: Source) -> None:
-        """Refuse a call that modifies weights, or constants by what depends on them.
+    def _note_modified(self, tensor: Tensor, source: Source) -> None:
+        """Note that a tensor depends on what it is modified by, and so do its views.
 
-        Later images would get other outputs.
+        The network must not hold it: later images would get other outputs.
         """
         if self._model.training:  # statistics are updated, and their layers kept whole
             return
-        if storage_of(tensor) in self._storages or self._source([tensor]) < source:
+        storage, is_changed = storage_of(tensor), self._source([tensor]) < source
+        held = {storage_of(one) for one in self._kept if id(one) not in self._known}
+        if storage in self._storages or (is_changed and storage in held):
             raise TraceError("it modifies weights or constants when it runs")
+        if not is_changed:
+            return
+        for number, call in enumerate(self.recording.calls):
+            views = [
+                one for one in tensors_in(call.output) if storage_of(one) == storage
+            ]
+            if views and call.source < source:
+                self.recording.calls[number] = replace(call, source=source)
+                for view in views:
+                    self._known[id(view)] = self._known[id(view)][0], source
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -396,3 +413,23 @@ def _items(output: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Tenso
     elif isinstance(output, dict):
         for key, value in output.items():
             yield from _items(value, (*keys, key))
+
+
+def part_of(output: Any, keys: tuple[Any, ...]) -> Any:
+    """Return a part of a nested output."""
+    for key in keys:
+        output = output[key]
+    return output
+
+
+def outputs_in(values: Any) -> list[Output]:
+    """Return the outputs of calls among nested values."""
+    found: list[Any] = []
+    map_values(found.append, values)
+    return [value for value in found if isinstance(value, Output)]
+
+
+def function_name(function: Any) -> str:
+    """Return the name of a torch function, or of a property of tensors."""
+    name: str = function.__name__.strip("_")
+    return function.__self__.__name__ if name == "get" else name

@@ -137,7 +137,10 @@ def is_included(backbone: Backbone) -> bool:
     name = backbone.name
     if name in _REGISTERED or not (name in _listed() or name.startswith(PREFIX)):
         return False
-    return get_backbone(name) == backbone
+    try:
+        return get_backbone(name) == backbone
+    except UnknownBackboneError:  # its folder is gone
+        return False
 
 
 def get_backbone(backbone: str | Backbone) -> Backbone:

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 from every_network import ONE_PER_MODULE, TIMM, batch_for, build
 from numpy.testing import assert_allclose, assert_array_equal
@@ -27,8 +28,6 @@ from skltl.networks import (
     resolve_weights,
     truncate,
 )
-
-timm = pytest.importorskip("timm")
 
 # Of each kind one: token and average pooling, registers, windows, no normalization.
 BY_DEFAULT = (

@@ -17,7 +17,8 @@ from torch.nn import functional
 from skltl import Backbone, CNNFeatureTransformer, Preprocessing, list_layers
 from skltl.exceptions import UnknownLayerError
 from skltl.networks import is_known_code, prefix_digests, resolve_layer, skeleton
-from skltl.networks._trace import split, trace
+from skltl.networks._splitting import split
+from skltl.networks._trace import trace
 
 SIZE = (16, 16)
 
