@@ -158,7 +158,8 @@ def _leave_out(state):
 def _current_format(state, class_name):
     """Return a state in the current format, without what is said of its origin."""
     found, origin = state.pop("_format", None), state.pop("_versions", {})
-    if found == 2:
+    has_own_head = "structure" in (state.get("head_") or {})
+    if found == 2 and not has_own_head:
         return from_format_2(state) if "network_" in state else state
     if found != STATE_FORMAT:
         raise ValueError(

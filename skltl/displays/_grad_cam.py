@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from skltl.finetuning import (
     unwrapped,
 )
 from skltl.images import ImageSource
-from skltl.networks import Block, Layout, skeleton
+from skltl.networks import Block, Layout, is_known_code, skeleton
 from skltl.pretrained import PretrainedCNNClassifier
 
 # From an output of a network, in float64, to logits (n, n_classes).
@@ -105,7 +106,11 @@ def _targets(network: Any, head: Head) -> list[Target]:
     These are the layer of the network, and the main layers before it.
     """
     whole = skeleton(network.backbone_, network.preprocessing_.size)
-    blocks = network.network_.blocks
+    # Modules of the user may change when they run, and must stay as they were fitted.
+    blocks = {
+        name: block if is_known_code(block) else copy.deepcopy(block)
+        for name, block in network.network_.blocks.items()
+    }
     own = {layer.block for layer in network.layers_}
     targets = []
     for name in reversed(blocks):

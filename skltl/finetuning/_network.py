@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from skltl._random import as_int, derived_seed, own_random_state, torch_defaults
 from skltl.exceptions import UnknownLayerError
-from skltl.inference import FrozenPrefix, as_tensor, n_pooled, pool
+from skltl.inference import TOKEN_POOLINGS, FrozenPrefix, as_tensor, n_pooled, pool
 from skltl.networks import (
     Backbone,
     Block,
@@ -221,7 +221,8 @@ def check_trainable(backbone: Backbone, image_size: ImageSize) -> None:
     if not skeleton(backbone, image_size).is_trainable:
         raise ValueError(
             f"{backbone.name!r} can only be used frozen (unfreeze=None): its forward "
-            "pass in train mode cannot be traced."
+            "pass in train mode cannot be traced, or its gradients are others than "
+            "those of the traced calls."
         )
 
 
@@ -246,6 +247,11 @@ def build_head(
         raise ValueError(
             f"conv_channels={conv_channels!r} require a feature map, but the layer "
             f"returns a vector of {layout.shape[0]} features."
+        )
+    if conv_channels and estimator.pooling in TOKEN_POOLINGS:
+        raise ValueError(
+            f"pooling={estimator.pooling!r} uses the class token, and conv_channels="
+            f"{conv_channels!r} are convolutions of a feature map, which has none."
         )
     specs: list[tuple[Any, ...]] = []
     if conv_channels and layout.map_shape != layout.shape:

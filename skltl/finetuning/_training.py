@@ -506,8 +506,8 @@ def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Opti
     groups = []
     for name, part, lr in parts:
         trainable = [one for one in part.named_parameters() if one[1].requires_grad]
-        kernels = [one for name, one in trainable if _is_kernel(name, one)]
-        others = [one for name, one in trainable if not _is_kernel(name, one)]
+        kernels = [one for path, one in trainable if _is_kernel(path, one)]
+        others = [one for path, one in trainable if not _is_kernel(path, one)]
         for params, decay in ((kernels, estimator.weight_decay), (others, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
             groups += [group] if params else []
@@ -516,7 +516,8 @@ def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Opti
 
 def _is_kernel(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is the matrix or kernel of a layer."""
-    return parameter.ndim > 1 and name.endswith("weight")
+    own_name = name.rpartition(".")[2]  # "original0" of a parametrized weight
+    return parameter.ndim > 1 and ("weight" in own_name or "original" in own_name)
 
 
 def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:

@@ -295,4 +295,5 @@ def _checked_size(name: str, size: Any) -> Size:
             f"{name} must be a number of pixels, at least 1, or height and width; got "
             f"{shorten(repr(size))}."
         )
-    return (int(sides[0]), int(sides[1])) if is_pair else int(sides[0])
+    first, last = int(sides[0]), int(sides[-1])
+    return first if first == last else (first, last)  # equal sizes are equal keys

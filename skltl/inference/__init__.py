@@ -26,6 +26,7 @@ from skltl.inference._state import (
 )
 from skltl.inference._torch import (
     POOLINGS,
+    TOKEN_POOLINGS,
     InFlight,
     can_pool,
     n_in_flight,
@@ -37,6 +38,7 @@ __all__ = [
     "ENGINES",
     "FORMAT",
     "POOLINGS",
+    "TOKEN_POOLINGS",
     "ExtractionConfig",
     "FrozenPrefix",
     "InFlight",

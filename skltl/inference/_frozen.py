@@ -30,7 +30,7 @@ from skltl.networks import (
     forget_networks,
     freeze,
     graph_of,
-    has_hooks,
+    is_customized,
     layers_of,
     load_network,
     parts_of,
@@ -172,13 +172,21 @@ def build_segments(
             layers = copy.deepcopy(fold_batch_norms(graph, layers))
             segment = Block(graph, _with_short_names(graph, layers), constants)
             freeze([segment])  # the folded convolutions are new
-            segments[name] = segment.to(device, dtype)
-            # Not in `Module.to`, which rejects constants of five dimensions.
-            for tensor in (*segment.parameters(), *segment.buffers()):
-                if tensor.ndim == 4:
-                    tensor.data = tensor.contiguous(memory_format=torch.channels_last)
+            segments[name] = _with_dtype(segment.to(device), dtype)
             parts = []
     return segments
+
+
+def _with_dtype(segment: Block, dtype: torch.dtype) -> Block:
+    """Convert the real numbers of a segment, and the kernels to channels last."""
+    for tensor in (*segment.parameters(), *segment.buffers()):
+        if tensor.is_floating_point():  # complex ones would lose a part
+            tensor.data = tensor.to(dtype)
+    for layer in segment.modules():
+        if isinstance(layer, nn.Conv2d) and "weight" in layer._parameters:
+            kernels = layer.weight.data
+            layer.weight.data = kernels.contiguous(memory_format=torch.channels_last)
+    return segment
 
 
 def fold_batch_norms(graph: fx.Graph, layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +199,7 @@ def fold_batch_norms(graph: fx.Graph, layers: Mapping[str, Any]) -> dict[str, An
     calls = graph.find_nodes(op="call_module")
     n_calls = Counter(call.target for call in calls)
     for call in calls:
-        before = call.args[0]
+        before: Any = call.args[0] if call.args else None
         if (
             _is_call_of(before, nn.Conv2d, layers)
             and _is_call_of(call, nn.BatchNorm2d, layers)
@@ -221,7 +229,7 @@ def _is_call_of(node: Any, kind: type[nn.Module], layers: Mapping[str, Any]) -> 
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return False
     layer = layers[str(node.target)]
-    return type(layer) is kind and not has_hooks(layer)
+    return type(layer) is kind and not is_customized(layer) and len(node.args) == 1
 
 
 def is_before_batch_norm(blocks: Mapping[str, Block], name: str) -> bool:

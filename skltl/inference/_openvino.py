@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from skltl._caller import user_stacklevel
 from skltl._locks import Lock
 from skltl.exceptions import EngineError, EngineWarning
-from skltl.inference._torch import pool
+from skltl.inference._torch import can_pool, pool
 from skltl.networks import Block, Layout, function_names, is_known_code, layers_of
 
 ENGINES = ("torch", "compile", "openvino")
@@ -33,15 +33,19 @@ USUAL_LAYERS = frozenset(
     )
 )
 USUAL_FUNCTIONS = frozenset(
-    """
-    __eq__ __getitem__ __invert__ __pow__ __rsub__ __setitem__ adaptive_avg_pool2d add
-    add_ addcmul amax avg_pool2d batch_norm cat chunk clamp clone contiguous conv2d cos
-    cumsum div div_ dropout einsum exp expand flatten float fold gelu getattr getitem
-    group_norm interpolate layer_norm linear masked_fill matmul max_pool2d mean mul ne
-    neg new_zeros norm normalize pad permute relu repeat_interleave reshape reshape_as
-    rms_norm roll scaled_dot_product_attention sigmoid sin size softmax split squeeze
-    stack sub sum swapaxes tile to transpose type_as unbind unfold unsqueeze zero_ zeros
-    """.split()
+    (
+        *("__eq__", "__getitem__", "__invert__", "__pow__", "__rsub__", "__setitem__"),
+        *("adaptive_avg_pool2d", "add", "add_", "addcmul", "amax", "avg_pool2d"),
+        *("batch_norm", "cat", "chunk", "clamp", "clone", "contiguous", "conv2d"),
+        *("cos", "cumsum", "div", "div_", "dropout", "einsum", "exp", "expand"),
+        *("flatten", "float", "fold", "gelu", "getattr", "getitem", "group_norm"),
+        *("interpolate", "layer_norm", "linear", "masked_fill", "matmul", "max_pool2d"),
+        *("mean", "mul", "ne", "neg", "new_zeros", "norm", "normalize", "pad"),
+        *("permute", "relu", "repeat_interleave", "reshape", "reshape_as", "rms_norm"),
+        *("roll", "scaled_dot_product_attention", "sigmoid", "sin", "size", "softmax"),
+        *("split", "squeeze", "stack", "sub", "sum", "swapaxes", "tile", "to"),
+        *("transpose", "type_as", "unbind", "unfold", "unsqueeze", "zero_", "zeros"),
+    )
 )
 
 # OpenVINO's threads do not exist in a forked child, which would wait for them forever.
@@ -158,7 +162,12 @@ class OpenVINOEngine:
         global _process_of_openvino
         _process_of_openvino = os.getpid()
         is_large = pooling == "flatten"
-        names = [one for one in self._segments if not is_large or one in self._wanted]
+        names = [
+            name
+            for name in self._segments
+            if name in self._wanted
+            or (not is_large and can_pool(self._layouts[name], pooling))
+        ]
         named = {name: self._layouts[name] for name in names}
         network = _PooledNetwork(self._segments, named, pooling)
         # Not `openvino.convert_model`, which would ask for consent to telemetry.

@@ -44,7 +44,8 @@ class Candidate:
         )
         if not self.layers:
             raise ValueError(
-                f"{self.name!r} has no layer with a feature map to compare."
+                f"{self.name!r} has no layer with a feature map that pooling="
+                f"{transformer.pooling!r} can pool, so there is nothing to compare."
             )
         self.transformer = transformer
         self.fitted: Any = None  # of all main layers
@@ -82,6 +83,10 @@ class Candidate:
             layer: score_linear(features, part, splits, seed)
             for layer, features in self.features.items()
         }
+
+    def release(self) -> None:
+        """Release the memory of the network and of the features."""
+        self.fitted, self.features = None, {}
 
     def _extract(self, labeled: LabeledImages, rows: NDArray[np.int64]) -> None:
         """Extract the features of the images that have none yet."""
@@ -121,15 +126,18 @@ def compare_backbones(
         for candidate in candidates:
             candidate.evaluate(labeled, rows, parts, seed)
         losers = find_losers([each.best_scores for each in candidates], n_folds)
-        remaining = [
-            candidate
-            for candidate, is_loser in zip(candidates, losers, strict=True)
-            if not is_loser
-        ]
+        for candidate, is_loser in zip(candidates, losers, strict=True):
+            if is_loser:
+                candidate.release()
+                remaining.remove(candidate)
     rows = np.arange(len(labeled.targets))
     for candidate in remaining:
         candidate.evaluate(labeled, rows, splits, seed)
-    return max(remaining, key=lambda candidate: candidate.best_scores.mean())
+    best = max(remaining, key=lambda candidate: candidate.best_scores.mean())
+    for candidate in remaining:
+        if candidate is not best:
+            candidate.release()
+    return best
 
 
 def subset_rows(
