@@ -44,7 +44,7 @@ def versions(blocks: Iterable[Block] = ()) -> dict[str, str]:
 
 
 def is_known_code(block: Block) -> bool:
-    """Return whether a block runs code of torch, torchvision and skltl only."""
+    """Return whether a block runs code of torch, torchvision, timm and skltl only."""
     return all(map(_is_known_function, functions_of(block))) and all(
         _package(type(module)) in KNOWN_PACKAGES and not is_customized(module)
         for _, module in _modules(block)

@@ -302,13 +302,14 @@ class _Recorder(TorchFunctionMode):
         """
         if self._model.training:  # statistics are updated, and their layers kept whole
             return
-        storage, is_changed = storage_of(tensor), self._source([tensor]) < source
-        held = {storage_of(one) for one in self._kept if id(one) not in self._known}
-        if storage in self._storages or (is_changed and storage in held):
+        storage, held = storage_of(tensor), self._storages
+        is_changed = self._source([tensor]) < source
+        if is_changed:  # it may be of a constant that the network holds
+            constants = [one for one in self._kept if id(one) not in self._known]
+            held = held | set(map(storage_of, constants))
+        if storage in held:
             raise TraceError("it modifies weights or constants when it runs")
-        if not is_changed:
-            return
-        for number, call in enumerate(self.recording.calls):
+        for number, call in enumerate(self.recording.calls if is_changed else ()):
             views = [
                 one for one in tensors_in(call.output) if storage_of(one) == storage
             ]

@@ -175,7 +175,10 @@ class _Builder:
             options["num_classes"] = n_classes
         if self.is_fixed and image_size != self.usual_size:
             options["img_size"] = image_size
-        module: nn.Module = import_timm().create_model(self.identifier, **options)
+        try:
+            module: nn.Module = import_timm().create_model(self.identifier, **options)
+        except OSError as error:  # of a folder or repository
+            raise _unreadable(self.identifier, error) from error
         return module
 
 
@@ -214,11 +217,16 @@ def _read_config(timm: Any, identifier: str) -> dict[str, Any]:
     try:
         model = build_without_values(lambda: timm.create_model(identifier))
     except (OSError, *FORWARD_ERRORS) as error:
-        raise UnknownBackboneError(
-            f"The file config.json of {quote(PREFIX + identifier)} cannot be read, or "
-            f"describes no network of timm: {shorten(str(error), 200)}"
-        ) from error
+        raise _unreadable(identifier, error) from error
     return dict(model.pretrained_cfg)
+
+
+def _unreadable(identifier: str, error: Exception) -> UnknownBackboneError:
+    """Return the error for a repository or folder that describes no network."""
+    return UnknownBackboneError(
+        f"The file config.json of {quote(PREFIX + identifier)} cannot be read, or "
+        f"describes no network of timm: {shorten(str(error), 200)}"
+    )
 
 
 def _pretrained(

@@ -47,14 +47,11 @@ from skltl.networks._recording import (
 )
 
 # Methods whose output is a view of their input, or a copy if its memory format forbids.
-RESHAPING = (
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "view_as",
-    "reshape_as",
-    "ravel",
+RESHAPING = frozenset(
+    (
+        *("view", "view_as", "reshape", "reshape_as"),
+        *("flatten", "unflatten", "ravel"),
+    )
 )
 
 
@@ -80,11 +77,11 @@ class Trace:
     """The calls of a network, and where it can be cut.
 
     `calls` has ``None`` in place of calls without effect, and of constants, whose
-    values are in `constants`.
-    `ends` has the number of the last call of each module, and `modifiers`, for a call
-    that depends on no image, those of the calls that modify its output. `reshaped` are
-    calls that reshape a tensor whose memory is modified later. `error` is the reason if
-    the forward pass fails for images of this size; then it ends there.
+    values are in `constants`. `ends` has the number of the last call of each module,
+    and `modifiers`, for a call that depends on no image, those of the calls that modify
+    its output. `reshaped` are calls that reshape a tensor whose memory is modified
+    later. `error` is the reason if the forward pass fails for images of this size; then
+    it ends there.
     """
 
     calls: tuple[Call | None, ...]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from small_vit import small_vit_module
 from torch import nn
 
 from skltl import (
@@ -257,6 +258,28 @@ def test_code_of_the_user_runs_on_torch_unless_openvino_is_requested(images):
     asked = CNNFeatureTransformer(backbone, engine="openvino", **settings)
     with pytest.raises(EngineError, match=r"engine='torch' runs all.*aten::special"):
         asked.fit(images).transform(images)
+
+
+@openvino
+@pytest.mark.parametrize("pooling", ["cls", "cls+avg", "auto"])
+def test_openvino_pools_tokens(pooling):
+    """The first of the main layers is the convolution, without a class token."""
+    backbone = Backbone.from_module(
+        "tokens",
+        small_vit_module(),
+        preprocessing=Preprocessing(32),
+        head="heads",
+        n_prefix_tokens=1,
+    )
+    images = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
+    settings = {"pooling": pooling, "precision": "float32", "device": "cpu"}
+
+    torch_features, features = (
+        CNNFeatureTransformer(backbone, engine=engine, **settings).fit_transform(images)
+        for engine in ("torch", "openvino")
+    )
+
+    assert_allclose(features, torch_features, rtol=0, atol=1e-5)
 
 
 @openvino

@@ -85,3 +85,10 @@ def test_main_layers_are_listed_with_their_shapes():
     assert described["fc7"].stride is None
     assert described["block5"].n_features == 256 * 6 * 6
     assert (described["block1"].channels, described["block1"].stride) == (64, 8)
+
+
+def test_strides_are_those_of_the_layers_not_ratios_of_sizes():
+    """8 x 8 positions of 240 x 240 pixels: padding hides the stride of 32."""
+    strides = [layer.stride for layer in list_layers("efficientnet_b1")]
+
+    assert strides == [2, 2, 4, 8, 16, 16, 32, 32, 32]

@@ -1,6 +1,7 @@
 """Every network of timm, split into blocks and a head, is still that network."""
 
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -326,6 +327,23 @@ def test_a_folder_with_another_network_is_another_backbone(folder):
 
     assert get_backbone(name) != before
     assert before != get_backbone("timm:" + SMALL)
+
+
+def test_a_fitted_estimator_outlives_the_folder(folder, images):
+    name = f"timm:local-dir:{folder}"
+    fitted = CNNFeatureTransformer(name, image_size=SIZE).fit(images)
+    features = fitted.transform(images)
+    (folder / "config.json").rename(folder / "elsewhere.json")
+
+    saved = pickle.dumps(fitted)
+
+    assert_array_equal(fitted.transform(images), features)
+    with pytest.raises(
+        UnknownBackboneError, match=r"config\.json of .* cannot be read"
+    ):
+        pickle.loads(saved)
+    (folder / "elsewhere.json").rename(folder / "config.json")
+    assert_array_equal(pickle.loads(saved).transform(images), features)
 
 
 @pytest.fixture
