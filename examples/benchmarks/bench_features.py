@@ -36,8 +36,8 @@ def forward_only(fitted, batch_size):
     """Return a function that runs the network on images in memory."""
     fitted.set_params(batch_size=batch_size)
     config = transformer_config(fitted)
-    size = config.preprocessing.crop_size
-    pixels = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8)
+    shape = (batch_size, *config.preprocessing.size, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
 
     def run():
         for _ in range(max(1, 64 // batch_size)):

@@ -25,8 +25,7 @@ BATCH_SIZES = (32, 64, 128, 256, 512)
 def forward_rate(fitted, batch_size, device, seconds):
     """Return the throughput of the forward pass in images per second."""
     config = transformer_config(fitted.set_params(batch_size=batch_size))
-    size = config.preprocessing.crop_size
-    shape = (batch_size, size, size, 3)
+    shape = (batch_size, *config.preprocessing.size, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for _ in range(3):
         config.compute(pixels)

@@ -342,6 +342,29 @@ def test_what_cannot_be_traced_is_refused(forward, words):
         small_backbone(forward, first=conv(3, 4))
 
 
+def test_a_network_is_traced_once_for_each_size(shared_images):
+    """Its own code runs no more once it is split into blocks."""
+    n_runs = 0
+
+    def counted(net, batch):
+        nonlocal n_runs
+        n_runs += 1
+        return net.second(net.first(batch))
+
+    backbone = small_backbone(counted, first=conv(3, 4), second=conv(4, 5))
+    settings = {"backbone": backbone, "precision": "float32"}
+    features = CNNFeatureTransformer(**settings).fit_transform(shared_images)
+    assert n_runs > 0
+    n_runs = 0
+
+    again = CNNFeatureTransformer(**settings, layer=["first", "second"])
+
+    assert_allclose(again.fit_transform(shared_images)[:, 4:], features, rtol=1e-6)
+    assert n_runs == 0
+    CNNFeatureTransformer(**settings, image_size=24).fit(shared_images)
+    assert n_runs > 0
+
+
 def test_other_threads_run_networks_during_a_trace():
     """Nothing is replaced in torch while a network is traced."""
     network = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2)).eval()
