@@ -325,7 +325,11 @@ def check(
     options: Any = {"dtype": torch.float32, "device": "cpu", "generator": generator}
     batch = torch.randn(n_images, 3, *image_size, **options)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        expected = model.module.eval()(batch.clone())
+        try:
+            expected = model.module.eval()(batch.clone())
+        except FORWARD_ERRORS as error:  # old releases of torch trace what cannot run
+            refusal = _refusal(backbone, image_size, str(error))
+            raise ValueError(refusal) from error
         found = network.logits(batch.clone())
         alone = found[:1] if n_images == 1 else network.logits(batch[:1])
     if expected.dtype != torch.float32:

@@ -26,7 +26,7 @@ def find_layers(
         layers = _outer_layers(network, model.module)
     last = max((names.index(block) for block in layers.values()), default=-1)
     # The output of a network without a head is a layer, whatever computes it.
-    is_all = not model.head and model.last_block is None
+    is_all = not (model.head or model.layers or model.last_block)
     final = _final_map(network, last, is_all)
     layout = network.layouts[names[final]]
     if final > last:
