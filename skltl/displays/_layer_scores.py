@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral, Real
-from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, check_cv
-from sklearn.utils import check_consistent_length
+from sklearn.model_selection import GridSearchCV
 
-from skltl._sklearn import take
+from skltl.displays._candidates import (
+    candidates_of,
+    resolve_metric,
+    search_backbones,
+)
 from skltl.displays._layout import import_pyplot, line_style, resolve_ax
 from skltl.exceptions import shorten
 from skltl.inference import can_pool
@@ -25,12 +26,7 @@ from skltl.networks import (
     resolve_network,
     skeleton,
 )
-from skltl.strategy import (
-    check_backbones,
-    find_losers,
-    restrict_splits,
-    subset_rows,
-)
+from skltl.strategy import check_backbones
 
 # More lines than this have no bands, and their legend is beside the axes: names are
 # long, and overlapping bands hide the lines.
@@ -151,8 +147,8 @@ class LayerScoresDisplay:
                 "from_search needs a fitted search with cv_results_; got "
                 f"{type(search).__name__}."
             )
-        metric = _resolve_metric(search, metric)
-        candidates = _candidates_of(search, metric)
+        metric = resolve_metric(search, metric)
+        candidates = candidates_of(search, metric)
         name = _score_name(search, metric)
         display = cls._from_candidates(candidates, search.estimator, name)
         return display.plot(ax=ax, **kwargs)
@@ -250,6 +246,8 @@ class LayerScoresDisplay:
 
         Raises
         ------
+        TypeError
+            If `backbones` is not a list.
         ValueError
             If the estimator has no parameter `layer`, or `backbones` is empty or has a
             name twice.
@@ -276,8 +274,8 @@ class LayerScoresDisplay:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             if not network.cache:
                 network.set_params(cache=folder)
-            candidates = _search_backbones(searches, X, y)
-        name = _score_name(searches[0], _resolve_metric(searches[0], None))
+            candidates = search_backbones(searches, X, y)
+        name = _score_name(searches[0], resolve_metric(searches[0], None))
         display = cls._from_candidates(candidates, estimator, name)
         return display.plot(ax=ax, **kwargs)
 
@@ -363,20 +361,6 @@ class LayerScoresDisplay:
         ax.grid(axis="y", alpha=0.3)
 
 
-def _resolve_metric(search, metric):
-    """Return the name of a metric as in the columns of `cv_results_`."""
-    prefix = "mean_test_"
-    columns = [name for name in search.cv_results_ if name.startswith(prefix)]
-    metrics = [name.removeprefix(prefix) for name in columns]
-    if metric is None and len(metrics) == 1:
-        return metrics[0]
-    if metric is None and isinstance(search.refit, str):
-        return search.refit
-    if metric not in metrics:
-        raise ValueError(f"metric={metric!r}, but the search has {', '.join(metrics)}.")
-    return metric
-
-
 def _score_name(search, metric):
     """Return the name of the metric; for "score", that of the estimator's `score`."""
     if metric != "score":
@@ -390,47 +374,6 @@ def _score_name(search, metric):
     return "score"
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Parameters of a search, and their score."""
-
-    params: dict
-    mean: float
-    deviation: float
-    is_chosen: bool = False
-    note: str = ""
-
-
-def _candidates_of(search, metric):
-    """Return the candidates with a score, in the last halving iteration."""
-    results = search.cv_results_
-    means, deviations = (results[f"{name}_test_{metric}"] for name in ("mean", "std"))
-    is_scored = np.isfinite(means)
-    if "iter" in results:
-        iterations = np.asarray(results["iter"])
-        is_scored &= iterations == iterations.max()
-    if not is_scored.any():
-        raise ValueError("There is no score to plot: all fits failed.")
-    chosen = _chosen_index(search, metric)
-    return [
-        _Candidate(
-            results["params"][index],
-            float(means[index]),
-            float(deviations[index]),
-            is_chosen=index == chosen,
-        )
-        for index in np.flatnonzero(is_scored)
-    ]
-
-
-def _chosen_index(search, metric):
-    """Return the index of the candidate that the search chose by this metric."""
-    is_single = not getattr(search, "multimetric_", False)  # then it is "score"
-    if is_single or search.refit == metric:
-        return getattr(search, "best_index_", None)
-    return None
-
-
 def _best_by_layer(layers, candidates):
     """Return the best candidate of each layer; of equal ones, the chosen or first."""
     best: dict = {}
@@ -440,68 +383,6 @@ def _best_by_layer(layers, candidates):
         if candidate.mean > current.mean or (candidate.is_chosen and is_equal):
             best[layer] = index
     return list(best.values())
-
-
-def _search_backbones(searches, X, y):
-    """Return the candidates of searches, one for each backbone.
-
-    Those of backbones that are clearly worse on a subset of the images have the scores
-    on the subset.
-    """
-    notes = [""] * len(searches)
-    if len(searches) > 1:
-        notes = _drop_losers(searches, X, y)
-    candidates = []
-    for search, note in zip(searches, notes, strict=True):
-        if not note:
-            search.fit(X, y)
-        metric = _resolve_metric(search, None)
-        scored = _candidates_of(search, metric)
-        candidates += [replace(each, note=note) for each in scored]
-    best = max(each.mean for each in candidates if not each.note)
-    return [
-        replace(each, is_chosen=each.mean == best and not each.note)
-        for each in candidates
-    ]
-
-
-def _drop_losers(searches, X, y):
-    """Fit searches on a subset of the images, and return a note on clearly worse ones.
-
-    All get the same folds.
-    """
-    check_consistent_length(X, y)
-    has_classes = is_classifier(searches[0].estimator)
-    splitter = check_cv(searches[0].cv, y, classifier=has_classes)
-    splits = list(splitter.split(X, y))
-    n_folds = 1 + fmean(len(train) / len(test) for train, test in splits)
-    strata = np.zeros(len(y), np.int64)
-    if has_classes:
-        strata[:] = np.unique(y, return_inverse=True)[1]
-    rows = subset_rows(strata, round(n_folds), seed=0)
-    parts = restrict_splits(splits, rows, np.asarray(y))
-    losers = [False] * len(searches)
-    if len(rows) < len(strata) and len(parts) > 1:
-        subset = take(X, rows), take(y, rows)
-        for search in searches:
-            search.set_params(cv=parts).fit(*subset)
-        losers = find_losers(list(map(_best_scores, searches)), n_folds)
-    for search in searches:
-        search.set_params(cv=splits)
-    note = f", on {len(rows):,} images"
-    return [note if is_loser else "" for is_loser in losers]
-
-
-def _best_scores(search):
-    """Return the scores of the best candidate of a search, in each split."""
-    results, metric = search.cv_results_, _resolve_metric(search, None)
-    best = np.argmax(results[f"mean_test_{metric}"])
-    return np.array(
-        [
-            results[f"split{split}_test_{metric}"][best]
-            for split in range(search.n_splits_)
-        ]
-    )
 
 
 def _arrange(candidates, estimator):

@@ -238,7 +238,7 @@ def test_a_loser_with_a_lucky_subset_is_not_the_best(images, monkeypatch):
         "tiny", "softmax", image_shape=(8, 8), image_size=32
     )
     monkeypatch.setattr(
-        "skltl.displays._layer_scores.find_losers", lambda scores, n: [True, False]
+        "skltl.displays._candidates.find_losers", lambda scores, n: [True, False]
     )
 
     display = LayerScoresDisplay.from_estimator(
