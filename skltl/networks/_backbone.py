@@ -8,7 +8,6 @@ rewriting.
 from __future__ import annotations
 
 import copy
-import keyword
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
@@ -17,15 +16,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from skltl.exceptions import shorten
 from skltl.images import Preprocessing
 from skltl.networks._blocks import Block, block_of_layer, joined
+from skltl.networks._checks import (
+    check_blocks,
+    check_layers,
+    check_module,
+    check_name,
+    check_preprocessing,
+)
 from skltl.networks._layouts import Layout
 
 ImageSize = tuple[int, int]  # height and width in pixels
@@ -316,10 +319,10 @@ class Backbone:
         # These need this module.
         from skltl.networks._building import check_own, has_equal_gradients
 
-        _check_name(name)
-        _check_preprocessing(preprocessing)
-        module = _check_module(module, head)
-        _check_layers(layers)
+        check_name(name)
+        check_preprocessing(preprocessing)
+        module = check_module(module, head)
+        check_layers(layers)
         check_scalar(n_prefix_tokens, "n_prefix_tokens", Integral, min_val=0)
         heads = () if head is None else (head,)
         model = Model(
@@ -390,9 +393,9 @@ class Backbone:
         >>> Backbone.from_blocks("mine", blocks, preprocessing=Preprocessing(32))
         Backbone('mine')
         """
-        _check_name(name)
-        _check_preprocessing(preprocessing)
-        _check_blocks(blocks)
+        check_name(name)
+        check_preprocessing(preprocessing)
+        check_blocks(blocks)
         if not (head is None or isinstance(head, nn.Module)):
             raise TypeError(
                 f"head must be a torch module or None, got {type(head).__name__}."
@@ -574,117 +577,3 @@ def _paths(blocks: Iterable[str]) -> set[str]:
         parts = block.split(".")
         paths |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     return paths
-
-
-def _is_reserved(name: str) -> bool:
-    """Return whether a module of this name cannot be called by generated code."""
-    is_text = name.isprintable() and not any(map(name.count, '"\\'))
-    return keyword.iskeyword(name) or not is_text
-
-
-def _check_name(name: Any) -> None:
-    """Raise an error if a backbone of the user cannot have this name."""
-    check_scalar(name, "name", str)
-    if name.startswith("timm:"):
-        raise ValueError(f"name={name!r}: names that begin with 'timm:' are timm's.")
-
-
-def _check_preprocessing(preprocessing: Preprocessing) -> None:
-    if not isinstance(preprocessing, Preprocessing):
-        raise TypeError(
-            f"preprocessing must be a Preprocessing, got {preprocessing!r}."
-        )
-
-
-def _check_module(module: nn.Module, head: str | None) -> nn.Module:
-    """Refuse what is not a module, or has no such head; unwrap a compiled one."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch module, got {type(module).__name__}.")
-    module = getattr(module, "_orig_mod", module)
-    _check_parts("The network", module)
-    paths = [path for path, _ in module.named_modules() if path]
-    for path in paths:
-        if any(map(_is_reserved, path.split("."))):
-            raise ValueError(
-                f"The network has a module with the path {path!r}: a name in it is a "
-                "keyword of Python, or has quotes or backslashes. Rename the module."
-            )
-    for key, weight in module.state_dict(keep_vars=True).items():
-        if isinstance(weight, Tensor) and (weight.is_meta or is_lazy(weight)):
-            raise ValueError(
-                f"The weights {key!r} of the network have no values. Load them, or run "
-                "lazy modules once."
-            )
-    if head is not None:
-        check_scalar(head, "head", str)
-    if head is not None and head not in paths:
-        raise ValueError(
-            f"head={head!r} is not the path of a module of the network. The last ones "
-            f"are {', '.join(paths[-3:])}."
-        )
-    return module
-
-
-def _check_layers(layers: Mapping[str, str] | None) -> None:
-    """Refuse what is not a mapping of names to module paths."""
-    if layers is None:
-        return
-    if not isinstance(layers, Mapping):
-        raise TypeError(
-            "layers must be a dictionary of names and module paths, got a "
-            f"{type(layers).__name__}."
-        )
-    for name, path in layers.items():
-        check_scalar(name, "A name in layers", str)
-        check_scalar(path, f"layers[{name!r}]", str)
-    if not layers:
-        raise ValueError("layers is empty: a backbone needs at least one layer.")
-    if "last" in layers:
-        raise ValueError("layers: 'last' cannot name a layer.")
-
-
-def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
-    """Refuse what is not a mapping of names to modules that can be blocks."""
-    if not isinstance(blocks, Mapping):
-        raise TypeError(
-            "blocks must be a dictionary of names and modules, got a "
-            f"{type(blocks).__name__}. For an nn.Sequential, use "
-            "{'block' + name: child for name, child in module.named_children()}."
-        )
-    if not blocks:
-        raise ValueError("blocks is empty: a backbone needs at least one block.")
-    for name, block in blocks.items():
-        if not isinstance(name, str):
-            raise TypeError(f"Block names must be strings, got {name!r}.")
-        if not name.isidentifier() or name in ("head", "last"):
-            raise ValueError(
-                f"{name!r} cannot name a block: use letters, digits and '_', and "
-                "neither 'head' nor 'last'."
-            )
-        _check_block(name, block)
-
-
-def _check_block(name: str, block: nn.Module) -> None:
-    """Refuse a value that is not a module, is empty, or depends on the whole batch."""
-    if not isinstance(block, nn.Module):
-        raise TypeError(
-            f"The block {name!r} must be a torch module, got {type(block).__name__}."
-        )
-    if isinstance(block, nn.Sequential) and len(block) == 0:
-        raise ValueError(f"The block {name!r} is empty.")
-    _check_parts(f"The block {name!r}", block)
-
-
-def _check_parts(what: str, module: nn.Module) -> None:
-    """Refuse scripted modules, and those that use the statistics of each batch."""
-    for part in module.modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{what} has a module of TorchScript. Use the module that it was made "
-                "from."
-            )
-        if isinstance(part, _BatchNorm) and part.running_mean is None:
-            raise ValueError(
-                f"{what} has a batch-norm without running statistics: the features of "
-                "an image would depend on the others in its batch."
-            )
