@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_classifier import NETWORK, classifier, losses
+from tiny_classifier import NETWORK, classifier, losses, standardized_probe
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -29,16 +29,6 @@ def tiny_blocks(layer):
     block = resolve_layer(backbone, layer).block
     weights = resolve_weights(backbone, "pretrained")
     return load_prefix(backbone, weights, None, (32, 32), [block]).blocks
-
-
-def standardized_probe(features, y):
-    """Fit scikit-learn's scaler and classifier; return them as four tensors."""
-    scaler = StandardScaler().fit(features)
-    probe = LogisticRegression(C=0.1, max_iter=1000)
-    probe.fit(scaler.transform(features), y)
-    arrays = (probe.coef_, probe.intercept_, scaler.mean_, scaler.scale_)
-    weight, bias, mean, scale = (torch.from_numpy(one).float() for one in arrays)
-    return weight.requires_grad_(), bias.requires_grad_(), mean, scale
 
 
 # Default learning rate of the head, the same optimizer of torch, and a tolerance: AdamW

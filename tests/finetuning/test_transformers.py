@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from small_vit import PATH, small_vit, small_vit_module
-from tiny_classifier import losses
+from tiny_classifier import losses, standardized_probe
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -67,14 +65,7 @@ def test_losses_are_those_of_a_plain_loop(optimizer, make, head_lr, digits):
     network, batch, targets = small_vit_module(), batch_of(X), torch.tensor(y)
     network.requires_grad_(False).eval()
     features = class_tokens(network, batch).numpy()
-    scaler = StandardScaler().fit(features)
-    probe = LogisticRegression(C=0.1, max_iter=1000)
-    probe.fit(scaler.transform(features), y)
-    weight, bias = (
-        torch.tensor(one, dtype=torch.float32, requires_grad=True)
-        for one in (probe.coef_, probe.intercept_)
-    )
-    shift, scale = (torch.tensor(one).float() for one in (scaler.mean_, scaler.scale_))
+    weight, bias, shift, scale = standardized_probe(features, y)
     unfrozen = [network.get_submodule(PATH.format(n)) for n in (2, 3)]
     unfrozen.append(network.encoder.ln)
     expected = []

@@ -3,6 +3,8 @@
 import io
 
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from skltl import FineTunedCNNClassifier
 from skltl.finetuning._checkpoint import DIGEST_BYTES, MAGIC
@@ -31,3 +33,13 @@ def saved_state(path):
     """Return the state in a checkpoint."""
     content = path.read_bytes()[len(MAGIC) + DIGEST_BYTES :]
     return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def standardized_probe(features, y):
+    """Fit scikit-learn's scaler and classifier; return them as four tensors."""
+    scaler = StandardScaler().fit(features)
+    probe = LogisticRegression(C=0.1, max_iter=1000)
+    probe.fit(scaler.transform(features), y)
+    arrays = (probe.coef_, probe.intercept_, scaler.mean_, scaler.scale_)
+    weight, bias, mean, scale = (torch.from_numpy(one).float() for one in arrays)
+    return weight.requires_grad_(), bias.requires_grad_(), mean, scale
