@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from skltl.exceptions import shorten
 from skltl.images import Preprocessing
-from skltl.networks._blocks import Block, block_of_layer, joined
+from skltl.networks._blocks import Block
 from skltl.networks._checks import (
     check_blocks,
     check_layers,
@@ -74,7 +74,8 @@ class Model:
     head uses the first of them. `last_block` is where the network ends, if not at its
     head. With a `final_stride`, that of the last feature maps or 1 if it is unknown,
     `layers` may lack the last layers, or be empty. It is not trainable if its gradients
-    are other than those of its calls.
+    are other than those of its calls. The children of a module that `is_sequence`, an
+    ``nn.Sequential``, are used as they are, and not traced.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -88,6 +89,7 @@ class Model:
     last_block: str | None = None
     final_stride: int | None = None
     is_trainable: bool = True
+    is_sequence: bool = False
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict of the network."""
@@ -140,11 +142,6 @@ class Network:
         """Return the state dict of the blocks and the head."""
         return state_of(self.parts)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state dict without copying its tensors; it may lack some."""
-        for part in self.parts:
-            part.load_state_dict(state, strict=False, assign=True)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredWeights:
@@ -187,7 +184,7 @@ class PretrainedWeights:
 
 
 # From a number of classes, or None for the usual one, and the size of the images.
-Builder = Callable[[int | None, ImageSize], Model | Network]
+Builder = Callable[[int | None, ImageSize], Model]
 
 # From the state dict of a file, a module, and the size of the images.
 Converter = Callable[[dict[str, Tensor], nn.Module, ImageSize], Any]
@@ -316,8 +313,8 @@ class Backbone:
         >>> [layer.name for layer in list_layers(mine)]
         ['conv1', 'bn1', 'relu', 'maxpool', 'layer1.0', 'layer1', 'layer2.0', ...]
         """
-        # These need this module.
-        from skltl.networks._building import check_own, has_equal_gradients
+        # It needs this module.
+        from skltl.networks._verification import check_own, has_equal_gradients
 
         check_name(name)
         check_preprocessing(preprocessing)
@@ -332,11 +329,11 @@ class Backbone:
             n_prefix_tokens=n_prefix_tokens,
             final_stride=1 if layers is None else None,
         )
-        backbone = own_backbone(name, OwnModel(model), preprocessing)
+        backbone = own_backbone(name, model, preprocessing)
         check_own(backbone, layers or ())
         if not has_equal_gradients(backbone):
             model = replace(model, is_trainable=False)
-            backbone = own_backbone(name, OwnModel(model), preprocessing)
+            backbone = own_backbone(name, model, preprocessing)
         return backbone
 
     @classmethod
@@ -400,12 +397,21 @@ class Backbone:
             raise TypeError(
                 f"head must be a torch module or None, got {type(head).__name__}."
             )
-        return own_backbone(name, OwnBlocks(dict(blocks), head), preprocessing)
+        modules = OrderedDict(blocks)
+        if head is not None:
+            modules["head"] = head
+        model = Model(
+            nn.Sequential(modules),
+            {block: block for block in blocks},
+            head=() if head is None else ("head",),
+            is_sequence=True,
+        )
+        return own_backbone(name, model, preprocessing)
 
     @property
-    def own_network(self) -> Model | Network | None:
+    def own_network(self) -> Model | None:
         """The network that the backbone owns, if any; it must not be modified."""
-        return self.build.shared() if isinstance(self.build, Own) else None
+        return self.build.model if isinstance(self.build, Own) else None
 
     @property
     def own_state(self) -> Mapping[str, Tensor] | None:
@@ -441,51 +447,17 @@ class Backbone:
 Backbone.__module__ = "skltl"
 
 
+@dataclass(frozen=True)
 class Own:
     """Builder of copies of a network that a backbone owns, weights included."""
-
-    def shared(self) -> Model | Network:
-        """Return the network itself, which must not be modified."""
-        raise NotImplementedError
-
-    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model | Network:
-        """Return a copy, whose number of classes is fixed."""
-        return copy.deepcopy(self).shared()
-
-
-@dataclass(frozen=True)
-class OwnModel(Own):
-    """Builder for `Backbone.from_module`."""
 
     __module__ = "skltl.networks"  # the path in saved files
 
     model: Model
 
-    def shared(self) -> Model:
-        """Return the network itself, which must not be modified."""
-        return self.model
-
-
-@dataclass(frozen=True)
-class OwnBlocks(Own):
-    """Builder for `Backbone.from_blocks`."""
-
-    __module__ = "skltl.networks"  # the path in saved files
-
-    blocks: Mapping[str, nn.Module]
-    head: nn.Module | None
-
-    def shared(self) -> Network:
-        """Return the network itself, which must not be modified."""
-        layers = expand(self.blocks)
-        blocks = {name: block_of_layer(name, layer) for name, layer in layers.items()}
-        ends = {path: last_inside(blocks, path) for path in _paths(blocks)}
-        head = None
-        if self.head is not None:
-            parts = expand({"head": self.head}).items()
-            head = joined([block_of_layer(name, layer) for name, layer in parts])
-        main_layers = {name: ends[name] for name in self.blocks}
-        return Network(blocks, head, main_layers, paths=ends)
+    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model:
+        """Return a copy, whose number of classes is fixed."""
+        return copy.deepcopy(self.model)
 
 
 @dataclass(frozen=True)
@@ -497,15 +469,10 @@ class Truncated:
     base: Backbone
     last_block: str
 
-    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model | Network:
+    def __call__(self, n_classes: int | None, image_size: ImageSize) -> Model:
         """Build a network."""
-        built = self.base.build(n_classes, image_size)
-        if isinstance(built, Model):
-            return replace(built, last_block=self.last_block)
-        blocks = truncate(built.blocks, [self.last_block])
-        layers = {name: one for name, one in built.layers.items() if one in blocks}
-        paths = {path: one for path, one in built.paths.items() if one in blocks}
-        return Network(blocks, None, layers, built.aliases, paths)
+        model = self.base.build(n_classes, image_size)
+        return replace(model, last_block=self.last_block)
 
 
 def truncated_backbone(
@@ -526,54 +493,19 @@ def truncated_backbone(
     )
 
 
-def own_backbone(name: str, build: Own, preprocessing: Preprocessing) -> Backbone:
+def own_backbone(name: str, model: Model, preprocessing: Preprocessing) -> Backbone:
     """Return a backbone with a copy of a network, with its present weights only.
 
     The copy is frozen, on the CPU, in float32.
     """
     try:
-        build = copy.deepcopy(build)
+        model = copy.deepcopy(model)
     except RuntimeError as error:  # of torch, such as for weights that are functions
         raise ValueError(
             f"{name!r} cannot be copied: {shorten(str(error), 200)} Remove weight_norm "
             "and spectral_norm from the trained network, or use those of "
             "torch.nn.utils.parametrizations."
         ) from error
-    network = build.shared()
-    modules = network.parts if isinstance(network, Network) else [network.module]
-    for module in modules:
-        module.cpu().float()
-    freeze(modules)
+    freeze([model.module.cpu().float()])
     own = PretrainedWeights("own", None, preprocessing)
-    return Backbone(name, build, preprocessing, weights=(own,))
-
-
-def expand(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Split every plain ``nn.Sequential`` without hooks into its children, recursively.
-
-    The resulting layers are named by their module paths.
-    """
-    layers: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        is_plain = type(module).forward is nn.Sequential.forward
-        if is_plain and not is_customized(module):
-            # Not `named_children`, which skips the second use of a shared ReLU.
-            children = module._modules.items()
-            layers |= expand({f"{name}.{key}": one for key, one in children if one})
-        else:
-            layers[name] = module
-    return layers
-
-
-def last_inside(blocks: Iterable[str], path: str) -> str:
-    """Return the last block at or inside of a module path."""
-    return [block for block in blocks if f"{block}.".startswith(f"{path}.")][-1]
-
-
-def _paths(blocks: Iterable[str]) -> set[str]:
-    """Return the names of blocks, and the paths of all modules around them."""
-    paths = set()
-    for block in blocks:
-        parts = block.split(".")
-        paths |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    return paths
+    return Backbone(name, Own(model), preprocessing, weights=(own,))

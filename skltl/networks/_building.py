@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from skltl._parameters import settle_in_forked_child
@@ -24,11 +22,11 @@ from skltl.networks._backbone import (
     Network,
     Truncated,
     freeze,
-    state_of,
 )
 from skltl.networks._layouts import Layout, layout_of
 from skltl.networks._main_layers import find_layers
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
+from skltl.networks._sequence import trace_sequence
 from skltl.networks._splitting import cut_points_before, module_ends, split
 from skltl.networks._trace import Trace, trace
 
@@ -72,32 +70,26 @@ def skeleton(backbone: Backbone, image_size: ImageSize) -> Network:
     network = as_network(backbone, _model(backbone, image_size), image_size)
     if not network.layouts:
         own = " x ".join(map(str, usual_size(backbone)))
-        refusal = _refusal(backbone, image_size, network.limit)
-        raise ValueError(f"{refusal} It takes images of {own} pixels.")
+        reason = refusal(backbone, image_size, network.limit)
+        raise ValueError(f"{reason} It takes images of {own} pixels.")
     return network
 
 
 def build_skeleton(
     backbone: Backbone, image_size: ImageSize, n_classes: int | None = None
-) -> Model | Network:
+) -> Model:
     """Build a network without weights, to load a state dict into."""
     try:
         return build_without_values(lambda: backbone.build(n_classes, image_size))
     except FORWARD_ERRORS as error:
         if image_size == usual_size(backbone):
             raise
-        raise ValueError(_refusal(backbone, image_size, str(error))) from error
+        raise ValueError(refusal(backbone, image_size, str(error))) from error
 
 
-def as_network(
-    backbone: Backbone, built: Model | Network, image_size: ImageSize
-) -> Network:
+def as_network(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
     """Return a network that was built as frozen blocks, for images of a size."""
-    if isinstance(built, Network):
-        layouts, limit = _layouts_by_running(backbone, built, image_size)
-        network = replace(built, layouts=layouts, limit=limit)
-    else:
-        network = _split(backbone, built, image_size)
+    network = _split(backbone, model, image_size)
     freeze(network.parts)
     return network
 
@@ -108,7 +100,7 @@ def layouts(
     """Return the layouts of the outputs of some blocks, for images of a size."""
     network = skeleton(backbone, image_size)
     if not network.layouts.keys() >= set(wanted):
-        raise ValueError(_refusal(backbone, image_size, network.limit))
+        raise ValueError(refusal(backbone, image_size, network.limit))
     return {block: network.layouts[block] for block in wanted}
 
 
@@ -129,7 +121,7 @@ def largest_map(backbone: Backbone, image_size: ImageSize) -> int:
     )
 
 
-def _refusal(backbone: Backbone, image_size: ImageSize, reason: str) -> str:
+def refusal(backbone: Backbone, image_size: ImageSize, reason: str) -> str:
     """Return the message for images that cannot pass through a network."""
     height, width = image_size
     return (
@@ -185,34 +177,36 @@ def usual_size(backbone: Backbone) -> ImageSize:
 
 
 @once_per_backbone
-def _model(backbone: Backbone, image_size: ImageSize) -> Model | Network:
+def _model(backbone: Backbone, image_size: ImageSize) -> Model:
     return backbone.own_network or build_skeleton(backbone, image_size)
 
 
 @once_per_backbone
-def _trace(backbone: Backbone, image_size: ImageSize) -> Trace:
+def trace_of(backbone: Backbone, image_size: ImageSize) -> Trace:
     """Trace the network of a backbone for images of a size.
 
     It ends where they vanish, if they are smaller than usual.
     """
     if isinstance(backbone.build, Truncated):
-        return _trace(backbone.build.base, image_size)
+        return trace_of(backbone.build.base, image_size)
     model = _model(backbone, image_size)
-    assert isinstance(model, Model)
+    if model.is_sequence:
+        settle_in_forked_child()
+        return trace_sequence(model.module, model.head, image_size)
     usual = usual_size(backbone)
     try:
         return trace(model.module, image_size)
     except FORWARD_ERRORS as error:
         if image_size == usual:
-            raise _untraceable(backbone, str(error)) from error
-    reference = _trace(backbone, usual)
+            raise untraceable(backbone, str(error)) from error
+    reference = trace_of(backbone, usual)
     try:
         return trace(model.module, image_size, reference)
     except FORWARD_ERRORS as error:  # it fails elsewhere than for the usual size
-        raise ValueError(_refusal(backbone, image_size, str(error))) from error
+        raise ValueError(refusal(backbone, image_size, str(error))) from error
 
 
-def _untraceable(backbone: Backbone, reason: str) -> TraceError:
+def untraceable(backbone: Backbone, reason: str) -> TraceError:
     """Return the error for a network that cannot be traced."""
     if "meta tensor" in reason or "meta device" in reason:  # which have no values
         reason = "its forward pass depends on the values of pixels or weights"
@@ -227,7 +221,7 @@ def _untraceable(backbone: Backbone, reason: str) -> TraceError:
 
 def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
     """Return a network as blocks, by its trace."""
-    traced = _trace(backbone, image_size)
+    traced = trace_of(backbone, image_size)
     blocks, head = split(traced, model.module, model.head, model.last_block)
     if not blocks and traced.error is None:
         raise ValueError(
@@ -261,7 +255,7 @@ def _with_names(
     They are those of the whole network, whichever blocks the images reach.
     """
     usual = usual_size(backbone)
-    traced = _trace(backbone, usual if network.limit else image_size)
+    traced = trace_of(backbone, usual if network.limit else image_size)
     points = cut_points_before(traced, model.module, model.head)
     paths, inside = module_ends(traced, points)
     if model.last_block is not None:
@@ -279,128 +273,3 @@ def _with_names(
     if image_size != usual:
         return replace(named, layers=skeleton(backbone, usual).layers)
     return replace(named, layers=find_layers(named, model, image_size))
-
-
-def _layouts_by_running(
-    backbone: Backbone, network: Network, image_size: ImageSize
-) -> tuple[dict[str, Layout], str]:
-    """Return the layouts of the blocks that images reach, and why they reach no more.
-
-    Copies of the blocks are run: a module may modify itself when it runs.
-    """
-    settle_in_forked_child()
-    found: dict[str, Layout] = {}
-    output = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
-    for name, block in network.blocks.items():
-        try:
-            with torch.inference_mode():
-                output = copy.deepcopy(block)(output)
-        except FORWARD_ERRORS as error:
-            return found, shorten(str(error), 200)
-        found[name] = layout_of(tuple(output.shape[1:]), image_size)
-    return found, ""
-
-
-# The sizes of images for which the blocks of a network have been compared with it.
-_checked: WeakKeyDictionary[Backbone, set[ImageSize]] = WeakKeyDictionary()
-
-
-def check(
-    backbone: Backbone, model: Model, image_size: ImageSize, n_images: int = 1
-) -> None:
-    """Compare the blocks of a network with the network itself, once for each size.
-
-    Where images vanish in the network, images of its usual size are used. The network
-    is run, and should be a copy if that matters.
-    """
-    if model.last_block is not None:  # the network has no weights after it
-        return
-    if _trace(backbone, image_size).error is not None:
-        image_size = usual_size(backbone)
-    if image_size in _checked.setdefault(backbone, set()):
-        return
-    settle_in_forked_child()
-    network = as_network(backbone, model, image_size)
-    generator = torch.Generator("cpu").manual_seed(0)
-    options: Any = {"dtype": torch.float32, "device": "cpu", "generator": generator}
-    batch = torch.randn(n_images, 3, *image_size, **options)
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        try:
-            expected = model.module.eval()(batch.clone())
-        except FORWARD_ERRORS as error:  # old releases of torch trace what cannot run
-            refusal = _refusal(backbone, image_size, str(error))
-            raise ValueError(refusal) from error
-        found = network.logits(batch.clone())
-        alone = found[:1] if n_images == 1 else network.logits(batch[:1])
-    if expected.dtype != torch.float32:
-        raise _untraceable(backbone, f"it returns values of the type {expected.dtype}")
-    if not _is_same(found, expected):
-        raise _untraceable(backbone, "its blocks do not compute what it computes")
-    scale = float(found.nan_to_num().abs().max())
-    if not torch.allclose(alone, found[:1], rtol=0, atol=1e-3 * scale, equal_nan=True):
-        raise _untraceable(backbone, "what it computes depends on the other images")
-    _checked[backbone].add(image_size)
-
-
-def check_own(backbone: Backbone, layers: Iterable[str]) -> None:
-    """Check the network that a backbone owns, and that it has some main layers."""
-    model = copy.deepcopy(backbone.own_network)
-    assert isinstance(model, Model)
-    # Another number of images than in the trace.
-    check(backbone, model, usual_size(backbone), n_images=5)
-    network = skeleton(backbone, usual_size(backbone))
-    if model.head and network.head is not None and not state_of([network.head]):
-        raise ValueError(
-            f"head={model.head[0]!r} has no weights that the forward pass uses, so it "
-            "cannot return the logits."
-        )
-    for name in set(layers) - network.layers.keys():
-        raise ValueError(
-            f"layers: {backbone.name!r} cannot be truncated at "
-            f"{model.layers[name]!r}. It can be truncated at "
-            f"{', '.join(list(network.blocks)[-12:])}."
-        )
-
-
-def has_equal_gradients(backbone: Backbone) -> bool:
-    """Return whether the blocks of an own network are trained as the network is.
-
-    A backward pass of its own, or code without gradients, leaves no trace.
-    """
-    own, size = backbone.own_network, usual_size(backbone)
-    assert isinstance(own, Model)
-    if not skeleton(backbone, size).is_trainable:
-        return False
-    blocks = as_network(backbone, copy.deepcopy(own), size).parts
-    try:
-        expected = _gradients([copy.deepcopy(own.module)], size)
-    except FORWARD_ERRORS:  # it cannot be trained
-        return False
-    found = _gradients(blocks, size)
-    return all(
-        torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6, equal_nan=True)
-        for name, gradient in expected.items()
-        if name in found
-    )
-
-
-def _gradients(parts: Sequence[nn.Module], image_size: ImageSize) -> dict[str, Tensor]:
-    """Return the gradients of all weights for two random images, in train mode."""
-    for part in parts:
-        part.train().requires_grad_(True)
-    with own_random_state(0), torch_defaults(), torch.enable_grad():
-        output = torch.randn(2, 3, *image_size, dtype=torch.float32, device="cpu")
-        for part in parts:
-            output = part(output)
-        torch.autograd.backward(output.square().mean())
-    return {
-        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
-        for part in parts
-        for name, weight in part.named_parameters()
-    }
-
-
-def _is_same(one: Tensor, other: Any) -> bool:
-    """Return whether tensors are equal; NaN is NaN."""
-    is_tensor = isinstance(other, Tensor) and one.shape == other.shape
-    return is_tensor and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -89,10 +89,11 @@ def check_blocks(blocks: Mapping[str, nn.Module]) -> None:
     for name, block in blocks.items():
         if not isinstance(name, str):
             raise TypeError(f"Block names must be strings, got {name!r}.")
-        if not name.isidentifier() or name in ("head", "last"):
+        is_taken = name in ("head", "last") or hasattr(nn.Sequential, name)
+        if not name.isidentifier() or is_taken:
             raise ValueError(
                 f"{name!r} cannot name a block: use letters, digits and '_', and "
-                "neither 'head' nor 'last'."
+                "neither 'head', 'last' nor the name of a method of torch modules."
             )
         _check_block(name, block)
 

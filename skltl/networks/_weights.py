@@ -5,7 +5,6 @@ Files are checked, and read without executing code from them.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -48,8 +47,9 @@ from skltl.networks._backbone import (
     state_of,
 )
 from skltl.networks._blocks import Block
-from skltl.networks._building import as_network, build_skeleton, check, skeleton
+from skltl.networks._building import as_network, build_skeleton, skeleton
 from skltl.networks._registry import get_backbone
+from skltl.networks._verification import check
 
 # The second is an older name of the first.
 DEFAULTS = ("pretrained", "imagenet")
@@ -150,13 +150,13 @@ def load_network(
     checked to be finite: callers use `check_finite` on the blocks they need.
     """
     if isinstance(weights.source, StoredWeights):
-        built = build_skeleton(backbone, image_size)
-        built.load(weights.source.state)
-        return as_network(backbone, built, image_size)
+        model = build_skeleton(backbone, image_size)
+        model.load(weights.source.state)
+        return as_network(backbone, model, image_size)
     if weights.source is None:
         with own_random_state(0):  # a constructor may draw what it then replaces
-            built = backbone.own_network or _build(backbone, image_size)
-        return _checked(backbone, built, image_size)
+            model = backbone.own_network or _build(backbone, image_size)
+        return _checked(backbone, model, image_size)
     path = _local_file(backbone, weights)
     expected = skeleton(backbone, image_size)
     n_bytes = sum(one.nbytes for one in expected.state().values())
@@ -170,21 +170,17 @@ def random_network(backbone: Backbone, seed: int, image_size: ImageSize) -> Netw
     The state of torch's global generator does not change.
     """
     with own_random_state(seed):
-        built = _build(backbone, image_size)
+        model = _build(backbone, image_size)
         if _is_own(backbone):
             with torch_defaults():
-                _reset_parameters(built)
-    return _checked(backbone, built, image_size)
+                _reset_parameters(model.module)
+    return _checked(backbone, model, image_size)
 
 
-def _checked(
-    backbone: Backbone, built: Model | Network, image_size: ImageSize
-) -> Network:
+def _checked(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
     """Return a network as blocks, which are compared with the network once."""
-    if isinstance(built, Model):
-        is_own = backbone.own_network is built
-        check(backbone, copy.deepcopy(built) if is_own else built, image_size)
-    return as_network(backbone, built, image_size)
+    check(backbone, model, image_size)
+    return as_network(backbone, model, image_size)
 
 
 def check_finite(blocks: Iterable[Block], weights: PretrainedWeights) -> None:
@@ -366,35 +362,25 @@ def _is_own(backbone: Backbone) -> bool:
     return backbone.weights[0].source is None
 
 
-def _build(backbone: Backbone, image_size: ImageSize) -> Model | Network:
+def _build(backbone: Backbone, image_size: ImageSize) -> Model:
     """Build a network with weights, on the CPU, in float32."""
     with torch_defaults():
-        built = backbone.build(None, image_size)
-    for module in _modules(built).values():
-        module.float()
-    return built
+        model = backbone.build(None, image_size)
+    model.module.float()
+    return model
 
 
-def _modules(built: Model | Network) -> dict[str, nn.Module]:
-    """Return the blocks of a network, or the children of its module, by name."""
-    if isinstance(built, Model):
-        return {"the network": built.module}
-    head = {} if built.head is None else {"head": built.head}
-    return {**built.blocks, **head}
-
-
-def _reset_parameters(built: Model | Network) -> None:
+def _reset_parameters(module: nn.Module) -> None:
     """Replace the weights that a network was built with by random ones."""
-    for name, module in _modules(built).items():
-        for part in module.modules():
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
-            elif list(part.parameters(recurse=False)):
-                raise WeightsError(
-                    f"weights=None: {type(part).__name__} in {name!r} has parameters, "
-                    "but no method reset_parameters() that draws random values."
-                )
+    for path, part in module.named_modules():
+        reset = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif list(part.parameters(recurse=False)):
+            raise WeightsError(
+                f"weights=None: the {type(part).__name__} {path!r} has parameters, but "
+                "no method reset_parameters() that draws random values."
+            )
 
 
 def _remove_wrappers(expected: Network, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -412,16 +398,16 @@ def _load_state(
 ) -> Network:
     """Build a network with the weights of a state dict, and its number of classes."""
     network = skeleton(backbone, image_size)
-    built = build_skeleton(backbone, image_size, _n_classes(network, state))
-    if backbone.convert_state is not None and isinstance(built, Model):
+    model = build_skeleton(backbone, image_size, _n_classes(network, state))
+    if backbone.convert_state is not None:
         try:
-            state = backbone.convert_state(state, built.module, image_size)
+            state = backbone.convert_state(state, model.module, image_size)
         except _READ_ERRORS as error:
             reason = " ".join(str(error).split())
             raise WeightsError(
                 f"{path} does not fit {backbone.name!r}: {shorten(reason, 300)}"
             ) from error
-    expected = built.state()
+    expected = model.state()
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1
             state[key] = torch.tensor(0)
@@ -437,10 +423,10 @@ def _load_state(
             expected.pop(key, None)
             state.pop(key, None)
     _check_fit(expected, state, backbone, path)
-    built.load(state)
+    model.load(state)
     if has_no_head or has_other_head:
-        return replace(as_network(backbone, built, image_size), head=None)
-    return _checked(backbone, built, image_size)
+        return replace(as_network(backbone, model, image_size), head=None)
+    return _checked(backbone, model, image_size)
 
 
 def _n_classes(network: Network, state: Mapping[str, Tensor]) -> int | None:

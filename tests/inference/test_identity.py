@@ -298,7 +298,7 @@ def test_a_module_that_modifies_itself_is_saved_unmodified(registry, images):
 
     CNNFeatureTransformer(own).fit_transform(images)
 
-    stem = own.own_network.blocks["stem"].get_submodule("stem")
+    stem = own.own_network.module.get_submodule("stem")
     assert not hasattr(stem, "last_shape")
 
 

@@ -379,7 +379,7 @@ def test_random_weights_need_reset_parameters(images):
         def forward(self, batch):
             return batch * self.scale
 
-    with pytest.raises(ValueError, match="LearnedScale in 'block'.*reset_parameters"):
+    with pytest.raises(ValueError, match="LearnedScale 'block'.*reset_parameters"):
         CNNFeatureTransformer(one_block(LearnedScale()), weights=None).fit(images)
 
 
