@@ -2,18 +2,10 @@
 
 from skltl.networks._backbone import (
     Backbone,
-    ImageSize,
-    Model,
-    Network,
     Own,
     PretrainedWeights,
     StoredWeights,
     Truncated,
-    freeze,
-    is_customized,
-    is_module,
-    state_of,
-    truncate,
     truncated_backbone,
 )
 from skltl.networks._blocks import (
@@ -35,6 +27,16 @@ from skltl.networks._building import (
 from skltl.networks._identity import is_known_code, prefix_digests, structure, versions
 from skltl.networks._layers import Layer, ResolvedLayer, list_layers, resolve_layer
 from skltl.networks._layouts import Layout
+from skltl.networks._network import (
+    ImageSize,
+    Model,
+    Network,
+    freeze,
+    is_customized,
+    is_module,
+    state_of,
+    truncate,
+)
 from skltl.networks._registry import (
     get_backbone,
     is_registered,

@@ -127,18 +127,6 @@ def constants_of(block: Block) -> dict[str, Tensor]:
     return {name: value for name, value in buffers if name not in saved}
 
 
-def block_of_layer(name: str, layer: nn.Module) -> Block:
-    """Return a block that calls one layer."""
-    graph = fx.Graph()
-    graph.output(graph.call_module(name, (graph.placeholder("batch"),)))
-    return Block(graph, {name: layer}, {})
-
-
-def joined(blocks: Sequence[Block]) -> Block:
-    """Return consecutive blocks as one, which shares their layers and weights."""
-    return Block(*parts_of(blocks))
-
-
 def parts_of(
     blocks: Sequence[Block],
 ) -> tuple[fx.Graph, dict[str, Any], dict[str, Tensor]]:

@@ -15,16 +15,10 @@ from torch.overrides import TorchFunctionMode
 from skltl._parameters import settle_in_forked_child
 from skltl._random import own_random_state, torch_defaults
 from skltl.exceptions import shorten
-from skltl.networks._backbone import (
-    Backbone,
-    ImageSize,
-    Model,
-    Network,
-    Truncated,
-    freeze,
-)
+from skltl.networks._backbone import Backbone, Truncated
 from skltl.networks._layouts import Layout, layout_of
 from skltl.networks._main_layers import find_layers
+from skltl.networks._network import ImageSize, Model, Network, freeze
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
 from skltl.networks._sequence import trace_sequence
 from skltl.networks._splitting import cut_points_before, module_ends, split
@@ -268,7 +262,7 @@ def _with_names(
     named = replace(
         network, layers=layers, aliases=model.aliases, paths=paths, inside=inside
     )
-    if model.final_stride is None:
+    if not model.finds_layers:
         return named
     if image_size != usual:
         return replace(named, layers=skeleton(backbone, usual).layers)

@@ -14,8 +14,9 @@ from torch import nn
 
 from skltl import __version__
 from skltl._locks import Lock
-from skltl.networks._backbone import Backbone, is_customized
+from skltl.networks._backbone import Backbone
 from skltl.networks._blocks import Block, functions_of, layers_of, source_of
+from skltl.networks._network import is_customized
 
 # The code of these packages is identified by their versions. Of others, it is unknown.
 KNOWN_PACKAGES = ("torch", "torchvision", "skltl", "timm")

@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 from skltl.exceptions import UnknownLayerError, did_you_mean, quote
-from skltl.networks._backbone import Backbone, ImageSize, Network
+from skltl.networks._backbone import Backbone
 from skltl.networks._building import skeleton
+from skltl.networks._network import ImageSize, Network
 from skltl.networks._registry import get_backbone
 
 # Strides are measured on images that are larger by this many pixels: it is divisible by

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from skltl.networks._backbone import ImageSize, Model, Network, state_of
 from skltl.networks._blocks import is_activation
 from skltl.networks._layouts import Layout
+from skltl.networks._network import ImageSize, Model, Network, state_of
 from skltl.networks._recording import CONTAINERS
 
 
@@ -75,17 +75,12 @@ def _final_map(network: Network, last: int, is_all: bool) -> int:
         is_next = number == final + 1
         if layout.grid == before.grid and (
             is_all
-            or (_have_weights(network, [name]) and _may_follow(layout, before))
+            or _have_weights(network, [name])
             or (is_next and is_activation(network.blocks[name]))
             or (is_next and final > last and _is_rearranged(layout, before))
         ):
             final = number
     return final
-
-
-def _may_follow(layout: Layout, before: Layout) -> bool:
-    """Return whether an output may be of the trunk: later, heads project its tokens."""
-    return len(layout.shape) == 3 or layout.n_channels == before.n_channels
 
 
 def _is_rearranged(one: Layout, other: Layout) -> bool:
@@ -100,6 +95,6 @@ def _have_weights(network: Network, names: Iterable[str]) -> bool:
 
 def _is_early(layout: Layout, model: Model, image_size: ImageSize) -> bool:
     """Return whether a feature map is far from the last one, or there is none."""
-    if layout.grid is None or model.final_stride is None:
+    if layout.grid is None:
         return True
-    return min(layout.grid) * model.final_stride >= 2 * max(image_size)
+    return min(layout.grid) * (model.stride or 1) >= 2 * max(image_size)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from skltl.networks._backbone import ImageSize, is_customized
+from skltl.networks._network import ImageSize, is_customized
 from skltl.networks._recording import FORWARD_ERRORS, Call, Output, Source
 from skltl.networks._trace import CutPoint, Trace
 

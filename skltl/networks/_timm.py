@@ -20,14 +20,9 @@ from torch import Tensor, nn
 from skltl._random import own_random_state
 from skltl.exceptions import UnknownBackboneError, did_you_mean, quote, shorten
 from skltl.images import Preprocessing, file_identity
-from skltl.networks._backbone import (
-    Backbone,
-    HubFile,
-    ImageSize,
-    Model,
-    PretrainedWeights,
-)
+from skltl.networks._backbone import Backbone, HubFile, PretrainedWeights
 from skltl.networks._building import build_without_values
+from skltl.networks._network import ImageSize, Model
 from skltl.networks._recording import FORWARD_ERRORS
 from skltl.networks._tiny import imagenet_names, unique
 
@@ -141,7 +136,8 @@ class _Builder:
             head=_head_of(self),
             n_prefix_tokens=getattr(module, "num_prefix_tokens", int(has_class_token)),
             uses_class_token=getattr(module, "global_pool", None) == "token",
-            final_stride=module.feature_info[-1]["reduction"],
+            finds_layers=True,
+            stride=module.feature_info[-1]["reduction"],
         )
 
     def convert(

@@ -15,7 +15,8 @@ from torch import nn
 from torchvision.models import ResNet50_Weights
 
 from skltl.images import Preprocessing
-from skltl.networks._backbone import Backbone, ImageSize, Model, PretrainedWeights
+from skltl.networks._backbone import Backbone, PretrainedWeights
+from skltl.networks._network import ImageSize, Model
 
 FOLDER = Path(__file__).parent
 

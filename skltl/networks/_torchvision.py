@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from skltl.images import Preprocessing
-from skltl.networks._backbone import Backbone, ImageSize, Model, PretrainedWeights
+from skltl.networks._backbone import Backbone, PretrainedWeights
+from skltl.networks._network import ImageSize, Model
 
 # Both have auxiliary classifiers, which are used in training only, and warn unless
 # `init_weights` is given.

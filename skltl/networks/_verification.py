@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skltl._parameters import settle_in_forked_child
 from skltl._random import own_random_state, torch_defaults
-from skltl.networks._backbone import Backbone, ImageSize, Model, state_of
+from skltl.networks._backbone import Backbone
 from skltl.networks._building import (
     as_network,
     refusal,
@@ -21,6 +21,7 @@ from skltl.networks._building import (
     untraceable,
     usual_size,
 )
+from skltl.networks._network import ImageSize, Model, state_of
 from skltl.networks._recording import FORWARD_ERRORS
 
 # The sizes of images for which the blocks of a network have been compared with it.

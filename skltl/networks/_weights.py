@@ -38,16 +38,13 @@ from skltl.images import Preprocessing
 from skltl.networks._backbone import (
     Backbone,
     HubFile,
-    ImageSize,
-    Model,
-    Network,
     PretrainedWeights,
     StoredWeights,
     Truncated,
-    state_of,
 )
 from skltl.networks._blocks import Block
 from skltl.networks._building import as_network, build_skeleton, skeleton
+from skltl.networks._network import ImageSize, Model, Network, state_of
 from skltl.networks._registry import get_backbone
 from skltl.networks._verification import check
 
