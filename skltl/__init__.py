@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from skltl.features import CNNFeatureTransformer, make_feature_pipeline
     from skltl.finetuning import FineTunedCNNClassifier
-    from skltl.images import Preprocessing, find_bad_images
+    from skltl.images import Preprocessing, find_bad_images, load_image_folder
     from skltl.inference import release_memory
     from skltl.networks import Backbone, list_backbones, list_layers, register_backbone
     from skltl.pretrained import PretrainedCNNClassifier
@@ -62,6 +62,7 @@ _SUBPACKAGES = {
     "find_bad_images": "images",
     "list_backbones": "networks",
     "list_layers": "networks",
+    "load_image_folder": "images",
     "make_feature_pipeline": "features",
     "recommend_strategy": "strategy",
     "register_backbone": "networks",
@@ -91,6 +92,7 @@ __all__ = [
     "find_bad_images",
     "list_backbones",
     "list_layers",
+    "load_image_folder",
     "make_feature_pipeline",
     "recommend_strategy",
     "register_backbone",

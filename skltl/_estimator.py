@@ -22,7 +22,7 @@ from skltl.images import (
     read_images,
     tensor_to_array,
 )
-from skltl.inference import ENGINES, prefix_from_state, prefix_state
+from skltl.inference import ENGINES, from_format_2, prefix_from_state, prefix_state
 from skltl.networks import Backbone, ResolvedLayer, is_module, is_registered, versions
 
 # Version of the format of a saved estimator, raised when its state changes.
@@ -158,6 +158,9 @@ def _leave_out(state):
 def _current_format(state, class_name):
     """Return a state in the current format, without what is said of its origin."""
     found, origin = state.pop("_format", None), state.pop("_versions", {})
+    has_own_head = "structure" in (state.get("head_") or {})
+    if found == 2 and not has_own_head:
+        return from_format_2(state) if "network_" in state else state
     if found != STATE_FORMAT:
         raise ValueError(
             f"This {class_name} was saved by skltl {origin.get('skltl', '0.1')} in "

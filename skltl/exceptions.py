@@ -18,6 +18,7 @@
     ├── CacheWarning              features cannot be stored or read again
     ├── CheckpointWarning         the state of a fit cannot be saved
     ├── EngineWarning             the engine differs from that used in fit
+    ├── ImageFolderWarning        files or folders are not loaded as images
     ├── ImageRangeWarning         pixel values are outside the expected range
     ├── LicenseWarning            weights do not permit commercial use
     └── PrecisionWarning          float32 is used instead of bfloat16
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointWarning",
     "EngineError",
     "EngineWarning",
+    "ImageFolderWarning",
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
@@ -102,6 +104,10 @@ class EngineWarning(UserWarning):
 
     Features differ in the last digits.
     """
+
+
+class ImageFolderWarning(UserWarning):
+    """Files or class folders in a folder of images are left out."""
 
 
 class ImageRangeWarning(UserWarning):

@@ -55,12 +55,12 @@ def files_database() -> str:
 def find_keys(
     source: ImageSource, known_files: Store, n_threads: int
 ) -> dict[int, bytes]:
-    """Return the keys, by position, of images in memory and of known files."""
+    """Return the keys, by position, of arrays and of known files."""
     paths = {position: source.path(position) for position in range(len(source))}
     files = {position: path for position, path in paths.items() if path is not None}
-    in_memory = [position for position, path in paths.items() if path is None]
-    return _keys_of_files(files, source.least_side, known_files) | _keys_of_arrays(
-        source, in_memory, n_threads
+    arrays = [position for position in range(len(source)) if source.is_array(position)]
+    return _keys_of_files(files, source.variant(), known_files) | _keys_of_arrays(
+        source, arrays, n_threads
     )
 
 
@@ -69,14 +69,14 @@ def file_entry(source: ImageSource, crop: Crop) -> list[Entry]:
     path = source.path(crop.position)
     if path is None or crop.file is None:
         return []
-    return [(_path_digest(path, source.least_side), crop.key + crop.file)]
+    return [(_path_digest(path, source.variant()), crop.key + crop.file)]
 
 
 def _keys_of_files(
-    files: dict[int, str], least_side: int | None, known_files: Store
+    files: dict[int, str], variant: bytes, known_files: Store
 ) -> dict[int, bytes]:
     digests = {
-        position: _path_digest(path, least_side) for position, path in files.items()
+        position: _path_digest(path, variant) for position, path in files.items()
     }
     entries = dict(known_files.read(list(set(digests.values()))))
     keys = {}
@@ -106,14 +106,12 @@ def _keys_of_arrays(
     return keys
 
 
-def _path_digest(path: str, least_side: int | None) -> bytes:
-    """Hash a path, and the scale at which the file may be decoded."""
+def _path_digest(path: str, variant: bytes) -> bytes:
+    """Hash a path, and how the file is read."""
     # Not `Path.absolute`, which takes ten times as long, in each fold.
     if not os.path.isabs(path):  # noqa: PTH117
         path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
-    text = path.encode(errors="surrogatepass")
-    if least_side is not None:
-        text += f"\0{least_side}".encode()
+    text = path.encode(errors="surrogatepass") + b"\0" + variant
     return blake2b(text, digest_size=KEY_BYTES).digest()
 
 

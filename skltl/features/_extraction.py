@@ -215,4 +215,4 @@ def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
         return
     is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
     for position in np.array(batch.positions)[is_bad.numpy()][:1].tolist():
-        raise NonFiniteFeaturesError(position, source.path(position))
+        raise NonFiniteFeaturesError(position, source.name(position))

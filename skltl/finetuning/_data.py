@@ -284,13 +284,17 @@ class AugmentedViews(ImageSource):
     def __len__(self) -> int:
         return len(self._crops) * self._n_stored
 
-    def decode(self, index: int) -> NDArray[Any]:
+    def fetch(self, index: int) -> NDArray[Any]:
         """Return one of all views of all images."""
         return self.view(*divmod(index, self._n_stored))
 
-    def path(self, index: int) -> str | None:
-        """Return ``None``: crops are not files."""
-        return None
+    def decode_item(self, index: int, item: NDArray[Any]) -> NDArray[Any]:
+        """Return a view, which is decoded already."""
+        return item
+
+    def is_array(self, index: int) -> bool:
+        """Return ``False``: a view is computed each time."""
+        return False
 
     def view(self, position: int, number: int) -> NDArray[Any]:
         """Return a view (h, w, 3) of an image, uint8 or float32."""

@@ -8,7 +8,9 @@ from skltl.images._batches import (
     prefetch,
 )
 from skltl.images._check import find_bad_images
+from skltl.images._containers import check_not_masked
 from skltl.images._decode import is_tensor, tensor_to_array
+from skltl.images._folder import load_image_folder
 from skltl.images._identity import (
     FILE_STATE_BYTES,
     content_key,
@@ -17,12 +19,8 @@ from skltl.images._identity import (
     file_state,
 )
 from skltl.images._preprocessing import Preprocessing, as_float, normalize
-from skltl.images._source import (
-    ImageSource,
-    PixelRanges,
-    check_not_masked,
-    read_images,
-)
+from skltl.images._ranges import PixelRanges
+from skltl.images._source import ImageSource, read_images
 
 __all__ = [
     "FILE_STATE_BYTES",
@@ -41,6 +39,7 @@ __all__ = [
     "is_tensor",
     "iter_batches",
     "iter_crops",
+    "load_image_folder",
     "normalize",
     "prefetch",
     "read_images",

@@ -104,9 +104,10 @@ def iter_crops(
         with one_image():
             if not with_keys:
                 return Crop(position, preprocessing.crop(source.decode(position)))
-            path = source.path(position)
+            item = source.fetch(position)
+            path = source.file_of(item)
             before = file_state(path) if path is not None else None
-            decoded = source.decode(position)
+            decoded = source.decode_item(position, item)
             after = file_state(path) if path is not None else None
             crop, key = preprocessing.crop(decoded), content_key(decoded)
             return Crop(position, crop, key, after if before == after else None)

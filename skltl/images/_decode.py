@@ -20,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeGuard
 from weakref import WeakValueDictionary
@@ -115,6 +116,24 @@ _DECODER_ERRORS = (
 )
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Options of decoding.
+
+    With `least_side`, a JPEG file may be decoded at a half, a quarter or an eighth of
+    its size, as long as both sides have at least that many pixels. `value_range` are
+    the values of black and white in images that do not have 8 bits per channel; values
+    beyond are clipped. `page` is the frame of a file with several ones.
+    """
+
+    least_side: int | None = None
+    value_range: tuple[float, float] | None = None
+    page: int = 0
+
+
+EXACT = Decoding()
+
+
 def is_tensor(item: object) -> TypeGuard[Any]:
     """Return whether ``item`` is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
@@ -135,21 +154,25 @@ def tensor_to_array(tensor: Any) -> NDArray[Any]:
     return array
 
 
-def read_file(path: str | os.PathLike[str], least_side: int | None = None) -> Decoded:
-    """Decode the first frame of an image file, upright, as RGB.
-
-    With `least_side`, a JPEG file may be decoded at a half, a quarter or an eighth of
-    its size, as long as both sides have at least that many pixels.
-    """
+def read_file(path: str | os.PathLike[str], decoding: Decoding = EXACT) -> Decoded:
+    """Decode a frame of an image file, upright, as RGB."""
     _check_regular_file(path)
     try:
         with Path(path).open("rb") as stream:
-            return _upright_rgb(_load(stream, least_side), is_own=True)
+            return decode_stream(stream, decoding)
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+
+
+def decode_stream(stream: IO[bytes], decoding: Decoding = EXACT) -> Decoded:
+    """Decode a frame of an image file from its beginning, upright, as RGB."""
+    try:
+        return _upright_rgb(_load(stream, decoding), decoding, is_own=True)
     except _DECODER_ERRORS as error:
-        raise ValueError(_reason(error)) from error
+        raise ValueError(reason_of(error)) from error
 
 
-def read_image(image: Image.Image, least_side: int | None = None) -> Decoded:
+def read_image(image: Image.Image, decoding: Decoding = EXACT) -> Decoded:
     """Convert a PIL image to upright RGB, or return it if it already is.
 
     The image is not changed. If Pillow has not loaded it yet, it is decoded from its
@@ -157,16 +180,16 @@ def read_image(image: Image.Image, least_side: int | None = None) -> Decoded:
     """
     try:
         if _is_pending(image):
-            return _read_pending(image, least_side)
+            return _read_pending(image, decoding)
         with lock_of(image):  # Pillow reads metadata and palettes lazily
-            return _upright_rgb(image, is_own=False)
+            return _upright_rgb(image, decoding, is_own=False)
     except _DECODER_ERRORS as error:
-        raise ValueError(_reason(error)) from error
+        raise ValueError(reason_of(error)) from error
 
 
-def read_array(array: NDArray[Any]) -> Decoded:
+def read_array(array: NDArray[Any], decoding: Decoding = EXACT) -> Decoded:
     """Convert an array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) to RGB."""
-    pixels: NDArray[Any] = _with_known_range(array)
+    pixels: NDArray[Any] = _with_known_range(array, decoding.value_range)
     n_channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if n_channels == 1:
         gray = pixels.reshape(pixels.shape[:2])
@@ -320,26 +343,34 @@ def _open(stream: IO[bytes]) -> ImageFile.ImageFile:
 
 def _load(
     stream: IO[bytes],
-    least_side: int | None,
+    decoding: Decoding,
     opened: ImageFile.ImageFile | None = None,
 ) -> Image.Image:
-    """Decode an image file: the first frame, or the state in which it was `opened`."""
+    """Decode a frame of an image file, or the state in which it was `opened`."""
     image = _open(stream)
     _check_size(image)
-    if opened is not None and (frame := opened.tell()):
-        image.seek(frame)
+    if frame := decoding.page if opened is None else opened.tell():
+        _seek(image, frame)
         _check_size(image)
     if opened is not None and (image.mode, image.size) != (opened.mode, opened.size):
         image.draft(opened.mode, opened.size)  # the user called it, too
     n_pixels = image.width * image.height
-    if least_side is not None:
-        image.draft(None, (least_side, least_side))
+    if decoding.least_side is not None:
+        image.draft(None, (decoding.least_side,) * 2)
     bytes_per_pixel = _decoder_bytes(image)
     if bytes_per_pixel == PIXEL_BYTES:  # only the reduced image is held
         n_pixels = image.width * image.height
     reserve_memory(n_pixels, max(bytes_per_pixel, _CONVERSION_BYTES))
     image.load()  # before metadata is read, some of which follows the pixels
     return image
+
+
+def _seek(image: ImageFile.ImageFile, page: int) -> None:
+    """Go to a frame of a file that has several ones."""
+    n_pages = getattr(image, "n_frames", 1)
+    if page >= n_pages:
+        raise ValueError(f"it has no page {page}; the last one is page {n_pages - 1}")
+    image.seek(page)
 
 
 def _check_size(image: ImageFile.ImageFile) -> None:
@@ -388,7 +419,7 @@ def _is_pending(image: Image.Image) -> TypeGuard[ImageFile.ImageFile]:
     )
 
 
-def _read_pending(image: ImageFile.ImageFile, least_side: int | None) -> Decoded:
+def _read_pending(image: ImageFile.ImageFile, decoding: Decoding) -> Decoded:
     """Decode the file of a PIL image that is not loaded yet."""
     if image.format not in (*FILE_FORMATS, "MPO"):  # MPO: several JPEG images
         raise ValueError(
@@ -405,23 +436,20 @@ def _read_pending(image: ImageFile.ImageFile, least_side: int | None) -> Decoded
     with lock_of(stream):
         position = stream.tell()
         try:
-            loaded = _load(stream, least_side, image)
+            loaded = _load(stream, decoding, image)
         finally:
             stream.seek(position)
-    return _upright_rgb(loaded, is_own=True)
+    return _upright_rgb(loaded, decoding, is_own=True)
 
 
-def _upright_rgb(image: Image.Image, is_own: bool) -> Decoded:
+def _upright_rgb(image: Image.Image, decoding: Decoding, is_own: bool) -> Decoded:
     """Convert a loaded image, which may be changed in place if it `is_own`."""
     if not image.width or not image.height:
         raise ValueError("it has no pixels")
     image.load()
-    if image.mode in SIXTEEN_BIT_MODES:
-        return _sixteen_bit_gray(image)
+    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
+        return _deep_gray(image, decoding.value_range)
     image = _upright(image)
-    if image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise ValueError(f"its pixels are {kind}, whose range is unknown")
     if image.mode == "P" and image.palette is None:  # later frames of a gray GIF
         return image.convert("L")
     if image.mode == "La":  # Pillow converts it to LA only
@@ -447,32 +475,49 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _sixteen_bit_gray(image: Image.Image) -> Image.Image:
-    """Scale a 16-bit gray image to [0, 1]; ``convert("RGB")`` would clip it."""
+def _deep_gray(
+    image: Image.Image, value_range: tuple[float, float] | None
+) -> Image.Image:
+    """Scale a gray image of more than 8 bits to [0, 1].
+
+    ``convert("RGB")`` would clip it.
+    """
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    n_bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    if n_bits != 16:
-        raise ValueError(f"its pixels have {n_bits} bits; expected 8 or 16")
+    is_sixteen_bit = image.mode in SIXTEEN_BIT_MODES
+    n_bits = tags.get(BITS_PER_SAMPLE, (16,))[0] if is_sixteen_bit else 32
+    if value_range is None and n_bits != 16:
+        kind = {"I": "32-bit integers", "F": "floats"}.get(image.mode)
+        kind = kind or f"integers of {n_bits} bits"
+        raise ValueError(
+            f"its pixels are {kind}, whose range is unknown; pass value_range=(black, "
+            "white), the values of black and white"
+        )
     is_inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     transparent = image.info.get("transparency")  # a single gray value
     image = _upright(image)
     page = Image.new("F", image.size)
     for box in _boxes(image):
-        gray = np.asarray(image.crop(box)).astype(np.uint16)
-        if is_inverted:
-            gray = np.uint16(65535) - gray
-        if transparent is not None:
-            gray = np.where(gray == transparent, np.uint16(65535), gray)
-        page.paste(Image.fromarray(_with_known_range(gray)), box)
+        gray = np.asarray(image.crop(box))
+        if is_sixteen_bit:
+            gray = gray.astype(np.uint16)
+            if is_inverted:
+                gray = np.uint16(2**n_bits - 1) - gray
+            if transparent is not None:
+                gray = np.where(gray == transparent, np.uint16(65535), gray)
+        page.paste(Image.fromarray(_with_known_range(gray, value_range)), box)
     return page
 
 
-def _with_known_range(array: NDArray[Any]) -> Pixels:
+def _with_known_range(
+    array: NDArray[Any], value_range: tuple[float, float] | None
+) -> Pixels:
     """Return uint8 or float32 pixels; refuse dtypes that do not define white."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
+    if value_range is not None and array.dtype.kind in "iuf":
+        return _scaled(array, *value_range)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return array.astype(np.float32) / np.float32(65535)
     if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
@@ -483,9 +528,20 @@ def _with_known_range(array: NDArray[Any]) -> Pixels:
         return pixels
     raise ValueError(
         f"its dtype is {shorten(str(array.dtype), 60)}, which does not define black "
-        "and white; pass uint8 (0 to 255), uint16 (0 to 65535), bool, or floats in "
-        "[0, 1]"
+        "and white; pass uint8 (0 to 255), uint16 (0 to 65535), bool, floats in "
+        "[0, 1], or value_range=(black, white)"
     )
+
+
+def _scaled(array: NDArray[Any], black: float, white: float) -> NDArray[np.float32]:
+    """Scale values between those of black and white to [0, 1], and clip the others."""
+    with np.errstate(over="ignore"):  # becomes infinity
+        pixels = array.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError("it holds NaN or infinity")
+    pixels -= np.float32(black)
+    pixels /= np.float32(white - black)
+    return np.clip(pixels, 0, 1, out=pixels)
 
 
 def _on_white(image: Image.Image, is_own: bool) -> Image.Image:
@@ -528,12 +584,12 @@ def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
         yield 0, top, width, min(top + n_rows, height)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return an error's message without the path, which the caller adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
     message = shorten(str(error).rstrip("."), 300)
-    return message or f"Pillow's decoder failed ({type(error).__name__})"
+    return message or f"reading it failed ({type(error).__name__})"
 
 
 def _check_regular_file(path: str | os.PathLike[str]) -> None:
@@ -543,7 +599,7 @@ def _check_regular_file(path: str | os.PathLike[str]) -> None:
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = describe_text(os.fspath(path)) or _reason(error)
+        reason = describe_text(os.fspath(path)) or reason_of(error)
         raise ValueError(reason) from error
     if stat.S_ISDIR(mode):
         raise ValueError("it is a directory, not a file; pass the files in it")
@@ -561,17 +617,11 @@ _GLOB_PATTERN = re.compile(r"[*?]|\[.+\]")
 def describe_text(text: str) -> str | None:
     """Describe a string that is not a path; return ``None`` if it may be one."""
     if text.startswith("data:"):
-        return (
-            "it is a data URL, not a path; pass Image.open(io.BytesIO("
-            "base64.b64decode(url.split(',')[1])))"
-        )
+        return "it is a data URL; put it in a list"
     if text.startswith(_BASE64_PREFIXES) and _BASE64.fullmatch(text[:200]):
-        return (
-            "it is base64 text, not a path; pass "
-            "Image.open(io.BytesIO(base64.b64decode(text)))"
-        )
+        return "it is base64 text, not a path; pass base64.b64decode(text)"
     if _URL.match(text):
-        return "it is a URL, not a path; download the file first"
+        return "it is a URL; put it in a list"
     if _GLOB_PATTERN.search(text):
         return "no such file exists; if it is a pattern, pass glob.glob(pattern)"
     return None

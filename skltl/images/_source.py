@@ -3,10 +3,11 @@
 The rules are about ``X`` as a whole, never about one item, so that the meaning of an
 image does not depend on its neighbors:
 
-- strings and path-like objects are files;
+- strings and path-like objects are files, or URLs;
 - an array (n, h, w) holds gray images; in an array of four dimensions, and in a list
   of three-dimensional arrays, the channels are the last axis if it has 1, 3 or 4
-  entries, else the one before height. For torch tensors it is the other way round;
+  entries, else the one before height. For torch tensors it is the other way round. Of a
+  lazy sequence, the first item decides;
 - an array (n, d) holds rows of pixels, which are images only with an `image_shape`.
 """
 
@@ -15,65 +16,80 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set, Sized
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from skltl._caller import user_stacklevel
-from skltl._locks import Lock
-from skltl.exceptions import (
-    ImageRangeWarning,
-    ImageReadError,
-    ImageTypeError,
-    quote,
-    shorten,
+from skltl._code import description
+from skltl.exceptions import ImageReadError, ImageTypeError, shorten
+from skltl.images._channels import (
+    CHANNEL_COUNTS,
+    has_channels_first,
+    may_have_channels,
+)
+from skltl.images._containers import (
+    EXPECTED,
+    Items,
+    LazyItems,
+    check_not_masked,
+    index_labels,
+    unwrap,
 )
 from skltl.images._decode import (
+    EXACT,
     Decoded,
+    Decoding,
     Pixels,
-    describe_text,
     is_tensor,
     one_image,
-    read_array,
-    read_file,
-    read_image,
-    tensor_to_array,
     to_pixels,
 )
-
-# Arrays are no `Sequence` to Python, but serve as one here.
-Items: TypeAlias = Sequence[Any] | NDArray[Any]
-
-CHANNEL_COUNTS = (1, 3, 4)
-
-EXPECTED = (
-    "a list or 1-D array of paths or images, or an array of shape (n, h, w), "
-    "(n, h, w, channels) or (n, channels, h, w)"
+from skltl.images._items import (
+    Encoded,
+    check_item,
+    file_of,
+    foreign_errors,
+    is_array,
+    is_missing,
+    missing_value,
+    name_of,
+    read_item,
 )
+from skltl.images._ranges import PixelRanges, range_of
 
-N_COLUMNS_SHOWN = 5
+# From an item of ``X`` to an image.
+Reader = Callable[[Any], Any]
 
 
 class ImageSource:
     """Images that are decoded on access: paths, PIL images, arrays or tensors.
 
     Items of three dimensions are (channels, h, w) if `channels_first`. `labels` are the
-    index labels by which the user knows the items, if any.
+    index labels by which the user knows the items, if any. With a `reader`, its results
+    are decoded instead of the items.
     """
 
     def __init__(
-        self, items: Items, channels_first: bool = False, labels: Any = None
+        self,
+        items: Items,
+        channels_first: bool = False,
+        labels: Any = None,
+        decoding: Decoding = EXACT,
+        reader: Reader | None = None,
     ) -> None:
         self._items = items
         self._channels_first = channels_first
         self._labels = labels
+        self._reader = reader
+        self.decoding = decoding
         self.ranges = PixelRanges()
-        self.least_side: int | None = None
 
     def reduced_to(self, least_side: int) -> ImageSource:
         """Return the same images, decoded at a smaller scale where possible.
@@ -81,7 +97,7 @@ class ImageSource:
         Both sides of each image keep at least `least_side` pixels.
         """
         reduced = copy.copy(self)
-        reduced.least_side = least_side
+        reduced.decoding = replace(self.decoding, least_side=least_side)
         return reduced
 
     def __len__(self) -> int:
@@ -95,205 +111,175 @@ class ImageSource:
         return to_pixels(self.decode(index))
 
     def decode(self, index: int) -> Decoded:
-        """Decode image ``index`` to an array or a PIL image; see `Decoded`.
+        """Decode image ``index`` to an array or a PIL image; see `Decoded`."""
+        return self.decode_item(index, self.fetch(index))
 
-        All other access to the images goes through this method, which subclasses may
-        override.
-        """
-        item = self._items[index]
-        self._check(int(index), item)
+    def fetch(self, index: int) -> Any:
+        """Return item ``index`` of ``X``; a lazy sequence may decode it."""
+        if not isinstance(self._items, LazyItems):
+            return self._items[index]
         try:
-            if isinstance(item, np.ndarray):  # already in memory
-                return self._read(item)
+            with foreign_errors():
+                return self._items[int(index)]
+        except ValueError as error:
+            raise ImageReadError(int(index), None, str(error)) from error.__cause__
+
+    def decode_item(self, index: int, item: Any) -> Decoded:
+        """Decode the item that was fetched as ``index``.
+
+        With `fetch`, all access to the images; subclasses may override both.
+        """
+        if self._reader is None:
+            check_item(int(index), item, self._labels)
+        try:
+            if isinstance(item, np.ndarray) and self._reader is None:  # in memory
+                return self._read(index, item)
             with one_image():
-                return self._read(item)
+                return self._read(index, item)
+        except ImageReadError:  # of what the reader returned
+            raise
         except ValueError as error:
             cause = error.__cause__ or error
-            raise ImageReadError(int(index), self.path(index), str(error)) from cause
+            raise ImageReadError(int(index), name_of(item), str(error)) from cause
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether fetching an item may take as long as decoding it."""
+        return isinstance(self._items, LazyItems)
+
+    def file_of(self, item: Any) -> str | None:
+        """Return the path of an item that is a file, or ``None``."""
+        return file_of(item)
 
     def path(self, index: int) -> str | None:
-        """Return the path of image ``index``, or ``None`` if it is not a file."""
-        item = self._items[index]
-        if not isinstance(item, (str, os.PathLike)):
-            return None
-        return str(os.fspath(item))  # numpy's strings have another `repr`
+        """Return the path of image ``index``, or ``None`` if it is not a file.
+
+        It is ``None`` in a lazy sequence, too, of which nothing is fetched.
+        """
+        return None if self.is_lazy else self.file_of(self._items[index])
+
+    def name(self, index: int) -> str | None:
+        """Return the path, URL or name of image ``index``, if it has one."""
+        return name_of(self.fetch(index))
+
+    def is_array(self, index: int) -> bool:
+        """Return whether image ``index`` is an array or tensor, which is not decoded.
+
+        The content of such an image is known sooner than its crop.
+        """
+        return not (self.is_lazy or self._reader) and is_array(self._items[index])
+
+    def variant(self) -> bytes:
+        """Return what determines the image of a file besides its content."""
+        if self._reader is None:
+            return repr(self.decoding).encode()
+        return repr(self.decoding).encode() + self._reader_identity
+
+    @cached_property
+    def _reader_identity(self) -> bytes:
+        """Code of the reader, its `version`, and that of its package."""
+        module = getattr(self._reader, "__module__", None) or ""
+        package = sys.modules.get(module.partition(".")[0])
+        versions = getattr(self._reader, "version", None), _version_of(package)
+        return description((self._reader, repr(versions)), "reader")
 
     def check_items(self) -> None:
         """Raise an error for the first item that cannot be an image by its type."""
-        for index, item in enumerate(self._items):
-            self._check(index, item)
+        for index in range(len(self)):
+            check_item(index, self._items[index], self._labels)
 
     def warn_of_odd_range(self) -> None:
         """Warn once if the values read so far are unusual for pixels."""
         self.ranges.warn_if_odd()
 
-    def _check(self, index: int, item: Any) -> None:
-        """Raise an error if an item cannot be an image, whatever its pixels."""
-        if isinstance(item, (str, Image.Image)):
-            return
-        if isinstance(item, os.PathLike):
-            if isinstance(os.fspath(item), bytes):
-                raise ImageTypeError(index, "a path of bytes; expected a path of str")
-        elif isinstance(item, np.ma.MaskedArray):
-            raise ImageTypeError(index, "a masked array; fill its masked pixels first")
-        elif isinstance(item, np.ndarray) or is_tensor(item):
-            if fault := _fault_of_shape(tuple(item.shape)):
-                raise ImageReadError(index, None, fault)
-        elif _is_missing(item):
-            raise _missing_value(index, self._labels)
-        else:
-            raise ImageTypeError(index, _describe_item(item))
-
-    def _read(self, item: Any) -> Decoded:
+    def _read(self, index: int, item: Any) -> Decoded:
         """Decode an item and add its range to those of the source."""
-        is_float = False
-        if isinstance(item, (str, os.PathLike)):
-            decoded = read_file(item, self.least_side)
-        elif isinstance(item, Image.Image):
-            decoded = read_image(item, self.least_side)
-        else:
-            array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
-            if array.ndim == 3 and self._channels_first:
-                array = np.moveaxis(array, 0, 2)
-            is_float = array.dtype.kind == "f"
-            decoded = read_array(array)
-        found = _range_of(decoded)
-        if found is not None:
+        channels_first = self._channels_first
+        if self._reader is not None:
+            item = self._read_by_user(index, item)
+            channels_first = is_tensor(item)
+        decoded = read_item(item, self.decoding, channels_first)
+        found = range_of(decoded)
+        if found is not None and self.decoding.value_range is None:
+            is_float = is_array(item) and _is_floating(item)
             self.ranges.add("floats" if is_float else "16-bit", *found)
         return decoded
 
+    def _read_by_user(self, index: int, item: Any) -> Any:
+        """Return the result of the user's reader for an item."""
+        assert self._reader is not None
+        name = getattr(self._reader, "__qualname__", type(self._reader).__name__)
+        with foreign_errors():
+            image = self._reader(item)
+        try:
+            check_item(index, image)
+        except ImageReadError as error:
+            raise ValueError(f"{name} returned an array: {error.reason}") from error
+        except ImageTypeError as error:
+            raise ValueError(f"{name} returned {error.reason}") from error
+        return image
+
 
 def read_images(
-    X: Any, image_shape: tuple[int, ...] | None = None, check_items: bool = True
+    X: Any,
+    image_shape: tuple[int, ...] | None = None,
+    check_items: bool = True,
+    value_range: tuple[float, float] | None = None,
+    reader: Reader | None = None,
 ) -> ImageSource:
     """Recognize what ``X`` is; nothing is decoded yet.
 
     With `image_shape`, ``X`` is an array (n, d), and each row an image of this shape.
     Without `check_items`, an item of a wrong type is an error only when it is read.
-    An ``X`` that is no sequence of images raises ``TypeError`` (`ImageTypeError` for
-    one of its items); if it is empty, a single image or of a wrong shape,
-    ``ValueError``.
+    With a `reader`, items may be of any type. An ``X`` that is no sequence of images
+    raises ``TypeError`` (`ImageTypeError` for one of its items); if it is empty, a
+    single image or of a wrong shape, ``ValueError``.
     """
+    source = _read_images(X, image_shape, check_items, reader)
+    source.decoding = Decoding(value_range=value_range)
+    return source
+
+
+def _read_images(
+    X: Any,
+    image_shape: tuple[int, ...] | None,
+    check_items: bool,
+    reader: Reader | None,
+) -> ImageSource:
     if image_shape is not None:
         check_not_masked(X)
         images = _rows_as_images(X, image_shape)
-        channels_first = _has_channels_first([images.shape[1:]], prefers_first=False)
+        channels_first = has_channels_first([images.shape[1:]], prefers_first=False)
         return ImageSource(images, channels_first)
-    index = getattr(X, "index", None)  # of pandas
-    labels = index if hasattr(X, "iloc") and hasattr(index, "__getitem__") else None
-    X = _unwrap(X)
+    labels = index_labels(X)
+    X = unwrap(X)
+    if reader is not None:
+        _check_not_empty((len(X),))
+        return ImageSource(X, labels=labels, reader=reader)
+    if isinstance(X, LazyItems):
+        return _source_of_lazy(X)
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUT":
         # A column without any value, which pandas stores as floats or dates.
-        if X.ndim == 1 and len(X) and _is_missing(X[0]):
-            raise _missing_value(0, labels)
+        if X.ndim == 1 and len(X) and is_missing(X[0]):
+            raise missing_value(0, labels)
         return _source_of_array(X, prefers_first=False)
     if is_tensor(X):
         return _source_of_array(X, prefers_first=True)
     return _source_of_items(X, labels, check_items)
 
 
-def check_not_masked(X: Any) -> None:
-    """Raise an error for a masked array, whose masked pixels have no values."""
-    if isinstance(X, np.ma.MaskedArray):
-        raise TypeError(
-            "Masked arrays are not supported: fill the masked pixels first."
-        )
+def _source_of_lazy(X: LazyItems) -> ImageSource:
+    """Return the source of a lazy sequence, of which one item is fetched at most."""
+    if X.shape is not None:
+        return _source_of_array(X, prefers_first=False)
+    _check_not_empty((len(X),))
+    first = X.first()
+    shapes = [tuple(first.shape)] if is_array(first) else []
+    shapes = [shape for shape in shapes if may_have_channels(shape)]
+    return ImageSource(X, has_channels_first(shapes, prefers_first=is_tensor(first)))
 
 
-def _unwrap(X: Any) -> Any:
-    """Take the data out of its container; refuse what is no batch of images."""
-    if isinstance(X, (str, os.PathLike)):
-        raise _single_path(os.fsdecode(X))
-    if isinstance(X, Image.Image):
-        raise ValueError("X is a single image. Reshape your data: X=[image].")
-    if hasattr(X, "toarray") and hasattr(X, "nnz"):
-        raise TypeError("Sparse data cannot be images; pass a dense array.")
-    check_not_masked(X)
-    if type(X).__module__.partition(".")[0] == "pyarrow":
-        return _unwrap_arrow(X)
-    if hasattr(X, "to_numpy"):  # pandas, polars
-        X = _unwrap_frame(X)
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
-        # One column of paths, as `ColumnTransformer` passes it.
-        return X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
-    if isinstance(X, (np.ndarray, list, tuple)) or is_tensor(X):
-        return X
-    if hasattr(X, "__array__"):
-        return np.asarray(X)
-    raise TypeError(
-        f"X must be {EXPECTED}; got {_type_name(X)}.{_advice_on_container(X)}"
-    )
-
-
-def _unwrap_frame(X: Any) -> Any:
-    """Return the values of a series or a data frame as an array."""
-    shape: tuple[int, ...] = getattr(X, "shape", ())
-    if len(shape) == 2 and shape[1] == 1:
-        X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
-    values = X.to_numpy()
-    if values.ndim == 2 and values.dtype.kind in "OUT" and hasattr(X, "columns"):
-        raise _several_columns(list(X.columns), type(X).__name__)
-    return values
-
-
-def _unwrap_arrow(X: Any) -> Any:
-    """Return the strings of an Arrow array or of a table of one column."""
-    if hasattr(X, "column_names"):
-        if len(X.column_names) != 1:
-            raise _several_columns(X.column_names, f"pyarrow {type(X).__name__}")
-        X = X.column(0)
-    kind = str(getattr(X, "type", ""))
-    if not kind.endswith(("string", "string_view")):
-        raise TypeError(
-            f"X is a pyarrow {type(X).__name__} of {shorten(kind, 40)}: only strings "
-            "(paths) are supported. Pass X.to_pylist() if its items are images, or "
-            "X.to_pandas()."
-        )
-    return X.to_pylist()
-
-
-def _single_path(text: str) -> TypeError:
-    """Return the error for a string or path instead of a list."""
-    example = quote(text)
-    if os.path.isdir(text):  # noqa: PTH112  # accepts odd names, unlike Path
-        return TypeError(
-            f"X is a directory, {example}; pass a list of the files in it, for "
-            "instance sorted(pathlib.Path(X).rglob('*.jpg'))."
-        )
-    if not os.path.exists(text) and (what := describe_text(text)):  # noqa: PTH110
-        return TypeError(f"X is a string, {example}, not a list, and {what}.")
-    return TypeError(f"X is a single path; put it in a list: X=[{example}].")
-
-
-def _several_columns(names: Sequence[Any], kind: str) -> ValueError:
-    """Return the error for a table of several columns that are not all numeric."""
-    shown = [quote(str(name), 30) for name in names[:N_COLUMNS_SHOWN]]
-    more = ", ..." if len(names) > N_COLUMNS_SHOWN else ""
-    return ValueError(
-        f"X is a {kind} with the columns {', '.join(shown)}{more}. Pass the one that "
-        f"holds the images, for instance X[{shown[0]}], or select it with "
-        "sklearn.compose.ColumnTransformer."
-    )
-
-
-def _advice_on_container(X: object) -> str:
-    """Return advice on what to pass instead of an unsupported container."""
-    if isinstance(X, (bytes, bytearray, memoryview)):
-        return " Pass [PIL.Image.open(io.BytesIO(X))]."
-    if isinstance(X, Mapping):
-        return " Pass list(X.values()) if its values are the images."
-    if isinstance(X, Set):
-        return " A set has no order; pass sorted(X) or list(X)."
-    if isinstance(X, (Iterator, Sequence)) or (
-        isinstance(X, Sized) and hasattr(X, "__iter__")
-    ):
-        return " Pass list(X)."
-    if hasattr(X, "__getitem__") and hasattr(X, "__len__"):
-        return " Pass a list of its images, without labels."
-    return ""
-
-
-def _source_of_items(X: Items, labels: Any, check_items: bool) -> ImageSource:
+def _source_of_items(X: Any, labels: Any, check_items: bool) -> ImageSource:
     """Return the source of a list of paths, images or arrays."""
     if isinstance(X, np.ndarray) and X.ndim != 1:
         raise ValueError(
@@ -303,16 +289,18 @@ def _source_of_items(X: Items, labels: Any, check_items: bool) -> ImageSource:
     _check_not_empty((len(X),))
     if _is_row(X[0]):
         return _source_of_array(_stack(X), prefers_first=False)
-    arrays = [item for item in X if is_tensor(item) or isinstance(item, np.ndarray)]
-    shapes = [tuple(array.shape) for array in arrays if _may_have_channels(array.shape)]
+    arrays = [item for item in X if is_array(item)]
+    shapes = [tuple(array.shape) for array in arrays if may_have_channels(array.shape)]
     prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
     if check_items:  # an error about one item comes before one about all of them
         ImageSource(X, labels=labels).check_items()
-    return ImageSource(X, _has_channels_first(shapes, prefers_first), labels)
+    return ImageSource(X, has_channels_first(shapes, prefers_first), labels)
 
 
 def _is_row(item: Any) -> bool:
     """Return whether an item is a row of pixels, or nested rows."""
+    if isinstance(item, Encoded):
+        return False
     if isinstance(item, (list, tuple)):
         return not any(
             isinstance(part, (str, os.PathLike, Image.Image))
@@ -333,54 +321,6 @@ def _stack(X: Any) -> NDArray[Any]:
     if array.dtype.kind not in "buifc":
         raise ValueError(f"Expected {EXPECTED}, got nested lists of {array.dtype}.")
     return array
-
-
-def _is_missing(item: object) -> bool:
-    """Return whether an item is a missing value: None, NaN, NaT or NA."""
-    if item is None or type(item).__name__ in ("NAType", "NaTType"):
-        return True
-    if isinstance(item, (np.datetime64, np.timedelta64)):
-        return bool(np.isnat(item))
-    return isinstance(item, (float, np.floating)) and bool(item != item)
-
-
-def _missing_value(index: int, labels: Any) -> ImageTypeError:
-    """Return the error for a missing value, with its index label if there is one."""
-    name = ""
-    if labels is not None:
-        label = labels[index]
-        label = label.item() if isinstance(label, np.generic) else label
-        name = f" (index label {shorten(repr(label))})"
-    return ImageTypeError(index, f"a missing value{name}; drop its row")
-
-
-def _describe_item(item: object) -> str:
-    """Describe an item that is no image, as the end of "Image 3 is ..."."""
-    if isinstance(item, (int, float, np.number)):
-        return f"a number ({shorten(repr(item), 40)}), not a path or an image"
-    if isinstance(item, (bytes, bytearray, memoryview)):
-        return (
-            "bytes, not a path or an image; pass "
-            "PIL.Image.open(io.BytesIO(content)) if they are the content of a file"
-        )
-    if isinstance(item, Mapping) and {"bytes", "path"} & set(item):
-        return (
-            "a dictionary of 'bytes' and 'path'; pass "
-            "PIL.Image.open(io.BytesIO(item['bytes'])), or its path"
-        )
-    if hasattr(item, "read") and hasattr(item, "seek"):
-        return f"a file object ({_type_name(item)}); pass PIL.Image.open(file)"
-    if isinstance(item, (list, tuple)):
-        return (
-            f"a {_type_name(item)} of {len(item)} objects, not a path, an image or an "
-            "array; of pairs (image, label), pass the images alone"
-        )
-    return f"of type {_type_name(item)}, not a path, an image or an array"
-
-
-def _type_name(item: object) -> str:
-    """Return the name of an item's class, shortened."""
-    return shorten(type(item).__name__, 60)
 
 
 def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
@@ -404,7 +344,7 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
         )
     _check_not_empty(shape)
     if len(shape) == 4:
-        return ImageSource(X, _has_channels_first([shape[1:]], prefers_first))
+        return ImageSource(X, has_channels_first([shape[1:]], prefers_first))
     if shape[0 if prefers_first else 2] in (3, 4):
         raise ValueError(
             f"X has shape {shape}, which looks like a single color image. Reshape "
@@ -424,43 +364,6 @@ def _check_not_empty(shape: tuple[int, ...]) -> None:
         )
     if 0 in shape:
         raise ValueError(f"The images are empty: X has shape {shape}.")
-
-
-def _fault_of_shape(shape: tuple[int, ...]) -> str:
-    """Return why an array of this shape is no image, or "" if it may be one."""
-    if len(shape) not in (2, 3):
-        found = shorten(str(shape))
-        return f"its shape is {found}; expected (h, w) or (h, w, channels)"
-    if 0 in shape:
-        return f"it is empty: its shape is {shorten(str(shape))}"
-    if len(shape) == 2 or _may_have_channels(shape):
-        return ""
-    return (
-        f"no axis of its shape {shorten(str(shape))} can be the channels; expected "
-        "1 (gray), 3 (RGB) or 4 (RGBA) of them, last or first"
-    )
-
-
-def _may_have_channels(shape: tuple[int, ...]) -> bool:
-    """Return whether the first or last of three axes can be the channels."""
-    return len(shape) == 3 and (
-        shape[0] in CHANNEL_COUNTS or shape[2] in CHANNEL_COUNTS
-    )
-
-
-def _has_channels_first(shapes: Sequence[tuple[int, ...]], prefers_first: bool) -> bool:
-    """Decide which axis holds the channels, for all images together."""
-    shapes = [shape for shape in shapes if len(shape) == 3]
-    if not shapes:
-        return False
-    can_be_first = all(shape[0] in CHANNEL_COUNTS for shape in shapes)
-    can_be_last = all(shape[2] in CHANNEL_COUNTS for shape in shapes)
-    if not (can_be_first or can_be_last):
-        raise ValueError(
-            f"No axis can be the channels in all images (shapes {shapes[0]}, ...): "
-            "expected 1 (gray), 3 (RGB) or 4 (RGBA) of them, last or first."
-        )
-    return can_be_first if prefers_first else not can_be_last
 
 
 def _rows_as_images(rows: NDArray[Any], image_shape: tuple[Any, ...]) -> NDArray[Any]:
@@ -503,95 +406,12 @@ def _suggest_image_shape(n_columns: int) -> str:
     return "image_shape=(height, width)"
 
 
-# Advice for float images: the first whose limits hold the range of their values. The
-# slack of 0.1 is the overshoot of bicubic resampling at edges.
-FLOAT_ADVICE = [
-    ((-0.1, 1.1), "Clip them with np.clip(X, 0, 1)."),
-    ((0, 8), "Divide them by the value of white."),
-    ((0, 16), "Divide them by 16 if that is white, as in scikit-learn's digits."),
-    ((0, 256), "Divide them by 255, or pass them as uint8."),
-    ((0, 4096), "Divide them by 4095 for 12 bits, else by the value of white."),
-    ((0, 65536), "Divide them by 65535, or pass them as uint16."),
-    ((0, math.inf), "Divide them by the value of white."),
-    ((-1.1, 1.1), "If they are scaled to [-1, 1], pass (X + 1) / 2."),
-    (
-        (-10, 10),
-        "They look normalized: pass X * std + mean, or skip the normalization that "
-        "produced them; skltl applies its own.",
-    ),
-    (
-        (-math.inf, math.inf),
-        "If a mean was subtracted, add it again; then divide by the value of white "
-        "(255 for 8 bits). skltl applies its own normalization.",
-    ),
-]
-
-# Advice for 16-bit images by their largest value. Images that do not reach an eighth of
-# the range probably hold fewer bits.
-SIXTEEN_BIT_ADVICE = [
-    (255, "If they hold 8 bits, pass them as uint8."),
-    (4095, "If they hold 12 bits, divide them by 4095 and pass the floats."),
-    (8191, "If white is not 65535, divide them by its value and pass the floats."),
-]
+def _version_of(package: object) -> str:
+    return str(getattr(package, "__version__", ""))
 
 
-class PixelRanges:
-    """Ranges of the float and of the 16-bit images read so far, by any thread.
-
-    `warned` is the advice given so far.
-    """
-
-    def __init__(
-        self, subject: str = "Float images", warned: set[str] | None = None
-    ) -> None:
-        self.warned = set() if warned is None else warned
-        self._subject = subject
-        self._ranges: dict[str, tuple[float, float]] = {}
-        self._lock = Lock()
-
-    def add(self, kind: str, low: float, high: float) -> None:
-        """Widen the range of a kind of images: "floats" or "16-bit"."""
-        with self._lock:
-            known_low, known_high = self._ranges.get(kind, (low, high))
-            self._ranges[kind] = (min(low, known_low), max(high, known_high))
-
-    def warn_if_odd(self) -> None:
-        """Warn about unusual ranges, once with each advice."""
-        low, high = self._ranges.get("floats", (0, 1))
-        if low < 0 or high > 1:
-            remedy = next(
-                advice
-                for (least, most), advice in FLOAT_ADVICE
-                if least <= low and high <= most
-            )
-            self._warn_once(
-                remedy,
-                f"{self._subject} should lie in [0, 1], these range from {low:.4g} to "
-                f"{high:.4g}. {remedy}",
-            )
-        largest = round(self._ranges.get("16-bit", (0, 1))[1] * 65535)
-        fitting = [advice for most, advice in SIXTEEN_BIT_ADVICE if largest <= most]
-        if largest and fitting:
-            self._warn_once(
-                fitting[0],
-                "16-bit images should use the values 0 to 65535; the largest one here "
-                f"is {largest}, which is nearly black. {fitting[0]}",
-            )
-
-    def _warn_once(self, advice: str, message: str) -> None:
-        """Give an `ImageRangeWarning` that points to the user's code."""
-        if advice not in self.warned:
-            self.warned.add(advice)
-            warnings.warn(message, ImageRangeWarning, stacklevel=user_stacklevel())
-
-
-def _range_of(decoded: Decoded) -> tuple[float, float] | None:
-    """Return the range of a float image, or ``None`` if it has 8 bits per channel."""
-    if isinstance(decoded, np.ndarray):
-        is_float = decoded.dtype != np.uint8
-        return (float(decoded.min()), float(decoded.max())) if is_float else None
-    if decoded.mode != "F":
-        return None
-    extrema: Any = decoded.getextrema()
-    low, high = extrema
-    return low, high
+def _is_floating(array: Any) -> bool:
+    """Return whether the values of an array or tensor are floats."""
+    if is_tensor(array):
+        return bool(array.is_floating_point())
+    return bool(np.dtype(array.dtype).kind == "f")

@@ -18,6 +18,7 @@ from skltl.inference._frozen import (
 from skltl.inference._openvino import ENGINES, can_run, resolve_engine
 from skltl.inference._state import (
     as_tensor,
+    from_format_2,
     head_from_state,
     head_state,
     prefix_from_state,
@@ -47,6 +48,7 @@ __all__ = [
     "can_run",
     "describe",
     "fingerprints",
+    "from_format_2",
     "head_from_state",
     "head_state",
     "load_prefix",

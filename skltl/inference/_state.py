@@ -8,6 +8,7 @@ into another network of the same name is noticed.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from skltl.networks import (
     as_network,
     build_skeleton,
     get_backbone,
+    layouts,
     skeleton,
     state_of,
     structure,
@@ -80,6 +82,35 @@ def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
     for block in blocks.values():
         block.load_state_dict(weights, strict=False, assign=True)
     return backbone, FrozenPrefix(blocks)
+
+
+def from_format_2(state: State) -> State:
+    """Return the state of an estimator from a development version of 0.2.0.
+
+    Its blocks were modules with the same weights, named by module paths, and its heads
+    were for feature maps only.
+    """
+    network = state["network_"]
+    backbone = get_backbone(network["backbone"])
+    size = state["preprocessing_"]["crop_size"]
+    paths = skeleton(backbone, (size, size)).paths
+    layers = [[name, paths[block]] for name, block in state["layers_"]]
+    network = {
+        "versions": network["versions"],
+        "backbone": network["backbone"],
+        "image_size": [size, size],
+        "last_block": paths[network["blocks"][-1]],
+        "weights": network["weights"],
+    }
+    changed = {"network_": network, "layers_": layers}
+    if "layers" in state.get("head_", {}):
+        (layout,) = layouts(backbone, (size, size), (layers[0][1],)).values()
+        specs = [
+            [*spec, asdict(layout)] if spec[0] == "pool" else spec
+            for spec in state["head_"]["layers"]
+        ]
+        changed["head_"] = {**state["head_"], "layers": specs}
+    return {**state, **changed}
 
 
 def head_state(head: Block) -> State:

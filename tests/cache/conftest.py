@@ -34,13 +34,13 @@ def computed(monkeypatch):
 def decoded(monkeypatch):
     """A list of the positions of the images that are decoded."""
     positions = []
-    decode = ImageSource.decode
+    decode = ImageSource.decode_item
 
-    def counted(self, index):
+    def counted(self, index, item):
         positions.append(index)
-        return decode(self, index)
+        return decode(self, index, item)
 
-    monkeypatch.setattr(ImageSource, "decode", counted)
+    monkeypatch.setattr(ImageSource, "decode_item", counted)
     return positions
 
 

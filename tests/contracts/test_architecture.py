@@ -18,6 +18,7 @@ SUBPACKAGES = [
     "_parameters",
     "_random",
     "_large_arrays",
+    "_code",
     "images",
     "networks",
     "inference",
