@@ -29,7 +29,7 @@ from skltl.networks._network import ImageSize, Model, freeze, state_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredWeights:
-    """Weights in memory: the state dict of all blocks of a network."""
+    """Weights in memory: the state dict of the blocks of a network."""
 
     __module__ = "skltl.networks"  # the path in saved files
 
@@ -85,8 +85,8 @@ class Backbone:
     name : str
         Name, as given to the `backbone` parameter of the estimators.
     build : callable
-        Function ``build(n_classes, image_size)`` that returns a new network; ``None``
-        stands for the usual number of classes.
+        Function ``build(n_classes, image_size)`` that returns a new network, a
+        ``Model``; ``None`` stands for the usual number of classes.
     preprocessing : Preprocessing
         Preprocessing of images where no pretrained weights define it.
     weights : tuple of PretrainedWeights
@@ -293,6 +293,11 @@ class Backbone:
         return own_backbone(name, model, preprocessing)
 
     @property
+    def base(self) -> Backbone:
+        """The backbone with all of the network, if this one has its first blocks."""
+        return self.build.base if isinstance(self.build, Truncated) else self
+
+    @property
     def own_network(self) -> Model | None:
         """The network that the backbone owns, if any; it must not be modified."""
         return self.build.model if isinstance(self.build, Own) else None
@@ -365,13 +370,10 @@ def truncated_backbone(
     preprocessing: Preprocessing,
 ) -> Backbone:
     """Return a backbone with the first blocks of another one, and their weights."""
-    base, last_block = backbone, list(blocks)[-1]
-    if isinstance(base.build, Truncated):
-        base = base.build.base
     stored = StoredWeights(state_of(blocks.values()))
     return Backbone(
         backbone.name,
-        Truncated(base, last_block),
+        Truncated(backbone.base, list(blocks)[-1]),
         preprocessing,
         weights=(PretrainedWeights("own", stored, preprocessing),),
     )

@@ -1,9 +1,9 @@
-"""From a backbone to a network: traced, split into blocks, and checked."""
+"""From a backbone to a network: built, traced, split into blocks, and named."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from skltl._parameters import settle_in_forked_child
 from skltl._random import own_random_state, torch_defaults
 from skltl.exceptions import shorten
-from skltl.networks._backbone import Backbone, Truncated
+from skltl.networks._backbone import Backbone
 from skltl.networks._layouts import Layout, layout_of
 from skltl.networks._main_layers import find_layers
 from skltl.networks._network import ImageSize, Model, Network, freeze
 from skltl.networks._recording import FORWARD_ERRORS, TraceError
 from skltl.networks._sequence import trace_sequence
 from skltl.networks._splitting import cut_points_before, module_ends, split
-from skltl.networks._trace import Trace, trace
+from skltl.networks._trace import CutPoint, Trace, trace
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -78,14 +78,63 @@ def build_skeleton(
     except FORWARD_ERRORS as error:
         if image_size == usual_size(backbone):
             raise
-        raise ValueError(refusal(backbone, image_size, str(error))) from error
+        raise ValueError(refusal(backbone, image_size, reason_of(error))) from error
 
 
 def as_network(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
-    """Return a network that was built as frozen blocks, for images of a size."""
-    network = _split(backbone, model, image_size)
+    """Return a network that was built as frozen blocks, for images of a size.
+
+    The names of its layers are those of the whole network, whichever blocks the images
+    reach.
+    """
+    usual = usual_size(backbone)
+    traced = trace_of(backbone, image_size)
+    whole = traced if traced.error is None else trace_of(backbone, usual)
+    blocks, head = split(traced, model.module, model.head, model.last_block)
+    points = cut_points_before(whole, model.module, model.head)
+    paths, inside = module_ends(whole, points)
+    order = [point.name for point in points]
+    if model.last_block is not None:
+        order = order[: order.index(model.last_block) + 1]
+        paths = {path: block for path, block in paths.items() if block in order}
+    if not order:
+        raise ValueError(
+            f"{backbone.name!r} has no layer at which it can be truncated, before its "
+            "head."
+        )
+    layers = {name: paths[path] for name, path in model.layers.items() if path in paths}
+    inner = [one.name for one in traced.cut_points if not one.is_between_modules]
+    network = Network(
+        blocks,
+        head,
+        dict(sorted(layers.items(), key=lambda item: order.index(item[1]))),
+        model.aliases,
+        paths,
+        inside,
+        _layouts_of(traced.cut_points[: len(blocks)], model, image_size),
+        limit="" if traced.error is None else reason_of(traced.error),
+        inner=frozenset(inner),
+        is_trainable=traced.is_trainable and model.is_trainable,
+    )
     freeze(network.parts)
-    return network
+    if not model.finds_layers:
+        return network
+    if image_size != usual:
+        return replace(network, layers=skeleton(backbone, usual).layers)
+    return replace(network, layers=find_layers(network, model, image_size))
+
+
+def _layouts_of(
+    points: Sequence[CutPoint], model: Model, image_size: ImageSize
+) -> dict[str, Layout]:
+    """Return the layouts of the blocks that end at some consecutive cut points."""
+    found: dict[str, Layout] = {}
+    before: Layout | None = None
+    for point in points:
+        tokens = model.n_prefix_tokens, model.uses_class_token
+        before = layout_of(point.shape, image_size, *tokens, before)
+        found[point.name] = before
+    return found
 
 
 def layouts(
@@ -132,7 +181,7 @@ def build_without_values(build: Callable[[], Value]) -> Value:
     """
     with own_random_state(0), torch_defaults(), _WithoutInitialization():
         built = build()
-    module = getattr(built, "module", built)
+    module = built.module if isinstance(built, Model) else built
     if isinstance(module, nn.Module):
         _drop_values(module)
     return built
@@ -165,9 +214,7 @@ def _drop_values(module: nn.Module) -> None:
 
 def usual_size(backbone: Backbone) -> ImageSize:
     """Return a size of images that the network of a backbone is suited to."""
-    if isinstance(backbone.build, Truncated):
-        return usual_size(backbone.build.base)
-    return backbone.preprocessing.size
+    return backbone.base.preprocessing.size
 
 
 @once_per_backbone
@@ -181,23 +228,30 @@ def trace_of(backbone: Backbone, image_size: ImageSize) -> Trace:
 
     It ends where they vanish, if they are smaller than usual.
     """
-    if isinstance(backbone.build, Truncated):
-        return trace_of(backbone.build.base, image_size)
-    model = _model(backbone, image_size)
+    if backbone.base is not backbone:
+        return trace_of(backbone.base, image_size)
+    model, usual = _model(backbone, image_size), usual_size(backbone)
     if model.is_sequence:
         settle_in_forked_child()
-        return trace_sequence(model.module, model.head, image_size)
-    usual = usual_size(backbone)
+        traced = trace_sequence(model.module, model.head, image_size)
+        if traced.error is not None and image_size == usual:
+            raise ValueError(refusal(backbone, image_size, reason_of(traced.error)))
+        return traced
     try:
         return trace(model.module, image_size)
     except FORWARD_ERRORS as error:
         if image_size == usual:
-            raise untraceable(backbone, str(error)) from error
+            raise untraceable(backbone, reason_of(error)) from error
     reference = trace_of(backbone, usual)
     try:
         return trace(model.module, image_size, reference)
     except FORWARD_ERRORS as error:  # it fails elsewhere than for the usual size
-        raise ValueError(refusal(backbone, image_size, str(error))) from error
+        raise ValueError(refusal(backbone, image_size, reason_of(error))) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an error, or its class where it has none."""
+    return shorten(str(error) or type(error).__name__, 200)
 
 
 def untraceable(backbone: Backbone, reason: str) -> TraceError:
@@ -211,59 +265,3 @@ def untraceable(backbone: Backbone, reason: str) -> TraceError:
         remedy = " Backbone.from_blocks accepts modules that run one after the other."
     message = f"{backbone.name!r} cannot be traced: {shorten(reason, 200)}."
     return TraceError(message + remedy)
-
-
-def _split(backbone: Backbone, model: Model, image_size: ImageSize) -> Network:
-    """Return a network as blocks, by its trace."""
-    traced = trace_of(backbone, image_size)
-    blocks, head = split(traced, model.module, model.head, model.last_block)
-    if not blocks and traced.error is None:
-        raise ValueError(
-            f"{backbone.name!r} has no layer at which it can be truncated, before its "
-            "head."
-        )
-    found: dict[str, Layout] = {}
-    before: Layout | None = None
-    for point in traced.cut_points[: len(blocks)]:
-        tokens = model.n_prefix_tokens, model.uses_class_token
-        before = layout_of(point.shape, image_size, *tokens, before)
-        found[point.name] = before
-    inner = [one.name for one in traced.cut_points if not one.is_between_modules]
-    network = Network(
-        blocks,
-        head,
-        layers={},
-        layouts=found,
-        limit=shorten(str(traced.error or ""), 200),
-        inner=frozenset(inner),
-        is_trainable=traced.is_trainable and model.is_trainable,
-    )
-    return _with_names(backbone, model, network, image_size)
-
-
-def _with_names(
-    backbone: Backbone, model: Model, network: Network, image_size: ImageSize
-) -> Network:
-    """Return a network with the names of its layers.
-
-    They are those of the whole network, whichever blocks the images reach.
-    """
-    usual = usual_size(backbone)
-    traced = trace_of(backbone, usual if network.limit else image_size)
-    points = cut_points_before(traced, model.module, model.head)
-    paths, inside = module_ends(traced, points)
-    if model.last_block is not None:
-        kept = [point.name for point in points]
-        kept = kept[: kept.index(model.last_block) + 1]
-        paths = {path: block for path, block in paths.items() if block in kept}
-    layers = {name: paths[path] for name, path in model.layers.items() if path in paths}
-    order = [point.name for point in points]
-    layers = dict(sorted(layers.items(), key=lambda item: order.index(item[1])))
-    named = replace(
-        network, layers=layers, aliases=model.aliases, paths=paths, inside=inside
-    )
-    if not model.finds_layers:
-        return named
-    if image_size != usual:
-        return replace(named, layers=skeleton(backbone, usual).layers)
-    return replace(named, layers=find_layers(named, model, image_size))

@@ -15,6 +15,7 @@ from skltl.networks._blocks import is_activation
 from skltl.networks._layouts import Layout
 from skltl.networks._network import ImageSize, Model, Network, state_of
 from skltl.networks._recording import CONTAINERS
+from skltl.networks._sequence import around
 
 
 def find_layers(
@@ -56,9 +57,7 @@ def _outer_layers(network: Network, module: nn.Module) -> dict[str, str]:
 
 def _n_parents(network: nn.Module, path: str) -> int:
     """Return how many modules, containers aside, a path is inside of."""
-    keys = path.split(".")
-    parents = [".".join(keys[:n]) for n in range(1, len(keys))]
-    modules = map(network.get_submodule, parents)
+    modules = map(network.get_submodule, around(path)[:-1])
     return sum(not isinstance(module, CONTAINERS) for module in modules)
 
 

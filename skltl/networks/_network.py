@@ -1,8 +1,7 @@
 """Networks: an ordered sequence of named blocks, and a head.
 
 Truncating a network is slicing the sequence, extracting several layers is iterating
-over it once, and freezing the first blocks is a slice again: no hooks, no graph
-rewriting.
+over it once, and freezing the first blocks is a slice again.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Model:
     With `finds_layers`, shapes tell the main layers that `layers` lacks; `stride` is
     that of the last feature maps, if it is known. A network is not trainable if its
     gradients are other than those of its calls. The children of a module that
-    `is_sequence`, an ``nn.Sequential``, are used as they are, and not traced.
+    `is_sequence`, an ``nn.Sequential``, are used as they are, whatever they call.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -98,11 +97,12 @@ class Network:
     """The blocks of a network, in the order of the forward pass, and its head.
 
     `layers` maps the name of each main layer to the block that computes it, and
-    `aliases` maps further names to names of layers. `paths` maps the paths of modules
-    to the blocks that they end with, and `inside` those of other modules to the blocks
-    inside of which they end. `layouts` are those of the blocks that images of a certain
-    size reach; `limit` says why they reach no others. Blocks in `inner` end inside of
-    modules. A network that is not trainable computes something else in train mode.
+    `aliases` maps further names to names or paths of layers. `paths` maps the paths of
+    modules to the blocks that they end with, and `inside` those of other modules to the
+    blocks inside of which they end. `layouts` are those of the blocks that images of a
+    certain size reach; `limit` says why they reach no others. Blocks in `inner` end
+    inside of modules. A network that is not trainable computes something else in train
+    mode.
     """
 
     blocks: Mapping[str, Block]

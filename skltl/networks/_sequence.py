@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skltl.networks._network import ImageSize, is_customized
-from skltl.networks._recording import FORWARD_ERRORS, Call, Output, Source
-from skltl.networks._trace import CutPoint, Trace
+from skltl.networks._recording import (
+    FORWARD_ERRORS,
+    Call,
+    Output,
+    Source,
+    TraceError,
+)
+from skltl.networks._trace import CutPoint, Trace, is_plain_sequence
 
 
 def trace_sequence(
@@ -28,34 +35,36 @@ def trace_sequence(
     calls: list[Call] = []
     cut_points: list[CutPoint] = []
     reason: Exception | None = None
-    output = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
+    output: Any = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
     for number, (path, layer) in enumerate(layers.items()):
         before = Output(number - 1)  # of the first call, it is the batch
         call = Call(path, (before,), {}, Source.IMAGES, module="")
-        if not around(path).isdisjoint(head):
-            calls.append(call)
-            continue
-        try:
-            with torch.inference_mode():
-                output = copy.deepcopy(layer)(output)
-        except FORWARD_ERRORS as error:
-            reason = error
-            break
+        if set(around(path)).isdisjoint(head):
+            try:
+                output = _run(layer, output)
+            except FORWARD_ERRORS as error:
+                reason = error
+                break
+            paths = tuple(one for one, end in ends.items() if end == number)
+            shape = tuple(output.shape[1:])
+            cut_points.append(CutPoint(path, paths, number, Output(number), shape))
         calls.append(call)
-        paths = tuple(one for one, end in ends.items() if end == number)
-        shape = tuple(output.shape[1:])
-        cut_points.append(CutPoint(path, paths, number, Output(number), shape, True))
-    return Trace(
-        tuple(calls),
-        constants={},
-        result=Output(len(calls) - 1),
-        cut_points=tuple(cut_points),
-        ends=ends,
-        modifiers={},
-        reshaped=frozenset(),
-        is_trainable=True,
-        error=reason,
-    )
+    result = Output(len(calls) - 1)
+    return Trace(tuple(calls), result, tuple(cut_points), ends, error=reason)
+
+
+def _run(layer: nn.Module, batch: Tensor) -> Tensor:
+    """Return the output of a copy of a layer, which must have an entry per image."""
+    with torch.inference_mode():
+        output = copy.deepcopy(layer)(batch)
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise TraceError(f"a block returns a {kind}, and not one tensor")
+    if output.ndim < 2 or len(output) != len(batch):
+        raise TraceError(
+            f"a block returns a tensor of shape {tuple(output.shape)} for one image"
+        )
+    return output
 
 
 def expand(modules: Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
@@ -67,8 +76,7 @@ def expand(modules: Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if module is None:
             continue
-        is_plain = type(module).forward is nn.Sequential.forward
-        if is_plain and not is_customized(module):
+        if is_plain_sequence(module) and not is_customized(module):
             # Not `named_children`, which skips the second use of a shared ReLU.
             children = module._modules.items()
             layers |= expand({f"{name}.{key}": one for key, one in children})
@@ -77,7 +85,7 @@ def expand(modules: Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
     return layers
 
 
-def around(path: str) -> set[str]:
-    """Return a module path and those of all modules around it."""
+def around(path: str) -> list[str]:
+    """Return the path of a module, after those of all modules around it."""
     keys = path.split(".")
-    return {".".join(keys[:n]) for n in range(1, len(keys) + 1)}
+    return [".".join(keys[:n]) for n in range(1, len(keys) + 1)]

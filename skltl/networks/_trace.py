@@ -13,8 +13,8 @@ differs between the recordings is what the code depends on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class CutPoint:
     call: int
     tensor: Output
     shape: tuple[int, ...]
-    is_between_modules: bool
+    is_between_modules: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +85,14 @@ class Trace:
     """
 
     calls: tuple[Call | None, ...]
-    constants: dict[str, Tensor]
     result: Any
     cut_points: tuple[CutPoint, ...]
     ends: dict[str, int]
-    modifiers: dict[int, tuple[int, ...]]
-    reshaped: frozenset[int]
-    is_trainable: bool
-    error: Exception | None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    modifiers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    reshaped: frozenset[int] = frozenset()
+    is_trainable: bool = True
+    error: Exception | None = None
 
 
 def trace(
@@ -116,10 +116,10 @@ def trace(
     places = [place for place in found if _is_batch(place[1], small, large)]
     return Trace(
         tuple(calls),
-        aligned.constants,
         aligned.result,
         tuple(_named_cut_points(model, small, places, ends)),
         ends,
+        aligned.constants,
         _modifiers(small, calls),
         _reshaped(small),
         aligned.is_trainable,
@@ -333,7 +333,7 @@ def _named_cut_points(
     paths_by_call: dict[int, list[str]] = {}
     for path, number in ends.items():
         paths_by_call.setdefault(number, []).append(path)
-    own = {path for path in ends if not _is_plain_sequence(model, path)}
+    own = {path for path in ends if not is_plain_sequence(model.get_submodule(path))}
     spans = [(start, ends[path]) for path, start, _ in recording.spans if path in own]
     taken = set(ends)
     for number, tensor in places:
@@ -346,8 +346,9 @@ def _named_cut_points(
         yield CutPoint(name, tuple(paths), number, tensor, tuple(shape), is_between)
 
 
-def _is_plain_sequence(model: nn.Module, path: str) -> bool:
-    return type(model.get_submodule(path)).forward is nn.Sequential.forward
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Return whether a module runs its children one after the other."""
+    return type(module).forward is nn.Sequential.forward
 
 
 def _name_of(call: Call, taken: Set[str]) -> str:

@@ -15,6 +15,7 @@ from skltl._random import own_random_state, torch_defaults
 from skltl.networks._backbone import Backbone
 from skltl.networks._building import (
     as_network,
+    reason_of,
     refusal,
     skeleton,
     trace_of,
@@ -54,7 +55,7 @@ def check(
         try:
             expected = model.module.eval()(batch.clone())
         except FORWARD_ERRORS as error:  # old releases of torch trace what cannot run
-            reason = refusal(backbone, image_size, str(error))
+            reason = refusal(backbone, image_size, reason_of(error))
             raise ValueError(reason) from error
         found = network.logits(batch.clone())
         alone = found[:1] if n_images == 1 else network.logits(batch[:1])

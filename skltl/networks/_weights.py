@@ -40,7 +40,6 @@ from skltl.networks._backbone import (
     HubFile,
     PretrainedWeights,
     StoredWeights,
-    Truncated,
 )
 from skltl.networks._blocks import Block
 from skltl.networks._building import as_network, build_skeleton, skeleton
@@ -354,9 +353,7 @@ def _checked_tensor(key: Any, value: Any, path: Path) -> Tensor:
 
 def _is_own(backbone: Backbone) -> bool:
     """Return whether the network of a backbone is always built with its weights."""
-    if isinstance(backbone.build, Truncated):
-        return _is_own(backbone.build.base)
-    return backbone.weights[0].source is None
+    return backbone.base.weights[0].source is None
 
 
 def _build(backbone: Backbone, image_size: ImageSize) -> Model:

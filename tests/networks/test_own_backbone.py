@@ -462,3 +462,52 @@ def test_a_single_image_that_exceeds_the_memory_is_an_error(images):
 
     with pytest.raises(torch.OutOfMemoryError, match="no room at all"):
         CNNFeatureTransformer(one_block(NoMemory())).fit_transform(images)
+
+
+def in_a_row(*blocks, size=32):
+    named = {f"block{number}": block for number, block in enumerate(blocks)}
+    return Backbone.from_blocks("mine", named, preprocessing=Preprocessing(size))
+
+
+class Pair(nn.Module):
+    def forward(self, batch):
+        return batch, batch
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (nn.Conv2d(5, 4, 3), "to have 5 channels, but got 4"),
+        (Pair(), "a block returns a tuple, and not one tensor"),
+        (nn.Flatten(0), "a block returns a tensor of shape"),
+    ],
+)
+def test_blocks_that_do_not_fit_together_are_refused(images, block, words):
+    backbone = in_a_row(nn.Conv2d(3, 4, 3), block)
+
+    with pytest.raises(ValueError, match=f"cannot pass through 'mine'.*{words}"):
+        CNNFeatureTransformer(backbone).fit(images)
+
+
+class OnlyLarge(nn.Module):
+    def forward(self, batch):
+        if batch.shape[-1] < 16:
+            raise AssertionError
+        return batch
+
+
+def test_images_that_are_too_small_keep_the_names_of_the_layers(images):
+    backbone = in_a_row(nn.Conv2d(3, 4, 3), OnlyLarge())
+    transformer = CNNFeatureTransformer(backbone, image_size=12)
+
+    assert transformer.set_params(layer="block0").fit_transform(images).shape[1] == 4
+    with pytest.raises(ValueError, match="12 x 12 .*AssertionError"):
+        transformer.set_params(layer="block1").fit(images)
+
+
+@pytest.mark.parametrize("name", ["forward", "train", "append"])
+def test_a_block_is_not_named_like_a_method(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot name a block"):
+        Backbone.from_blocks(
+            "mine", {name: nn.Conv2d(3, 4, 3)}, preprocessing=Preprocessing(32)
+        )
