@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     )
     from skltl.features import CNNFeatureTransformer, make_feature_pipeline
     from skltl.finetuning import FineTunedCNNClassifier
-    from skltl.images import Preprocessing, find_bad_images, load_image_folder
+    from skltl.images import (
+        Preprocessing,
+        drop_bad,
+        find_bad_images,
+        load_image_folder,
+    )
     from skltl.inference import release_memory
     from skltl.networks import Backbone, list_backbones, list_layers, register_backbone
     from skltl.pretrained import PretrainedCNNClassifier
@@ -59,6 +64,7 @@ _SUBPACKAGES = {
     "TransferGainDisplay": "displays",
     "cache_info": "cache",
     "clear_cache": "cache",
+    "drop_bad": "images",
     "find_bad_images": "images",
     "list_backbones": "networks",
     "list_layers": "networks",
@@ -88,6 +94,7 @@ __all__ = [
     "__version__",
     "cache_info",
     "clear_cache",
+    "drop_bad",
     "exceptions",
     "find_bad_images",
     "list_backbones",

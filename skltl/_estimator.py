@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import signature
 from numbers import Integral
 from os import PathLike, fspath
 
@@ -108,6 +109,7 @@ class ImageEstimator(BaseEstimator):
             state["layers_"] = [list(point) for point in self.layers_]
             state["preprocessing_"] = asdict(self.preprocessing_)
             del state["backbone_"]  # part of the state of the network
+            state.pop("bad_images_", None)  # of the last call of `transform`
             state.pop("_recorder", None)  # deeper than the truncated network
         for name in ("weights", "cache"):
             if isinstance(state.get(name), PathLike):  # path classes are per system
@@ -119,6 +121,7 @@ class ImageEstimator(BaseEstimator):
         if _has_fitted_attributes(state):  # the file may not come from `__getstate__`
             state = _current_format(state, type(self).__name__)
             _leave_out(state)
+            state = _defaults(type(self)) | state  # of parameters that are newer
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
             state["backbone_"], state["network_"] = backbone, network
@@ -139,7 +142,8 @@ def read_images_of(estimator, X, y=None, *, reset=False):
         estimator._fitted_image_shape = None if shape is None else tuple(shape)
     image_shape = estimator._fitted_image_shape
     if image_shape is None:
-        source = read_images(X)
+        is_strict = getattr(estimator, "on_error", "raise") == "raise"
+        source = read_images(X, check_items=is_strict)
     else:
         check_not_masked(X)
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
@@ -148,6 +152,12 @@ def read_images_of(estimator, X, y=None, *, reset=False):
     if y is not None:
         check_consistent_length(source, y)
     return source
+
+
+def _defaults(kind):
+    """Return the default values of the parameters of a class of estimators."""
+    parameters = signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 def _leave_out(state):

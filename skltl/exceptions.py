@@ -15,6 +15,7 @@
     └── TypeError
         └── ImageTypeError        an item of X has a type that holds no image
     UserWarning
+    ├── BadImageWarning           images that cannot be read were dropped
     ├── CacheWarning              features cannot be stored or read again
     ├── CheckpointWarning         the state of a fit cannot be saved
     ├── EngineWarning             the engine differs from that used in fit
@@ -33,6 +34,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "BadImageWarning",
     "CacheWarning",
     "CheckpointWarning",
     "EngineError",
@@ -85,6 +87,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)
     names = " or ".join(repr(by_lower[one]) for one in found)
     return f"Did you mean {names}?" if names else ""
+
+
+class BadImageWarning(UserWarning):
+    """Images that cannot be read were dropped; the message names the first ones."""
 
 
 class CacheWarning(UserWarning):

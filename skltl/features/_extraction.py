@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from skltl.exceptions import NonFiniteFeaturesError
 from skltl.images import (
     Batch,
     Crop,
+    ImageError,
     ImageSource,
     Preprocessing,
     iter_batches,
@@ -41,6 +43,9 @@ from skltl.inference import (
     resolve_engine,
 )
 from skltl.networks import Backbone, largest_map
+
+# From positions to the crops of images.
+Read = Callable[..., Generator[Crop, None, None]]
 
 
 def extraction_config(
@@ -94,6 +99,7 @@ def extract_features(
     cache: Path | None = None,
     out: NDArray[Any] | None = None,
     then: Callable[[Tensor], Tensor] | None = None,
+    unreadable: list[ImageError] | None = None,
 ) -> NDArray[Any]:
     """Return the features of each image at `blocks`, a float32 array (n, d).
 
@@ -104,7 +110,9 @@ def extract_features(
     as the logits, computed for a batch at once.
 
     Raises `ImageReadError` for the first image that cannot be read, and
-    `NonFiniteFeaturesError` for the first whose features are not finite.
+    `NonFiniteFeaturesError` for the first whose features are not finite. Instead, the
+    errors of unreadable images are added to the list `unreadable` if it is given, and
+    their features are NaN.
     """
     source = config.scaled(source)
     n_features = sum(replace(config, blocks=tuple(blocks)).widths())
@@ -114,11 +122,14 @@ def extract_features(
     def extract(batch_size: int) -> None:
         # Features depend on the batch size, so a smaller one starts over.
         this = replace(config, batch_size=batch_size)
+        if unreadable is not None:
+            unreadable.clear()
+        read = partial(_crops, source, this, n_threads, unreadable)
         with tqdm(
             total=len(source), desc="features", unit="img", disable=not verbose
         ) as progress:
             if cache is None:
-                _extract_all(source, this, n_threads, features, then, progress.update)
+                _extract_all(source, this, read, features, then, progress.update)
                 return
             counts = {"computed": 0, "cached": 0, "repeated": 0}
 
@@ -131,9 +142,10 @@ def extract_features(
             with closing(
                 CachedFeatures(cache, this, blocks, source, features, report)
             ) as cached:
-                _extract_missing(source, this, n_threads, cached)
+                _extract_missing(source, this, read, n_threads, cached)
 
     halve_until_it_fits(extract, config.batch_size)
+    features[[error.index for error in unreadable or ()]] = np.nan
     source.warn_of_odd_range()
     return features
 
@@ -141,13 +153,13 @@ def extract_features(
 def _extract_all(
     source: ImageSource,
     config: ExtractionConfig,
-    n_threads: int,
+    read: Read,
     features: NDArray[Any],
     then: Callable[[Tensor], Tensor] | None,
     report: Callable[[int], object],
 ) -> None:
     """Compute the features of every image, without a cache."""
-    with closing(_crops(source, range(len(source)), config, n_threads)) as crops:
+    with closing(read(range(len(source)))) as crops:
         for batch, rows in _computed(crops, source, config):
             rows = rows if then is None else then(rows)
             features[batch.positions] = rows.numpy()[: len(batch.positions)]
@@ -157,15 +169,14 @@ def _extract_all(
 def _extract_missing(
     source: ImageSource,
     config: ExtractionConfig,
+    read: Read,
     n_threads: int,
     cached: CachedFeatures,
 ) -> None:
     """Compute the features that are not in the cache."""
     missing = cached.read_stored(n_threads)
     while missing:
-        with closing(
-            _crops(source, missing, config, n_threads, with_keys=True)
-        ) as crops:
+        with closing(read(missing, with_keys=True)) as crops:
             for batch, rows in _computed(cached.not_stored(crops), source, config):
                 cached.add(batch, rows.numpy()[: len(batch.positions)])
         missing = cached.wait_for_others()
@@ -173,9 +184,10 @@ def _extract_missing(
 
 def _crops(
     source: ImageSource,
-    positions: Sequence[int],
     config: ExtractionConfig,
     n_threads: int,
+    unreadable: list[ImageError] | None,
+    positions: Sequence[int],
     with_keys: bool = False,
 ) -> Generator[Crop, None, None]:
     """Yield images that are decoded and cropped by threads."""
@@ -187,6 +199,7 @@ def _crops(
         n_threads,
         with_keys=with_keys,
         alternate=config.device.type == "cpu",
+        unreadable=unreadable,
     )
 
 

@@ -29,6 +29,7 @@ from skltl.features._extraction import (
     extract_features,
     extraction_config,
 )
+from skltl.images import bad_images
 from skltl.inference import (
     POOLINGS,
     can_pool,
@@ -118,6 +119,10 @@ class CNNFeatureTransformer(FeatureEstimator):
         ``"fast"`` decodes JPEG files at a half, a quarter or an eighth of their size,
         never below twice the input size of the network: several times faster for large
         photographs, with slightly different features.
+    on_error : {"raise", "nan"}, default="raise"
+        Treatment of images that cannot be read, and of missing values: ``"raise"``
+        raises an error for the first one; with ``"nan"``, their features are NaN, and
+        `bad_images_` lists them.
     cache : bool, str or path, default=None
         Folder in which features are stored. ``True`` is a folder in the user's cache
         directory, or that of the environment variable ``SKLTL_CACHE``; ``None`` and
@@ -151,6 +156,10 @@ class CNNFeatureTransformer(FeatureEstimator):
     engine_ : {"torch", "compile", "openvino"}
         The engine that was fitted. Where it is not available, torch is used, with a
         warning.
+    bad_images_ : list of BadImage
+        Index, path or name, and reason of each image that the last call of `transform`
+        could not read; see :func:`~skltl.find_bad_images`. Only with
+        ``on_error="nan"``.
     n_features_in_ : int
         Number of features seen during `fit`. Only with `image_shape`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -199,6 +208,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         "layer": [str, Integral, list, tuple],
         "pooling": [StrOptions(set(POOLINGS)), AT_LEAST_ONE],
         "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
+        "on_error": [StrOptions({"raise", "nan"})],
         "cache": ["boolean", str, PathLike, None],
     }
 
@@ -216,6 +226,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         precision="auto",
         engine="auto",
         decode="exact",
+        on_error="raise",
         cache=None,
         n_jobs=None,
         random_state=None,
@@ -232,6 +243,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.precision = precision
         self.engine = engine
         self.decode = decode
+        self.on_error = on_error
         self.cache = cache
         self.n_jobs = n_jobs
         self.random_state = random_state
@@ -307,29 +319,36 @@ class CNNFeatureTransformer(FeatureEstimator):
         Returns
         -------
         ndarray of shape (n, n_features_out), float32
-            Features. Above 2 GiB the array is backed by a temporary file that is
-            removed when the array is garbage-collected.
+            Features; with ``on_error="nan"``, NaN for images that cannot be read.
+            Above 2 GiB the array is backed by a temporary file that is removed when the
+            array is garbage-collected.
 
         Raises
         ------
         ImageReadError
             For the first image that cannot be read; the message names its index and
-            path.
+            path. Not with ``on_error="nan"``.
         """
         check_is_fitted(self)
         source = read_images_of(self, X)
-        return extract_features(
+        unreadable: list | None = None if self.on_error == "raise" else []
+        features = extract_features(
             source,
             transformer_config(self),
             [layer.block for layer in self.layers_],
             resolve_threads(self.n_jobs),
             verbose=bool(self.verbose),
             cache=cache_folder(self),
+            unreadable=unreadable,
         )
+        if unreadable is not None:
+            self.bad_images_ = bad_images(unreadable)
+        return features
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.non_deterministic = self.weights is None and self.random_state is None
+        tags.input_tags.allow_nan = self.on_error == "nan" and self.image_shape is None
         return tags
 
 

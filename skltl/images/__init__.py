@@ -3,11 +3,12 @@
 from skltl.images._batches import (
     Batch,
     Crop,
+    ImageError,
     iter_batches,
     iter_crops,
     prefetch,
 )
-from skltl.images._check import find_bad_images
+from skltl.images._check import bad_images, drop_bad, find_bad_images
 from skltl.images._containers import check_not_masked
 from skltl.images._decode import is_tensor, tensor_to_array
 from skltl.images._folder import load_image_folder
@@ -26,12 +27,15 @@ __all__ = [
     "FILE_STATE_BYTES",
     "Batch",
     "Crop",
+    "ImageError",
     "ImageSource",
     "PixelRanges",
     "Preprocessing",
     "as_float",
+    "bad_images",
     "check_not_masked",
     "content_key",
+    "drop_bad",
     "file_digest",
     "file_identity",
     "file_state",

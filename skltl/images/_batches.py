@@ -6,16 +6,21 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
+from skltl.exceptions import ImageReadError, ImageTypeError
 from skltl.images._decode import Pixels, one_image
 from skltl.images._identity import content_key, file_state
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
+
+# Of an item of ``X``.
+ImageError = ImageReadError | ImageTypeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,12 +97,14 @@ def iter_crops(
     n_threads: int,
     with_keys: bool = False,
     alternate: bool = False,
+    unreadable: list[ImageError] | None = None,
 ) -> Generator[Crop, None, None]:
     """Yield the crops at the given positions of a source, prefetched by threads.
 
     `with_keys` sets `Crop.key` and `Crop.file`. With `alternate` no image is decoded
-    while the crops are used, which is faster on shared cores. `ImageReadError` is
-    raised for the first image, in the order of the positions, that cannot be read.
+    while the crops are used, which is faster on shared cores. For the first image, in
+    the order of the positions, that cannot be read, its error is raised; or else, the
+    errors of all such images are added to `unreadable`, and the others are yielded.
     """
 
     def read(position: int) -> Crop:
@@ -112,11 +119,32 @@ def iter_crops(
             crop, key = preprocessing.crop(decoded), content_key(decoded)
             return Crop(position, crop, key, after if before == after else None)
 
+    def read_or_error(position: int) -> Crop | ImageError:
+        try:
+            return read(position)
+        except (ImageReadError, ImageTypeError) as error:
+            return error.with_traceback(None)  # which holds the image
+
     if alternate:
         n_in_flight = images_per_turn(preprocessing.size, batch_size, n_threads)
     else:
         n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
-    return prefetch(read, positions, n_threads, n_in_flight, alternate)
+    if unreadable is None:
+        return prefetch(read, positions, n_threads, n_in_flight, alternate)
+    results = prefetch(read_or_error, positions, n_threads, n_in_flight, alternate)
+    return _without_errors(results, unreadable)
+
+
+def _without_errors(
+    results: Generator[Crop | ImageError, None, None], errors: list[ImageError]
+) -> Generator[Crop, None, None]:
+    """Yield the crops among results, and add the errors among them to a list."""
+    with closing(results):
+        for result in results:
+            if isinstance(result, Crop):
+                yield result
+            else:
+                errors.append(result)
 
 
 def images_per_turn(crop_size: tuple[int, int], batch_size: int, n_threads: int) -> int:

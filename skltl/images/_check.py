@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import numpy as np
 from joblib import effective_n_jobs
+from sklearn.utils import check_consistent_length
 from tqdm import tqdm
 
-from skltl.exceptions import ImageReadError, ImageTypeError
-from skltl.images._batches import IMAGES_PER_THREAD, prefetch
+from skltl._caller import user_stacklevel
+from skltl._sklearn import take
+from skltl.exceptions import (
+    BadImageWarning,
+    ImageReadError,
+    ImageTypeError,
+    quote,
+    shorten,
+)
+from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
 from skltl.images._decode import one_image
 from skltl.images._source import read_images
 
+# Dropped images that a warning names.
+N_NAMED = 3
+
 
 class BadImage(NamedTuple):
-    """Index in ``X``, path (if it is a file) and reason of an unreadable image."""
+    """Index in ``X``, path or name (if it has one) and reason of a bad image."""
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`, not needed here
     path: str | None
@@ -40,7 +55,7 @@ def find_bad_images(
     -------
     list of BadImage
         Named tuples (index, path, reason) in the order of ``X``, empty if all images
-        are readable. The path is ``None`` for an image that is not a file.
+        are readable. The path is ``None`` for an image without a path, URL or name.
 
     Raises
     ------
@@ -58,14 +73,12 @@ def find_bad_images(
     source = read_images(X, check_items=False)
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
 
-    def check(index: int) -> BadImage | None:
+    def check(index: int) -> ImageError | None:
         try:
             with one_image():
                 source.decode(index)
-        except ImageReadError as error:
-            return BadImage(error.index, error.path, error.reason)
-        except ImageTypeError as error:
-            return BadImage(error.index, None, f"it is {error.reason}")
+        except (ImageReadError, ImageTypeError) as error:
+            return error.with_traceback(None)  # which holds the image
         return None
 
     n_in_flight = IMAGES_PER_THREAD * n_threads
@@ -73,4 +86,93 @@ def find_bad_images(
         progress = tqdm(
             found, total=len(source), desc="images", unit="img", disable=not verbose
         )
-        return [bad for bad in progress if bad is not None]
+        return bad_images(error for error in progress if error is not None)
+
+
+def bad_images(errors: Iterable[ImageError]) -> list[BadImage]:
+    """Return errors of images as named tuples, in the order of ``X``."""
+    found = [
+        BadImage(error.index, error.path, error.reason)
+        if isinstance(error, ImageReadError)
+        else BadImage(error.index, None, f"it is {error.reason}")
+        for error in errors
+    ]
+    return sorted(found, key=lambda bad: bad.index)
+
+
+def drop_bad(
+    X: Any, *arrays: Any, n_jobs: int | None = None, verbose: bool | int = False
+) -> Any:
+    """Drop the images that cannot be read, and their labels.
+
+    Each image is decoded once. A warning says how many images were dropped.
+
+    Parameters
+    ----------
+    X : sequence of images
+        Images of any kind that :func:`find_bad_images` supports.
+    *arrays : array-like of length n
+        Labels, sample weights, groups and other values of the images.
+    n_jobs : int, default=None
+        Number of decoding threads; ``None`` and -1 use one per core.
+    verbose : bool or int, default=False
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    X or tuple
+        The readable images, as scikit-learn selects them from ``X`` (a list of a lazy
+        sequence); with `arrays`, a tuple of these and of the selected values. If all
+        images are readable, the arguments themselves.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``X`` is not a sequence of images, or the lengths differ.
+
+    Warns
+    -----
+    BadImageWarning
+        If an image was dropped.
+
+    See Also
+    --------
+    find_bad_images : List the images that cannot be read.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> from skltl import drop_bad
+    >>> good = np.zeros((4, 4, 3), dtype=np.uint8)
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     X, y = drop_bad([good, "missing.jpg", good], ["a", "b", "c"])
+    >>> len(X), y
+    (2, ['a', 'c'])
+    """
+    check_consistent_length(read_images(X, check_items=False), *arrays)
+    bad = find_bad_images(X, n_jobs=n_jobs, verbose=verbose)
+    parts = (X, *arrays)
+    if bad:
+        n_images = len(read_images(X, check_items=False))
+        warnings.warn(
+            _report_of_dropped(bad, n_images), BadImageWarning, user_stacklevel()
+        )
+        readable = np.setdiff1d(np.arange(n_images), [one.index for one in bad])
+        parts = tuple(take(part, readable) for part in parts)
+    return parts if arrays else parts[0]
+
+
+def _report_of_dropped(bad: list[BadImage], n_images: int) -> str:
+    """Return a text about dropped images that names the first ones."""
+    named = [
+        f"{one.index}{'' if one.path is None else f' ({quote(one.path, 60)})'}: "
+        f"{shorten(one.reason, 80)}"
+        for one in bad[:N_NAMED]
+    ]
+    more = "; ..." if len(bad) > N_NAMED else ""
+    return (
+        f"{len(bad)} of {n_images} images cannot be read and were dropped: image "
+        f"{'; image '.join(named)}{more}. find_bad_images lists all."
+    )
