@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from inspect import signature
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike, fspath
 
 from sklearn.base import BaseEstimator
@@ -59,6 +61,8 @@ class ImageEstimator(BaseEstimator):
         "precision": [StrOptions({"auto", *DTYPES})],
         "engine": [StrOptions({"auto", *ENGINES})],
         "decode": [StrOptions({"exact", "fast"})],
+        "reader": [callable, None],
+        "value_range": [tuple, list, None],
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -72,6 +76,8 @@ class ImageEstimator(BaseEstimator):
         except InvalidParameterError as error:
             message = shorten(str(error), MAX_MESSAGE_LENGTH)
             raise InvalidParameterError(message) from None
+        _check_reader(getattr(self, "reader", None))
+        _check_value_range(getattr(self, "value_range", None))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -143,12 +149,18 @@ def read_images_of(estimator, X, y=None, *, reset=False):
     image_shape = estimator._fitted_image_shape
     if image_shape is None:
         is_strict = getattr(estimator, "on_error", "raise") == "raise"
-        source = read_images(X, check_items=is_strict)
+        options = {"check_items": is_strict, "reader": estimator.reader}
+    elif estimator.reader is not None:
+        raise ValueError("image_shape and reader exclude each other: rows are pixels.")
     else:
         check_not_masked(X)
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
-        table = validate_data(estimator, X, reset=reset, dtype="numeric")
-        source = read_images(table, image_shape=image_shape)
+        X = validate_data(estimator, X, reset=reset, dtype="numeric")
+        options = {"image_shape": image_shape}
+    value_range = estimator.value_range
+    if value_range is not None:
+        options["value_range"] = tuple(map(float, value_range))
+    source = read_images(X, **options)
     if y is not None:
         check_consistent_length(source, y)
     return source
@@ -204,6 +216,34 @@ def _refuse_live_objects(params, estimator_name):
             f"The 'weights' parameter of {estimator_name} must be a name, a file or "
             "None, not a state dict. Save it first: torch.save(state_dict, "
             "'weights.pt'), and pass weights='weights.pt'."
+        )
+
+
+def _check_reader(reader):
+    """Raise an error if a reader cannot be saved, or sent to another process."""
+    if reader is None:
+        return
+    try:
+        pickle.dumps(reader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        name = getattr(reader, "__qualname__", type(reader).__name__)
+        raise InvalidParameterError(
+            f"reader={name} cannot be pickled. Define a function with a name at the "
+            f"top of a module. ({shorten(str(error), 200)})"
+        ) from error
+
+
+def _check_value_range(value_range):
+    """Raise an error if these are not the values of black and white."""
+    if value_range is None:
+        return
+    is_pair = len(value_range) == 2 and all(
+        isinstance(value, Real) and math.isfinite(value) for value in value_range
+    )
+    if not is_pair or value_range[0] == value_range[1]:
+        raise InvalidParameterError(
+            f"value_range={shorten(repr(value_range))}: expected two different finite "
+            "numbers, the values of black and white."
         )
 
 

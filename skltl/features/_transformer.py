@@ -47,7 +47,10 @@ from skltl.networks import (
 
 # What all estimators that extract features from one network have in common: parameters
 # that take effect immediately, and fitted attributes.
-SHARED_PARAMETERS = ("device", "precision", "engine", "decode", "n_jobs")
+SHARED_PARAMETERS = (
+    *("device", "precision", "engine", "n_jobs"),
+    *("decode", "reader", "value_range"),
+)
 NETWORK_ATTRIBUTES = (
     *("backbone_", "layers_", "network_", "preprocessing_", "pooling_"),
     *("precision_", "engine_", *INPUT_ATTRIBUTES),
@@ -119,6 +122,14 @@ class CNNFeatureTransformer(FeatureEstimator):
         ``"fast"`` decodes JPEG files at a half, a quarter or an eighth of their size,
         never below twice the input size of the network: several times faster for large
         photographs, with slightly different features.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image of any kind that ``X`` may hold, for
+        items or files that skltl cannot read itself. It is called in several threads,
+        and must be picklable; see :ref:`the user guide <readers>`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white in images that do not have 8 bits per channel, such
+        as ``(0, 4095)`` for 12 bits. Values beyond are clipped. ``None`` is 0 to 65535
+        for 16-bit integers, and [0, 1] for floats.
     on_error : {"raise", "nan"}, default="raise"
         Treatment of images that cannot be read, and of missing values: ``"raise"``
         raises an error for the first one; with ``"nan"``, their features are NaN, and
@@ -226,6 +237,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         precision="auto",
         engine="auto",
         decode="exact",
+        reader=None,
+        value_range=None,
         on_error="raise",
         cache=None,
         n_jobs=None,
@@ -243,6 +256,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.precision = precision
         self.engine = engine
         self.decode = decode
+        self.reader = reader
+        self.value_range = value_range
         self.on_error = on_error
         self.cache = cache
         self.n_jobs = n_jobs

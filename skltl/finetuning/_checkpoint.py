@@ -27,7 +27,7 @@ from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, version
 
 # A fit does not depend on these, or they are digested separately.
 NOT_DIGESTED = {
-    *("augment", "head_init", "cache", "checkpoint", "n_jobs"),
+    *("augment", "head_init", "reader", "cache", "checkpoint", "n_jobs"),
     *("random_state", "verbose"),
 }
 
@@ -55,6 +55,7 @@ def fingerprint(
     digest.update(repr([(name, params[name]) for name in digested]).encode())
     blocks = new.network_.blocks
     digest.update(repr((new.preprocessing_, structure(blocks.values()))).encode())
+    digest.update(source.variant())
     for position in range(len(source)):
         digest.update(_content(source, position))
     for array in arrays:

@@ -170,6 +170,14 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
         See `CNNFeatureTransformer`.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image of any kind that ``X`` may hold, for
+        items or files that skltl cannot read itself. It is called in several threads,
+        and must be picklable; see :ref:`the user guide <readers>`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white in images that do not have 8 bits per channel, such
+        as ``(0, 4095)`` for 12 bits. Values beyond are clipped. ``None`` is 0 to 65535
+        for 16-bit integers, and [0, 1] for floats.
     cache : bool, str or path, default=None
         Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
     checkpoint : str or path, default=None
@@ -312,6 +320,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         precision="auto",
         engine="auto",
         decode="exact",
+        reader=None,
+        value_range=None,
         cache=None,
         checkpoint=None,
         warm_start=False,
@@ -350,6 +360,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         self.precision = precision
         self.engine = engine
         self.decode = decode
+        self.reader = reader
+        self.value_range = value_range
         self.cache = cache
         self.checkpoint = checkpoint
         self.warm_start = warm_start

@@ -17,12 +17,12 @@ from skltl.images._decode import Decoded
 # slack of 0.1 is the overshoot of bicubic resampling at edges.
 FLOAT_ADVICE = [
     ((-0.1, 1.1), "Clip them with np.clip(X, 0, 1)."),
-    ((0, 8), "Divide them by the value of white."),
+    ((0, 8), "Divide them by the value of white, or pass value_range."),
     ((0, 16), "Divide them by 16 if that is white, as in scikit-learn's digits."),
     ((0, 256), "Divide them by 255, or pass them as uint8."),
-    ((0, 4096), "Divide them by 4095 for 12 bits, else by the value of white."),
+    ((0, 4096), "Divide them by 4095 for 12 bits, or pass value_range=(0, 4095)."),
     ((0, 65536), "Divide them by 65535, or pass them as uint16."),
-    ((0, math.inf), "Divide them by the value of white."),
+    ((0, math.inf), "Divide them by the value of white, or pass value_range."),
     ((-1.1, 1.1), "If they are scaled to [-1, 1], pass (X + 1) / 2."),
     (
         (-10, 10),
@@ -40,8 +40,8 @@ FLOAT_ADVICE = [
 # the range probably hold fewer bits.
 SIXTEEN_BIT_ADVICE = [
     (255, "If they hold 8 bits, pass them as uint8."),
-    (4095, "If they hold 12 bits, divide them by 4095 and pass the floats."),
-    (8191, "If white is not 65535, divide them by its value and pass the floats."),
+    (4095, "If they hold 12 bits, pass value_range=(0, 4095)."),
+    (8191, "If white is not 65535, pass value_range=(0, white)."),
 ]
 
 

@@ -78,6 +78,14 @@ class PretrainedCNNClassifier(NetworkClassifier):
         See `CNNFeatureTransformer`.
     decode : {"exact", "fast"}, default="exact"
         See `CNNFeatureTransformer`.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image of any kind that ``X`` may hold, for
+        items or files that skltl cannot read itself. It is called in several threads,
+        and must be picklable; see :ref:`the user guide <readers>`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white in images that do not have 8 bits per channel, such
+        as ``(0, 4095)`` for 12 bits. Values beyond are clipped. ``None`` is 0 to 65535
+        for 16-bit integers, and [0, 1] for floats.
     n_jobs : int, default=None
         Number of decoding threads. ``None`` is torch's number of threads, -1 the number
         of cores.
@@ -152,6 +160,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         precision="auto",
         engine="auto",
         decode="exact",
+        reader=None,
+        value_range=None,
         n_jobs=None,
         random_state=None,
         verbose=0,
@@ -166,6 +176,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.precision = precision
         self.engine = engine
         self.decode = decode
+        self.reader = reader
+        self.value_range = value_range
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose

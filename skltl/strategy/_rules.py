@@ -389,6 +389,16 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
         """The `image_shape` of the transformer."""
         return getattr(self.transformer, "image_shape", None)
 
+    @property
+    def reader(self):
+        """The `reader` of the transformer."""
+        return getattr(self.transformer, "reader", None)
+
+    @property
+    def value_range(self):
+        """The `value_range` of the transformer."""
+        return getattr(self.transformer, "value_range", None)
+
     def _validate_params(self):
         check_transformer(self.transformer, type(self).__name__)
         super()._validate_params()

@@ -1,0 +1,266 @@
+"""Readers of users, and images whose values of black and white are their own."""
+
+import pickle
+import sqlite3
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.model_selection import GridSearchCV
+
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    StrategyAdvisor,
+    make_feature_pipeline,
+)
+from skltl.exceptions import ImageReadError
+from skltl.images import ImageSource
+
+
+def transformer(**params):
+    return CNNFeatureTransformer("tiny", image_size=32, **params)
+
+
+def negative(path):
+    """Read a file as its negative."""
+    return 255 - np.asarray(Image.open(path))
+
+
+def from_row(row):
+    """Read a row of a database, given by a tuple of file and number."""
+    file, number = row
+    with sqlite3.connect(file) as connection:
+        query = "SELECT content FROM images WHERE id = ?"
+        return connection.execute(query, [int(number)]).fetchone()[0]
+
+
+def broken(item):
+    """Fail with an error that is none of Python's."""
+
+    class DicomError(Exception):
+        pass
+
+    raise DicomError("no pixel data")
+
+
+@pytest.fixture
+def rows(image_files, tmp_path):
+    """Rows of a database with the content of the files."""
+    file = str(tmp_path / "images.sqlite")
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE images (id INTEGER, content BLOB)")
+        for number, path in enumerate(image_files):
+            content = path.read_bytes()
+            connection.execute("INSERT INTO images VALUES (?, ?)", (number, content))
+    return [(file, number) for number in range(len(image_files))]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_reader_returns_any_image(image_files, rows, tmp_path, cache):
+    expected = transformer().fit_transform(image_files)
+    cache = tmp_path / "cache" if cache else None
+    reading = transformer(reader=from_row, cache=cache, n_jobs=4)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(reading.fit_transform(rows), expected)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_file_and_its_negative_are_different_images(
+    images, image_files, tmp_path, cache
+):
+    cache = tmp_path / "cache" if cache else None
+    plain, reading = transformer(cache=cache), transformer(cache=cache, reader=negative)
+    expected = [transformer().fit_transform(one) for one in (images, 255 - images)]
+
+    for _ in range(2):  # neither is read from what is known of the other
+        found = [one.fit_transform(image_files) for one in (plain, reading)]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_known_file_is_read_again_by_a_new_version_of_a_reader(
+    image_files, tmp_path, monkeypatch
+):
+    read = []
+    decode = ImageSource.decode_item
+
+    def counted(self, index, item):
+        read.append(index)
+        return decode(self, index, item)
+
+    monkeypatch.setattr(ImageSource, "decode_item", counted)
+    monkeypatch.setattr("skltl.images._identity.CLOCK_TICK", 0.0)
+    reading = transformer(cache=tmp_path / "cache", reader=negative)
+
+    n_read = []
+    for version in (1, 1, 2, 2):
+        monkeypatch.setattr(negative, "version", version, raising=False)
+        reading.fit_transform(image_files)
+        n_read.append(len(read))
+
+    assert n_read == [9, 9, 18, 18]
+
+
+@pytest.mark.parametrize(
+    ("reader", "words"),
+    [
+        (broken, r"Image 0 \('.*image_0.png'\).*DicomError: no pixel data"),
+        (print, "print returned a missing value"),
+        (len, "len returned a number"),
+    ],
+)
+def test_what_a_reader_cannot_read_is_named(image_files, reader, words):
+    names = [str(path) for path in image_files]
+
+    with pytest.raises(ImageReadError, match=words):
+        transformer(reader=reader).fit_transform(names)
+    tolerant = transformer(reader=reader, on_error="nan")
+    assert np.isnan(tolerant.fit_transform(names)).all()
+    assert len(tolerant.bad_images_) == len(names)
+
+
+def test_a_reader_must_be_picklable(image_files):
+    with pytest.raises(ValueError, match="reader=.*lambda.* cannot be pickled"):
+        transformer(reader=lambda path: path).fit(image_files)
+
+
+def test_rows_of_pixels_have_no_reader():
+    with pytest.raises(ValueError, match="exclude each other"):
+        transformer(reader=negative, image_shape=(8, 8)).fit(np.zeros((2, 64)))
+
+
+def test_a_reader_is_used_by_all_estimators(image_files, rows):
+    labels = np.arange(9) % 2
+    tiny = {"backbone": "tiny", "image_size": 32, "random_state": 0}
+    classifier = FineTunedCNNClassifier(
+        **tiny, reader=from_row, head_epochs=1, finetune_epochs=0
+    )
+    expected = clone_with(classifier, reader=None).fit(image_files, labels)
+
+    classifier.fit(rows, labels)
+
+    np.testing.assert_array_equal(
+        classifier.decision_function(rows), expected.decision_function(image_files)
+    )
+    features = classifier.to_transformer().transform(rows)
+    np.testing.assert_array_equal(
+        features, expected.to_transformer().transform(image_files)
+    )
+
+
+def clone_with(estimator, **params):
+    return type(estimator)(**{**estimator.get_params(), **params})
+
+
+def test_a_search_reads_in_other_processes(rows):
+    pipeline = make_feature_pipeline("tiny", image_size=32, reader=from_row)
+    search = GridSearchCV(pipeline, {"svm__C": [0.1, 1]}, cv=3, n_jobs=2)
+
+    search.fit(rows, np.arange(9) % 2)
+
+    loaded = pickle.loads(pickle.dumps(search))
+    np.testing.assert_array_equal(loaded.predict(rows), search.predict(rows))
+
+
+def test_an_advisor_reads_with_the_reader_of_its_transformer(rows):
+    advisor = StrategyAdvisor(transformer(reader=from_row), cv=2, random_state=0)
+
+    advisor.fit(rows * 4, np.arange(36) % 2)
+
+    assert advisor.strategy_ is not None
+
+
+TWELVE_BIT = np.linspace(0, 4095, 32 * 32).reshape(32, 32)
+DEEP = {
+    "uint16": lambda values: values.astype(np.uint16),
+    "int16": lambda values: values.astype(np.int16),
+    "int64": lambda values: values.astype(np.int64),
+    "float64": lambda values: np.floor(values),
+    "tensor": lambda values: torch.tensor(values.astype(np.int32)),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_values_of_black_and_white_are_scaled(kind):
+    expected = transformer().fit_transform([np.floor(TWELVE_BIT) / 4095])
+
+    found = transformer(value_range=(0, 4095)).fit_transform([DEEP[kind](TWELVE_BIT)])
+
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("extension", ["tif"])
+def test_deep_files_are_scaled(tmp_path, mode, extension):
+    values = np.floor(TWELVE_BIT).astype(
+        {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    )
+    path = tmp_path / f"deep.{extension}"
+    Image.fromarray(values).save(path)
+    expected = transformer().fit_transform([np.floor(TWELVE_BIT) / 4095])
+
+    found = transformer(value_range=(0, 4095)).fit_transform([path])
+
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_black_may_be_larger_than_white():
+    found = transformer(value_range=(4095, 0)).fit_transform([TWELVE_BIT])
+    expected = transformer().fit_transform([1 - TWELVE_BIT / 4095])
+
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_values_beyond_black_and_white_are_clipped(recwarn):
+    hounsfield = np.array([[-1000, -160, 40, 240, 3000]] * 5, np.int16)
+
+    found = transformer(value_range=(-160, 240)).fit_transform([hounsfield])
+
+    clipped = np.array([[0, 0, 0.5, 1, 1]] * 5)
+    np.testing.assert_allclose(
+        found, transformer().fit_transform([clipped]), rtol=1e-2, atol=1e-2
+    )
+    assert not recwarn.list
+
+
+def test_eight_bits_keep_their_range(images):
+    expected = transformer().fit_transform(images)
+
+    found = transformer(value_range=(0, 4095)).fit_transform(images)
+
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_of_pixels_are_scaled():
+    rows = np.arange(128.0).reshape(2, 64)
+    expected = transformer(image_shape=(8, 8)).fit_transform(rows / 127)
+
+    found = transformer(image_shape=(8, 8), value_range=(0, 127)).fit_transform(
+        pd.DataFrame(rows)
+    )
+
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value_range", [(0,), (1, 1), (0, np.inf), ("a", "b")])
+def test_odd_value_ranges_are_refused(images, value_range):
+    with pytest.raises(ValueError, match="value_range=.*two different finite numbers"):
+        transformer(value_range=value_range).fit(images)
+
+
+def test_a_file_has_other_features_with_another_range(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(TWELVE_BIT.astype(np.uint16)).save(path)
+    ranges = [(0, 4095), (0, 8191), (0, 4095)]
+    expected = [transformer(value_range=one).fit_transform([path]) for one in ranges]
+
+    found = [
+        transformer(value_range=one, cache=tmp_path / "cache").fit_transform([path])
+        for one in ranges
+    ]
+
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(found[0], found[1])
