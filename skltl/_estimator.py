@@ -19,6 +19,7 @@ from skltl._parameters import DTYPES
 from skltl._sklearn import IMAGE_SIZES, InvalidParameterError, StrOptions
 from skltl.exceptions import shorten
 from skltl.images import (
+    MODES,
     Preprocessing,
     check_not_masked,
     is_tensor,
@@ -56,6 +57,7 @@ class ImageEstimator(BaseEstimator):
         "backbone": [str, Backbone],
         "weights": [str, PathLike, None],
         "image_size": [IMAGE_SIZES, tuple, list, None],
+        "crop": [StrOptions(set(MODES)), None],
         "image_shape": [tuple, list, None],
         "device": [str],
         "precision": [StrOptions({"auto", *DTYPES})],

@@ -457,7 +457,7 @@ def _main_layers(estimator):
     """Return the main layers that an image of the estimator's size reaches."""
     estimator._validate_params()
     backbone, _, preprocessing = resolve_network(
-        estimator.backbone, estimator.weights, estimator.image_size
+        estimator.backbone, estimator.weights, estimator.image_size, estimator.crop
     )
     network = skeleton(backbone, preprocessing.size)
     return [

@@ -96,6 +96,11 @@ class CNNFeatureTransformer(FeatureEstimator):
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
+    crop : {"center", "squash", "pad"} or None, default=None
+        Treatment of images of other proportions than the input: ``"center"`` fills it
+        and loses the ends of the longer side, ``"squash"`` changes the proportions, and
+        ``"pad"`` adds a border, so that nothing is lost. ``None`` is the treatment that
+        the network was trained with.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``,
@@ -185,9 +190,9 @@ class CNNFeatureTransformer(FeatureEstimator):
 
     Notes
     -----
-    `fit` fixes the network: `backbone`, `weights`, `layer`, `pooling`, `image_size` and
-    `image_shape` that are set later take effect at the next `fit`. All other parameters
-    take effect immediately.
+    `fit` fixes the network: `backbone`, `weights`, `layer`, `pooling`, `image_size`,
+    `crop` and `image_shape` that are set later take effect at the next `fit`. All other
+    parameters take effect immediately.
 
     On one machine, with the same versions, device, number of threads and batch size,
     the features of an image are the same bit for bit, alone, in any batch and in any
@@ -231,6 +236,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         layer="last",
         pooling="avg",
         image_size=None,
+        crop=None,
         image_shape=None,
         batch_size="auto",
         device="auto",
@@ -250,6 +256,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.layer = layer
         self.pooling = pooling
         self.image_size = image_size
+        self.crop = crop
         self.image_shape = image_shape
         self.batch_size = batch_size
         self.device = device
@@ -298,7 +305,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         backbone, weights, preprocessing = resolve_network(
-            self.backbone, self.weights, self.image_size
+            self.backbone, self.weights, self.image_size, self.crop
         )
         size = preprocessing.size
         layers = _resolve_layers(backbone, self.layer, size, self.pooling)
@@ -376,13 +383,18 @@ def fitted_parameters(transformer):
     }
     if transformer._fitted_weights is None:  # random weights cannot be named
         own = _own_backbone(transformer)
-        return found | {"backbone": own, "weights": "pretrained", "image_size": None}
+        used = {"backbone": own, "weights": "pretrained"}
+        return found | used | {"image_size": None, "crop": None}
     size = transformer.preprocessing_.crop_size
     is_usual = size == transformer.backbone_.preprocessing.crop_size
     is_same = isinstance(transformer.backbone, str) and is_registered(
         transformer.backbone_
     )
+    # By the name of the weights: what the network was trained with.
+    named = transformer.backbone_, transformer._fitted_weights, size
+    is_usual_crop = transformer.preprocessing_ == resolve_network(*named)[2]
     return found | {
+        "crop": None if is_usual_crop else transformer.preprocessing_.mode,
         "backbone": transformer.backbone_.name if is_same else transformer.backbone_,
         "weights": transformer._fitted_weights,
         "image_size": None if is_usual else size,

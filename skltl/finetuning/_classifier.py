@@ -154,6 +154,11 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
+    crop : {"center", "squash", "pad"} or None, default=None
+        Treatment of images of other proportions than the input: ``"center"`` fills it
+        and loses the ends of the longer side, ``"squash"`` changes the proportions, and
+        ``"pad"`` adds a border, so that nothing is lost. ``None`` is the treatment that
+        the network was trained with.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
@@ -314,6 +319,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         early_stopping=False,
         patience=5,
         image_size=None,
+        crop=None,
         image_shape=None,
         batch_size=32,
         device="auto",
@@ -354,6 +360,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         self.early_stopping = early_stopping
         self.patience = patience
         self.image_size = image_size
+        self.crop = crop
         self.image_shape = image_shape
         self.batch_size = batch_size
         self.device = device
@@ -568,7 +575,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""
         self.backbone_, weights, self.preprocessing_ = resolve_network(
-            self.backbone, self.weights, self.image_size
+            self.backbone, self.weights, self.image_size, self.crop
         )
         size = self.preprocessing_.size
         layer = resolve_layer(self.backbone_, self.layer, size, self.pooling)

@@ -19,12 +19,13 @@ from skltl.images._identity import (
     file_identity,
     file_state,
 )
-from skltl.images._preprocessing import Preprocessing, as_float, normalize
+from skltl.images._preprocessing import MODES, Preprocessing, as_float, normalize
 from skltl.images._ranges import PixelRanges
 from skltl.images._source import ImageSource, read_images
 
 __all__ = [
     "FILE_STATE_BYTES",
+    "MODES",
     "Batch",
     "Crop",
     "ImageError",

@@ -107,13 +107,18 @@ def resolve_network(
     backbone: str | Backbone,
     weights: str | os.PathLike[str] | None,
     image_size: int | tuple[int, int] | None,
+    crop: str | None = None,
 ) -> tuple[Backbone, PretrainedWeights | None, Preprocessing]:
-    """Return the backbone, weights and preprocessing given by three parameters."""
+    """Return the backbone, weights and preprocessing given by four parameters."""
     backbone = get_backbone(backbone)
     pretrained = resolve_weights(backbone, weights)
     if pretrained is not None:
         warn_of_license(backbone, pretrained)
     preprocessing = (pretrained or backbone).preprocessing
+    if crop in ("squash", "pad"):  # all of the image, without a crop of it
+        preprocessing = replace(preprocessing, mode=crop, resize_size=None)
+    elif crop is not None:
+        preprocessing = replace(preprocessing, mode=crop)
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
     if max(preprocessing.size) > MAX_IMAGE_SIZE:

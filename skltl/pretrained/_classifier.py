@@ -62,6 +62,11 @@ class PretrainedCNNClassifier(NetworkClassifier):
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
+    crop : {"center", "squash", "pad"} or None, default=None
+        Treatment of images of other proportions than the input: ``"center"`` fills it
+        and loses the ends of the longer side, ``"squash"`` changes the proportions, and
+        ``"pad"`` adds a border, so that nothing is lost. ``None`` is the treatment that
+        the network was trained with.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
@@ -154,6 +159,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         weights="pretrained",
         class_map=None,
         image_size=None,
+        crop=None,
         image_shape=None,
         batch_size="auto",
         device="auto",
@@ -170,6 +176,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.weights = weights
         self.class_map = class_map
         self.image_size = image_size
+        self.crop = crop
         self.image_shape = image_shape
         self.batch_size = batch_size
         self.device = device
@@ -244,7 +251,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     def _load_network(self, seed):
         """Set the fitted attributes that do not depend on images."""
         backbone, weights, preprocessing = resolve_network(
-            self.backbone, self.weights, self.image_size
+            self.backbone, self.weights, self.image_size, self.crop
         )
         self.network_, self.head_ = load_with_head(
             backbone, weights, seed if weights is None else None, preprocessing.size
