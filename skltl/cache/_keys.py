@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
+from importlib import metadata
+from importlib.util import find_spec
 
 import PIL
 from PIL import Image, ImageFile
@@ -118,5 +120,6 @@ def _path_digest(path: str, variant: bytes) -> bytes:
 @cache
 def _decoder_versions() -> tuple[str | None, ...]:
     """Return the versions of Pillow and of the libraries that it decodes files with."""
-    libraries = ("jpg", "libjpeg_turbo", "webp", "libtiff")
-    return PIL.__version__, *map(version, libraries)
+    libraries = ("jpg", "libjpeg_turbo", "webp", "libtiff", "avif")
+    heif = metadata.version("pillow-heif") if find_spec("pillow_heif") else None
+    return PIL.__version__, *map(version, libraries), heif

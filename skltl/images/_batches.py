@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from skltl.exceptions import ImageReadError, ImageTypeError
-from skltl.images._decode import Pixels, one_image
+from skltl.images._decode import Pixels
 from skltl.images._identity import content_key, file_state
+from skltl.images._memory import one_image
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
 

@@ -22,7 +22,7 @@ from skltl.exceptions import (
     shorten,
 )
 from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
-from skltl.images._decode import one_image
+from skltl.images._memory import one_image
 from skltl.images._source import read_images
 
 # Dropped images that a warning names.

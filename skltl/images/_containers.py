@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skltl.exceptions import quote, shorten
-from skltl.images._decode import describe_text, is_tensor, lock_of
+from skltl.images._decode import is_tensor, lock_of
+from skltl.images._descriptions import describe_text
 from skltl.images._items import Encoded, type_name
 
 EXPECTED = (

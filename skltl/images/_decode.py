@@ -9,18 +9,16 @@ raises ``ValueError`` with the reason; the source adds its index and path.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import re
 import stat
 import struct
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeGuard
 from weakref import WeakValueDictionary
@@ -38,10 +36,13 @@ from PIL import (
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
+    features,
 )
 
 from skltl._locks import Lock
 from skltl.exceptions import shorten
+from skltl.images._descriptions import describe_file, describe_text, is_heif
+from skltl.images._memory import reserve_memory
 
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 Decoded: TypeAlias = Image.Image | Pixels
@@ -57,6 +58,8 @@ _PLUGINS = {
     "GIF": GifImagePlugin,
     "TIFF": TiffImagePlugin,
 }
+if features.check("avif"):  # from Pillow 11.3 on, where it is built with libavif
+    _PLUGINS["AVIF"] = import_module("PIL.AvifImagePlugin")
 FILE_FORMATS = tuple(_PLUGINS)
 
 # Memory per pixel of most decoders: the image in Pillow's memory.
@@ -66,8 +69,9 @@ PIXEL_BYTES = 4
 # JPEG need more than the image: gigabytes for images below that limit.
 DECODER_BYTES_PER_PIXEL = 6.5
 
-# libwebp holds two copies and Pillow makes two more, of 4 bytes per pixel.
-_WEBP_BYTES = 16
+# Peak memory per pixel of decoders that hold more than the image. libwebp holds two
+# copies and Pillow makes two more; those of libavif and libheif were measured.
+_LARGE_DECODERS = {"WEBP": 16, "AVIF": 10, "HEIF": 8}
 
 # Peak memory per pixel of the conversion to RGB.
 _CONVERSION_BYTES = 8
@@ -109,6 +113,7 @@ _DECODER_ERRORS = (
     OverflowError,
     AttributeError,
     AssertionError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -231,84 +236,6 @@ def _rgb_array(image: Image.Image) -> Pixels:
     return pixels
 
 
-# Memory of large images. Images up to this size never wait: even one per core takes
-# less memory than the batches do.
-LARGE_IMAGE = 20_000_000
-
-# Memory budget of all larger images together. A single one may exceed it.
-BYTES_OF_LARGE_IMAGES = 960_000_000
-
-
-class _Held(threading.local):
-    """Memory that this thread holds for the image it is working on."""
-
-    n_bytes = 0
-    is_open = False  # inside `one_image`
-
-
-_held = _Held()
-_n_bytes_held = 0  # by all threads
-_released = threading.Condition()
-_c_library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-@contextmanager
-def one_image() -> Iterator[None]:
-    """Decode and use one image inside the block, then release the memory it reserved.
-
-    Blocks can be nested; the outermost one counts.
-    """
-    global _n_bytes_held
-    if _held.is_open:
-        yield
-        return
-    _held.is_open = True
-    try:
-        yield
-    finally:
-        _held.is_open = False
-        if _held.n_bytes:
-            with _released:
-                _n_bytes_held -= _held.n_bytes
-                _held.n_bytes = 0
-                _released.notify_all()
-
-
-def reserve_memory(n_pixels: int, bytes_per_pixel: int) -> None:
-    """Wait, before a large image is decoded, until the memory budget has room for it.
-
-    To be called inside `one_image`.
-    """
-    global _n_bytes_held
-    if n_pixels <= LARGE_IMAGE or not _held.is_open or _held.n_bytes:
-        return
-    n_bytes = n_pixels * bytes_per_pixel
-    with _released:
-        _released.wait_for(
-            lambda: (
-                not _n_bytes_held or _n_bytes_held + n_bytes <= BYTES_OF_LARGE_IMAGES
-            )
-        )
-        _n_bytes_held += n_bytes
-        _held.n_bytes = n_bytes
-    # glibc keeps freed memory per thread: eight alternating threads would hold eight
-    # images.
-    trim = getattr(_c_library, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _forget_other_threads() -> None:
-    """Release all memory in a forked child, in which no other thread exists."""
-    global _n_bytes_held, _released
-    _held.n_bytes = _n_bytes_held = 0
-    _released = threading.Condition()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_other_threads)
-
-
 _locks: WeakValueDictionary[int, Lock] = WeakValueDictionary()
 _locks_lock = Lock()
 
@@ -338,7 +265,21 @@ def _open(stream: IO[bytes]) -> ImageFile.ImageFile:
             return factory(stream, "")
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # as in Pillow: another plug-in may accept the file
-    raise UnidentifiedImageError(_describe_file(head))
+    if is_heif(head) and has_heif():
+        stream.seek(0)
+        return _open_heif(stream)
+    raise UnidentifiedImageError(describe_file(head, FILE_FORMATS))
+
+
+def has_heif() -> bool:
+    """Return whether HEIC files can be decoded: by pillow-heif."""
+    return find_spec("pillow_heif") is not None
+
+
+def _open_heif(stream: IO[bytes]) -> ImageFile.ImageFile:
+    """Open a HEIC file, without making it a format of Pillow for other programs."""
+    opened: ImageFile.ImageFile = import_module("pillow_heif").HeifImageFile(stream, "")
+    return opened
 
 
 def _load(
@@ -390,7 +331,9 @@ def _check_size(image: ImageFile.ImageFile) -> None:
     n_bytes = _decoder_bytes(image)
     limit = int(limit * DECODER_BYTES_PER_PIXEL / n_bytes)
     if n_pixels > limit:
-        kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
+        is_large = image.format in _LARGE_DECODERS
+        kind = {"WEBP": "WebP"}.get(str(image.format), str(image.format))
+        kind = kind if is_large else "progressive JPEG"
         raise ValueError(
             f"it has {n_pixels:,} pixels, more than the limit of {limit:,} for this "
             f"kind of file (a {kind} file needs {n_bytes} bytes of memory per pixel); "
@@ -400,8 +343,8 @@ def _check_size(image: ImageFile.ImageFile) -> None:
 
 def _decoder_bytes(image: ImageFile.ImageFile) -> int:
     """Return the memory per pixel that Pillow and its libraries need for decoding."""
-    if image.format == "WEBP":
-        return _WEBP_BYTES
+    if image.format in _LARGE_DECODERS:
+        return _LARGE_DECODERS[image.format]
     if "progressive" in image.info:
         # libjpeg holds the coefficients of the whole image, of 2 bytes each. `layer`
         # has the sampling factors of each component.
@@ -588,7 +531,7 @@ def reason_of(error: BaseException) -> str:
     """Return an error's message without the path, which the caller adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    message = shorten(str(error).rstrip("."), 300)
+    message = shorten(" ".join(str(error).split()).rstrip("."), 300)
     return message or f"reading it failed ({type(error).__name__})"
 
 
@@ -605,70 +548,3 @@ def _check_regular_file(path: str | os.PathLike[str]) -> None:
         raise ValueError("it is a directory, not a file; pass the files in it")
     if not stat.S_ISREG(mode):
         raise ValueError("it is not a regular file")
-
-
-# Base64 of the first bytes of JPEG, PNG, GIF, WebP (RIFF), TIFF in both byte orders.
-_BASE64_PREFIXES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{40,200}")
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_GLOB_PATTERN = re.compile(r"[*?]|\[.+\]")
-
-
-def describe_text(text: str) -> str | None:
-    """Describe a string that is not a path; return ``None`` if it may be one."""
-    if text.startswith("data:"):
-        return "it is a data URL; put it in a list"
-    if text.startswith(_BASE64_PREFIXES) and _BASE64.fullmatch(text[:200]):
-        return "it is base64 text, not a path; pass base64.b64decode(text)"
-    if _URL.match(text):
-        return "it is a URL; put it in a list"
-    if _GLOB_PATTERN.search(text):
-        return "no such file exists; if it is a pattern, pass glob.glob(pattern)"
-    return None
-
-
-# First bytes of other files, with what to do about them.
-_OTHER_FILES = (
-    (b"%PDF-", "a PDF document; save its pages as PNG images"),
-    (b"%!PS", "a PostScript (EPS) file; convert it to PNG"),
-    (b"\xc5\xd0\xd3\xc6", "a PostScript (EPS) file; convert it to PNG"),
-    (b"8BPS", "a Photoshop (PSD) file; export it as PNG"),
-    (b"\0\0\1\0", "an icon (ICO) file; convert it to PNG"),
-    (b"\0\0\2\0", "an icon (ICO) file; convert it to PNG"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 file; convert it to PNG"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000 file; convert it to PNG"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL file; convert it to PNG or JPEG"),
-    (b"\xff\x0a", "a JPEG XL file; convert it to PNG or JPEG"),
-    (b"PK\3\4", "a ZIP archive; unpack it"),
-    (b"\x1f\x8b", "a gzip archive; unpack it"),
-    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
-)
-_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-
-
-def _describe_file(head: bytes) -> str:
-    """Describe a file in none of `FILE_FORMATS`, by its first bytes."""
-    if not head:
-        return "the file is empty"
-    for prefix, kind in _OTHER_FILES:
-        if head.startswith(prefix):
-            return f"it is {kind}"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if b"<svg" in text and text.startswith((b"<svg", b"<?xml", b"<!")):
-        return "it is an SVG drawing; convert it to PNG"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "it is an HTML page, possibly the response to a failed download"
-    if head[4:8] == b"ftyp":
-        return _describe_container(head)
-    return f"it is not a {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file"
-
-
-def _describe_container(head: bytes) -> str:
-    """Describe a file in the ISO base media format."""
-    n_bytes = int.from_bytes(head[:4], "big")
-    brands = {head[at : at + 4] for at in range(8, min(n_bytes, len(head)), 4)}
-    if brands & {b"avif", b"avis"}:
-        return "it is an AVIF file; convert it to PNG or JPEG"
-    if brands & _HEIF_BRANDS:
-        return "it is a HEIC file; convert it to JPEG, for instance with pillow-heif"
-    return "it is a video; save its frames as images"

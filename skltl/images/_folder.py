@@ -22,6 +22,7 @@ from skltl.images._decode import (
     _check_regular_file,
     _check_size,
     _open,
+    has_heif,
     reason_of,
 )
 
@@ -328,6 +329,8 @@ def _fault_of_extension(name: str) -> str | None:
     """Return why an extension is not that of an image, or ``None`` if it is."""
     suffix = Path(name).suffix
     if suffix.lower() in EXTENSIONS:
+        return None
+    if suffix.lower() in (".heic", ".heif") and has_heif():
         return None
     if not suffix:
         return "it has no extension"

@@ -48,7 +48,6 @@ from skltl.images._decode import (
     Decoding,
     Pixels,
     is_tensor,
-    one_image,
     to_pixels,
 )
 from skltl.images._items import (
@@ -62,6 +61,7 @@ from skltl.images._items import (
     name_of,
     read_item,
 )
+from skltl.images._memory import one_image
 from skltl.images._ranges import PixelRanges, range_of
 
 # From an item of ``X`` to an image.

@@ -18,6 +18,7 @@ from skltl import (
     make_feature_pipeline,
 )
 from skltl.exceptions import ImageFolderWarning
+from skltl.images._decode import FILE_FORMATS
 
 
 def write(path, color="red"):
@@ -206,7 +207,9 @@ def test_unreadable_images_are_skipped_with_the_reason(folder):
         "labels.csv": "its extension '.csv' is not that of an image",
         "stray.png": "it is in no class folder",
         "rose/README": "it has no extension",
-        "rose/c.gif": "it is not a JPEG, PNG, WEBP, BMP, GIF or TIFF file",
+        "rose/c.gif": "it is not a "
+        + " or ".join((", ".join(FILE_FORMATS[:-1]), FILE_FORMATS[-1]))
+        + " file",
         "rose/empty.jpg": "the file is empty",
         "rose/list.txt": "its extension '.txt' is not that of an image",
         "rose/page.png": "it is an HTML page, possibly the response to a failed "

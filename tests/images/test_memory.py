@@ -14,10 +14,10 @@ from PIL import Image
 
 from skltl import find_bad_images
 from skltl.images import read_images
-from skltl.images._decode import (
+from skltl.images._decode import lock_of
+from skltl.images._memory import (
     BYTES_OF_LARGE_IMAGES,
     LARGE_IMAGE,
-    lock_of,
     one_image,
     reserve_memory,
 )
@@ -218,13 +218,13 @@ def measured(code, *arguments):
 PEAKS = """
 import os
 from skltl import find_bad_images
-from skltl.images import Preprocessing, _decode, iter_crops, read_images
+from skltl.images import Preprocessing, _memory, iter_crops, read_images
 
 def crop(path):
     list(iter_crops(read_images([path]), [0], Preprocessing(224), 1, 1, True))
 
 def decode_in_four_threads(path):
-    _decode.BYTES_OF_LARGE_IMAGES = 8 * 4600 * 4600  # room for one
+    _memory.BYTES_OF_LARGE_IMAGES = 8 * 4600 * 4600  # room for one
     assert find_bad_images([path] * 4, n_jobs=4) == []
 
 def peak_in_child(function, path):

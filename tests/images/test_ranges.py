@@ -84,9 +84,9 @@ def deep_files(values, folder, extension):
     ("largest", "remedy"),
     [
         (200, "pass them as uint8"),
-        (900, "divide them by 4095 and pass the floats"),
-        (4095, "divide them by 4095 and pass the floats"),
-        (8191, "divide them by its value and pass the floats"),
+        (900, "pass value_range=(0, 4095)"),
+        (4095, "pass value_range=(0, 4095)"),
+        (8191, "pass value_range=(0, white)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["png", "tif", "array", "color"])
