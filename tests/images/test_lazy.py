@@ -1,6 +1,8 @@
 """Lazy sequences: only what is needed is fetched, once, and by one thread at a time."""
 
 import collections
+import subprocess
+import sys
 import threading
 import time
 
@@ -154,3 +156,44 @@ def test_the_first_item_says_where_the_channels_are():
 def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="0 sample"):
         read_images(Column([]))
+
+
+# 10,000 images of 786 kB, of which a process holds a few at a time.
+MANY = """
+import resource
+import numpy as np
+from skltl import CNNFeatureTransformer
+
+class Many:
+    def __init__(self, n):
+        self.n_fetched = np.zeros(n, int)
+
+    def __len__(self):
+        return len(self.n_fetched)
+
+    def __getitem__(self, index):
+        self.n_fetched[index] += 1
+        return np.full((512, 512, 3), index % 256, np.uint8)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+transformer = CNNFeatureTransformer("tiny", image_size=16)
+transformer.fit_transform(Many(300))
+before, many = peak(), Many(10_000)
+transformer.transform(many)
+assert (many.n_fetched == 1).all()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_many_images_take_no_more_memory_than_some():
+    pytest.importorskip("resource")
+
+    finished = subprocess.run(
+        [sys.executable, "-c", MANY], capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) < 100e6  # all of them would take 7.9 GB
