@@ -292,6 +292,10 @@ class AugmentedViews(ImageSource):
         """Return a view, which is decoded already."""
         return item
 
+    def path(self, index: int) -> str | None:
+        """Return ``None``: views are not files."""
+        return None
+
     def is_array(self, index: int) -> bool:
         """Return ``False``: a view is computed each time."""
         return False
