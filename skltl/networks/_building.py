@@ -97,6 +97,7 @@ def as_network(backbone: Backbone, model: Model, image_size: ImageSize) -> Netwo
     if model.last_block is not None:
         order = order[: order.index(model.last_block) + 1]
         paths = {path: block for path, block in paths.items() if block in order}
+        inside = {path: block for path, block in inside.items() if block in order}
     if not order:
         raise ValueError(
             f"{backbone.name!r} has no layer at which it can be truncated, before its "

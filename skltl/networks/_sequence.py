@@ -25,7 +25,7 @@ def trace_sequence(
 ) -> Trace:
     """Trace the children of a module: each layer is a call, and ends at a cut point.
 
-    Copies of the layers before the head are run, one image of zeros through all of
+    Copies of the layers before the head are run, two images of zeros through all of
     them: a layer may modify itself when it runs.
     """
     layers = expand(module._modules)
@@ -35,7 +35,7 @@ def trace_sequence(
     calls: list[Call] = []
     cut_points: list[CutPoint] = []
     reason: Exception | None = None
-    output: Any = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
+    output: Any = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
     for number, (path, layer) in enumerate(layers.items()):
         before = Output(number - 1)  # of the first call, it is the batch
         call = Call(path, (before,), {}, Source.IMAGES, module="")
@@ -62,7 +62,7 @@ def _run(layer: nn.Module, batch: Tensor) -> Tensor:
         raise TraceError(f"a block returns a {kind}, and not one tensor")
     if output.ndim < 2 or len(output) != len(batch):
         raise TraceError(
-            f"a block returns a tensor of shape {tuple(output.shape)} for one image"
+            f"a block returns a tensor of shape {tuple(output.shape)} for two images"
         )
     return output
 
