@@ -58,7 +58,8 @@ _PLUGINS = {
     "GIF": GifImagePlugin,
     "TIFF": TiffImagePlugin,
 }
-if features.check("avif"):  # from Pillow 11.3 on, where it is built with libavif
+# From Pillow 11.3 on, where it is built with libavif.
+if find_spec("PIL.AvifImagePlugin") and features.check("avif"):
     _PLUGINS["AVIF"] = import_module("PIL.AvifImagePlugin")
 FILE_FORMATS = tuple(_PLUGINS)
 
