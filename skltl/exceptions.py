@@ -132,7 +132,7 @@ class ImageReadError(ValueError):
     index : int
         Index of the item in ``X``.
     path : str or None
-        Path of the file; ``None`` for an item that is not a file.
+        Path, URL or name of the item; ``None`` if it has none.
     reason : str
         Reason why it cannot be read.
 
@@ -195,7 +195,7 @@ class NonFiniteFeaturesError(ValueError):
     index : int
         Index of the image in ``X``.
     path : str or None
-        Path of the image if it is a file.
+        Path, URL or name of the image; ``None`` if it has none.
 
     Attributes
     ----------

@@ -278,8 +278,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         Parameters
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Paths, PIL images, arrays or tensors, or one array of images. Only the
-            type is checked; no image is decoded.
+            Paths, URLs, encoded images, PIL images, arrays or tensors, one array of
+            images, or a lazy sequence; see :doc:`the user guide </guide/images>`. Only
+            the types are checked; no image is decoded.
         y : array of shape (n,), default=None
             Ignored, except for its length.
 

@@ -23,7 +23,7 @@ from skltl.exceptions import (
 )
 from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
 from skltl.images._memory import one_image
-from skltl.images._source import read_images
+from skltl.images._source import Reader, read_images
 
 # Dropped images that a warning names.
 N_NAMED = 3
@@ -38,14 +38,23 @@ class BadImage(NamedTuple):
 
 
 def find_bad_images(
-    X: Any, *, n_jobs: int | None = None, verbose: bool | int = False
+    X: Any,
+    *,
+    reader: Reader | None = None,
+    value_range: tuple[float, float] | None = None,
+    n_jobs: int | None = None,
+    verbose: bool | int = False,
 ) -> list[BadImage]:
     """Decode each image once and list the unreadable ones.
 
     Parameters
     ----------
-    X : sequence of paths, PIL images, arrays or tensors, or one array of images
-        Images, as for `CNNFeatureTransformer` without `image_shape`.
+    X : sequence of images
+        Images of any kind, as for `CNNFeatureTransformer` without `image_shape`.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white, as for `CNNFeatureTransformer`.
     n_jobs : int, default=None
         Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
@@ -70,7 +79,7 @@ def find_bad_images(
     >>> find_bad_images([good, np.full((4, 4), np.nan), good])
     [BadImage(index=1, path=None, reason='it holds NaN or infinity')]
     """
-    source = read_images(X, check_items=False)
+    source = read_images(X, check_items=False, reader=reader, value_range=value_range)
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
 
     def check(index: int) -> ImageError | None:
@@ -101,7 +110,12 @@ def bad_images(errors: Iterable[ImageError]) -> list[BadImage]:
 
 
 def drop_bad(
-    X: Any, *arrays: Any, n_jobs: int | None = None, verbose: bool | int = False
+    X: Any,
+    *arrays: Any,
+    reader: Reader | None = None,
+    value_range: tuple[float, float] | None = None,
+    n_jobs: int | None = None,
+    verbose: bool | int = False,
 ) -> Any:
     """Drop the images that cannot be read, and their labels.
 
@@ -113,6 +127,10 @@ def drop_bad(
         Images of any kind that :func:`find_bad_images` supports.
     *arrays : array-like of length n
         Labels, sample weights, groups and other values of the images.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white, as for `CNNFeatureTransformer`.
     n_jobs : int, default=None
         Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
@@ -151,15 +169,16 @@ def drop_bad(
     >>> len(X), y
     (2, ['a', 'c'])
     """
-    check_consistent_length(read_images(X, check_items=False), *arrays)
-    bad = find_bad_images(X, n_jobs=n_jobs, verbose=verbose)
+    source = read_images(X, check_items=False, reader=reader)
+    check_consistent_length(source, *arrays)
+    bad = find_bad_images(
+        X, reader=reader, value_range=value_range, n_jobs=n_jobs, verbose=verbose
+    )
     parts = (X, *arrays)
     if bad:
-        n_images = len(read_images(X, check_items=False))
-        warnings.warn(
-            _report_of_dropped(bad, n_images), BadImageWarning, user_stacklevel()
-        )
-        readable = np.setdiff1d(np.arange(n_images), [one.index for one in bad])
+        report = _report_of_dropped(bad, len(source))
+        warnings.warn(report, BadImageWarning, user_stacklevel())
+        readable = np.setdiff1d(np.arange(len(source)), [one.index for one in bad])
         parts = tuple(take(part, readable) for part in parts)
     return parts if arrays else parts[0]
 

@@ -14,9 +14,11 @@ from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
     StrategyAdvisor,
+    drop_bad,
+    find_bad_images,
     make_feature_pipeline,
 )
-from skltl.exceptions import ImageReadError
+from skltl.exceptions import BadImageWarning, ImageReadError
 from skltl.images import ImageSource
 
 
@@ -120,6 +122,17 @@ def test_what_a_reader_cannot_read_is_named(image_files, reader, words):
     tolerant = transformer(reader=reader, on_error="nan")
     assert np.isnan(tolerant.fit_transform(names)).all()
     assert len(tolerant.bad_images_) == len(names)
+
+
+def test_images_of_a_reader_can_be_checked(rows):
+    rows[3] = (rows[3][0], 99)  # no such row
+
+    (bad,) = find_bad_images(rows, reader=from_row)
+
+    assert bad.index == 3
+    assert bad.reason.startswith("TypeError: 'NoneType'")
+    with pytest.warns(BadImageWarning, match="1 of 9 images"):
+        assert len(drop_bad(rows, reader=from_row)) == 8
 
 
 def test_a_reader_must_be_picklable(image_files):

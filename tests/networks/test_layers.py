@@ -4,7 +4,13 @@ import pytest
 
 from skltl import list_backbones, list_layers
 from skltl.exceptions import UnknownBackboneError, UnknownLayerError
-from skltl.networks import get_backbone, resolve_layer
+from skltl.networks import (
+    get_backbone,
+    random_network,
+    resolve_layer,
+    truncate,
+    truncated_backbone,
+)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +98,15 @@ def test_strides_are_those_of_the_layers_not_ratios_of_sizes():
     strides = [layer.stride for layer in list_layers("efficientnet_b1")]
 
     assert strides == [2, 2, 4, 8, 16, 16, 32, 32, 32]
+
+
+@pytest.mark.parametrize("layer", ["layer4", "layer4.1.conv1"])
+def test_a_truncated_network_has_no_layers_beyond_its_end(layer):
+    backbone = get_backbone("resnet18")
+    blocks = random_network(backbone, 0, (64, 64)).blocks
+    kept = truncate(blocks, ["layer2.0"])
+    own = truncated_backbone(backbone, kept, backbone.preprocessing)
+
+    assert resolve_layer(own, "layer1.1").block in kept
+    with pytest.raises(UnknownLayerError, match=f"no layer '{layer}'"):
+        resolve_layer(own, layer)
