@@ -1,8 +1,6 @@
 """Memory of large images: what waits for what, and the peak memory of processes."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -10,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from struct import pack
 
 import pytest
+from peak_memory import measured
 from PIL import Image
 
 from skltl import find_bad_images
@@ -147,19 +146,6 @@ def test_a_child_forked_while_its_thread_holds_memory_has_the_whole_budget():
     assert most_at_once(10 * LARGE_IMAGE, 8, 1) == 1
 
 
-MEASURE = """
-import pathlib, resource, sys
-import numpy as np
-def peak():
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():  # the other figure is at least what the parent process had
-        (line,) = [one for one in status.read_text().splitlines() if "VmHWM" in one]
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-"""
-
-
 def chunk(kind, body):
     return pack(">I", len(body)) + kind + body + pack(">I", zlib.crc32(kind + body))
 
@@ -202,17 +188,6 @@ BOMBS = {
         path, "TIFF", compression="group4"
     ),
 }
-
-
-def measured(code, *arguments):
-    """Run code in a new process and return the values that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [float(number) for number in done.stdout.split()]
 
 
 PEAKS = """
