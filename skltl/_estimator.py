@@ -27,7 +27,14 @@ from skltl.images import (
     tensor_to_array,
 )
 from skltl.inference import ENGINES, from_format_2, prefix_from_state, prefix_state
-from skltl.networks import Backbone, ResolvedLayer, is_module, is_registered, versions
+from skltl.networks import (
+    Backbone,
+    ResolvedLayer,
+    get_backbone,
+    is_module,
+    is_registered,
+    versions,
+)
 
 # Version of the format of a saved estimator, raised when its state changes.
 STATE_FORMAT = 3
@@ -159,6 +166,7 @@ def read_images_of(estimator, X, y=None, *, reset=False):
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
         X = validate_data(estimator, X, reset=reset, dtype="numeric")
         options = {"image_shape": image_shape}
+    options["n_channels"] = _n_channels(estimator, reset)
     value_range = estimator.value_range
     if value_range is not None:
         options["value_range"] = tuple(map(float, value_range))
@@ -166,6 +174,13 @@ def read_images_of(estimator, X, y=None, *, reset=False):
     if y is not None:
         check_consistent_length(source, y)
     return source
+
+
+def _n_channels(estimator, reset):
+    """Return the number of channels that the network takes; in `fit`, the next one."""
+    if reset:
+        return get_backbone(estimator.backbone).n_channels
+    return estimator.preprocessing_.n_channels
 
 
 def _defaults(kind):

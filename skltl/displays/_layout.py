@@ -58,8 +58,15 @@ def resolve_axes(axes, n, n_columns, panel_size):
 
 
 def draw_image(ax, image, title, color="dimgray", **kwargs):
-    """Draw one image (h, w, 3) without ticks, under its title; return the artist."""
+    """Draw one image (h, w, c) without ticks, under its title; return the artist.
+
+    Of more than three channels, the first three are shown as red, green and blue, and
+    of two channels the first one in gray.
+    """
     pixels = image if image.dtype == np.uint8 else np.clip(image, 0, 1)
+    if pixels.ndim == 3:
+        is_gray = pixels.shape[2] < 3
+        pixels = np.repeat(pixels[..., :1], 3, axis=2) if is_gray else pixels[..., :3]
     artist = ax.imshow(pixels, **kwargs)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

@@ -134,7 +134,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Learning rate schedule of each stage.
     augment : callable, default=None
         Data augmentation, such as a ``torchvision.transforms.v2`` transform: a function
-        from an input image of the network, a tensor (3, h, w) before normalization, to
+        from an input image of the network, a tensor (c, h, w) before normalization, to
         a tensor of the same shape. Torch's generator is seeded for each call.
     n_views : int or None, default=8
         Number of augmented views of each image. Frozen blocks run on each of them once.

@@ -218,9 +218,10 @@ def _hold_out_groups(
 def decode_crops(
     source: ImageSource, preprocessing: Preprocessing, n_threads: int
 ) -> NDArray[Any]:
-    """Decode, resize and crop all images: (n, h, w, 3), uint8 if all of them are."""
+    """Decode, resize and crop all images: (n, h, w, c), uint8 if all of them are."""
     everything = range(len(source))
-    array = new_array((len(source), *preprocessing.size, 3), np.uint8)
+    shape = (len(source), *preprocessing.size, preprocessing.n_channels)
+    array = new_array(shape, np.uint8)
     with closing(iter_crops(source, everything, preprocessing, 8, n_threads)) as crops:
         for crop in crops:
             if crop.pixels.dtype != array.dtype and array.dtype == np.uint8:
@@ -259,7 +260,7 @@ def stored_inputs(array: NDArray[np.float32], device: torch.device) -> Inputs:
 
 
 class AugmentedViews(ImageSource):
-    """Views of the crops (n, h, w, 3) of a source, computed whenever they are needed.
+    """Views of the crops (n, h, w, c) of a source, computed whenever they are needed.
 
     View 0 of an image is the image itself; any other number seeds an augmented view. As
     an `ImageSource`, each image is followed by its views.
@@ -301,7 +302,7 @@ class AugmentedViews(ImageSource):
         return False
 
     def view(self, position: int, number: int) -> NDArray[Any]:
-        """Return a view (h, w, 3) of an image, uint8 or float32."""
+        """Return a view (h, w, c) of an image, uint8 or float32."""
         crop: NDArray[Any] = self._crops[position]
         if number == 0 or self._augment is None:
             return crop
@@ -318,7 +319,7 @@ class AugmentedViews(ImageSource):
         return pixels
 
     def pixels(self, positions: Positions, views: NDArray[np.int64]) -> NDArray[Any]:
-        """Return one view of each of some images: (b, h, w, 3)."""
+        """Return one view of each of some images: (b, h, w, c)."""
         images = [
             self.view(position, number)
             for position, number in zip(positions, views, strict=True)
@@ -333,7 +334,7 @@ def _check_view(view: Any, image: Tensor, position: int) -> None:
     """Raise if the network cannot take what `augment` returned."""
     if not isinstance(view, Tensor):
         raise TypeError(
-            "augment must return a tensor (3, h, w), it returned "
+            "augment must return a tensor (c, h, w), it returned "
             f"{type(view).__name__}."
         )
     if view.shape != image.shape:
@@ -420,7 +421,7 @@ def _compute_activations(
 
 
 def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]:
-    """Return a function that runs the frozen blocks on pixels (b, h, w, 3)."""
+    """Return a function that runs the frozen blocks on pixels (b, h, w, c)."""
 
     def forward(pixels: NDArray[Any]) -> Tensor:
         batches = torch.split(torch.from_numpy(pixels), config.batch_size)
@@ -437,11 +438,11 @@ def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]
 def normalizing_forward(
     preprocessing: Preprocessing, device: torch.device
 ) -> Callable[[NDArray[Any]], Tensor]:
-    """Return a function that normalizes pixels (b, h, w, 3) to a batch (b, 3, h, w)."""
+    """Return a function that normalizes pixels (b, h, w, c) to a batch (b, c, h, w)."""
     # The user's default dtype may be another one.
     options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    mean = torch.tensor(preprocessing.mean, **options).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, **options).view(3, 1, 1)
+    mean = torch.tensor(preprocessing.mean, **options).view(-1, 1, 1)
+    std = torch.tensor(preprocessing.std, **options).view(-1, 1, 1)
 
     def forward(pixels: NDArray[Any]) -> Tensor:
         batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)

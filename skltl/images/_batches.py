@@ -43,7 +43,7 @@ class Crop:
     """A decoded image, resized and cropped for the network."""
 
     position: int  # in the source
-    pixels: Pixels  # (h, w, 3), uint8 or float32
+    pixels: Pixels  # (h, w, channels), uint8 or float32
     key: bytes = b""  # content key of the decoded image, if requested
     file: bytes | None = None  # state of its file, unless that changed meanwhile
 
@@ -54,7 +54,7 @@ class Batch:
 
     positions: list[int]
     keys: list[bytes]
-    pixels: Pixels  # (batch_size, h, w, 3), black after the last image
+    pixels: Pixels  # (batch_size, h, w, channels), black after the last image
 
 
 def prefetch(
@@ -127,7 +127,7 @@ def iter_crops(
             return error.with_traceback(None)  # which holds the image
 
     if alternate:
-        n_in_flight = images_per_turn(preprocessing.size, batch_size, n_threads)
+        n_in_flight = images_per_turn(preprocessing, batch_size, n_threads)
     else:
         n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
     if unreadable is None:
@@ -148,10 +148,13 @@ def _without_errors(
                 errors.append(result)
 
 
-def images_per_turn(crop_size: tuple[int, int], batch_size: int, n_threads: int) -> int:
+def images_per_turn(
+    preprocessing: Preprocessing, batch_size: int, n_threads: int
+) -> int:
     """Return the number of images to decode before the network runs: whole batches."""
     n_images = max(IMAGES_PER_TURN, IMAGES_PER_THREAD * n_threads)
-    n_that_fit = BYTES_PER_TURN // (3 * 4 * math.prod(crop_size))  # maybe float32
+    n_values = preprocessing.n_channels * math.prod(preprocessing.size)
+    n_that_fit = BYTES_PER_TURN // (4 * n_values)  # maybe float32
     n_batches = min(math.ceil(n_images / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size
 

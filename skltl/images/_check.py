@@ -22,6 +22,7 @@ from skltl.exceptions import (
     shorten,
 )
 from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
+from skltl.images._channels import RGB
 from skltl.images._memory import one_image
 from skltl.images._source import Reader, read_images
 
@@ -42,6 +43,7 @@ def find_bad_images(
     *,
     reader: Reader | None = None,
     value_range: tuple[float, float] | None = None,
+    n_channels: int = RGB,
     n_jobs: int | None = None,
     verbose: bool | int = False,
 ) -> list[BadImage]:
@@ -55,6 +57,8 @@ def find_bad_images(
         Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
     value_range : tuple of 2 floats, default=None
         Values of black and white, as for `CNNFeatureTransformer`.
+    n_channels : int, default=3
+        Number of channels that the network takes.
     n_jobs : int, default=None
         Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
@@ -79,7 +83,13 @@ def find_bad_images(
     >>> find_bad_images([good, np.full((4, 4), np.nan), good])
     [BadImage(index=1, path=None, reason='it holds NaN or infinity')]
     """
-    source = read_images(X, check_items=False, reader=reader, value_range=value_range)
+    source = read_images(
+        X,
+        check_items=False,
+        reader=reader,
+        value_range=value_range,
+        n_channels=n_channels,
+    )
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
 
     def check(index: int) -> ImageError | None:
@@ -114,6 +124,7 @@ def drop_bad(
     *arrays: Any,
     reader: Reader | None = None,
     value_range: tuple[float, float] | None = None,
+    n_channels: int = RGB,
     n_jobs: int | None = None,
     verbose: bool | int = False,
 ) -> Any:
@@ -131,6 +142,8 @@ def drop_bad(
         Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
     value_range : tuple of 2 floats, default=None
         Values of black and white, as for `CNNFeatureTransformer`.
+    n_channels : int, default=3
+        Number of channels that the network takes.
     n_jobs : int, default=None
         Number of decoding threads; ``None`` and -1 use one per core.
     verbose : bool or int, default=False
@@ -169,16 +182,16 @@ def drop_bad(
     >>> len(X), y
     (2, ['a', 'c'])
     """
-    source = read_images(X, check_items=False, reader=reader)
-    check_consistent_length(source, *arrays)
-    bad = find_bad_images(
-        X, reader=reader, value_range=value_range, n_jobs=n_jobs, verbose=verbose
-    )
+    options: Any = {"reader": reader, "n_channels": n_channels}
+    n_images = len(read_images(X, check_items=False, **options))
+    check_consistent_length(range(n_images), *arrays)
+    options |= {"value_range": value_range, "n_jobs": n_jobs, "verbose": verbose}
+    bad = find_bad_images(X, **options)
     parts = (X, *arrays)
     if bad:
-        report = _report_of_dropped(bad, len(source))
+        report = _report_of_dropped(bad, n_images)
         warnings.warn(report, BadImageWarning, user_stacklevel())
-        readable = np.setdiff1d(np.arange(len(source)), [one.index for one in bad])
+        readable = np.setdiff1d(np.arange(n_images), [one.index for one in bad])
         parts = tuple(take(part, readable) for part in parts)
     return parts if arrays else parts[0]
 

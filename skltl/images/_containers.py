@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
+from numbers import Integral, Number
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -89,8 +90,11 @@ def unwrap(X: Any) -> Any:
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
         # One column of paths, as `ColumnTransformer` passes it.
         return X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
-    if isinstance(X, (np.ndarray, list, tuple)) or is_tensor(X):
+    if isinstance(X, np.ndarray) or is_tensor(X):
         return X
+    if isinstance(X, (list, tuple)):
+        is_labeled = len(X) > 0 and _is_labeled(X[0])
+        return list(map(_without_label, X)) if is_labeled else X
     if _is_lazy(X):
         return _unwrap_lazy(X)
     if hasattr(X, "__array__"):
@@ -114,6 +118,22 @@ def check_not_masked(X: Any) -> None:
         raise TypeError(
             "Masked arrays are not supported: fill the masked pixels first."
         )
+
+
+def _is_labeled(item: Any) -> bool:
+    """Return whether an item is a pair (image, label), as torch data sets have them.
+
+    Selections of scikit-learn make lists of these. A pair of two images is none.
+    """
+    if not (isinstance(item, tuple) and len(item) == 2):
+        return False
+    image, label = item
+    is_class = isinstance(label, Integral) or (is_tensor(label) and label.ndim == 0)
+    return is_class and not isinstance(image, (Number, list, tuple))
+
+
+def _without_label(item: Any) -> Any:
+    return item[0] if _is_labeled(item) else item
 
 
 def _is_lazy(X: Any) -> bool:

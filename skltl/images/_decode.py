@@ -1,10 +1,12 @@
-"""Decode a path, PIL image or array to an RGB image.
+"""Decode a path, PIL image or array to an image of the channels that a network takes.
 
-All readers return `Decoded`. That is either `Pixels`, an array (h, w, 3), uint8 for
+All readers return `Decoded`. That is either `Pixels`, an array (h, w, c), uint8 for
 8 bits per channel, else float32 (16-bit images scaled to [0, 1], float arrays
-unchanged); or a PIL image, which takes less time and memory. Its mode is "RGB", "RGBA"
-with an opaque alpha channel, "L" (gray) or "F" (gray, float32). An unreadable item
-raises ``ValueError`` with the reason; the source adds its index and path.
+unchanged); or a PIL image, which takes less time and memory. For three channels, RGB,
+its mode is "RGB", "RGBA" with an opaque alpha channel, "L" (gray) or "F" (gray,
+float32). For one channel it is always a PIL image, of mode "L" or "F", and for other
+numbers always an array. An unreadable item raises ``ValueError`` with the reason; the
+source adds its index and path.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from PIL import (
 
 from skltl._locks import Lock
 from skltl.exceptions import shorten
+from skltl.images._channels import RGB, channel_counts
 from skltl.images._descriptions import describe_file, describe_text, is_heif
 from skltl.images._memory import reserve_memory
 
@@ -89,6 +92,12 @@ BITS_PER_SAMPLE = 258
 PHOTOMETRIC_INTERPRETATION = 262
 WHITE_IS_ZERO = 0
 
+# Modes whose bands are channels, by their number: alpha is one more channel here.
+BAND_MODES = {2: ("LA",), 4: ("RGBA", "RGBX")}
+
+# Weights of red, green and blue in gray (ITU-R BT.601), as in Pillow.
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+
 SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 # Transposition that undoes each EXIF orientation (CIPA DC-008, tag 0x0112).
@@ -129,12 +138,14 @@ class Decoding:
     With `least_side`, a JPEG file may be decoded at a half, a quarter or an eighth of
     its size, as long as both sides have at least that many pixels. `value_range` are
     the values of black and white in images that do not have 8 bits per channel; values
-    beyond are clipped. `page` is the frame of a file with several ones.
+    beyond are clipped. `page` is the frame of a file with several ones. `n_channels` is
+    the number of channels that the network takes.
     """
 
     least_side: int | None = None
     value_range: tuple[float, float] | None = None
     page: int = 0
+    n_channels: int = RGB
 
 
 EXACT = Decoding()
@@ -161,7 +172,7 @@ def tensor_to_array(tensor: Any) -> NDArray[Any]:
 
 
 def read_file(path: str | os.PathLike[str], decoding: Decoding = EXACT) -> Decoded:
-    """Decode a frame of an image file, upright, as RGB."""
+    """Decode a frame of an image file, upright."""
     _check_regular_file(path)
     try:
         with Path(path).open("rb") as stream:
@@ -171,15 +182,15 @@ def read_file(path: str | os.PathLike[str], decoding: Decoding = EXACT) -> Decod
 
 
 def decode_stream(stream: IO[bytes], decoding: Decoding = EXACT) -> Decoded:
-    """Decode a frame of an image file from its beginning, upright, as RGB."""
+    """Decode a frame of an image file from its beginning, upright."""
     try:
-        return _upright_rgb(_load(stream, decoding), decoding, is_own=True)
+        return _convert(_load(stream, decoding), decoding, is_own=True)
     except _DECODER_ERRORS as error:
         raise ValueError(reason_of(error)) from error
 
 
 def read_image(image: Image.Image, decoding: Decoding = EXACT) -> Decoded:
-    """Convert a PIL image to upright RGB, or return it if it already is.
+    """Convert a PIL image to an upright one, or return it if it already is.
 
     The image is not changed. If Pillow has not loaded it yet, it is decoded from its
     file as in `read_file` and can still be loaded afterwards.
@@ -188,29 +199,33 @@ def read_image(image: Image.Image, decoding: Decoding = EXACT) -> Decoded:
         if _is_pending(image):
             return _read_pending(image, decoding)
         with lock_of(image):  # Pillow reads metadata and palettes lazily
-            return _upright_rgb(image, decoding, is_own=False)
+            return _convert(image, decoding, is_own=False)
     except _DECODER_ERRORS as error:
         raise ValueError(reason_of(error)) from error
 
 
 def read_array(array: NDArray[Any], decoding: Decoding = EXACT) -> Decoded:
-    """Convert an array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) to RGB."""
+    """Convert an array (h, w) or (h, w, channels) to the channels of the network."""
     pixels: NDArray[Any] = _with_known_range(array, decoding.value_range)
-    n_channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if n_channels == 1:
+    found = pixels.shape[2] if pixels.ndim == 3 else 1
+    expected = channel_counts(decoding.n_channels)
+    if found not in expected:
+        counts = " or ".join(map(str, expected))
+        raise ValueError(f"it has {found} channels; expected {counts}")
+    if len(expected) == 1:
+        return np.ascontiguousarray(pixels)
+    if found == 1:
         gray = pixels.reshape(pixels.shape[:2])
-        if gray.size <= PIXELS_PER_STRIP:  # numpy is faster for small images
+        # numpy is faster for small images
+        if decoding.n_channels == RGB and gray.size <= PIXELS_PER_STRIP:
             return np.repeat(gray[..., np.newaxis], 3, axis=2)
         return Image.fromarray(np.ascontiguousarray(gray))
-    if n_channels == 4:
-        return _array_on_white(pixels)
-    if n_channels != 3:
-        raise ValueError(f"it has {n_channels} channels; expected 1, 3 or 4")
-    return np.ascontiguousarray(pixels)
+    rgb = _array_on_white(pixels) if found == 4 else np.ascontiguousarray(pixels)
+    return rgb if decoding.n_channels == RGB else _as_gray(rgb)
 
 
 def to_pixels(decoded: Decoded) -> Pixels:
-    """Convert a PIL image to an array (h, w, 3); return an array unchanged."""
+    """Convert a PIL image to an RGB array (h, w, 3); return an array unchanged."""
     if not isinstance(decoded, Image.Image):
         return decoded
     dtype: Any = np.float32 if decoded.mode == "F" else np.uint8
@@ -383,14 +398,42 @@ def _read_pending(image: ImageFile.ImageFile, decoding: Decoding) -> Decoded:
             loaded = _load(stream, decoding, image)
         finally:
             stream.seek(position)
-    return _upright_rgb(loaded, decoding, is_own=True)
+    return _convert(loaded, decoding, is_own=True)
 
 
-def _upright_rgb(image: Image.Image, decoding: Decoding, is_own: bool) -> Decoded:
+def _convert(image: Image.Image, decoding: Decoding, is_own: bool) -> Decoded:
     """Convert a loaded image, which may be changed in place if it `is_own`."""
     if not image.width or not image.height:
         raise ValueError("it has no pixels")
     image.load()
+    n_channels = decoding.n_channels
+    if n_channels not in (1, RGB):
+        return _bands(image, n_channels)
+    converted = _upright_rgb(image, decoding, is_own)
+    return converted if n_channels == RGB else _as_gray(converted)
+
+
+def _bands(image: Image.Image, n_channels: int) -> Pixels:
+    """Return the bands of an image, alpha included, as an array (h, w, n_channels)."""
+    if image.mode not in BAND_MODES.get(n_channels, ()):
+        n_bands = len(image.getbands())
+        raise ValueError(
+            f"it has {n_bands} channels ({image.mode}); the network takes {n_channels}"
+        )
+    return np.asarray(_upright(image))
+
+
+def _as_gray(image: Decoded) -> Image.Image:
+    """Convert an RGB image to gray."""
+    if isinstance(image, Image.Image):
+        return image if image.mode in ("L", "F") else image.convert("L")
+    if image.dtype == np.uint8:
+        return Image.fromarray(image).convert("L")
+    return Image.fromarray(image @ np.array(GRAY_WEIGHTS, dtype=np.float32))
+
+
+def _upright_rgb(image: Image.Image, decoding: Decoding, is_own: bool) -> Image.Image:
+    """Convert a loaded image to upright RGB or gray."""
     if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
         return _deep_gray(image, decoding.value_range)
     image = _upright(image)

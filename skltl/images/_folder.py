@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from sklearn.utils import Bunch
+from tqdm import tqdm
 
 from skltl._caller import user_stacklevel
 from skltl.exceptions import ImageFolderWarning, nearest, quote, shorten
@@ -56,6 +57,7 @@ def load_image_folder(
     categories: Iterable[str] | None = None,
     return_X_y: bool = False,
     as_frame: bool = False,
+    verbose: bool | int = False,
 ) -> Any:
     """Load the paths and labels of images in class folders.
 
@@ -81,6 +83,8 @@ def load_image_folder(
         Whether to return ``(data, target)`` instead of a `Bunch`.
     as_frame : bool, default=False
         Whether `data` and `target` are a pandas DataFrame and Series.
+    verbose : bool or int, default=False
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -157,8 +161,9 @@ def load_image_folder(
         raise _no_class_folders(root, strays)
     names = _selected(classes, categories, root)
     bunch = Bunch(data=[], target=[], target_names=[], skipped=strays)
-    for name in names:
-        _add_class(bunch, name, classes[name], root)
+    with tqdm(desc="files", unit="file", disable=not verbose) as progress:
+        for name in names:
+            _add_class(bunch, name, classes[name], root, progress)
     if not bunch.data:
         raise ValueError(
             f"No image was found in the class folders of {quote(root)}. "
@@ -262,9 +267,14 @@ def _selected(
     return [name for name in known if name in chosen]
 
 
-def _add_class(bunch: Bunch, name: str, folder: os.DirEntry[str], root: str) -> None:
+def _add_class(
+    bunch: Bunch, name: str, folder: os.DirEntry[str], root: str, progress: tqdm
+) -> None:
     """Add the images of a class folder, and what is left out of it."""
-    found = list(_walk(folder, root))
+    found = []
+    for one in _walk(folder, root):
+        found.append(one)
+        progress.update()
     paths = [path for path, reason in found if reason is None]
     skipped = [SkippedPath(path, reason) for path, reason in found if reason]
     if paths:

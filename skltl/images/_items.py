@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from skltl.exceptions import ImageReadError, ImageTypeError, shorten
-from skltl.images._channels import fault_of_shape
+from skltl.images._channels import RGB, fault_of_shape
 from skltl.images._decode import (
     Decoded,
     Decoding,
@@ -68,7 +68,9 @@ def read_item(item: Any, decoding: Decoding, channels_first: bool) -> Decoded:
     return read_array(array, decoding)
 
 
-def check_item(index: int, item: Any, labels: Any = None) -> None:
+def check_item(
+    index: int, item: Any, labels: Any = None, n_channels: int = RGB
+) -> None:
     """Raise an error if an item cannot be an image, whatever its pixels.
 
     `labels` are the index labels by which the user knows the items, if any.
@@ -81,7 +83,7 @@ def check_item(index: int, item: Any, labels: Any = None) -> None:
     elif isinstance(item, np.ma.MaskedArray):
         raise ImageTypeError(index, "a masked array; fill its masked pixels first")
     elif is_array(item):
-        if fault := fault_of_shape(tuple(item.shape)):
+        if fault := fault_of_shape(tuple(item.shape), n_channels):
             raise ImageReadError(index, None, fault)
     elif is_missing(item):
         raise missing_value(index, labels)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skltl.exceptions import shorten
+from skltl.images._channels import RGB
 from skltl.images._decode import Decoded, Pixels
 
 INTERPOLATIONS = {
@@ -53,10 +54,11 @@ class Preprocessing:
         `crop_size`: nothing is cropped from an image of its proportions.
     interpolation : {"bilinear", "bicubic", "nearest"}, default="bilinear"
         Resampling filter of Pillow.
-    mean : tuple of 3 floats, default=(0.485, 0.456, 0.406)
-        Mean of each channel (red, green, blue) that is subtracted, in units of [0, 1].
-        The default is that of ImageNet, which torchvision's weights use.
-    std : tuple of 3 floats, default=(0.229, 0.224, 0.225)
+    mean : tuple of floats, default=(0.485, 0.456, 0.406)
+        Mean of each channel that is subtracted, in units of [0, 1]. Their number is the
+        number of channels of the network's input. The default is that of ImageNet (red,
+        green, blue), which torchvision's weights use.
+    std : tuple of floats, default=(0.229, 0.224, 0.225)
         Standard deviation by which each channel is divided, in units of [0, 1].
     mode : {"center", "squash", "pad"}, default="center"
         Treatment of images of other proportions: ``"center"`` fills `resize_size`
@@ -75,14 +77,19 @@ class Preprocessing:
     crop_size: Size
     resize_size: Size | None = None
     interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     mode: str = "center"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            values = _three_floats(name, getattr(self, name))
+            values = _floats(name, getattr(self, name))
             object.__setattr__(self, name, values)  # the class is frozen
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}: expected "
+                "one of each per channel."
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}.")
         for name in ("crop_size", "resize_size"):
@@ -95,6 +102,11 @@ class Preprocessing:
                 raise ValueError(
                     f"Unknown {name} {shorten(repr(value))}. Known: {', '.join(known)}."
                 )
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels of the network's input."""
+        return len(self.mean)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -139,17 +151,20 @@ class Preprocessing:
 
         Parameters
         ----------
-        image : array of shape (h, w, 3) or PIL image
+        image : array of shape (h, w, n_channels) or PIL image
             Image of dtype uint8 or float32; or of mode RGB, RGBA (whose alpha channel
             is ignored), L or F.
 
         Returns
         -------
-        array of shape (height, width, 3)
+        array of shape (height, width, n_channels)
             Crop of the image's dtype; of a PIL image uint8, or float32 in mode F.
             Outside of the image it is black, or has the color `mean` in mode "pad".
         """
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        is_rgb = (
+            self.n_channels == RGB
+        )  # of which Pillow resizes three channels at once
+        if is_rgb and isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image) and image.mode == "RGB":
             return np.asarray(self._crop_image(image, self._border(image.mode)))
@@ -157,14 +172,15 @@ class Preprocessing:
         # loop variable, `map` keeps no channel while the next one is extracted.
         is_gray = isinstance(image, Image.Image) and image.mode in ("L", "F")
         is_repeated = is_gray and self.mode == "pad"  # its border has a color
-        channels = _channels(image, 3 if is_repeated else 1)
-        borders = map(self._border, itertools.repeat("channel"), range(3))
+        n_channels = self.n_channels
+        channels = _channels(image, n_channels if is_repeated else 1)
+        borders = map(self._border, itertools.repeat("channel"), range(n_channels))
         crops = list(map(np.asarray, map(self._crop_image, channels, borders)))
-        return np.stack(crops if len(crops) == 3 else crops * 3, axis=2)
+        return np.stack(crops * (n_channels // len(crops)), axis=2)
 
     def _border(self, mode: str, channel: int = 0) -> tuple[float, ...] | float:
         """Return the color outside of an image, in [0, 1]; of a channel, a number."""
-        color = self.mean if self.mode == "pad" else (0.0, 0.0, 0.0)
+        color = self.mean if self.mode == "pad" else (0.0,) * self.n_channels
         return color if mode == "RGB" else color[channel]
 
     def _crop_image(self, image: Image.Image, border: Any) -> Image.Image:
@@ -233,7 +249,7 @@ def _on_border(
 
 
 def _channels(image: Decoded, n_repeats: int = 1) -> Iterator[Image.Image]:
-    """Yield the red, green and blue channels of an image, or its only channel.
+    """Yield the channels of an image, without alpha, or its only channel.
 
     The only channel is repeated.
     """
@@ -246,9 +262,9 @@ def _channels(image: Decoded, n_repeats: int = 1) -> Iterator[Image.Image]:
 
 
 def normalize(batch: Any, mean: Any, std: Any) -> Any:
-    """Scale a batch (n, 3, h, w) to [0, 1] if it is 8-bit, then normalize its channels.
+    """Scale a batch (n, c, h, w) to [0, 1] if it is 8-bit, then normalize its channels.
 
-    `mean` and `std` are float32 tensors (3, 1, 1) on the batch's device.
+    `mean` and `std` are float32 tensors (c, 1, 1) on the batch's device.
     """
     # In place: on a CPU new memory costs more than the arithmetic.
     if batch.is_floating_point():
@@ -265,17 +281,17 @@ def as_float(pixels: Pixels) -> NDArray[np.float32]:
     return pixels.astype(np.float32, copy=False)
 
 
-def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
-    """Check the values of the three channels."""
+def _floats(name: str, value: Any) -> tuple[float, ...]:
+    """Check the values of the channels."""
     try:
-        red, green, blue = map(float, value)
+        values = tuple(map(float, value))
     except (TypeError, ValueError):
-        red = green = blue = math.nan
-    if not all(map(math.isfinite, (red, green, blue))):
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
         raise ValueError(
-            f"{name} must be 3 finite numbers, got {shorten(repr(value))}."
+            f"{name} must be a finite number per channel, got {shorten(repr(value))}."
         )
-    return red, green, blue
+    return values
 
 
 def _both(size: Size) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Recognize what ``X`` is, and provide it as a lazy sequence of RGB images.
+"""Recognize what ``X`` is, and provide it as a lazy sequence of images.
 
 The rules are about ``X`` as a whole, never about one item, so that the meaning of an
 image does not depend on its neighbors:
@@ -7,7 +7,8 @@ image does not depend on its neighbors:
 - an array (n, h, w) holds gray images; in an array of four dimensions, and in a list
   of three-dimensional arrays, the channels are the last axis if it has 1, 3 or 4
   entries, else the one before height. For torch tensors it is the other way round. Of a
-  lazy sequence, the first item decides;
+  lazy sequence, the first item decides. For a network that takes neither gray nor RGB
+  images, the channels are the axis with as many entries as it takes;
 - an array (n, d) holds rows of pixels, which are images only with an `image_shape`.
 """
 
@@ -17,7 +18,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
@@ -30,7 +31,9 @@ from PIL import Image
 from skltl._code import description
 from skltl.exceptions import ImageReadError, ImageTypeError, shorten
 from skltl.images._channels import (
-    CHANNEL_COUNTS,
+    RGB,
+    RGB_COUNTS,
+    channel_counts,
     has_channels_first,
     may_have_channels,
 )
@@ -107,7 +110,7 @@ class ImageSource:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        """Decode image ``index``: an array (h, w, 3), uint8 or float32."""
+        """Decode image ``index``: an array (h, w, channels), uint8 or float32."""
         return to_pixels(self.decode(index))
 
     def decode(self, index: int) -> Decoded:
@@ -130,7 +133,7 @@ class ImageSource:
         With `fetch`, all access to the images; subclasses may override both.
         """
         if self._reader is None:
-            check_item(int(index), item, self._labels)
+            check_item(int(index), item, self._labels, self.decoding.n_channels)
         try:
             if isinstance(item, np.ndarray) and self._reader is None:  # in memory
                 return self._read(index, item)
@@ -186,7 +189,9 @@ class ImageSource:
     def check_items(self) -> None:
         """Raise an error for the first item that cannot be an image by its type."""
         for index in range(len(self)):
-            check_item(index, self._items[index], self._labels)
+            check_item(
+                index, self._items[index], self._labels, self.decoding.n_channels
+            )
 
     def warn_of_odd_range(self) -> None:
         """Warn once if the values read so far are unusual for pixels."""
@@ -212,7 +217,7 @@ class ImageSource:
         with foreign_errors():
             image = self._reader(item)
         try:
-            check_item(index, image)
+            check_item(index, image, n_channels=self.decoding.n_channels)
         except ImageReadError as error:
             raise ValueError(f"{name} returned an array: {error.reason}") from error
         except ImageTypeError as error:
@@ -226,60 +231,53 @@ def read_images(
     check_items: bool = True,
     value_range: tuple[float, float] | None = None,
     reader: Reader | None = None,
+    n_channels: int = RGB,
 ) -> ImageSource:
     """Recognize what ``X`` is; nothing is decoded yet.
 
     With `image_shape`, ``X`` is an array (n, d), and each row an image of this shape.
     Without `check_items`, an item of a wrong type is an error only when it is read.
-    With a `reader`, items may be of any type. An ``X`` that is no sequence of images
-    raises ``TypeError`` (`ImageTypeError` for one of its items); if it is empty, a
-    single image or of a wrong shape, ``ValueError``.
+    With a `reader`, items may be of any type. Images are decoded to `n_channels`. An
+    ``X`` that is no sequence of images raises ``TypeError`` (`ImageTypeError` for one
+    of its items); if it is empty, a single image or of a wrong shape, ``ValueError``.
     """
-    source = _read_images(X, image_shape, check_items, reader)
-    source.decoding = Decoding(value_range=value_range)
-    return source
-
-
-def _read_images(
-    X: Any,
-    image_shape: tuple[int, ...] | None,
-    check_items: bool,
-    reader: Reader | None,
-) -> ImageSource:
+    decoding = Decoding(value_range=value_range, n_channels=n_channels)
     if image_shape is not None:
         check_not_masked(X)
         images = _rows_as_images(X, image_shape)
-        channels_first = has_channels_first([images.shape[1:]], prefers_first=False)
-        return ImageSource(images, channels_first)
+        channels_first = has_channels_first([images.shape[1:]], False, n_channels)
+        return ImageSource(images, channels_first, decoding=decoding)
     labels = index_labels(X)
     X = unwrap(X)
     if reader is not None:
         _check_not_empty((len(X),))
-        return ImageSource(X, labels=labels, reader=reader)
+        return ImageSource(X, labels=labels, decoding=decoding, reader=reader)
     if isinstance(X, LazyItems):
-        return _source_of_lazy(X)
+        return _source_of_lazy(X, decoding)
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUT":
         # A column without any value, which pandas stores as floats or dates.
         if X.ndim == 1 and len(X) and is_missing(X[0]):
             raise missing_value(0, labels)
-        return _source_of_array(X, prefers_first=False)
+        return _source_of_array(X, decoding)
     if is_tensor(X):
-        return _source_of_array(X, prefers_first=True)
-    return _source_of_items(X, labels, check_items)
+        return _source_of_array(X, decoding)
+    return _source_of_items(X, labels, check_items, decoding)
 
 
-def _source_of_lazy(X: LazyItems) -> ImageSource:
+def _source_of_lazy(X: LazyItems, decoding: Decoding) -> ImageSource:
     """Return the source of a lazy sequence, of which one item is fetched at most."""
     if X.shape is not None:
-        return _source_of_array(X, prefers_first=False)
+        return _source_of_array(X, decoding)
     _check_not_empty((len(X),))
     first = X.first()
     shapes = [tuple(first.shape)] if is_array(first) else []
-    shapes = [shape for shape in shapes if may_have_channels(shape)]
-    return ImageSource(X, has_channels_first(shapes, prefers_first=is_tensor(first)))
+    channels_first = _channels_first(shapes, is_tensor(first), decoding.n_channels)
+    return ImageSource(X, channels_first, decoding=decoding)
 
 
-def _source_of_items(X: Any, labels: Any, check_items: bool) -> ImageSource:
+def _source_of_items(
+    X: Any, labels: Any, check_items: bool, decoding: Decoding
+) -> ImageSource:
     """Return the source of a list of paths, images or arrays."""
     if isinstance(X, np.ndarray) and X.ndim != 1:
         raise ValueError(
@@ -288,13 +286,22 @@ def _source_of_items(X: Any, labels: Any, check_items: bool) -> ImageSource:
         )
     _check_not_empty((len(X),))
     if _is_row(X[0]):
-        return _source_of_array(_stack(X), prefers_first=False)
+        return _source_of_array(_stack(X), decoding)
     arrays = [item for item in X if is_array(item)]
-    shapes = [tuple(array.shape) for array in arrays if may_have_channels(array.shape)]
-    prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
     if check_items:  # an error about one item comes before one about all of them
-        ImageSource(X, labels=labels).check_items()
-    return ImageSource(X, has_channels_first(shapes, prefers_first), labels)
+        ImageSource(X, labels=labels, decoding=decoding).check_items()
+    shapes = [tuple(array.shape) for array in arrays]
+    prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
+    channels_first = _channels_first(shapes, prefers_first, decoding.n_channels)
+    return ImageSource(X, channels_first, labels, decoding)
+
+
+def _channels_first(
+    shapes: Sequence[tuple[int, ...]], prefers_first: bool, n_channels: int
+) -> bool:
+    """Decide which axis holds the channels, by the arrays that may have any."""
+    possible = [shape for shape in shapes if may_have_channels(shape, n_channels)]
+    return has_channels_first(possible, prefers_first, n_channels)
 
 
 def _is_row(item: Any) -> bool:
@@ -323,9 +330,10 @@ def _stack(X: Any) -> NDArray[Any]:
     return array
 
 
-def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
+def _source_of_array(X: Any, decoding: Decoding) -> ImageSource:
     """Return the source of one numeric array or tensor."""
-    shape = tuple(X.shape)
+    shape, prefers_first = tuple(X.shape), is_tensor(X)
+    n_channels = decoding.n_channels
     if isinstance(X, np.ndarray) and X.dtype.kind == "S":
         raise ValueError(
             f"Expected {EXPECTED}, got an array of bytes; convert file names to str: "
@@ -344,14 +352,22 @@ def _source_of_array(X: Any, prefers_first: bool) -> ImageSource:
         )
     _check_not_empty(shape)
     if len(shape) == 4:
-        return ImageSource(X, has_channels_first([shape[1:]], prefers_first))
+        channels_first = has_channels_first([shape[1:]], prefers_first, n_channels)
+        return ImageSource(X, channels_first, decoding=decoding)
+    if 1 not in channel_counts(n_channels):
+        is_single = n_channels in (shape[0], shape[2])
+        raise ValueError(
+            f"X has shape {shape}, and the network takes images of {n_channels} "
+            f"channels: pass an array of shape (n, h, w, {n_channels})"
+            + (", X[None] if it is a single image." if is_single else ".")
+        )
     if shape[0 if prefers_first else 2] in (3, 4):
         raise ValueError(
             f"X has shape {shape}, which looks like a single color image. Reshape "
             "your data: X[None] if it is one, or add an axis of one channel if X is a "
             "stack of gray images."
         )
-    return ImageSource(X)
+    return ImageSource(X, decoding=decoding)
 
 
 def _check_not_empty(shape: tuple[int, ...]) -> None:
@@ -398,7 +414,7 @@ def _rows_as_images(rows: NDArray[Any], image_shape: tuple[Any, ...]) -> NDArray
 
 def _suggest_image_shape(n_columns: int) -> str:
     """Return, as code, a possible ``image_shape`` for rows of this length."""
-    for n_channels in CHANNEL_COUNTS:
+    for n_channels in RGB_COUNTS:
         side = math.isqrt(n_columns // n_channels)
         if n_channels * side**2 == n_columns:
             shape = (side, side) if n_channels == 1 else (side, side, n_channels)

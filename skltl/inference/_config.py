@@ -75,7 +75,7 @@ class ExtractionConfig:
         return InFlight(self.compute(pixels))
 
     def compute(self, pixels: Tensor) -> Tensor:
-        """Return the features (n, d), float32, on the device, of pixels (n, h, w, 3).
+        """Return the features (n, d), float32, on the device, of pixels (n, h, w, c).
 
         The pixels are resized and cropped, in uint8 or float32.
         """
@@ -97,7 +97,7 @@ class ExtractionConfig:
 
 @lru_cache(maxsize=128)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a value per channel as a tensor (3, 1, 1).
+    """Return a value per channel as a tensor (c, 1, 1).
 
     Cached, since a copy to a GPU waits for the GPU.
     """

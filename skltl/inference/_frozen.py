@@ -49,7 +49,7 @@ MAX_RUNNERS = 2
 MAX_NETWORKS = 2
 MAX_PREFIXES = 2
 
-# From a batch (n, 3, h, w) and a pooling to the features (n, d) of each wanted block.
+# From a batch (n, c, h, w) and a pooling to the features (n, d) of each wanted block.
 Engine = Callable[[Tensor, str | int], dict[str, Tensor]]
 
 _all_prefixes: WeakSet[FrozenPrefix] = WeakSet()
@@ -136,7 +136,7 @@ class Runner:
     ) -> Tensor:
         """Return the features (n, d) of all wanted blocks, side by side, in float32.
 
-        `pixels` (n, h, w, 3) are uint8 or float32, `mean` and `std` (3, 1, 1) are on
+        `pixels` (n, h, w, c) are uint8 or float32, `mean` and `std` (c, 1, 1) are on
         the device. The features are on the device, too; a GPU may still be computing
         them.
         """
@@ -146,7 +146,7 @@ class Runner:
             torch.autocast(self.device.type, enabled=False),
         ):
             # A view: in memory, images have their channels last.
-            batch = to_device(pixels, self.device).permute(0, 3, 1, 2)  # (n, 3, h, w)
+            batch = to_device(pixels, self.device).permute(0, 3, 1, 2)  # (n, c, h, w)
             batch = normalize(batch, mean, std)
             batch = batch.to(self._input_dtype, memory_format=torch.channels_last)
             features = self._engine(batch, pooling)

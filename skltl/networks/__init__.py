@@ -1,5 +1,6 @@
 """Pretrained networks as ordered sequences of named blocks, and their weights."""
 
+from skltl.networks._adaptation import Adaptation, AdaptedBuilder
 from skltl.networks._backbone import (
     Backbone,
     Own,
@@ -55,6 +56,8 @@ from skltl.networks._weights import (
 
 __all__ = [
     "TORCH_FILE_ERRORS",
+    "Adaptation",
+    "AdaptedBuilder",
     "Backbone",
     "Block",
     "ConvUnit",

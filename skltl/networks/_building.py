@@ -61,7 +61,7 @@ def skeleton(backbone: Backbone, image_size: ImageSize) -> Network:
     It has no weights in memory, unless the backbone owns its network. Images of this
     size reach at least one block.
     """
-    network = as_network(backbone, _model(backbone, image_size), image_size)
+    network = as_network(backbone, skeleton_model(backbone, image_size), image_size)
     if not network.layouts:
         own = " x ".join(map(str, usual_size(backbone)))
         reason = refusal(backbone, image_size, network.limit)
@@ -156,7 +156,7 @@ def largest_map(backbone: Backbone, image_size: ImageSize) -> int:
     """
     network = skeleton(backbone, image_size)
     return max(
-        3 * math.prod(image_size),
+        backbone.n_channels * math.prod(image_size),
         *(
             math.prod(layout.shape)
             for block, layout in network.layouts.items()
@@ -219,7 +219,8 @@ def usual_size(backbone: Backbone) -> ImageSize:
 
 
 @once_per_backbone
-def _model(backbone: Backbone, image_size: ImageSize) -> Model:
+def skeleton_model(backbone: Backbone, image_size: ImageSize) -> Model:
+    """Return the network of a backbone without weights, unless it owns them."""
     return backbone.own_network or build_skeleton(backbone, image_size)
 
 
@@ -231,21 +232,22 @@ def trace_of(backbone: Backbone, image_size: ImageSize) -> Trace:
     """
     if backbone.base is not backbone:
         return trace_of(backbone.base, image_size)
-    model, usual = _model(backbone, image_size), usual_size(backbone)
+    model, usual = skeleton_model(backbone, image_size), usual_size(backbone)
+    shape = (backbone.n_channels, *image_size)
     if model.is_sequence:
         settle_in_forked_child()
-        traced = trace_sequence(model.module, model.head, image_size)
+        traced = trace_sequence(model.module, model.head, shape)
         if traced.error is not None and image_size == usual:
             raise ValueError(refusal(backbone, image_size, reason_of(traced.error)))
         return traced
     try:
-        return trace(model.module, image_size)
+        return trace(model.module, shape)
     except FORWARD_ERRORS as error:
         if image_size == usual:
             raise untraceable(backbone, reason_of(error)) from error
     reference = trace_of(backbone, usual)
     try:
-        return trace(model.module, image_size, reference)
+        return trace(model.module, shape, reference)
     except FORWARD_ERRORS as error:  # it fails elsewhere than for the usual size
         raise ValueError(refusal(backbone, image_size, reason_of(error))) from error
 

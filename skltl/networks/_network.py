@@ -122,7 +122,7 @@ class Network:
         return [*self.blocks.values(), *([] if self.head is None else [self.head])]
 
     def logits(self, batch: Tensor) -> Tensor:
-        """Return the logits (n, n_classes) of a normalized batch (n, 3, h, w)."""
+        """Return the logits (n, n_classes) of a normalized batch (n, c, h, w)."""
         for part in self.parts:
             batch = part(batch)
         return batch

@@ -114,7 +114,7 @@ class Recording:
 
 def record(
     model: nn.Module,
-    image_size: tuple[int, int],
+    image_shape: tuple[int, int, int],
     n_images: int,
     dtype: torch.dtype,
     training: bool = False,
@@ -131,7 +131,7 @@ def record(
         own_random_state(0),
         torch_defaults(),
     ):
-        batch = torch.empty((n_images, 3, *image_size), dtype=dtype, device="meta")
+        batch = torch.empty((n_images, *image_shape), dtype=dtype, device="meta")
         copied = _without_values(model, dtype).train(training)
         recorder = _Recorder(copied, dtype, whole)
         recorder.run(batch)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skltl.networks._network import ImageSize, is_customized
+from skltl.networks._network import is_customized
 from skltl.networks._recording import (
     FORWARD_ERRORS,
     Call,
@@ -21,7 +21,7 @@ from skltl.networks._trace import CutPoint, Trace, is_plain_sequence
 
 
 def trace_sequence(
-    module: nn.Module, head: tuple[str, ...], image_size: ImageSize
+    module: nn.Module, head: tuple[str, ...], image_shape: tuple[int, int, int]
 ) -> Trace:
     """Trace the children of a module: each layer is a call, and ends at a cut point.
 
@@ -35,7 +35,7 @@ def trace_sequence(
     calls: list[Call] = []
     cut_points: list[CutPoint] = []
     reason: Exception | None = None
-    output: Any = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
+    output: Any = torch.zeros(2, *image_shape, dtype=torch.float32, device="cpu")
     for number, (path, layer) in enumerate(layers.items()):
         before = Output(number - 1)  # of the first call, it is the batch
         call = Call(path, (before,), {}, Source.IMAGES, module="")

@@ -92,9 +92,11 @@ def timm_backbone(name: str) -> Backbone:
     else:
         configs = _known_configs(timm, identifier)
     first = next(iter(configs.values()))
-    if first["input_size"][0] != 3:
+    n_channels, n_means = first["input_size"][0], len(first["mean"])
+    if n_means != n_channels:
         raise UnknownBackboneError(
-            f"{name!r} takes images of {first['input_size'][0]} channels, not of 3."
+            f"{name!r} takes images of {n_channels} channels, and its configuration "
+            f"has the mean of {n_means}."
         )
     weights = tuple(
         _pretrained(timm, identifier, tag, config) for tag, config in configs.items()

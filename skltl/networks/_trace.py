@@ -96,14 +96,14 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, image_size: tuple[int, int], reference: Trace | None = None
+    model: nn.Module, image_shape: tuple[int, int, int], reference: Trace | None = None
 ) -> Trace:
-    """Trace a network for images of one size; nothing is computed.
+    """Trace a network for images (c, h, w) of one size; nothing is computed.
 
     Images may be too small, and vanish in the network. With a `reference`, the trace
     for images of a suitable size, the result then ends before that.
     """
-    small, large, aligned = _recordings(model, image_size, reference is not None)
+    small, large, aligned = _recordings(model, image_shape, reference is not None)
     calls, error = aligned.calls, small.error
     for number in _unused(small, calls, aligned.result, reference):
         calls[number] = None
@@ -128,30 +128,32 @@ def trace(
 
 
 def _recordings(
-    model: nn.Module, image_size: tuple[int, int], may_fail: bool
+    model: nn.Module, image_shape: tuple[int, int, int], may_fail: bool
 ) -> tuple[Recording, Recording, Alignment]:
     """Return recordings for different numbers of images, and what all have in common.
 
     Stochastic layers, and whatever else differs between the modes, are kept whole: a
     block calls them as the network does, in either mode.
     """
-    small = record(model, image_size, N_IMAGES, DTYPE)
+    small = record(model, image_shape, N_IMAGES, DTYPE)
     if small.error is not None and not may_fail:
         raise small.error
-    trained = record(model, image_size, N_IMAGES, DTYPE, training=True)
+    trained = record(model, image_shape, N_IMAGES, DTYPE, training=True)
     whole = modules_that_differ(small, trained) - {""}
     if whole:
-        small = record(model, image_size, N_IMAGES, DTYPE, whole=whole)
-        trained = record(model, image_size, N_IMAGES, DTYPE, training=True, whole=whole)
+        small = record(model, image_shape, N_IMAGES, DTYPE, whole=whole)
+        trained = record(
+            model, image_shape, N_IMAGES, DTYPE, training=True, whole=whole
+        )
     if small.error is None and not isinstance(small.result, Output):
         raise TraceError(
             f"it returns a {type(small.result).__name__}, and not one tensor"
         )
-    large = record(model, image_size, OTHER_N_IMAGES, OTHER_DTYPE, whole=whole)
+    large = record(model, image_shape, OTHER_N_IMAGES, OTHER_DTYPE, whole=whole)
     try:
         return small, large, align(small, large, trained)
     except TraceError:  # it may cast tensors to float32, or use properties of the dtype
-        large = record(model, image_size, OTHER_N_IMAGES, DTYPE, whole=whole)
+        large = record(model, image_shape, OTHER_N_IMAGES, DTYPE, whole=whole)
         return small, large, align(small, large, trained)
 
 

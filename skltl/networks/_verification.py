@@ -50,7 +50,7 @@ def check(
     network = as_network(backbone, model, image_size)
     generator = torch.Generator("cpu").manual_seed(0)
     options: Any = {"dtype": torch.float32, "device": "cpu", "generator": generator}
-    batch = torch.randn(n_images, 3, *image_size, **options)
+    batch = torch.randn(n_images, backbone.n_channels, *image_size, **options)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         try:
             expected = model.module.eval()(batch.clone())
@@ -99,11 +99,12 @@ def has_equal_gradients(backbone: Backbone) -> bool:
     if not skeleton(backbone, size).is_trainable:
         return False
     blocks = as_network(backbone, copy.deepcopy(own), size).parts
+    shape = (2, backbone.n_channels, *size)
     try:
-        expected = _gradients([copy.deepcopy(own.module)], size)
+        expected = _gradients([copy.deepcopy(own.module)], shape)
     except FORWARD_ERRORS:  # it cannot be trained
         return False
-    found = _gradients(blocks, size)
+    found = _gradients(blocks, shape)
     return all(
         torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6, equal_nan=True)
         for name, gradient in expected.items()
@@ -111,12 +112,12 @@ def has_equal_gradients(backbone: Backbone) -> bool:
     )
 
 
-def _gradients(parts: Sequence[nn.Module], image_size: ImageSize) -> dict[str, Tensor]:
-    """Return the gradients of all weights for two random images, in train mode."""
+def _gradients(parts: Sequence[nn.Module], shape: Sequence[int]) -> dict[str, Tensor]:
+    """Return the gradients of all weights for a random batch, in train mode."""
     for part in parts:
         part.train().requires_grad_(True)
     with own_random_state(0), torch_defaults(), torch.enable_grad():
-        output = torch.randn(2, 3, *image_size, dtype=torch.float32, device="cpu")
+        output = torch.randn(shape, dtype=torch.float32, device="cpu")
         for part in parts:
             output = part(output)
         torch.autograd.backward(output.square().mean())

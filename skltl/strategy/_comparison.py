@@ -80,7 +80,10 @@ class Candidate:
         self._extract(labeled, rows)
         part = labeled.subset(rows)
         self.scores = {
-            layer: score_linear(features, part, splits, seed)
+            layer: score_linear(
+                *(features, part, splits, seed),
+                progress=f"{self.name} {layer}" if self.transformer.verbose else "",
+            )
             for layer, features in self.features.items()
         }
 

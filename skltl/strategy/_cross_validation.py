@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import column_or_1d
+from tqdm import tqdm
 
 from skltl._estimator import read_images_of
 from skltl._sklearn import check_sample_weight, take
@@ -172,13 +173,20 @@ def split_folds(
 
 
 def score_linear(
-    features: Features, labeled: LabeledImages, splits: list[Split], seed: int
+    features: Features,
+    labeled: LabeledImages,
+    splits: list[Split],
+    seed: int,
+    progress: str = "",
 ) -> Scores:
-    """Return the accuracy of a linear classifier in each split."""
+    """Return the accuracy of a linear classifier in each split.
+
+    With `progress`, a progress bar of this name is shown.
+    """
     probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
     y, weights = labeled.targets, labeled.weights
     scores = []
-    for train, test in splits:
+    for train, test in tqdm(splits, desc=progress, unit="fit", disable=not progress):
         w_train = None if weights is None else weights[train]
         w_test = None if weights is None else weights[test]
         fit_linear(probe, features[train], y[train], w_train)

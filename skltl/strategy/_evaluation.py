@@ -65,9 +65,7 @@ def evaluate_strategies(
     )
     _compare_layers(advisor, best.scores)
     layer = advisor.layer_
-    by_size = _score_sizes(
-        best.features[layer], evaluated, splits, seed, best.scores[layer]
-    )
+    by_size = _score_sizes(best, layer, evaluated, splits, seed)
     _compare_sizes(advisor, by_size)
     if transformer.layer == "last":
         transformer = clone(transformer).set_params(layer=advisor.best_layer_)
@@ -123,24 +121,25 @@ def _compare_sizes(advisor: Any, by_size: dict[int, Scores]) -> None:
 
 
 def _score_sizes(
-    features: Features,
+    candidate: Candidate,
+    layer: str,
     labeled: LabeledImages,
     splits: list[Split],
     seed: int,
-    full_scores: Scores,
 ) -> dict[int, Scores]:
-    """Return the accuracy by number of training images, in each split.
-
-    `full_scores` are those with all training images of a split.
-    """
+    """Return the accuracy at a layer by number of training images, in each split."""
     by_size = {}
     for fraction in TRAIN_FRACTIONS:
         smaller = [
             (train[sample_rows(labeled.targets[train], fraction, 1, [seed, n])], test)
             for n, (train, test) in enumerate(splits)
         ]
-        by_size[_mean_size(smaller)] = score_linear(features, labeled, smaller, seed)
-    by_size[_mean_size(splits)] = full_scores
+        size = _mean_size(smaller)
+        by_size[size] = score_linear(
+            *(candidate.features[layer], labeled, smaller, seed),
+            progress=f"{size} images" if candidate.transformer.verbose else "",
+        )
+    by_size[_mean_size(splits)] = candidate.scores[layer]
     return dict(sorted(by_size.items()))
 
 

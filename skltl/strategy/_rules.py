@@ -385,6 +385,12 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
     }
 
     @property
+    def backbone(self):
+        """The `backbone` of the transformer."""
+        transformer = self.transformer or CNNFeatureTransformer()
+        return transformer.backbone
+
+    @property
     def image_shape(self):
         """The `image_shape` of the transformer."""
         return getattr(self.transformer, "image_shape", None)

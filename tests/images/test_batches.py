@@ -125,7 +125,7 @@ def test_in_turns_no_image_is_decoded_while_others_are_used():
     ],
 )
 def test_a_turn_takes_at_most_256_megabytes(size, batch_size, n_threads, n_expected):
-    n_images = images_per_turn((size, size), batch_size, n_threads)
+    n_images = images_per_turn(Preprocessing(size), batch_size, n_threads)
 
     assert n_images == n_expected
     assert n_images % batch_size == 0

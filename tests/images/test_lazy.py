@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from peak_memory import measured
 from PIL import Image
+from sklearn.model_selection import cross_val_predict
 from torchvision.datasets import ImageFolder
 
-from skltl import CNNFeatureTransformer, find_bad_images
+from skltl import CNNFeatureTransformer, find_bad_images, make_feature_pipeline
 from skltl.exceptions import ImageReadError
 from skltl.images import read_images
 
@@ -123,6 +125,19 @@ def test_an_image_folder_of_torchvision_is_a_sequence(images, tmp_path):
 
     for found, expected in zip(read_images(dataset), read_images(paths), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_data_set_can_be_cross_validated(images):
+    """scikit-learn selects lists of pairs from it."""
+    dataset, y = Pairs(images), np.arange(len(images)) % 2
+    classifier = make_feature_pipeline("tiny", "softmax", layer="block1")
+    selected = [dataset[index] for index in range(len(images))]
+
+    scores = cross_val_predict(classifier, dataset, y, cv=3, method="predict_proba")
+
+    expected = cross_val_predict(classifier, images, y, cv=3, method="predict_proba")
+    assert_array_equal(scores, expected)
+    assert_array_equal(list(read_images(selected)), list(read_images(images)))
 
 
 def test_paths_in_a_sequence_are_files(image_files):

@@ -227,9 +227,9 @@ def test_items_are_refused_with_what_to_pass(kind):
     assert len(str(info.value)) < 500
 
 
-def test_pairs_of_images_and_labels_are_refused():
+def test_pairs_of_images_are_refused():
     with pytest.raises(ImageTypeError, match="Image 0 .*pairs"):
-        read_images([("a.jpg", 3), ("b.jpg", 4)])
+        read_images([("left.jpg", "right.jpg"), ("left2.jpg", "right2.jpg")])
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def conv(n_in, n_out, **options):
 
 def traced(network, size=SIZE, head=()):
     """Return the blocks of a network by name, and its head as the last of them."""
-    blocks, rest = split(trace(network, size), network, head)
+    blocks, rest = split(trace(network, (3, *size)), network, head)
     blocks |= {} if rest is None else {"head": rest}
     return {name: block.eval() for name, block in blocks.items()}
 
@@ -262,7 +262,7 @@ def test_a_network_that_differs_in_train_mode_is_used_frozen_only():
     network = Net(forward, first=conv(3, 4), second=conv(4, 2))
 
     assert_same(network)
-    assert not trace(network, SIZE).is_trainable
+    assert not trace(network, (3, *SIZE)).is_trainable
 
 
 def test_hooks_of_the_user_are_kept():
