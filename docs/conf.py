@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "numpydoc",
+    "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
 templates_path = ["_templates"]
@@ -26,6 +27,9 @@ default_role = "py:obj"
 autosummary_generate = True
 # The docstrings contain the types.
 autodoc_typehints = "none"
+# What the button copies can be pasted and run: code without prompts and output.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 # The template of a class page lists the members (see _templates).
 numpydoc_show_class_members = False
 

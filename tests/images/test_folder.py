@@ -457,3 +457,12 @@ def test_a_classifier_learns_the_classes_of_a_folder(tmp_path):
     predicted = [images.target_names[code] for code in pipeline.predict(X_test)]
     assert predicted == [Path(path).parent.name for path in X_test]
     assert np.array_equal(pipeline.predict(X_test), y_test)
+
+
+def test_verbose_counts_the_files(folder, capsys):
+    images = load_image_folder(folder)
+    assert capsys.readouterr().err == ""
+
+    load_image_folder(folder, verbose=True)
+
+    assert f"files: {len(images.data)}file" in capsys.readouterr().err

@@ -502,3 +502,15 @@ def test_a_saved_advisor_has_the_same_report(advisor, digits):
     assert_array_equal(
         loaded.transformer_.transform(X), advisor.transformer_.transform(X)
     )
+
+
+def test_verbose_shows_a_progress_bar_for_each_layer(few_digits, capsys):
+    transformer = CNNFeatureTransformer("tiny", image_shape=(8, 8), image_size=32)
+    StrategyAdvisor(transformer, random_state=0).fit(*few_digits)
+    assert capsys.readouterr().err == ""
+
+    advisor = StrategyAdvisor(transformer, random_state=0, verbose=1).fit(*few_digits)
+
+    shown = capsys.readouterr().err
+    assert all(f"tiny {layer}: 100%" in shown for layer in advisor.layer_scores_)
+    assert all(f"{size} images: 100%" in shown for size in [*advisor.size_scores_][:2])
