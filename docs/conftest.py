@@ -33,7 +33,8 @@ def find(sources, text):
 
 
 @pytest.fixture(autouse=True)
-def _in_new_folder(request, tmp_path, monkeypatch):
+def _as_in_a_new_process(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("skltl.networks._registry._REGISTERED", {})
     if request.path != FIRST_PAGE:
         (tmp_path / "photographs").symlink_to(request.getfixturevalue("photographs"))

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
         load_image_folder,
     )
     from skltl.inference import release_memory
-    from skltl.networks import Backbone, list_backbones, list_layers, register_backbone
+    from skltl.networks import (
+        Backbone,
+        adapt_channels,
+        list_backbones,
+        list_layers,
+        register_backbone,
+    )
     from skltl.pretrained import PretrainedCNNClassifier
     from skltl.strategy import (
         Strategy,
@@ -62,6 +68,7 @@ _SUBPACKAGES = {
     "TrainingHistoryDisplay": "displays",
     "TransferClassifier": "strategy",
     "TransferGainDisplay": "displays",
+    "adapt_channels": "networks",
     "cache_info": "cache",
     "clear_cache": "cache",
     "drop_bad": "images",
@@ -92,6 +99,7 @@ __all__ = [
     "TransferClassifier",
     "TransferGainDisplay",
     "__version__",
+    "adapt_channels",
     "cache_info",
     "clear_cache",
     "drop_bad",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import io
 import pickle
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import IO, Any
@@ -52,7 +55,7 @@ class _Describer(pickle.Pickler):
         """Replace sets, whose order differs between processes, and modules."""
         if type(value) in (set, frozenset):
             return sorted(description(item, "a set") for item in value)
-        return value.__name__ if isinstance(value, ModuleType) else None
+        return _module(value) if isinstance(value, ModuleType) else None
 
     def reducer_override(self, value: Any) -> Any:
         """Replace tensors, code, functions and classes; others are pickled as usual."""
@@ -62,7 +65,11 @@ class _Describer(pickle.Pickler):
             kind = (str(value.dtype), tuple(value.shape))
             return tuple, ((*kind, array.numpy().tobytes()),)
         if isinstance(value, CodeType):
-            return tuple, ((value.co_code, value.co_consts, value.co_names),)
+            code = (value.co_code, value.co_consts, value.co_names)
+            return tuple, ((*code, sorted(_imports(value))),)
+        wrapped = getattr(value, "__wrapped__", None)
+        if wrapped is not None and not isinstance(value, (FunctionType, type)):
+            return tuple, ((type(value).__qualname__, wrapped),)  # of `lru_cache`
         is_function = isinstance(value, FunctionType)
         if not (is_function or isinstance(value, type)) or _is_installed(value):
             return NotImplemented
@@ -89,17 +96,54 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
+def _imports(code: CodeType) -> Iterator[tuple[str, bytes]]:
+    """Yield the modules of the user that code imports when it runs, and their source.
+
+    They need not be imported yet.
+    """
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            name = instruction.argval
+            with suppress(ImportError, ValueError):  # relative, or not installed here
+                spec = find_spec(name)
+                origin = spec.origin if spec is not None and spec.has_location else None
+                if origin is not None and not _is_path_of_installed(origin):
+                    yield name, Path(origin).read_bytes()
+
+
+def _module(module: ModuleType) -> list[tuple[str, bytes]]:
+    """Return the names of a module and of the user's modules in it, and their source.
+
+    What code takes from a module, only running it could tell.
+    """
+    found: dict[str, bytes] = {}
+    pending = [module]
+    while pending:
+        one = pending.pop()
+        path = getattr(one, "__file__", None) or ""
+        if one.__name__ in found:
+            continue
+        found[one.__name__] = b""
+        if path and not _is_path_of_installed(path) and one.__name__ not in BY_NAME:
+            found[one.__name__] = Path(path).read_bytes()
+            for value in vars(one).values():
+                name = getattr(value, "__module__", None)
+                inner = sys.modules.get(name) if isinstance(name, str) else None
+                inner = value if isinstance(value, ModuleType) else inner
+                pending += [] if inner is None else [inner]
+    return sorted(found.items())
+
+
 def _class(value: type) -> tuple[Any, ...]:
-    """Return the methods and the plain attributes of a class."""
+    """Return the methods and the attributes of a class."""
     parts = {
         name: getattr(part, "__func__", getattr(part, "fget", part))
         for name, part in vars(value).items()
     }
     kept = {
-        name: part
+        name: getattr(part, "func", part)  # of a cached property
         for name, part in parts.items()
-        if isinstance(part, FunctionType)
-        or (not name.startswith("__") and isinstance(part, (int, float, str, tuple)))
+        if isinstance(part, FunctionType) or not name.startswith(("__", "_abc_"))
     }
     return (value.__qualname__, value.__bases__, kept)
 
@@ -113,6 +157,11 @@ def _is_installed(value: Any) -> bool:
     else:
         module = sys.modules.get(value.__module__)
         path = getattr(module, "__file__", None) or ""
+    return _is_path_of_installed(path)
+
+
+def _is_path_of_installed(path: str) -> bool:
+    """Return whether a file belongs to Python or to an installed package."""
     parts = Path(path).parts
     return path.startswith(("<frozen", sysconfig.get_path("stdlib"))) or any(
         folder in parts for folder in ("site-packages", "dist-packages")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from inspect import signature
-from numbers import Integral, Real
+from numbers import Integral
 from os import PathLike, fspath
 
 from sklearn.base import BaseEstimator
@@ -22,6 +20,8 @@ from skltl.images import (
     MODES,
     Preprocessing,
     check_not_masked,
+    check_reader,
+    check_value_range,
     is_tensor,
     read_images,
     tensor_to_array,
@@ -85,8 +85,8 @@ class ImageEstimator(BaseEstimator):
         except InvalidParameterError as error:
             message = shorten(str(error), MAX_MESSAGE_LENGTH)
             raise InvalidParameterError(message) from None
-        _check_reader(getattr(self, "reader", None))
-        _check_value_range(getattr(self, "value_range", None))
+        check_reader(getattr(self, "reader", None))
+        check_value_range(getattr(self, "value_range", None))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -233,34 +233,6 @@ def _refuse_live_objects(params, estimator_name):
             f"The 'weights' parameter of {estimator_name} must be a name, a file or "
             "None, not a state dict. Save it first: torch.save(state_dict, "
             "'weights.pt'), and pass weights='weights.pt'."
-        )
-
-
-def _check_reader(reader):
-    """Raise an error if a reader cannot be saved, or sent to another process."""
-    if reader is None:
-        return
-    try:
-        pickle.dumps(reader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        name = getattr(reader, "__qualname__", type(reader).__name__)
-        raise InvalidParameterError(
-            f"reader={name} cannot be pickled. Define a function with a name at the "
-            f"top of a module. ({shorten(str(error), 200)})"
-        ) from error
-
-
-def _check_value_range(value_range):
-    """Raise an error if these are not the values of black and white."""
-    if value_range is None:
-        return
-    is_pair = len(value_range) == 2 and all(
-        isinstance(value, Real) and math.isfinite(value) for value in value_range
-    )
-    if not is_pair or value_range[0] == value_range[1]:
-        raise InvalidParameterError(
-            f"value_range={shorten(repr(value_range))}: expected two different finite "
-            "numbers, the values of black and white."
         )
 
 

@@ -21,7 +21,12 @@ from skltl.images._identity import (
 )
 from skltl.images._preprocessing import MODES, Preprocessing, as_float, normalize
 from skltl.images._ranges import PixelRanges
-from skltl.images._source import ImageSource, read_images
+from skltl.images._source import (
+    ImageSource,
+    check_reader,
+    check_value_range,
+    read_images,
+)
 
 __all__ = [
     "FILE_STATE_BYTES",
@@ -35,6 +40,8 @@ __all__ = [
     "as_float",
     "bad_images",
     "check_not_masked",
+    "check_reader",
+    "check_value_range",
     "content_key",
     "drop_bad",
     "file_digest",

@@ -116,7 +116,8 @@ def iter_crops(
             path = source.file_of(item)
             before = file_state(path) if path is not None else None
             decoded = source.decode_item(position, item)
-            after = file_state(path) if path is not None else None
+            is_own = source.file_of(item) == path  # its reader has read no other file
+            after = file_state(path) if path is not None and is_own else None
             crop, key = preprocessing.crop(decoded), content_key(decoded)
             return Crop(position, crop, key, after if before == after else None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from skltl.exceptions import shorten
 
@@ -51,18 +51,38 @@ def may_have_channels(shape: tuple[int, ...], n_channels: int) -> bool:
 
 
 def has_channels_first(
-    shapes: Sequence[tuple[int, ...]], prefers_first: bool, n_channels: int
+    shapes: Mapping[int, tuple[int, ...]],
+    prefers_first: bool,
+    n_channels: int,
+    is_strict: bool = True,
 ) -> bool:
-    """Decide which axis holds the channels, for all images together."""
+    """Decide which axis holds the channels, for all images together.
+
+    `shapes` are those of images by index. If no axis fits all of them, that is an error
+    or, unless `is_strict`, the axis that fits more of them is chosen.
+    """
     counts = channel_counts(n_channels)
-    shapes = [shape for shape in shapes if len(shape) == 3]
-    if not shapes:
-        return False
-    can_be_first = all(shape[0] in counts for shape in shapes)
-    can_be_last = all(shape[2] in counts for shape in shapes)
-    if not (can_be_first or can_be_last):
-        raise ValueError(
-            f"No axis can be the channels in all images (shapes {shapes[0]}, ...): "
-            f"expected {expected_channels(n_channels)}."
-        )
-    return can_be_first if prefers_first else not can_be_last
+    shapes = {index: shape for index, shape in shapes.items() if len(shape) == 3}
+    n_first = sum(shape[0] in counts for shape in shapes.values())
+    n_last = sum(shape[2] in counts for shape in shapes.values())
+    if is_strict and max(n_first, n_last) < len(shapes):
+        raise ValueError(_no_common_axis(shapes, n_first > n_last, n_channels))
+    is_first = n_first >= n_last if prefers_first else n_first > n_last
+    return bool(shapes) and is_first
+
+
+def _no_common_axis(
+    shapes: Mapping[int, tuple[int, ...]], is_first: bool, n_channels: int
+) -> str:
+    """Return the message for images of which no axis is the channels in all."""
+    expected = expected_channels(n_channels)
+    axis, place = (0, "first") if is_first else (2, "last")
+    counts = channel_counts(n_channels)
+    index = next(index for index, shape in shapes.items() if shape[axis] not in counts)
+    if len(shapes) == 1:
+        return f"No axis of {shapes[index]} can be the channels; expected {expected}."
+    return (
+        f"No axis can be the channels in all images: image {index} has shape "
+        f"{shapes[index]}, and in most others they are the {place} axis. Expected "
+        f"{expected}, in the same way for all."
+    )

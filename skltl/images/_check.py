@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import closing
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 from joblib import effective_n_jobs
-from sklearn.utils import check_consistent_length
+from sklearn.utils import check_consistent_length, check_scalar
 from tqdm import tqdm
 
 from skltl._caller import user_stacklevel
@@ -24,7 +25,7 @@ from skltl.exceptions import (
 from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
 from skltl.images._channels import RGB
 from skltl.images._memory import one_image
-from skltl.images._source import Reader, read_images
+from skltl.images._source import Reader, check_reader, check_value_range, read_images
 
 # Dropped images that a warning names.
 N_NAMED = 3
@@ -83,6 +84,9 @@ def find_bad_images(
     >>> find_bad_images([good, np.full((4, 4), np.nan), good])
     [BadImage(index=1, path=None, reason='it holds NaN or infinity')]
     """
+    check_scalar(n_channels, "n_channels", Integral, min_val=1)
+    check_reader(reader)
+    check_value_range(value_range)
     source = read_images(
         X,
         check_items=False,
@@ -137,7 +141,8 @@ def drop_bad(
     X : sequence of images
         Images of any kind that :func:`find_bad_images` supports.
     *arrays : array-like of length n
-        Labels, sample weights, groups and other values of the images.
+        Labels, sample weights, groups and other values of the images. ``None`` is
+        returned unchanged.
     reader : callable, default=None
         Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
     value_range : tuple of 2 floats, default=None
@@ -192,7 +197,7 @@ def drop_bad(
         report = _report_of_dropped(bad, n_images)
         warnings.warn(report, BadImageWarning, user_stacklevel())
         readable = np.setdiff1d(np.arange(n_images), [one.index for one in bad])
-        parts = tuple(take(part, readable) for part in parts)
+        parts = tuple(None if part is None else take(part, readable) for part in parts)
     return parts if arrays else parts[0]
 
 
@@ -200,7 +205,7 @@ def _report_of_dropped(bad: list[BadImage], n_images: int) -> str:
     """Return a text about dropped images that names the first ones."""
     named = [
         f"{one.index}{'' if one.path is None else f' ({quote(one.path, 60)})'}: "
-        f"{shorten(one.reason, 80)}"
+        f"{shorten(one.reason, 160)}"
         for one in bad[:N_NAMED]
     ]
     more = "; ..." if len(bad) > N_NAMED else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from numbers import Integral, Number
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,30 +28,34 @@ class LazyItems:
     """The items of a container that may decode them when they are fetched.
 
     One is fetched at a time, since the code of a container need not be safe in
-    threads. Of pairs (image, label) and longer tuples, the first part is fetched.
+    threads.
     """
 
     def __init__(self, container: Any) -> None:
         self._container = container
-        self._first: Any = None
+        self._known: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._container)
 
     def __getitem__(self, index: int) -> Any:
-        if index == 0 and self._first is not None:
-            return self._first
+        if index in self._known:
+            return self._known[index]
         with lock_of(self._container):
             item = self._container[index]
-        item = item.as_py() if hasattr(item, "as_py") else item  # of pyarrow
-        return item[0] if isinstance(item, tuple) and item else item
+        return item.as_py() if hasattr(item, "as_py") else item  # of pyarrow
 
     def first(self) -> Any:
-        """Fetch the first item, which is kept: it is fetched only once."""
-        # Any error of the container is raised again when the item is read.
-        with suppress(Exception):
-            self._first = self[0]
-        return self._first
+        """Fetch the first item that can be fetched, which is kept: it is fetched once.
+
+        ``None`` if there is none.
+        """
+        for index in range(len(self)):
+            # Any error of the container is raised again when the item is read.
+            with suppress(Exception):
+                self._known[index] = self[index]
+                return self._known[index]
+        return None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -73,7 +76,7 @@ def index_labels(X: Any) -> Any:
 
 
 def unwrap(X: Any) -> Any:
-    """Take the data out of its container; refuse what is no batch of images.
+    """Take the data out of its container; refuse what is no batch of items.
 
     The result is a list, a tuple, an array, a tensor, or `LazyItems`.
     """
@@ -90,11 +93,8 @@ def unwrap(X: Any) -> Any:
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
         # One column of paths, as `ColumnTransformer` passes it.
         return X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
-    if isinstance(X, np.ndarray) or is_tensor(X):
+    if isinstance(X, (np.ndarray, list, tuple)) or is_tensor(X):
         return X
-    if isinstance(X, (list, tuple)):
-        is_labeled = len(X) > 0 and _is_labeled(X[0])
-        return list(map(_without_label, X)) if is_labeled else X
     if _is_lazy(X):
         return _unwrap_lazy(X)
     if hasattr(X, "__array__"):
@@ -120,22 +120,6 @@ def check_not_masked(X: Any) -> None:
         )
 
 
-def _is_labeled(item: Any) -> bool:
-    """Return whether an item is a pair (image, label), as torch data sets have them.
-
-    Selections of scikit-learn make lists of these. A pair of two images is none.
-    """
-    if not (isinstance(item, tuple) and len(item) == 2):
-        return False
-    image, label = item
-    is_class = isinstance(label, Integral) or (is_tensor(label) and label.ndim == 0)
-    return is_class and not isinstance(image, (Number, list, tuple))
-
-
-def _without_label(item: Any) -> Any:
-    return item[0] if _is_labeled(item) else item
-
-
 def _is_lazy(X: Any) -> bool:
     """Return whether an object has a length and items by number."""
     if isinstance(X, (Mapping, Set, *Encoded)) or not hasattr(X, "__getitem__"):
@@ -156,6 +140,8 @@ def _unwrap_frame(X: Any) -> Any:
     shape: tuple[int, ...] = getattr(X, "shape", ())
     if len(shape) == 2 and shape[1] == 1:
         X = X.iloc[:, 0] if hasattr(X, "iloc") else X.to_series()
+    if str(getattr(X, "dtype", "")).startswith("Struct"):  # of polars
+        return X.to_list()
     values = X.to_numpy()
     if values.ndim == 2 and values.dtype.kind in "OUT" and hasattr(X, "columns"):
         raise _several_columns(list(X.columns), type(X).__name__)

@@ -18,7 +18,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,10 +87,12 @@ PIXELS_PER_STRIP = 2**20
 # Transparent images are composited on white.
 BACKGROUND = 255
 
-# TIFF tags, and a value (TIFF 6.0, sections 3 and 8).
+# TIFF tags, and two of their values (TIFF 6.0, sections 3, 8 and 18).
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC_INTERPRETATION = 262
 WHITE_IS_ZERO = 0
+EXTRA_SAMPLES = 338
+ASSOCIATED_ALPHA = 1
 
 # Modes whose bands are channels, by their number: alpha is one more channel here.
 BAND_MODES = {2: ("LA",), 4: ("RGBA", "RGBX")}
@@ -112,7 +114,7 @@ UPRIGHT = {
 }
 
 # Errors that Pillow's decoders raise on damaged files; they have no common base class.
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -173,7 +175,7 @@ def tensor_to_array(tensor: Any) -> NDArray[Any]:
 
 def read_file(path: str | os.PathLike[str], decoding: Decoding = EXACT) -> Decoded:
     """Decode a frame of an image file, upright."""
-    _check_regular_file(path)
+    check_regular_file(path)
     try:
         with Path(path).open("rb") as stream:
             return decode_stream(stream, decoding)
@@ -185,7 +187,7 @@ def decode_stream(stream: IO[bytes], decoding: Decoding = EXACT) -> Decoded:
     """Decode a frame of an image file from its beginning, upright."""
     try:
         return _convert(_load(stream, decoding), decoding, is_own=True)
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(reason_of(error)) from error
 
 
@@ -200,18 +202,28 @@ def read_image(image: Image.Image, decoding: Decoding = EXACT) -> Decoded:
             return _read_pending(image, decoding)
         with lock_of(image):  # Pillow reads metadata and palettes lazily
             return _convert(image, decoding, is_own=False)
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(reason_of(error)) from error
 
 
 def read_array(array: NDArray[Any], decoding: Decoding = EXACT) -> Decoded:
     """Convert an array (h, w) or (h, w, channels) to the channels of the network."""
-    pixels: NDArray[Any] = _with_known_range(array, decoding.value_range)
-    found = pixels.shape[2] if pixels.ndim == 3 else 1
+    found = array.shape[2] if array.ndim == 3 else 1
     expected = channel_counts(decoding.n_channels)
     if found not in expected:
-        counts = " or ".join(map(str, expected))
+        *others, last = map(str, expected)
+        counts = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"it has {found} channels; expected {counts}")
+    if decoding.value_range not in (None, (0, 255)) and array.dtype == np.uint8:
+        raise ValueError(
+            f"value_range={decoding.value_range} is given, and its dtype is uint8, "
+            "whose values of black and white are 0 and 255; convert it to another "
+            "dtype, such as float, to scale it by value_range"
+        )
+    if len(expected) > 1 and found == 4 and decoding.value_range is not None:
+        array = _with_scaled_colors(array, decoding.value_range)
+        decoding = replace(decoding, value_range=None)
+    pixels: NDArray[Any] = _with_known_range(array, decoding.value_range)
     if len(expected) == 1:
         return np.ascontiguousarray(pixels)
     if found == 1:
@@ -222,6 +234,16 @@ def read_array(array: NDArray[Any], decoding: Decoding = EXACT) -> Decoded:
         return Image.fromarray(np.ascontiguousarray(gray))
     rgb = _array_on_white(pixels) if found == 4 else np.ascontiguousarray(pixels)
     return rgb if decoding.n_channels == RGB else _as_gray(rgb)
+
+
+def _with_scaled_colors(
+    rgba: NDArray[Any], value_range: tuple[float, float]
+) -> NDArray[Any]:
+    """Scale the colors of an array (h, w, 4); alpha has the range of its dtype."""
+    if rgba.dtype == np.uint8 or rgba.dtype == np.bool_:
+        return rgba
+    alpha = _with_known_range(rgba[..., 3:], None)
+    return np.concatenate([_scaled(rgba[..., :3], *value_range), alpha], axis=2)
 
 
 def to_pixels(decoded: Decoded) -> Pixels:
@@ -268,7 +290,7 @@ def lock_of(shared: object) -> Lock:
         return lock
 
 
-def _open(stream: IO[bytes]) -> ImageFile.ImageFile:
+def open_image(stream: IO[bytes]) -> ImageFile.ImageFile:
     """Open an image file as ``Image.open`` does, but only in one of `FILE_FORMATS`."""
     stream.seek(0)
     head = stream.read(1024)
@@ -304,11 +326,11 @@ def _load(
     opened: ImageFile.ImageFile | None = None,
 ) -> Image.Image:
     """Decode a frame of an image file, or the state in which it was `opened`."""
-    image = _open(stream)
-    _check_size(image)
+    image = open_image(stream)
+    check_size(image)
     if frame := decoding.page if opened is None else opened.tell():
         _seek(image, frame)
-        _check_size(image)
+        check_size(image)
     if opened is not None and (image.mode, image.size) != (opened.mode, opened.size):
         image.draft(opened.mode, opened.size)  # the user called it, too
     n_pixels = image.width * image.height
@@ -330,7 +352,7 @@ def _seek(image: ImageFile.ImageFile, page: int) -> None:
     image.seek(page)
 
 
-def _check_size(image: ImageFile.ImageFile) -> None:
+def check_size(image: ImageFile.ImageFile) -> None:
     """Raise if the header announces an image that would take too much memory.
 
     Pillow only warns up to twice its limit, and a warning is no protection.
@@ -415,10 +437,15 @@ def _convert(image: Image.Image, decoding: Decoding, is_own: bool) -> Decoded:
 
 def _bands(image: Image.Image, n_channels: int) -> Pixels:
     """Return the bands of an image, alpha included, as an array (h, w, n_channels)."""
-    if image.mode not in BAND_MODES.get(n_channels, ()):
-        n_bands = len(image.getbands())
+    if getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES) == (ASSOCIATED_ALPHA,):
         raise ValueError(
-            f"it has {n_bands} channels ({image.mode}); the network takes {n_channels}"
+            "its colors are multiplied by its alpha channel (TIFF ExtraSamples 1), "
+            "which Pillow undoes; store the channels as unspecified data"
+        )
+    if image.mode not in BAND_MODES.get(n_channels, ()):
+        raise ValueError(
+            f"its color mode is {image.mode}, and the network takes {n_channels} "
+            "channels; a reader may read files with more bands than Pillow does"
         )
     return np.asarray(_upright(image))
 
@@ -455,7 +482,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return image  # unreadable metadata, readable pixels
     if orientation in UPRIGHT:
         return image.transpose(UPRIGHT[orientation])
@@ -479,7 +506,10 @@ def _deep_gray(
             f"its pixels are {kind}, whose range is unknown; pass value_range=(black, "
             "white), the values of black and white"
         )
-    is_inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    # Not if the user has said which value is black, and which is white.
+    is_inverted = value_range is None and (
+        tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    )
     transparent = image.info.get("transparency")  # a single gray value
     image = _upright(image)
     page = Image.new("F", image.size)
@@ -489,9 +519,10 @@ def _deep_gray(
             gray = gray.astype(np.uint16)
             if is_inverted:
                 gray = np.uint16(2**n_bits - 1) - gray
-            if transparent is not None:
-                gray = np.where(gray == transparent, np.uint16(65535), gray)
-        page.paste(Image.fromarray(_with_known_range(gray, value_range)), box)
+        pixels = _with_known_range(gray, value_range)
+        if transparent is not None:
+            pixels = np.where(gray == transparent, np.float32(1), pixels)
+        page.paste(Image.fromarray(pixels), box)
     return page
 
 
@@ -579,7 +610,7 @@ def reason_of(error: BaseException) -> str:
     return message or f"reading it failed ({type(error).__name__})"
 
 
-def _check_regular_file(path: str | os.PathLike[str]) -> None:
+def check_regular_file(path: str | os.PathLike[str]) -> None:
     """Raise if a path is not a regular file: opening a FIFO or device can block."""
     if not os.fspath(path):
         raise ValueError("the path is empty")

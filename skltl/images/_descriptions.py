@@ -1,4 +1,4 @@
-"""Descriptions of strings that are no paths, and of files in other formats."""
+"""Strings that are no paths, and descriptions of files in other formats."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from collections.abc import Sequence
 # Base64 of the first bytes of JPEG, PNG, GIF, WebP (RIFF), TIFF in both byte orders.
 _BASE64_PREFIXES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{40,200}")
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# Also of a chain of fsspec, "simplecache::s3://bucket/a.jpg".
+_URL = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _GLOB_PATTERN = re.compile(r"[*?]|\[.+\]")
+
+
+def is_url(text: str) -> bool:
+    """Return whether a string begins with a protocol."""
+    return _URL.match(text) is not None
+
+
+def is_data_url(text: str) -> bool:
+    """Return whether a string is a URL that holds its content."""
+    return text[:5].lower() == "data:"
 
 
 def describe_text(text: str) -> str | None:
     """Describe a string that is not a path; return ``None`` if it may be one."""
-    if text.startswith("data:"):
+    if is_data_url(text):
         return "it is a data URL; put it in a list"
     if text.startswith(_BASE64_PREFIXES) and _BASE64.fullmatch(text[:200]):
         return "it is base64 text, not a path; pass base64.b64decode(text)"
-    if _URL.match(text):
+    if is_url(text):
         return "it is a URL; put it in a list"
     if _GLOB_PATTERN.search(text):
         return "no such file exists; if it is a pattern, pass glob.glob(pattern)"
@@ -52,6 +63,11 @@ def describe_file(head: bytes, formats: Sequence[str]) -> str:
     for prefix, kind in _OTHER_FILES:
         if head.startswith(prefix):
             return f"it is {kind}"
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return (
+            "it is a TIFF file of a kind that Pillow does not read, such as one of "
+            "more than 4 channels; pass a reader for it"
+        )
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in text and text.startswith((b"<svg", b"<?xml", b"<!")):
         return "it is an SVG drawing; convert it to PNG"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from tqdm import tqdm
 from skltl._caller import user_stacklevel
 from skltl.exceptions import ImageFolderWarning, nearest, quote, shorten
 from skltl.images._decode import (
-    _DECODER_ERRORS,
+    DECODER_ERRORS,
     FILE_FORMATS,
-    _check_regular_file,
-    _check_size,
-    _open,
+    check_regular_file,
+    check_size,
     has_heif,
+    open_image,
     reason_of,
 )
 
@@ -57,6 +57,7 @@ def load_image_folder(
     categories: Iterable[str] | None = None,
     return_X_y: bool = False,
     as_frame: bool = False,
+    extensions: Iterable[str] | None = None,
     verbose: bool | int = False,
 ) -> Any:
     """Load the paths and labels of images in class folders.
@@ -83,6 +84,9 @@ def load_image_folder(
         Whether to return ``(data, target)`` instead of a `Bunch`.
     as_frame : bool, default=False
         Whether `data` and `target` are a pandas DataFrame and Series.
+    extensions : list of str, default=None
+        Extensions of the files to load, such as ``[".npy"]``, whatever they contain:
+        for the `reader` of an estimator. ``None`` loads images that skltl can read.
     verbose : bool or int, default=False
         Whether to show a progress bar.
 
@@ -160,10 +164,15 @@ def load_image_folder(
     if not classes:
         raise _no_class_folders(root, strays)
     names = _selected(classes, categories, root)
+    fault_of = _fault_of_image if extensions is None else _fault_without(extensions)
     bunch = Bunch(data=[], target=[], target_names=[], skipped=strays)
     with tqdm(desc="files", unit="file", disable=not verbose) as progress:
         for name in names:
-            _add_class(bunch, name, classes[name], root, progress)
+            found = []
+            for file in _walk(classes[name], root, fault_of):
+                found.append(file)
+                progress.update()
+            _add_class(bunch, name, classes[name].path, found)
     if not bunch.data:
         raise ValueError(
             f"No image was found in the class folders of {quote(root)}. "
@@ -268,25 +277,23 @@ def _selected(
 
 
 def _add_class(
-    bunch: Bunch, name: str, folder: os.DirEntry[str], root: str, progress: tqdm
+    bunch: Bunch, name: str, folder: str, found: Sequence[tuple[str, str | None]]
 ) -> None:
-    """Add the images of a class folder, and what is left out of it."""
-    found = []
-    for one in _walk(folder, root):
-        found.append(one)
-        progress.update()
+    """Add the images among the files of a class folder, and what is left out."""
     paths = [path for path, reason in found if reason is None]
     skipped = [SkippedPath(path, reason) for path, reason in found if reason]
     if paths:
         bunch.target += [len(bunch.target_names)] * len(paths)
         bunch.target_names.append(name)
         bunch.data += paths
-    elif folder.path not in {path for path, _ in skipped}:
-        bunch.skipped.append(SkippedPath(folder.path, "it has no readable image"))
+    elif folder not in {path for path, _ in skipped}:
+        bunch.skipped.append(SkippedPath(folder, "it has no readable image"))
     bunch.skipped += skipped
 
 
-def _walk(folder: os.DirEntry[str], root: str) -> Iterator[tuple[str, str | None]]:
+def _walk(
+    folder: os.DirEntry[str], root: str, fault_of: Callable[[str], str | None]
+) -> Iterator[tuple[str, str | None]]:
     """Yield the path of each file below a folder, with a reason to leave it out.
 
     The order is that of the parts of the paths. Folders that cannot be read are
@@ -296,7 +303,7 @@ def _walk(folder: os.DirEntry[str], root: str) -> Iterator[tuple[str, str | None
     while pending:
         entry, ancestors = pending.pop()
         if not _is_folder(entry):
-            yield entry.path, _fault_of_file(entry)
+            yield entry.path, fault_of(entry.path)
             continue
         try:
             identity = _identity(entry.path)
@@ -349,25 +356,39 @@ def _fault_of_extension(name: str) -> str | None:
     return f"its extension {quote(suffix, 20)} is not that of an image"
 
 
-def _fault_of_file(entry: os.DirEntry[str]) -> str | None:
+def _fault_of_image(path: str) -> str | None:
     """Return why a file is no readable image, or ``None`` if its header is valid."""
-    if fault := _fault_of_extension(entry.name):
+    if fault := _fault_of_extension(path):
         return fault
     try:
-        _check_header(entry.path)
-    except ValueError as error:
-        return str(error)
+        check_regular_file(path)
+        with Path(path).open("rb") as stream:
+            check_size(open_image(stream))
+    except DECODER_ERRORS as error:
+        return reason_of(error)
     return None
 
 
-def _check_header(path: str) -> None:
-    """Raise if the decoder would refuse a file because of its type, format or size."""
-    _check_regular_file(path)
-    try:
-        with Path(path).open("rb") as stream:
-            _check_size(_open(stream))
-    except _DECODER_ERRORS as error:
-        raise ValueError(reason_of(error)) from error
+def _fault_without(extensions: Iterable[str]) -> Callable[[str], str | None]:
+    """Return a function that says why a file has none of some extensions."""
+    is_text = isinstance(extensions, (str, bytes))
+    chosen = (
+        () if is_text or not isinstance(extensions, Iterable) else tuple(extensions)
+    )
+    is_valid = [isinstance(one, str) and one.startswith(".") for one in chosen]
+    if not chosen or not all(is_valid):
+        raise ValueError(
+            "extensions must be a list of extensions with their dots, such as "
+            f"['.npy']; got {shorten(repr(extensions))}."
+        )
+    endings = tuple(one.lower() for one in chosen)
+
+    def fault_of(path: str) -> str | None:
+        if path.lower().endswith(endings):
+            return None
+        return f"it has none of the extensions {', '.join(endings)}"
+
+    return fault_of
 
 
 def _summary(skipped: list[SkippedPath], root: str) -> str:

@@ -64,15 +64,18 @@ def file_digest(path: str) -> bytes | None:
 def file_state(path: str) -> bytes | None:
     """Return size, times, inode and device of a file (40 bytes), without reading it.
 
-    ``None`` if the file is too young for its state to identify its content, or cannot
-    be read. Besides the time of the last change (mtime), which programs that copy files
-    often preserve, the state has that of the inode (ctime), which they cannot set.
+    ``None`` if the file is too young for its state to identify its content, is no
+    regular file, such as a folder whose files may change, or cannot be read. Besides
+    the time of the last change (mtime), which programs that copy files often preserve,
+    the state has that of the inode (ctime), which they cannot set.
     """
     try:
         # Not `Path.stat`: a search asks for each file in each fold, and creating the
         # path takes longer than the call.
         state = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):  # raised again when the file is decoded
+        return None
+    if not stat.S_ISREG(state.st_mode):
         return None
     times = (state.st_mtime_ns, state.st_ctime_ns)
     if time.time() - max(times) / 1e9 < CLOCK_TICK:

@@ -11,7 +11,6 @@ import binascii
 import inspect
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,11 +34,9 @@ from skltl.images._decode import (
     reason_of,
     tensor_to_array,
 )
+from skltl.images._descriptions import is_data_url, is_url
 
 Encoded = (bytes, bytearray, memoryview)
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_DATA_URL = "data:"
 
 # Characters of a data URL that are shown in messages.
 N_SHOWN = 40
@@ -50,8 +47,9 @@ def read_item(item: Any, decoding: Decoding, channels_first: bool) -> Decoded:
 
     An array of three dimensions is (channels, h, w) if `channels_first`.
     """
+    item = without_label(item)
     if isinstance(item, Mapping):
-        decoding = replace(decoding, page=item.get("page") or 0)
+        decoding = replace(decoding, page=_page_of(item) or 0)
         content = item.get("bytes")
         item = item["path"] if content is None else content
     if isinstance(item, (str, os.PathLike)):
@@ -59,7 +57,7 @@ def read_item(item: Any, decoding: Decoding, channels_first: bool) -> Decoded:
     if isinstance(item, Image.Image):
         return read_image(item, decoding)
     if isinstance(item, Encoded):
-        return decode_stream(io.BytesIO(item), decoding)
+        return decode_stream(io.BytesIO(bytes(item)), decoding)
     if _is_file_object(item):
         return _read_file_object(item, decoding)
     array = tensor_to_array(item) if is_tensor(item) else np.asarray(item)
@@ -75,6 +73,7 @@ def check_item(
 
     `labels` are the index labels by which the user knows the items, if any.
     """
+    item = without_label(item)
     if isinstance(item, (str, Image.Image, *Encoded)):
         return
     if isinstance(item, os.PathLike):
@@ -98,34 +97,58 @@ def check_item(
 def file_of(item: Any) -> str | None:
     """Return the path of an item that is a file, all of it; otherwise ``None``."""
     if isinstance(item, Mapping):
-        is_path = item.get("bytes") is None and item.get("page") is None
+        is_path = item.get("bytes") is None and _page_of(item) is None
         item = item.get("path") if is_path else None
     if not isinstance(item, (str, os.PathLike)):
         return None
     path = str(os.fspath(item))  # numpy's strings have another `repr`
-    return None if path.startswith(_DATA_URL) or _URL.match(path) else path
+    return None if is_data_url(path) or is_url(path) else path
 
 
 def name_of(item: Any) -> str | None:
     """Return the path, URL or name by which a user knows an item, if it has one."""
     if isinstance(item, Mapping):
-        name, page = item.get("path"), item.get("page")
+        name, page = item.get("path"), _page_of(item)
         item = name if page is None or name is None else f"{name}, page {page}"
     if _is_file_object(item):
         item = getattr(item, "name", None)
     if not isinstance(item, (str, os.PathLike)):
         return None
     name = str(os.fspath(item))
-    return shorten(name, N_SHOWN) if name.startswith(_DATA_URL) else name
+    return shorten(name, N_SHOWN) if is_data_url(name) else name
 
 
 def is_array(item: Any) -> bool:
     """Return whether an item is a numpy array, a tensor, or can be made an array."""
+    if isinstance(item, Encoded):
+        return False
     if isinstance(item, np.ndarray) or is_tensor(item):
         return True
     # Not a number of numpy, nor an image of Pillow.
     is_other = isinstance(item, (np.generic, Image.Image)) or not hasattr(item, "shape")
     return hasattr(item, "__array__") and not is_other
+
+
+def without_label(item: Any) -> Any:
+    """Return the image of a tuple (image, label, ...), as items of torch data sets are.
+
+    Labels are no images, and the image is no path: a number beside a path may be that
+    of a page or of a frame.
+    """
+    if not (isinstance(item, tuple) and item):
+        return item
+    image, *labels = item
+    if _holds_pixels(image) and not any(map(_holds_pixels, labels)):
+        return image
+    return item
+
+
+def _holds_pixels(item: Any) -> bool:
+    """Return whether an item is an image in memory: of two dimensions, or encoded."""
+    if is_array(item):
+        return len(item.shape) > 1
+    is_encoded = isinstance(item, (Image.Image, Mapping, *Encoded))
+    return is_encoded or _is_file_object(item)
 
 
 def is_missing(item: object) -> bool:
@@ -139,12 +162,18 @@ def is_missing(item: object) -> bool:
 
 def missing_value(index: int, labels: Any) -> ImageTypeError:
     """Return the error for a missing value, with its index label if there is one."""
-    name = ""
-    if labels is not None:
-        label = labels[index]
-        label = label.item() if isinstance(label, np.generic) else label
-        name = f" (index label {shorten(repr(label))})"
+    label = label_name(index, labels)
+    name = "" if label is None else f" ({label})"
     return ImageTypeError(index, f"a missing value{name}; drop its row")
+
+
+def label_name(index: int, labels: Any) -> str | None:
+    """Return the name of an item by its index label, if there are labels."""
+    if labels is None:
+        return None
+    label = labels[index]
+    label = label.item() if isinstance(label, np.generic) else label
+    return f"index label {shorten(repr(label))}"
 
 
 def type_name(item: object) -> str:
@@ -171,14 +200,23 @@ def foreign_errors() -> Iterator[None]:
 
 def _read_location(location: str, decoding: Decoding) -> Decoded:
     """Decode a file, a data URL, or a file of a URL."""
-    if location.startswith(_DATA_URL):
+    if is_data_url(location):
         return decode_stream(io.BytesIO(_content_of(location)), decoding)
-    if not _URL.match(location):
+    if not is_url(location):
         return read_file(location, decoding)
     import fsspec
 
     with foreign_errors(), fsspec.open(location, "rb") as stream:
         return decode_stream(stream, decoding)
+
+
+def _page_of(item: Mapping[str, Any]) -> int | None:
+    """Return the page of a dictionary, if it has one; pandas stores it as a float."""
+    page: Any = item.get("page")
+    if is_missing(page):
+        return None
+    is_whole = isinstance(page, (float, np.floating)) and float(page).is_integer()
+    return int(page) if is_whole else page
 
 
 def _content_of(url: str) -> bytes:
@@ -189,7 +227,8 @@ def _content_of(url: str) -> bytes:
     if not header.lower().endswith(";base64"):
         return unquote_to_bytes(data)
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
+        text = unquote_to_bytes("".join(data.split()))
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
         raise ValueError(f"its base64 data is damaged: {error}") from error
 
@@ -230,7 +269,7 @@ def _check_mapping(index: int, item: Mapping[str, Any], labels: Any) -> None:
     expected: Any = (str, os.PathLike) if content is None else Encoded
     if not isinstance(value, expected):
         raise ImageTypeError(index, f"a dictionary whose {key!r} is {_kind(value)}")
-    page = item.get("page")
+    page = _page_of(item)
     is_number = isinstance(page, (int, np.integer)) and not isinstance(page, bool)
     if page is not None and not (is_number and page >= 0):
         raise ImageTypeError(

@@ -17,11 +17,14 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
+from pathlib import PurePath
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,6 @@ from skltl._code import description
 from skltl.exceptions import ImageReadError, ImageTypeError, shorten
 from skltl.images._channels import (
     RGB,
-    RGB_COUNTS,
     channel_counts,
     has_channels_first,
     may_have_channels,
@@ -60,9 +62,11 @@ from skltl.images._items import (
     foreign_errors,
     is_array,
     is_missing,
+    label_name,
     missing_value,
     name_of,
     read_item,
+    without_label,
 )
 from skltl.images._memory import one_image
 from skltl.images._ranges import PixelRanges, range_of
@@ -91,6 +95,7 @@ class ImageSource:
         self._channels_first = channels_first
         self._labels = labels
         self._reader = reader
+        self._reads_other_files = Event()
         self.decoding = decoding
         self.ranges = PixelRanges()
 
@@ -143,7 +148,8 @@ class ImageSource:
             raise
         except ValueError as error:
             cause = error.__cause__ or error
-            raise ImageReadError(int(index), name_of(item), str(error)) from cause
+            name = name_of(item) or label_name(int(index), self._labels)
+            raise ImageReadError(int(index), name, str(error)) from cause
 
     @property
     def is_lazy(self) -> bool:
@@ -151,7 +157,15 @@ class ImageSource:
         return isinstance(self._items, LazyItems)
 
     def file_of(self, item: Any) -> str | None:
-        """Return the path of an item that is a file, or ``None``."""
+        """Return the path of an item that is a file, or ``None``.
+
+        With a reader, only a plain path says all of an item; and once the reader has
+        returned the path of another file, the images are not those of the items' files.
+        """
+        if self._reader is not None:
+            is_plain = isinstance(item, PurePath) or type(item) in (str, np.str_)
+            if not is_plain or self._reads_other_files.is_set():
+                return None
         return file_of(item)
 
     def path(self, index: int) -> str | None:
@@ -202,7 +216,8 @@ class ImageSource:
         channels_first = self._channels_first
         if self._reader is not None:
             item = self._read_by_user(index, item)
-            channels_first = is_tensor(item)
+            channels_first = self._has_channels_first(item)
+        item = without_label(item)
         decoded = read_item(item, self.decoding, channels_first)
         found = range_of(decoded)
         if found is not None and self.decoding.value_range is None:
@@ -210,12 +225,21 @@ class ImageSource:
             self.ranges.add("floats" if is_float else "16-bit", *found)
         return decoded
 
+    def _has_channels_first(self, image: Any) -> bool:
+        """Decide for the result of a reader alone: others may have another format."""
+        n_channels = self.decoding.n_channels
+        if not (is_array(image) and may_have_channels(image.shape, n_channels)):
+            return False
+        return has_channels_first({0: image.shape}, is_tensor(image), n_channels)
+
     def _read_by_user(self, index: int, item: Any) -> Any:
         """Return the result of the user's reader for an item."""
         assert self._reader is not None
         name = getattr(self._reader, "__qualname__", type(self._reader).__name__)
         with foreign_errors():
             image = self._reader(item)
+        if file_of(image) not in (None, file_of(item)):
+            self._reads_other_files.set()
         try:
             check_item(index, image, n_channels=self.decoding.n_channels)
         except ImageReadError as error:
@@ -245,7 +269,12 @@ def read_images(
     if image_shape is not None:
         check_not_masked(X)
         images = _rows_as_images(X, image_shape)
-        channels_first = has_channels_first([images.shape[1:]], False, n_channels)
+        if images.ndim == 3 and 1 not in channel_counts(n_channels):
+            raise ValueError(
+                f"image_shape={image_shape} has no channels, and the network takes "
+                f"{n_channels} of them."
+            )
+        channels_first = has_channels_first({0: images.shape[1:]}, False, n_channels)
         return ImageSource(images, channels_first, decoding=decoding)
     labels = index_labels(X)
     X = unwrap(X)
@@ -269,9 +298,8 @@ def _source_of_lazy(X: LazyItems, decoding: Decoding) -> ImageSource:
     if X.shape is not None:
         return _source_of_array(X, decoding)
     _check_not_empty((len(X),))
-    first = X.first()
-    shapes = [tuple(first.shape)] if is_array(first) else []
-    channels_first = _channels_first(shapes, is_tensor(first), decoding.n_channels)
+    first = without_label(X.first())
+    channels_first = _channels_first([first], decoding.n_channels, is_strict=False)
     return ImageSource(X, channels_first, decoding=decoding)
 
 
@@ -285,23 +313,25 @@ def _source_of_items(
             f"shape {shorten(str(X.shape))}."
         )
     _check_not_empty((len(X),))
-    if _is_row(X[0]):
+    if all(map(_is_row, X)):
         return _source_of_array(_stack(X), decoding)
-    arrays = [item for item in X if is_array(item)]
     if check_items:  # an error about one item comes before one about all of them
         ImageSource(X, labels=labels, decoding=decoding).check_items()
-    shapes = [tuple(array.shape) for array in arrays]
-    prefers_first = bool(arrays) and all(is_tensor(array) for array in arrays)
-    channels_first = _channels_first(shapes, prefers_first, decoding.n_channels)
+    items = map(without_label, X)
+    channels_first = _channels_first(items, decoding.n_channels, check_items)
     return ImageSource(X, channels_first, labels, decoding)
 
 
-def _channels_first(
-    shapes: Sequence[tuple[int, ...]], prefers_first: bool, n_channels: int
-) -> bool:
+def _channels_first(items: Iterable[Any], n_channels: int, is_strict: bool) -> bool:
     """Decide which axis holds the channels, by the arrays that may have any."""
-    possible = [shape for shape in shapes if may_have_channels(shape, n_channels)]
-    return has_channels_first(possible, prefers_first, n_channels)
+    arrays = {index: item for index, item in enumerate(items) if is_array(item)}
+    prefers_first = bool(arrays) and all(map(is_tensor, arrays.values()))
+    shapes = {
+        index: tuple(array.shape)
+        for index, array in arrays.items()
+        if may_have_channels(tuple(array.shape), n_channels)
+    }
+    return has_channels_first(shapes, prefers_first, n_channels, is_strict)
 
 
 def _is_row(item: Any) -> bool:
@@ -347,12 +377,13 @@ def _source_of_array(X: Any, decoding: Decoding) -> ImageSource:
     if len(shape) == 2:
         raise ValueError(
             f"X has shape {shape}: rows are images only if their shape is known. Pass "
-            f"for instance {_suggest_image_shape(shape[1])}, as in numpy.reshape. "
+            f"for instance {_suggest_image_shape(shape[1], n_channels)}, as in "
+            "numpy.reshape. "
             "Reshape your data to (n, h, w) if it is a single image."
         )
     _check_not_empty(shape)
     if len(shape) == 4:
-        channels_first = has_channels_first([shape[1:]], prefers_first, n_channels)
+        channels_first = has_channels_first({0: shape[1:]}, prefers_first, n_channels)
         return ImageSource(X, channels_first, decoding=decoding)
     if 1 not in channel_counts(n_channels):
         is_single = n_channels in (shape[0], shape[2])
@@ -368,6 +399,41 @@ def _source_of_array(X: Any, decoding: Decoding) -> ImageSource:
             "stack of gray images."
         )
     return ImageSource(X, decoding=decoding)
+
+
+def check_reader(reader: Any) -> None:
+    """Raise an error if this is no function that can be sent to another process."""
+    if reader is None:
+        return
+    name = getattr(reader, "__qualname__", type(reader).__name__)
+    if not callable(reader):
+        raise ValueError(f"reader={shorten(repr(reader))} is not callable.")
+    try:
+        pickle.dumps(reader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"reader={name} cannot be pickled. Define a function with a name at the "
+            f"top of a module. ({shorten(str(error), 200)})"
+        ) from error
+
+
+def check_value_range(value_range: Any) -> None:
+    """Raise an error if these are not the values of black and white."""
+    if value_range is None:
+        return
+    is_list = isinstance(value_range, (tuple, list))
+    is_pair = (
+        is_list
+        and len(value_range) == 2
+        and all(
+            isinstance(value, Real) and math.isfinite(value) for value in value_range
+        )
+    )
+    if not is_pair or value_range[0] == value_range[1]:
+        raise ValueError(
+            f"value_range={shorten(repr(value_range))}: expected two different finite "
+            "numbers, the values of black and white."
+        )
 
 
 def _check_not_empty(shape: tuple[int, ...]) -> None:
@@ -412,14 +478,15 @@ def _rows_as_images(rows: NDArray[Any], image_shape: tuple[Any, ...]) -> NDArray
     return rows.reshape(len(rows), *image_shape)
 
 
-def _suggest_image_shape(n_columns: int) -> str:
+def _suggest_image_shape(n_columns: int, n_channels: int) -> str:
     """Return, as code, a possible ``image_shape`` for rows of this length."""
-    for n_channels in RGB_COUNTS:
-        side = math.isqrt(n_columns // n_channels)
-        if n_channels * side**2 == n_columns:
-            shape = (side, side) if n_channels == 1 else (side, side, n_channels)
+    counts = channel_counts(n_channels)
+    for count in counts:
+        side = math.isqrt(n_columns // count)
+        if count * side**2 == n_columns:
+            shape = (side, side) if count == 1 else (side, side, count)
             return f"image_shape={shape}"
-    return "image_shape=(height, width)"
+    return f"image_shape=(height, width{'' if 1 in counts else f', {n_channels}'})"
 
 
 def _version_of(package: object) -> str:

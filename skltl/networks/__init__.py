@@ -1,6 +1,11 @@
 """Pretrained networks as ordered sequences of named blocks, and their weights."""
 
-from skltl.networks._adaptation import Adaptation, AdaptedBuilder
+from skltl.networks._adaptation import (
+    Adaptation,
+    AdaptedBuilder,
+    AdaptedConverter,
+    adapt_channels,
+)
 from skltl.networks._backbone import (
     Backbone,
     Own,
@@ -58,6 +63,7 @@ __all__ = [
     "TORCH_FILE_ERRORS",
     "Adaptation",
     "AdaptedBuilder",
+    "AdaptedConverter",
     "Backbone",
     "Block",
     "ConvUnit",
@@ -72,6 +78,7 @@ __all__ = [
     "ResolvedLayer",
     "StoredWeights",
     "Truncated",
+    "adapt_channels",
     "as_network",
     "build_skeleton",
     "check_finite",

@@ -6,7 +6,7 @@ Only the trained filters of the first convolution change; all other weights are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -19,76 +19,146 @@ from skltl.exceptions import shorten
 from skltl.images import Preprocessing
 from skltl.networks._backbone import (
     Backbone,
+    Converter,
     PretrainedWeights,
     StoredWeights,
     own_backbone,
 )
 from skltl.networks._building import skeleton_model, trace_of, usual_size
+from skltl.networks._checks import check_name
 from skltl.networks._network import ImageSize, Model
 from skltl.networks._recording import BATCH, outputs_in
+from skltl.networks._registry import get_backbone
 
 FILTERS = ("repeat", "average")
 
 
-def adapted_backbone(
-    backbone: Backbone,
+def adapt_channels(
+    backbone: str | Backbone,
     n_channels: int,
-    filters: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    *,
+    filters: str = "repeat",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    name: str | None = None,
 ) -> Backbone:
-    """Return a backbone for images of another number of channels."""
-    _check_parameters(n_channels, filters, mean, std)
+    """Adapt a pretrained network to images of another number of channels.
+
+    The trained filters of its first convolution become filters of `n_channels`; all
+    other weights are kept. Images must then have that many channels: arrays of shape
+    (h, w, `n_channels`), or files with as many bands.
+
+    Parameters
+    ----------
+    backbone : str or Backbone
+        The network, as the `backbone` parameter of `CNNFeatureTransformer`.
+    n_channels : int
+        Number of channels of the images. Images of any kind are converted to gray for a
+        single channel.
+    filters : {"repeat", "average"}, default="repeat"
+        With ``"repeat"``, the channels take the trained filters of red, green, blue,
+        red, and so on: right where the first three of them are colors. With
+        ``"average"``, all channels take the average of the trained filters. So does a
+        single channel, in either case. Filters are scaled by 3 / `n_channels`, so that
+        their responses keep their size.
+    mean, std : sequence of `n_channels` floats, default=None
+        Mean and standard deviation of each channel in units of [0, 1], for its
+        normalization. ``None`` takes those of the trained channels as `filters` does.
+    name : str, default=None
+        Name of the new backbone; ``None`` is ``"resnet50-4ch"``, for instance.
+
+    Returns
+    -------
+    Backbone
+        The backbone, with the weights of `backbone`. In weights files the first
+        convolution may have the trained number of channels, or `n_channels`.
+
+    Raises
+    ------
+    UnknownBackboneError
+        If there is no backbone of that name.
+    TypeError, ValueError
+        If a parameter has another type or value than documented, or the network does
+        not begin with a convolution.
+
+    See Also
+    --------
+    Backbone.from_module : A network of your own, for any number of channels.
+
+    Notes
+    -----
+    This is how timm adapts its networks (``in_chans``). The features of an adapted
+    network are a start: it knows nothing of what the new channels show until it is
+    fine-tuned with all layers. Where a network standardizes the weights of its
+    convolutions, as NFNets do, the scale of the filters has no effect.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skltl import CNNFeatureTransformer, adapt_channels
+    >>> multispectral = adapt_channels("tiny", 4)
+    >>> X = np.random.default_rng(0).random((2, 80, 80, 4))
+    >>> CNNFeatureTransformer(multispectral).fit_transform(X).shape
+    (2, 288)
+    """
+    backbone = get_backbone(backbone)
+    if isinstance(backbone.build, AdaptedBuilder):  # not of filters that were adapted
+        backbone = backbone.build.base
+    check_scalar(n_channels, "n_channels", Integral, min_val=1)
+    if not isinstance(filters, str) or filters not in FILTERS:
+        raise ValueError(
+            f"Unknown filters {shorten(repr(filters))}. Known: {', '.join(FILTERS)}."
+        )
     adaptation = Adaptation(
         _first_convolution(backbone), backbone.n_channels, int(n_channels), filters
     )
 
     def adapted(one: Preprocessing) -> Preprocessing:
-        return replace(
-            one,
-            mean=adaptation.per_channel(one.mean) if mean is None else mean,
-            std=adaptation.per_channel(one.std) if std is None else std,
-        )
+        values: dict[str, Any] = {
+            "mean": adaptation.per_channel(one.mean) if mean is None else mean,
+            "std": adaptation.per_channel(one.std) if std is None else std,
+        }
+        return replace(one, **values)
 
-    name = f"{backbone.name}-{n_channels}ch"
+    name = name or f"{backbone.name.removeprefix('timm:')}-{int(n_channels)}ch"
+    check_name(name)
     preprocessing = adapted(backbone.preprocessing)
+    if preprocessing.n_channels != n_channels:
+        raise ValueError(
+            f"mean and std have {preprocessing.n_channels} values, for {n_channels} "
+            "channels."
+        )
     own = backbone.own_network
     if own is not None:
         model = replace(own, module=copy.deepcopy(own.module))
         adaptation.adapt(model.module)
-        return own_backbone(name, model, preprocessing)
+        convert = AdaptedConverter(None, adaptation)
+        return own_backbone(name, model, preprocessing, convert)
+    return _adapted_backbone(backbone, name, adaptation, adapted)
+
+
+def _adapted_backbone(
+    backbone: Backbone,
+    name: str,
+    adaptation: Adaptation,
+    adapted: Callable[[Preprocessing], Preprocessing],
+) -> Backbone:
+    """Return a backbone that builds the network of another one, and adapts it."""
     builder = AdaptedBuilder(backbone, adaptation)
-    weights = [
+    weights = tuple(
         replace(
             one,
             source=_adapted_source(one, adaptation),
             preprocessing=adapted(one.preprocessing),
         )
         for one in backbone.weights
-    ]
-    token = f"{backbone.token} {adaptation}"
-    return Backbone(
-        *(name, builder, preprocessing, tuple(weights), builder.convert),
-        known_as=token,
     )
-
-
-def _check_parameters(
-    n_channels: int,
-    filters: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> None:
-    check_scalar(n_channels, "n_channels", Integral, min_val=1)
-    if filters not in FILTERS:
-        raise ValueError(
-            f"Unknown filters {shorten(repr(filters))}. Known: {', '.join(FILTERS)}."
-        )
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != n_channels:
-            raise ValueError(
-                f"{name} has {len(values)} values, for {n_channels} channels."
-            )
+    normalization = [(one.preprocessing.mean, one.preprocessing.std) for one in weights]
+    return Backbone(
+        *(name, builder, adapted(backbone.preprocessing), weights),
+        convert_state=AdaptedConverter(backbone.convert_state, adaptation),
+        known_as=f"{backbone.token} {adaptation} {normalization}",
+    )
 
 
 @dataclass(frozen=True)
@@ -155,12 +225,22 @@ class AdaptedBuilder:
         self.adaptation.adapt(model.module)
         return model
 
-    def convert(
+
+@dataclass(frozen=True)
+class AdaptedConverter:
+    """Converter of the state dict of a file, which is adapted unless it was before."""
+
+    __module__ = "skltl.networks"  # the path in saved files
+
+    base: Converter | None
+    adaptation: Adaptation
+
+    def __call__(
         self, state: dict[str, Tensor], module: nn.Module, image_size: ImageSize
     ) -> dict[str, Tensor]:
-        """Translate the state dict of a file to one of the adapted network."""
-        if self.base.convert_state is not None:
-            state = self.base.convert_state(state, module, image_size)
+        """Translate a state dict to one of the adapted network."""
+        if self.base is not None:
+            state = self.base(state, module, image_size)
         return self.adaptation.adapted_state(state)
 
 
@@ -175,17 +255,20 @@ def _first_convolution(backbone: Backbone) -> str:
     """Return the path of the convolution that alone uses the images."""
     size = usual_size(backbone)
     calls = [call for call in trace_of(backbone, size).calls if call is not None]
-    users = {
+    users = [
         call.function if isinstance(call.function, str) else call.module
         for call in calls
         if BATCH in outputs_in((call.args, call.kwargs))
-    }
-    modules = dict(skeleton_model(backbone, size).module.named_modules())
-    for path in users if len(users) == 1 else ():
-        module = modules[path]
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            return path
-    raise ValueError(
-        f"{backbone.name!r} does not begin with a convolution that alone uses the "
-        "images, so its filters cannot be adapted to other channels."
-    )
+    ]
+    path = users[0]
+    module = dict(skeleton_model(backbone, size).module.named_modules())[path]
+    is_plain = isinstance(module, nn.Conv2d) and "weight" in module._parameters
+    n_uses = sum(call.function == path for call in calls)  # 0: it is looked into
+    if len(users) > 1 or not is_plain or module.groups != 1 or n_uses > 1:
+        kind = type(module).__name__
+        raise ValueError(
+            f"{backbone.name!r} does not begin with a single convolution with plain "
+            f"weights, so its filters cannot be adapted: its first layer is {path!r}, "
+            f"a {kind}."
+        )
+    return path

@@ -299,75 +299,6 @@ class Backbone:
         )
         return own_backbone(name, model, preprocessing)
 
-    @classmethod
-    def with_channels(
-        cls,
-        backbone: str | Backbone,
-        n_channels: int,
-        *,
-        filters: str = "repeat",
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> Backbone:
-        """Adapt a pretrained network to images of another number of channels.
-
-        The trained filters of its first convolution become filters of `n_channels`; all
-        other weights are kept. Images must then have that many channels: arrays of
-        shape (h, w, `n_channels`), or files with as many bands.
-
-        Parameters
-        ----------
-        backbone : str or Backbone
-            The network, as the `backbone` parameter of `CNNFeatureTransformer`.
-        n_channels : int
-            Number of channels of the images. Images of any kind are converted to gray
-            for a single channel.
-        filters : {"repeat", "average"}, default="repeat"
-            With ``"repeat"``, the channels take the trained filters of red, green,
-            blue, red, and so on: right where the first three of them are colors. With
-            ``"average"``, all channels take the average of the trained filters. So does
-            a single channel, in either case. Filters are scaled by 3 / `n_channels`,
-            so that their responses keep their size.
-        mean, std : tuple of `n_channels` floats, default=None
-            Mean and standard deviation of each channel in units of [0, 1], for its
-            normalization. ``None`` takes those of the trained channels as `filters`
-            does.
-
-        Returns
-        -------
-        Backbone
-            The backbone, with the weights of `backbone`. In weights files the first
-            convolution may have the trained number of channels, or `n_channels`.
-
-        Raises
-        ------
-        UnknownBackboneError
-            If there is no backbone of that name.
-        ValueError
-            If the network does not begin with a convolution, or `mean` or `std` has
-            another length than `n_channels`.
-
-        Notes
-        -----
-        This is how timm adapts its networks (``in_chans``). The features of an adapted
-        network are a start: it knows nothing of what the new channels show until it is
-        fine-tuned with all layers.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from skltl import Backbone, CNNFeatureTransformer
-        >>> multispectral = Backbone.with_channels("tiny", 4)
-        >>> X = np.random.default_rng(0).random((2, 80, 80, 4))
-        >>> CNNFeatureTransformer(multispectral).fit_transform(X).shape
-        (2, 288)
-        """
-        # They need this module.
-        from skltl.networks._adaptation import adapted_backbone
-        from skltl.networks._registry import get_backbone
-
-        return adapted_backbone(get_backbone(backbone), n_channels, filters, mean, std)
-
     @property
     def n_channels(self) -> int:
         """Number of channels of the images that the network takes."""
@@ -460,7 +391,12 @@ def truncated_backbone(
     )
 
 
-def own_backbone(name: str, model: Model, preprocessing: Preprocessing) -> Backbone:
+def own_backbone(
+    name: str,
+    model: Model,
+    preprocessing: Preprocessing,
+    convert_state: Converter | None = None,
+) -> Backbone:
     """Return a backbone with a copy of a network, with its present weights only.
 
     The copy is frozen, on the CPU, in float32.
@@ -475,4 +411,4 @@ def own_backbone(name: str, model: Model, preprocessing: Preprocessing) -> Backb
         ) from error
     freeze([model.module.cpu().float()])
     own = PretrainedWeights("own", None, preprocessing)
-    return Backbone(name, Own(model), preprocessing, weights=(own,))
+    return Backbone(name, Own(model), preprocessing, (own,), convert_state)

@@ -1,7 +1,11 @@
 """Readers of users, and images whose values of black and white are their own."""
 
+import collections
 import pickle
 import sqlite3
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -239,12 +243,57 @@ def test_values_beyond_black_and_white_are_clipped(recwarn):
     assert not recwarn.list
 
 
-def test_eight_bits_keep_their_range(images):
-    expected = transformer().fit_transform(images)
+def test_eight_bits_keep_their_range(image_files):
+    expected = transformer().fit_transform(image_files)
 
-    found = transformer(value_range=(0, 4095)).fit_transform(images)
+    found = transformer(value_range=(0, 4095)).fit_transform(image_files)
 
     np.testing.assert_array_equal(found, expected)
+
+
+def test_arrays_of_eight_bits_have_a_range_of_their_own(images):
+    """Scaled or not, one half of the users would get what they do not expect."""
+    with pytest.raises(ImageReadError, match="its dtype is uint8.*such as float"):
+        transformer(value_range=(0, 16)).fit_transform(images)
+    found = transformer(value_range=(0, 255)).fit_transform(images)
+    np.testing.assert_array_equal(found, transformer().fit_transform(images))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "opaque"), [(np.uint16, 65535), (np.float32, 1), (np.float64, 1)]
+)
+def test_the_range_is_that_of_colors_not_of_alpha(dtype, opaque):
+    values = np.full((9, 9, 4), 1000, dtype)
+    values[..., 3] = opaque
+    expected = transformer().fit_transform([np.full((9, 9, 3), 0.25)])
+
+    found = transformer(value_range=(0, 4000)).fit_transform([values])
+
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_transparent_gray_is_white_whatever_the_range_is(tmp_path):
+    path = tmp_path / "image.png"
+    gray = Image.fromarray(np.full((9, 9), 77, np.uint16))
+    gray.save(path, transparency=77)
+    expected = transformer().fit_transform([np.ones((9, 9))])
+
+    for value_range in ((0, 4095), (4095, 0)):
+        found = transformer(value_range=value_range).fit_transform([path])
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_range_says_which_value_is_black(dtype, tmp_path):
+    """In a TIFF file that says the contrary, too."""
+    path = tmp_path / "image.tif"
+    values = np.full((9, 9), 1000, dtype)
+    Image.fromarray(values).save(path, tiffinfo={262: 0})
+    expected = transformer().fit_transform([np.full((9, 9), 0.25)])
+
+    found = transformer(value_range=(0, 4000)).fit_transform([path])
+
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_rows_of_pixels_are_scaled():
@@ -277,3 +326,144 @@ def test_a_file_has_other_features_with_another_range(tmp_path):
 
     np.testing.assert_array_equal(found, expected)
     assert not np.array_equal(found[0], found[1])
+
+
+# What a reader may take, and what the cache knows of it
+
+
+def gray_of(item):
+    """A frame of a film, whose number is its gray."""
+    _, number = item
+    return np.full((9, 9), 50 * int(number), np.uint8)
+
+
+@pytest.mark.parametrize("number", [int, float])
+@pytest.mark.parametrize("container", [list, collections.UserList])
+def test_a_reader_gets_the_whole_of_its_items(container, number):
+    X = container([("film.mp4", number(n)) for n in range(3)])
+    gray = [np.full((9, 9), 50 * n / 255) for n in range(3)]
+    expected = transformer().fit_transform(gray)
+
+    found = transformer(reader=gray_of).fit_transform(X)
+
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+READERS = {
+    "module of the user": """
+        import mylib
+
+        def read(path):
+            return mylib.load(path)
+    """,
+    "import inside of the function": """
+        def read(path):
+            from mylib import load
+            return load(path)
+    """,
+    "cached function": """
+        from functools import lru_cache
+
+        @lru_cache
+        def read(path):
+            import numpy as np
+            return np.full((9, 9), gray, np.uint8)
+
+        gray = GRAY
+    """,
+    "attribute of a class": """
+        import numpy as np
+
+        class Reader:
+            settings = {"gray": GRAY}
+
+            def __call__(self, path):
+                return np.full((9, 9), self.settings["gray"], np.uint8)
+
+        read = Reader()
+    """,
+    "function of a module of a module": """
+        import outer
+
+        def read(path):
+            return outer.call(path)
+    """,
+}
+MYLIB = """
+import numpy as np
+
+def load(path):
+    return np.full((9, 9), GRAY, np.uint8)
+"""
+OUTER = """
+from mylib import load
+
+def call(path):
+    return load(path)
+"""
+RUN = """
+import numpy as np
+import skltl.images._identity
+from skltl import CNNFeatureTransformer
+from reader import read
+
+skltl.images._identity.CLOCK_TICK = 0.0
+for cache in (None, "cache"):
+    transformer = CNNFeatureTransformer("tiny", layer="stem", reader=read, cache=cache)
+    print(repr(float(transformer.fit_transform(["image.bin"]).sum())))
+"""
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_changed_reader_is_called_again(kind, tmp_path):
+    """Whatever of the user's code has changed, and wherever that is."""
+    (tmp_path / "image.bin").write_bytes(b"pixels")
+    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "outer.py").write_text(OUTER)
+    sums = []
+    for gray in (50, 200):
+        for name, code in (("mylib", MYLIB), ("reader", READERS[kind])):
+            changed = textwrap.dedent(code).replace("GRAY", str(gray))
+            (tmp_path / f"{name}.py").write_text(changed)
+        done = subprocess.run(
+            [sys.executable, "-B", "run.py"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        without, cached = map(float, done.stdout.split())
+        assert cached == without
+        sums.append(cached)
+
+    assert sums[0] != sums[1]
+
+
+def first_file(folder):
+    """Read the image in a folder."""
+    return str(sorted(folder.iterdir())[0])
+
+
+def other_file(path):
+    return path.replace("key", "image")
+
+
+@pytest.mark.parametrize("kind", ["folder", "other file"])
+def test_what_a_reader_reads_elsewhere_may_change(kind, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("skltl.images._identity.CLOCK_TICK", 0.0)
+    folder = tmp_path / "item"
+    folder.mkdir()
+    image, key = folder / "image.png", folder / "key.png"
+    if kind == "other file":
+        key.write_bytes(b"key")
+    reader = first_file if kind == "folder" else other_file
+    X = [folder] if kind == "folder" else [str(key)]
+
+    for n in range(3):
+        Image.fromarray(images[n]).save(image)
+        expected = transformer().fit_transform(images[n : n + 1])
+        for _ in range(2):
+            found = transformer(reader=reader, cache=tmp_path / "cache").fit_transform(
+                X
+            )
+            np.testing.assert_array_equal(found, expected)

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skltl import find_bad_images
+from skltl import drop_bad, find_bad_images
+from skltl.exceptions import BadImageWarning
 
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
@@ -51,3 +52,21 @@ def test_the_list_is_empty_for_readable_images(image_files):
 def test_a_single_path_is_refused():
     with pytest.raises(TypeError, match="put it in a list"):
         find_bad_images("flower.jpg")
+
+
+def test_none_among_the_arrays_stays_none(image_files):
+    X = [*image_files[:2], "missing.jpg"]
+
+    with pytest.warns(BadImageWarning):
+        kept, y, groups = drop_bad(X, [0, 1, 2], None)
+
+    assert (len(kept), y, groups) == (2, [0, 1], None)
+
+
+def test_bad_images_of_a_table_are_named_by_their_label(image_files):
+    encoded = [path.read_bytes() for path in image_files[:3]]
+    column = pd.Series([encoded[0], b"nonsense", encoded[2]], index=["a", "b", "c"])
+
+    (bad,) = find_bad_images(column)
+
+    assert (bad.index, bad.path) == (1, "index label 'b'")

@@ -466,3 +466,26 @@ def test_verbose_counts_the_files(folder, capsys):
     load_image_folder(folder, verbose=True)
 
     assert f"files: {len(images.data)}file" in capsys.readouterr().err
+
+
+def test_files_for_a_reader_are_chosen_by_their_extension(tmp_path):
+    for name, value in (("dark", 10), ("light", 200)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "1.npy", np.full((9, 9, 3), value, np.uint8))
+        (tmp_path / name / "notes.txt").write_text("a note")
+
+    with pytest.warns(ImageFolderWarning, match=r"none of the extensions \.npy"):
+        images = load_image_folder(tmp_path, extensions=[".NPY"])
+    features = CNNFeatureTransformer("tiny", reader=np.load).fit_transform(images.data)
+
+    assert names_in(tmp_path, images.data) == ["dark/1.npy", "light/1.npy"]
+    expected = [np.full((9, 9, 3), value, np.uint8) for value in (10, 200)]
+    np.testing.assert_array_equal(
+        features, CNNFeatureTransformer("tiny").fit_transform(expected)
+    )
+
+
+@pytest.mark.parametrize("extensions", [[], ".npy", ["npy"], [3], 3])
+def test_odd_extensions_are_refused(folder, extensions):
+    with pytest.raises(ValueError, match="extensions must be a list of extensions"):
+        load_image_folder(folder, extensions=extensions)

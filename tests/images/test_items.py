@@ -126,6 +126,9 @@ COLUMNS = {
     "pandas of dictionaries": lambda path: pd.Series([{"bytes": path.read_bytes()}]),
     "polars": lambda path: pl.Series([path.read_bytes()]),
     "polars of structs": lambda path: pl.Series([{"bytes": path.read_bytes()}]),
+    "polars of Hugging Face": lambda path: pl.Series(
+        [{"bytes": path.read_bytes(), "path": "a.png"}]
+    ),
     "arrow": column_of_bytes,
     "large arrow": lambda path: column_of_bytes(path).cast(pa.large_binary()),
     "chunked arrow": lambda path: pa.chunked_array([column_of_bytes(path)]),
@@ -235,6 +238,7 @@ def stack(tmp_path):
 def test_a_page_of_a_file_is_an_image(stack, page):
     items = [
         {"path": stack, "page": page},
+        {"path": stack, "page": float(page)},  # as pandas stores it beside missing ones
         {"bytes": stack.read_bytes(), "page": np.int64(page)},
     ]
 

@@ -167,6 +167,28 @@ def test_the_first_item_says_where_the_channels_are():
     assert (read_images(column)[1] == [255, 0, 0]).all()
 
 
+def test_a_bad_first_item_says_nothing_of_the_others(images):
+    tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in images[:4]]
+    X = Column([OSError("gone"), *tensors[1:]])
+    transformer = CNNFeatureTransformer("tiny", layer="block1", on_error="nan")
+
+    features = transformer.fit_transform(X)
+
+    assert [bad.index for bad in transformer.bad_images_] == [0]
+    expected = CNNFeatureTransformer("tiny", layer="block1").fit_transform(images[1:4])
+    assert_array_equal(features[1:], expected)
+
+
+@pytest.mark.parametrize(
+    "label", [3, 0.5, "rose", None, np.int64(3), torch.tensor(3), torch.zeros(5)]
+)
+def test_labels_of_any_kind_are_ignored(images, label):
+    pairs = [(image, label) for image in images]
+
+    for X in (pairs, Column(pairs)):
+        assert_array_equal(list(read_images(X)), images)
+
+
 def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="0 sample"):
         read_images(Column([]))

@@ -1,6 +1,7 @@
 """Everything that is no image is refused by a short message that says what to do."""
 
 import base64
+import collections
 import io
 import pickle
 
@@ -210,7 +211,8 @@ ITEMS = {
     "odd path": ({"path": 3}, "whose 'path' is of type int"),
     "odd bytes": ({"bytes": "abc"}, "whose 'bytes' is of type str"),
     "odd page": ({"path": "a.tif", "page": -1}, "whose 'page' is -1"),
-    "pair": ((SQUARE, "rose"), r"tuple of 2 objects.*pairs \(image, label\)"),
+    "pair": ((SQUARE, SQUARE), r"tuple of 2 objects.*pairs \(image, label\)"),
+    "path and number": (("a.tif", 3), r"tuple of 2 objects"),
     "number": (7, r"a number \(7\)"),
     "long number": (10**300, "a number"),
     "object": (object(), "of type object"),
@@ -227,9 +229,30 @@ def test_items_are_refused_with_what_to_pass(kind):
     assert len(str(info.value)) < 500
 
 
-def test_pairs_of_images_are_refused():
-    with pytest.raises(ImageTypeError, match="Image 0 .*pairs"):
-        read_images([("left.jpg", "right.jpg"), ("left2.jpg", "right2.jpg")])
+def test_pairs_of_images_are_refused_everywhere():
+    """One of them would be lost."""
+    pairs = [(SQUARE, SQUARE), (SQUARE, SQUARE)]
+
+    for X in (pairs, collections.UserList(pairs)):
+        with pytest.raises(ImageTypeError, match="Image 0 .*pairs"):
+            read_images(X).decode(0)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "nan"])
+def test_one_odd_item_is_named_wherever_it_is(on_error):
+    """The first item does not decide what all of them are."""
+    good = np.zeros((9, 9, 3))
+    for odd in (np.zeros(5), [1, 2], np.zeros((3, 9, 8))):
+        for X in ([odd, good, good], [good, odd, good]):
+            transformer = CNNFeatureTransformer("tiny", on_error=on_error)
+            position = 0 if X[0] is odd else 1
+            if on_error == "raise":
+                with pytest.raises((ValueError, TypeError), match=f"mage {position} "):
+                    transformer.fit(X)
+                continue
+            features = transformer.fit_transform(X)
+            assert [bad.index for bad in transformer.bad_images_] == [position]
+            assert np.isnan(features).all(axis=1).sum() == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from skltl import (
     GradCAMDisplay,
     PredictionGridDisplay,
     Preprocessing,
+    adapt_channels,
     cache_info,
     drop_bad,
     find_bad_images,
@@ -57,8 +58,8 @@ def features_of(backbone, X, **params):
 @pytest.mark.parametrize("n_channels", [1, 2, 4, 7])
 def test_repeated_filters_are_those_of_timm(n_channels):
     models = pytest.importorskip("timm.models")
-    trained = load(Backbone.with_channels("tiny", 3))
-    adapted = load(Backbone.with_channels("tiny", n_channels))
+    trained = load(adapt_channels("tiny", 3))
+    adapted = load(adapt_channels("tiny", n_channels))
 
     expected = models.adapt_input_conv(n_channels, trained["stem.0.weight"])
 
@@ -68,9 +69,9 @@ def test_repeated_filters_are_those_of_timm(n_channels):
 
 
 def test_averaged_filters_are_averages():
-    trained = load(Backbone.with_channels("tiny", 3))["stem.0.weight"].numpy()
+    trained = load(adapt_channels("tiny", 3))["stem.0.weight"].numpy()
 
-    adapted = load(Backbone.with_channels("tiny", 4, filters="average"))
+    adapted = load(adapt_channels("tiny", 4, filters="average"))
 
     expected = np.repeat(trained.sum(axis=1, keepdims=True) / 4, 4, axis=1)
     assert_allclose(adapted["stem.0.weight"], expected, rtol=1e-6, atol=1e-8)
@@ -86,7 +87,7 @@ def test_the_same_image_twice_has_the_same_features(shared_images):
     twice = np.concatenate([shared_images] * 2, axis=3)
 
     assert_allclose(
-        features_of(Backbone.with_channels("tiny", 6), twice),
+        features_of(adapt_channels("tiny", 6), twice),
         features_of("tiny", shared_images),
         rtol=1e-4,
         atol=1e-5,
@@ -100,7 +101,7 @@ def test_gray_images_have_the_features_of_their_repeated_channel(tmp_path):
     alike = Preprocessing(40, mean=(0.4,) * 3, std=(0.2,) * 3)
     rgb = Backbone.from_module("mine", net, preprocessing=alike)
 
-    found = features_of(Backbone.with_channels(rgb, 1), gray)
+    found = features_of(adapt_channels(rgb, 1), gray)
 
     assert_allclose(found, features_of(rgb, gray), rtol=1e-4, atol=1e-6)
 
@@ -108,9 +109,9 @@ def test_gray_images_have_the_features_of_their_repeated_channel(tmp_path):
 def test_normalization_follows_the_filters():
     default = Preprocessing(8)
 
-    repeated = Backbone.with_channels("tiny", 4).preprocessing
-    averaged = Backbone.with_channels("tiny", 2, filters="average").preprocessing
-    own = Backbone.with_channels("tiny", 2, mean=(0.1, 0.2), std=(0.3, 0.4))
+    repeated = adapt_channels("tiny", 4).preprocessing
+    averaged = adapt_channels("tiny", 2, filters="average").preprocessing
+    own = adapt_channels("tiny", 2, mean=(0.1, 0.2), std=(0.3, 0.4))
 
     assert repeated.mean == (*default.mean, default.mean[0])
     assert repeated.std == (*default.std, default.std[0])
@@ -132,11 +133,19 @@ def test_normalization_follows_the_filters():
 def test_the_first_convolution_of_any_network_is_adapted(name, path):
     if name.startswith("timm:"):
         pytest.importorskip("timm")
-    backbone = Backbone.with_channels(name, 5)
+    backbone = adapt_channels(name, 5)
 
     assert backbone.build.adaptation.convolution == path
     module = backbone.build(None, (224, 224)).module.eval()
     assert module(torch.zeros(1, 5, 224, 224)).ndim == 2
+
+
+def test_backbones_with_another_normalization_are_others():
+    low, high = (adapt_channels("tiny", 4, mean=[mean] * 4) for mean in (0.1, 0.9))
+
+    assert low != high
+    assert low == adapt_channels("tiny", 4, mean=(0.1,) * 4)
+    assert adapt_channels("tiny", 4, name="mine").name == "mine"
 
 
 # What a network computes
@@ -145,7 +154,7 @@ def test_the_first_convolution_of_any_network_is_adapted(name, path):
 def test_features_are_those_of_the_network_with_the_new_filters(multispectral):
     """By hand: the convolution replaced in torchvision's network."""
     trained = resnet18().eval()
-    backbone = Backbone.with_channels(own(trained), 4, mean=(0.5,) * 4, std=(0.2,) * 4)
+    backbone = adapt_channels(own(trained), 4, mean=(0.5,) * 4, std=(0.2,) * 4)
     by_hand = copy.deepcopy(trained)
     by_hand.conv1 = nn.Conv2d(4, 64, 7, stride=2, padding=3, bias=False)
     by_hand.conv1.weight.data = trained.conv1.weight[:, [0, 1, 2, 0]] * 0.75
@@ -167,7 +176,7 @@ def own(module):
 
 @pytest.mark.parametrize("filters_in_file", [3, 4])
 def test_files_may_have_the_trained_or_the_new_filters(filters_in_file, tmp_path):
-    adapted = Backbone.with_channels("resnet18", 4)
+    adapted = adapt_channels("resnet18", 4)
     state = resnet18().state_dict()
     kernels = state["conv1.weight"]
     if filters_in_file == 4:
@@ -189,7 +198,7 @@ def test_a_file_with_yet_another_number_of_channels_is_refused(tmp_path):
     state["conv1.weight"] = torch.randn(64, 5, 7, 7)
     torch.save(state, tmp_path / "weights.pt")
     transformer = CNNFeatureTransformer(
-        Backbone.with_channels("resnet18", 4), weights=tmp_path / "weights.pt"
+        adapt_channels("resnet18", 4), weights=tmp_path / "weights.pt"
     )
 
     with pytest.raises(WeightsError, match=r"conv1.weight \(64, 5, 7, 7\)"):
@@ -216,7 +225,7 @@ def test_a_network_of_ones_own_may_take_any_number_of_channels(multispectral):
 
 
 def test_searches_fine_tuning_and_saved_files(multispectral, tmp_path):
-    backbone, y = Backbone.with_channels("tiny", 4), [0, 1] * 4
+    backbone, y = adapt_channels("tiny", 4), [0, 1] * 4
     pipeline = make_pipeline(
         CNNFeatureTransformer(backbone, cache=tmp_path), LogisticRegression()
     )
@@ -249,7 +258,7 @@ def test_fine_tuning_augments_all_channels(multispectral):
         return image
 
     FineTunedCNNClassifier(
-        Backbone.with_channels("tiny", 4),
+        adapt_channels("tiny", 4),
         image_size=32,
         head_epochs=1,
         finetune_epochs=0,
@@ -265,7 +274,7 @@ def test_a_cache_keeps_numbers_of_channels_apart(images, tmp_path):
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
     folder = tmp_path / "cache"
-    gray = Backbone.with_channels("tiny", 1)
+    gray = adapt_channels("tiny", 1)
 
     for backbone in ("tiny", gray, "tiny", gray):
         params = {"layer": "block3", "image_size": 32}
@@ -276,7 +285,7 @@ def test_a_cache_keeps_numbers_of_channels_apart(images, tmp_path):
 
 def test_displays_show_the_first_channels(multispectral):
     pytest.importorskip("matplotlib").use("agg")
-    backbone, y = Backbone.with_channels("tiny", 4), np.array([0, 1] * 4)
+    backbone, y = adapt_channels("tiny", 4), np.array([0, 1] * 4)
     pipeline = make_pipeline(
         CNNFeatureTransformer(backbone, layer="block4"), LogisticRegression()
     ).fit(multispectral, y)
@@ -300,7 +309,7 @@ def test_bands_of_files_are_channels(multispectral, tmp_path):
     image.save(tiff)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    backbone = Backbone.with_channels("tiny", 4)
+    backbone = adapt_channels("tiny", 4)
     tensor = torch.from_numpy(multispectral[0]).permute(2, 0, 1)
     expected = features_of(backbone, multispectral[:1])
 
@@ -314,7 +323,7 @@ def test_bands_of_files_are_channels(multispectral, tmp_path):
 def test_two_channels_are_gray_and_alpha(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 60, 2), dtype=np.uint8)
     Image.fromarray(pixels, "LA").save(tmp_path / "image.png")
-    backbone = Backbone.with_channels("tiny", 2)
+    backbone = adapt_channels("tiny", 2)
 
     found = features_of(backbone, [tmp_path / "image.png"])
 
@@ -345,7 +354,7 @@ def test_images_become_gray_for_a_single_channel(shared_images, tmp_path):
     rgb = shared_images[0]
     Image.fromarray(rgb).save(tmp_path / "image.png")
     expected = Image.fromarray(rgb).convert("L")
-    backbone = Backbone.with_channels("tiny", 1)
+    backbone = adapt_channels("tiny", 1)
     reference = features_of(backbone, [expected])
 
     for item in (tmp_path / "image.png", rgb, np.asarray(expected)):
@@ -353,6 +362,22 @@ def test_images_become_gray_for_a_single_channel(shared_images, tmp_path):
     by_hand = (rgb / 255) @ [0.299, 0.587, 0.114]
     floats = features_of(backbone, [rgb / 255])
     assert_allclose(floats, features_of(backbone, [by_hand]), rtol=1e-4, atol=1e-6)
+
+
+def test_multiplied_colors_are_refused(tmp_path):
+    """Pillow divides the colors of such files by alpha."""
+    path = tmp_path / "image.tif"
+    pixels = np.full((9, 9, 4), (20, 40, 60, 100), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    # The tag ExtraSamples: 2 for alpha, 1 for alpha that the colors are multiplied by.
+    tag = bytes.fromhex("5201 0300 01000000")
+    content = path.read_bytes()
+    assert tag + b"\2" in content
+    path.write_bytes(content.replace(tag + b"\2", tag + b"\1"))
+    transformer = CNNFeatureTransformer(adapt_channels("tiny", 4))
+
+    with pytest.raises(ImageReadError, match="multiplied by its alpha channel"):
+        transformer.fit_transform([path])
 
 
 @pytest.mark.parametrize(
@@ -363,13 +388,16 @@ def test_images_become_gray_for_a_single_channel(shared_images, tmp_path):
         (np.zeros((2, 9, 9, 3)), "expected 4 of them, as the network takes"),
         ([np.zeros((9, 9))], "Image 0 .* expected 4 of them"),
         ([np.zeros((9, 9, 3))], "Image 0 .* expected 4 of them"),
-        ([Image.new("RGB", (9, 9))], r"Image 0 .* 3 channels \(RGB\); the network"),
-        ([Image.new("CMYK", (9, 9))], r"4 channels \(CMYK\); the network takes 4"),
-        ([Image.new("L", (9, 9))], r"1 channels \(L\); the network takes 4"),
+        (
+            [Image.new("RGB", (9, 9))],
+            "Image 0 .* color mode is RGB, and the net.* 4",
+        ),
+        ([Image.new("CMYK", (9, 9))], "color mode is CMYK, and the network takes 4"),
+        ([Image.new("L", (9, 9))], "color mode is L, and the network takes 4"),
     ],
 )
 def test_images_of_another_number_of_channels_are_refused(X, message):
-    transformer = CNNFeatureTransformer(Backbone.with_channels("tiny", 4))
+    transformer = CNNFeatureTransformer(adapt_channels("tiny", 4))
 
     with pytest.raises(ValueError, match=message):
         transformer.fit_transform(X)
@@ -377,9 +405,7 @@ def test_images_of_another_number_of_channels_are_refused(X, message):
 
 def test_bad_images_are_found_for_the_channels_of_the_network(multispectral):
     X = [*multispectral[:2], multispectral[2, ..., :3], multispectral[3]]
-    transformer = CNNFeatureTransformer(
-        Backbone.with_channels("tiny", 4), on_error="nan"
-    )
+    transformer = CNNFeatureTransformer(adapt_channels("tiny", 4), on_error="nan")
 
     (bad,) = find_bad_images(X, n_channels=4)
     with pytest.warns(UserWarning, match="1 of 4 images"):
@@ -394,14 +420,15 @@ def test_bad_images_are_found_for_the_channels_of_the_network(multispectral):
 
 
 def test_rows_and_readers_have_the_channels_of_the_network(multispectral):
-    backbone = Backbone.with_channels("tiny", 4)
+    backbone = adapt_channels("tiny", 4)
     expected = features_of(backbone, multispectral)
     rows = multispectral.reshape(len(multispectral), -1)
 
     assert_array_equal(features_of(backbone, rows, image_shape=(80, 80, 4)), expected)
-    keys = [1, 0]
-    read = _Reader(multispectral)
-    assert_array_equal(features_of(backbone, keys, reader=read), expected[keys])
+    keys, bands_first = [1, 0], multispectral.transpose(0, 3, 1, 2)
+    for images in (multispectral, bands_first, torch.from_numpy(bands_first)):
+        found = features_of(backbone, keys, reader=_Reader(images))
+        assert_array_equal(found, expected[keys])
 
 
 class _Reader:
@@ -422,26 +449,76 @@ class _Reader:
     [
         ({"n_channels": 0}, "n_channels == 0, must be >= 1"),
         ({"filters": "sum"}, "Unknown filters 'sum'. Known: repeat, average"),
-        ({"mean": (0.5, 0.5)}, "mean has 2 values, for 4 channels"),
-        ({"mean": (0.5,) * 5, "std": (0.5,) * 5}, "mean has 5 values, for 4 channels"),
+        ({"mean": (0.5, 0.5)}, "mean has 2 values and std 4"),
+        ({"mean": 0.5}, "mean must be a finite number per channel, got 0.5"),
+        ({"name": "timm:mine"}, "names that begin with 'timm:' are timm's"),
+        (
+            {"mean": [0.5] * 5, "std": [0.5] * 5},
+            "mean and std have 5 values, for 4 channels",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Backbone.with_channels("tiny", **{"n_channels": 4, **arguments})
+        adapt_channels("tiny", **{"n_channels": 4, **arguments})
 
 
 def test_a_network_that_does_not_begin_with_a_convolution_is_refused():
     net = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 3)).eval()
     backbone = Backbone.from_module("mine", net, preprocessing=Preprocessing(16))
 
-    with pytest.raises(ValueError, match="'mine' does not begin with a convolution"):
-        Backbone.with_channels(backbone, 4)
+    with pytest.raises(ValueError, match="'mine' does not begin with a single convol"):
+        adapt_channels(backbone, 4)
 
 
 def test_an_image_error_names_the_item(multispectral):
-    transformer = CNNFeatureTransformer(Backbone.with_channels("tiny", 4))
+    transformer = CNNFeatureTransformer(adapt_channels("tiny", 4))
     X = [Image.fromarray(multispectral[0]), Image.new("RGB", (9, 9))]
 
-    with pytest.raises(ImageReadError, match="Image 1 could not be read: it has 3"):
+    with pytest.raises(ImageReadError, match="Image 1 could not be read: its color"):
         transformer.fit_transform(X)
+
+
+def test_adapting_again_begins_with_the_trained_filters():
+    twice = adapt_channels(adapt_channels("tiny", 2), 6)
+
+    assert twice == adapt_channels("tiny", 6)
+
+
+def test_own_weights_files_may_have_the_trained_filters(multispectral, tmp_path):
+    backbone = adapt_channels(own(resnet18()), 4)
+    state = resnet18().state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+
+    transformer = CNNFeatureTransformer(
+        backbone, weights=tmp_path / "weights.safetensors"
+    ).fit(multispectral)
+
+    (block, *_) = transformer.network_.blocks.values()
+    (found,) = block.state_dict().values()
+    expected = state["conv1.weight"][:, [0, 1, 2, 0]] * 0.75
+    assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_skops_saves_an_adapted_network(multispectral):
+    io = pytest.importorskip("skops.io")
+    fitted = CNNFeatureTransformer(adapt_channels("tiny", 4)).fit(multispectral)
+    saved = io.dumps(fitted)
+
+    loaded = io.loads(saved, trusted=io.get_untrusted_types(data=saved))
+
+    assert_array_equal(loaded.transform(multispectral), fitted.transform(multispectral))
+
+
+@pytest.mark.parametrize("kind", ["twice", "parametrized", "grouped"])
+def test_first_layers_that_cannot_be_adapted_are_named(kind):
+    conv = nn.Conv2d(3, 3, 3, padding=1, groups=3 if kind == "grouped" else 1)
+    if kind == "parametrized":
+        conv = nn.utils.parametrizations.weight_norm(conv)
+    layers = [conv, nn.ReLU(), conv] if kind == "twice" else [conv, nn.ReLU()]
+    backbone = Backbone.from_module(
+        "mine", nn.Sequential(*layers), preprocessing=Preprocessing(16)
+    )
+
+    with pytest.raises(ValueError, match="'mine' does not begin with a single convol"):
+        adapt_channels(backbone, 4)
