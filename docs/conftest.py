@@ -7,6 +7,8 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 
+from skltl import register_backbone
+
 GUIDE = Path(__file__).parent / "guide"
 FIRST_PAGE = GUIDE / "folder_to_model.rst"
 
@@ -35,6 +37,7 @@ def find(sources, text):
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("skltl.networks._registry._REGISTERED", {})
+    # Not by the name of its module, which doctest may have imported once more.
+    monkeypatch.setitem(register_backbone.__globals__, "_REGISTERED", {})
     if request.path != FIRST_PAGE:
         (tmp_path / "photographs").symlink_to(request.getfixturevalue("photographs"))
