@@ -6,11 +6,12 @@ Only the trained filters of the first convolution change; all other weights are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
@@ -110,54 +111,39 @@ def adapt_channels(
             f"Unknown filters {shorten(repr(filters))}. Known: {', '.join(FILTERS)}."
         )
     adaptation = Adaptation(
-        _first_convolution(backbone), backbone.n_channels, int(n_channels), filters
+        *(_first_convolution(backbone), backbone.n_channels, int(n_channels), filters),
+        *(
+            None if one is None else tuple(np.atleast_1d(one).tolist())
+            for one in (mean, std)
+        ),
     )
-
-    def adapted(one: Preprocessing) -> Preprocessing:
-        values: dict[str, Any] = {
-            "mean": adaptation.per_channel(one.mean) if mean is None else mean,
-            "std": adaptation.per_channel(one.std) if std is None else std,
-        }
-        return replace(one, **values)
-
-    name = name or f"{backbone.name.removeprefix('timm:')}-{int(n_channels)}ch"
-    check_name(name)
-    preprocessing = adapted(backbone.preprocessing)
+    preprocessing = adaptation.preprocessing(backbone.preprocessing)
     if preprocessing.n_channels != n_channels:
         raise ValueError(
             f"mean and std have {preprocessing.n_channels} values, for {n_channels} "
             "channels."
         )
+    name = name or f"{backbone.name.removeprefix('timm:')}-{int(n_channels)}ch"
+    check_name(name)
     own = backbone.own_network
     if own is not None:
         model = replace(own, module=copy.deepcopy(own.module))
         adaptation.adapt(model.module)
         convert = AdaptedConverter(None, adaptation)
         return own_backbone(name, model, preprocessing, convert)
-    return _adapted_backbone(backbone, name, adaptation, adapted)
-
-
-def _adapted_backbone(
-    backbone: Backbone,
-    name: str,
-    adaptation: Adaptation,
-    adapted: Callable[[Preprocessing], Preprocessing],
-) -> Backbone:
-    """Return a backbone that builds the network of another one, and adapts it."""
-    builder = AdaptedBuilder(backbone, adaptation)
     weights = tuple(
         replace(
             one,
             source=_adapted_source(one, adaptation),
-            preprocessing=adapted(one.preprocessing),
+            preprocessing=adaptation.preprocessing(one.preprocessing),
         )
         for one in backbone.weights
     )
-    normalization = [(one.preprocessing.mean, one.preprocessing.std) for one in weights]
+    builder = AdaptedBuilder(backbone, adaptation)
+    convert = AdaptedConverter(backbone.convert_state, adaptation)
     return Backbone(
-        *(name, builder, adapted(backbone.preprocessing), weights),
-        convert_state=AdaptedConverter(backbone.convert_state, adaptation),
-        known_as=f"{backbone.token} {adaptation} {normalization}",
+        *(name, builder, preprocessing, weights, convert),
+        known_as=f"{backbone.token} {adaptation}",
     )
 
 
@@ -165,7 +151,8 @@ def _adapted_backbone(
 class Adaptation:
     """Filters of `n_channels` from trained ones of `n_trained` channels.
 
-    `convolution` is the path of the network's first convolution.
+    `convolution` is the path of the network's first convolution. `mean` and `std`
+    normalize the channels, if they are given.
     """
 
     __module__ = "skltl.networks"  # the path in saved files
@@ -174,13 +161,23 @@ class Adaptation:
     n_trained: int
     n_channels: int
     filters: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
 
     @property
     def _is_average(self) -> bool:
         # A single channel of three would ignore the trained filters of two.
         return self.filters == "average" or self.n_channels == 1
 
-    def per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
+    def preprocessing(self, trained: Preprocessing) -> Preprocessing:
+        """Return the preprocessing of images for the adapted network."""
+        return replace(
+            trained,
+            mean=self._per_channel(trained.mean) if self.mean is None else self.mean,
+            std=self._per_channel(trained.std) if self.std is None else self.std,
+        )
+
+    def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
         """Return a value of each new channel from those of the trained ones."""
         if self._is_average:
             return (sum(values) / len(values),) * self.n_channels
@@ -224,6 +221,13 @@ class AdaptedBuilder:
         model = self.base.build(n_classes, image_size)
         self.adaptation.adapt(model.module)
         return model
+
+    @staticmethod
+    def rebuild(base: Backbone, adaptation: Adaptation, name: str) -> Backbone:
+        """Return the adapted backbone, from a file."""
+        one = adaptation
+        settings: dict[str, Any] = {"mean": one.mean, "std": one.std, "name": name}
+        return adapt_channels(base, one.n_channels, filters=one.filters, **settings)
 
 
 @dataclass(frozen=True)

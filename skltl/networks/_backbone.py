@@ -326,10 +326,14 @@ class Backbone:
         return self  # immutable: a clone of an estimator may share it
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        from skltl.networks._adaptation import AdaptedBuilder
         from skltl.networks._registry import get_backbone, is_included
 
         if is_included(self):
             return get_backbone, (self.name,)
+        adapted = self.build
+        if isinstance(adapted, AdaptedBuilder):  # without the paths of this machine
+            return adapted.rebuild, (adapted.base, adapted.adaptation, self.name)
         return super().__reduce_ex__(protocol)
 
     def __eq__(self, other: object) -> bool:
