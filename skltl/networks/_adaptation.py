@@ -126,11 +126,18 @@ def adapt_channels(
     name = name or f"{backbone.name.removeprefix('timm:')}-{int(n_channels)}ch"
     check_name(name)
     own = backbone.own_network
-    if own is not None:
-        model = replace(own, module=copy.deepcopy(own.module))
-        adaptation.adapt(model.module)
-        convert = AdaptedConverter(None, adaptation)
-        return own_backbone(name, model, preprocessing, convert)
+    if own is None:
+        return _adapted_backbone(backbone, name, adaptation)
+    model = replace(own, module=copy.deepcopy(own.module))
+    adaptation.adapt(model.module)
+    convert = AdaptedConverter(None, adaptation)
+    return own_backbone(name, model, preprocessing, convert)
+
+
+def _adapted_backbone(
+    backbone: Backbone, name: str, adaptation: Adaptation
+) -> Backbone:
+    """Return a backbone that builds the network of another one, and adapts it."""
     weights = tuple(
         replace(
             one,
@@ -141,6 +148,7 @@ def adapt_channels(
     )
     builder = AdaptedBuilder(backbone, adaptation)
     convert = AdaptedConverter(backbone.convert_state, adaptation)
+    preprocessing = adaptation.preprocessing(backbone.preprocessing)
     return Backbone(
         *(name, builder, preprocessing, weights, convert),
         known_as=f"{backbone.token} {adaptation}",
