@@ -57,7 +57,7 @@ def grad_cam(
     network, head = _split(estimator)
     targets = _targets(network, head)
     source = read_images_of(network, X)
-    labels = estimator.predict(X) if labels is None else np.asarray(labels)
+    labels = _predicted(estimator, X) if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
     labels = np.broadcast_to(labels, len(source)) if is_single else column_or_1d(labels)
     check_consistent_length(source, labels)
@@ -80,6 +80,15 @@ def grad_cam(
     scores = [score for _, score in pairs]
     images = decode_crops(source, network.preprocessing_, threads)
     return images, maps[:, 0].numpy(), labels, np.array(scores)
+
+
+def _predicted(estimator: Any, X: Any) -> NDArray[Any]:
+    """Return the predicted class of each image, or its most probable label."""
+    last = unwrapped(estimator[-1] if isinstance(estimator, Pipeline) else estimator)
+    if not getattr(last, "multilabel_", False):
+        return np.asarray(estimator.predict(X))
+    best = estimator.decision_function(X).argmax(axis=1)
+    return np.asarray(estimator.classes_[best])
 
 
 def _split(estimator: Any) -> tuple[Any, Head]:

@@ -7,7 +7,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from skltl.displays._layout import import_pyplot, line_style, resolve_axes
-from skltl.finetuning import FineTunedCNNClassifier, unwrapped
+from skltl.finetuning import FineTunedCNN, unwrapped
 
 # Keys of the history in each panel, with their labels.
 PANELS = {
@@ -174,9 +174,10 @@ def trained_in(estimator):
     classifier = unwrapped(estimator)
     if isinstance(classifier, Pipeline):
         classifier = unwrapped(classifier[-1])
-    if not isinstance(classifier, FineTunedCNNClassifier):
+    if not isinstance(classifier, FineTunedCNN):
         raise ValueError(
-            "Only FineTunedCNNClassifier has a training history; got "
+            "Only FineTunedCNNClassifier and FineTunedCNNRegressor have a training "
+            "history; got "
             f"{type(classifier).__name__}."
         )
     check_is_fitted(classifier, "history_")

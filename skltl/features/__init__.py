@@ -2,6 +2,7 @@
 
 from skltl.features._estimators import (
     FeatureEstimator,
+    HeadEstimator,
     NetworkClassifier,
     n_features_by_layer,
     output_layout,
@@ -10,6 +11,12 @@ from skltl.features._extraction import (
     cache_folder,
     extract_features,
     extraction_config,
+)
+from skltl.features._linear import (
+    LEAST_SCALE,
+    FeatureScaler,
+    LinearSVC,
+    LogisticRegression,
 )
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
@@ -23,9 +30,14 @@ from skltl.features._transformer import (
 )
 
 __all__ = [
+    "LEAST_SCALE",
     "SHARED_PARAMETERS",
     "CNNFeatureTransformer",
     "FeatureEstimator",
+    "FeatureScaler",
+    "HeadEstimator",
+    "LinearSVC",
+    "LogisticRegression",
     "NetworkClassifier",
     "cache_folder",
     "check_output",

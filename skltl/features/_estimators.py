@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.base import ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -60,64 +60,12 @@ def output_layout(estimator):
     return layouts(estimator.backbone_, size, (layer.block,))[layer.block]
 
 
-class NetworkClassifier(ClassifierMixin, ImageEstimator):
-    """Base class of classifiers that consist of a network and a head.
+class HeadEstimator(ImageEstimator):
+    """Base class of estimators that predict with a network and a head.
 
-    `fit` sets `network_`, `head_`, `layers_`, `preprocessing_`, `backbone_` and
-    `classes_`. `_pooling` and `_run_head` define what comes after the network.
+    `fit` sets `network_`, `head_`, `layers_`, `preprocessing_` and `backbone_`.
+    `_pooling` and `_run_head` define what comes after the network.
     """
-
-    def decision_function(self, X):
-        """Return the logits.
-
-        Parameters
-        ----------
-        X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Images of any kind that `fit` supports.
-
-        Returns
-        -------
-        array of shape (n, n_classes), or (n,) for two classes
-            Logits; for two classes, the difference between the second and the first.
-        """
-        logits = self._logits(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
-
-    def predict_proba(self, X):
-        """Return the class probabilities.
-
-        Parameters
-        ----------
-        X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Images of any kind that `fit` supports.
-
-        Returns
-        -------
-        array of shape (n, n_classes)
-            Probabilities, in the order of `classes_`.
-        """
-        return softmax(self._logits(X), axis=1)
-
-    def predict(self, X):
-        """Return the most probable class of each image.
-
-        Parameters
-        ----------
-        X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Images of any kind that `fit` supports.
-
-        Returns
-        -------
-        array of shape (n,)
-            Class labels.
-        """
-        check_is_fitted(self)
-        return self.classes_[self._logits(X).argmax(axis=1)]
-
-    def _logits(self, X):
-        """Return the logits (n, n_classes)."""
-        check_is_fitted(self)
-        return self._head_outputs(X, len(self.classes_))
 
     def _head_outputs(self, X, n_outputs):
         """Return the outputs (n, n_outputs) of the head."""
@@ -151,3 +99,73 @@ class NetworkClassifier(ClassifierMixin, ImageEstimator):
         tags = super().__sklearn_tags__()
         tags.non_deterministic = self.random_state is None
         return tags
+
+
+class NetworkClassifier(ClassifierMixin, HeadEstimator):
+    """Base class of classifiers that consist of a network and a head.
+
+    `fit` sets `classes_`, too. With `multilabel_`, these are the columns of an
+    indicator matrix, and each image has any number of labels.
+    """
+
+    def decision_function(self, X):
+        """Return the logits.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n, n_classes), or (n,) for two classes
+            Logits; for two classes, the difference between the second and the first.
+            For multilabel targets, the log odds of each label.
+        """
+        logits = self._logits(X)
+        is_binary = logits.shape[1] == 2 and not self._is_multilabel()
+        return logits[:, 1] - logits[:, 0] if is_binary else logits
+
+    def predict_proba(self, X):
+        """Return the class probabilities.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n, n_classes)
+            Probabilities, in the order of `classes_`; for multilabel targets, that of
+            each label.
+        """
+        logits = self._logits(X)
+        return expit(logits) if self._is_multilabel() else softmax(logits, axis=1)
+
+    def predict(self, X):
+        """Return the most probable class of each image.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n,), or (n, n_labels)
+            Class labels; for multilabel targets, an indicator matrix.
+        """
+        check_is_fitted(self)
+        logits = self._logits(X)
+        if self._is_multilabel():
+            return (logits > 0).astype(int)
+        return self.classes_[logits.argmax(axis=1)]
+
+    def _logits(self, X):
+        """Return the logits (n, n_classes)."""
+        check_is_fitted(self)
+        return self._head_outputs(X, len(self.classes_))
+
+    def _is_multilabel(self):
+        return getattr(self, "multilabel_", False)

@@ -8,9 +8,13 @@ from skltl.finetuning._data import (
     encode_labels,
     example_weights,
 )
+from skltl.finetuning._estimator import FineTunedCNN
+from skltl.finetuning._regressor import FineTunedCNNRegressor
 
 __all__ = [
+    "FineTunedCNN",
     "FineTunedCNNClassifier",
+    "FineTunedCNNRegressor",
     "columns_of",
     "decode_crops",
     "encode_labels",

@@ -1,80 +1,25 @@
-"""``FineTunedCNNClassifier``: two-stage fine-tuning of a pretrained network."""
+"""``FineTunedCNNClassifier``: two-stage fine-tuning of a network that classifies."""
 
 from __future__ import annotations
 
-import copy
-from contextlib import nullcontext
-from dataclasses import asdict
-from functools import partial
-from numbers import Integral, Real
-from os import PathLike, fspath
+from numbers import Real
 
-import torch
-from sklearn.frozen import FrozenEstimator
-from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_is_fitted
+import numpy as np
 
-from skltl._estimator import INPUT_ATTRIBUTES, ImageEstimator, read_images_of
-from skltl._parameters import (
-    name_of_dtype,
-    resolve_device,
-    resolve_precision,
-    resolve_threads,
-)
-from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions, fit_context
-from skltl.exceptions import shorten
-from skltl.features import (
-    SHARED_PARAMETERS,
-    FeatureEstimator,
-    NetworkClassifier,
-    check_output,
-    copy_fitted_network,
-    extract_features,
-    extraction_config,
-    fitted_parameters,
-    fitted_transformer,
-    output_layout,
-)
-from skltl.finetuning._checkpoint import check_folder, fingerprint, open_checkpoint
-from skltl.finetuning._conversion import (
-    head_of_pipeline,
-    linear_head,
-    parts_of_pipeline,
-)
+from skltl._sklearn import Interval, StrOptions, fit_context
+from skltl._targets import is_multilabel
+from skltl.features import NetworkClassifier
+from skltl.finetuning._conversion import check_same_classes, is_multilabel_classifier
 from skltl.finetuning._data import (
-    build_inputs,
+    encode_indicators,
     encode_labels,
     example_weights,
-    split_examples,
 )
-from skltl.finetuning._network import (
-    Pool,
-    SplitNetwork,
-    build_head,
-    check_trainable,
-    check_widths,
-    count_frozen,
-    group_blocks,
-    has_batch_norms,
-    head_from_state,
-    head_specs,
-    head_state,
-)
-from skltl.finetuning._training import (
-    OPTIMIZERS,
-    CallbackSupportMixin,
-    Stage,
-    begin_fit,
-    plan_stages,
-    train_network,
-    training_context,
-)
-from skltl.inference import POOLINGS, load_prefix, resolve_engine
-from skltl.networks import Backbone, resolve_layer, resolve_network
+from skltl.finetuning._estimator import FineTunedCNN
+from skltl.finetuning._objective import Multilabel, SingleLabel
 
 
-class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClassifier):
+class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     """Fine-tune a pretrained network in two stages.
 
     First a new head is trained on the frozen network, then all of the network, or its
@@ -111,9 +56,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         Number of epochs of the second stage.
     head_init : {"probe", "random"} or FrozenEstimator, default="probe"
         Initial weights of the head. ``"probe"`` initializes a head with a single linear
-        layer with scikit-learn's logistic regression on the frozen features [1]_.
-        ``FrozenEstimator(classifier)`` holds a fitted linear classifier, or a fitted
-        pipeline of a ``StandardScaler`` and a linear classifier.
+        layer with scikit-learn's logistic regression (ridge regression for values) on
+        the frozen features [1]_. ``FrozenEstimator(model)`` holds a fitted linear
+        model, or a fitted pipeline of a ``StandardScaler`` and a linear model.
     head_lr : float or "auto", default="auto"
         Peak learning rate of the head; ``"auto"`` is 0.01 for SGD, 0.001 for AdamW.
     backbone_lr : float or "auto", default="auto"
@@ -144,8 +89,8 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     class_weight : dict or "balanced", default=None
         Weights of the classes in the loss, as in scikit-learn.
     validation_fraction : float, default=None
-        Fraction of the images of each class that are held out for validation after each
-        epoch. ``None`` holds out none, or a tenth with `early_stopping`.
+        Fraction of the images, stratified by class, that are held out for validation
+        after each epoch. ``None`` holds out none, or a tenth with `early_stopping`.
     early_stopping : bool, default=False
         Whether a stage ends when the validation score has not increased for `patience`
         epochs, and the weights of its best epoch are kept.
@@ -188,12 +133,12 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     checkpoint : str or path, default=None
         Folder in which the state is saved after each epoch, and deleted at the end.
         After an interruption, the same call resumes there and gives the same result; a
-        call with other images, labels, parameters or versions starts over, and so does
+        call with other images, targets, parameters or versions starts over, and so does
         one whose `random_state` is a ``RandomState``, which has changed meanwhile. If
         the state cannot be saved, there is a warning and training goes on.
     warm_start : bool, default=False
         Whether `fit` starts from the result of the previous `fit`, with the same
-        classes and layers.
+        classes or number of outputs, and the same layers.
     n_jobs : int, default=None
         Number of decoding threads. ``None`` is torch's number of threads, -1 the number
         of cores.
@@ -259,36 +204,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
     __module__ = "skltl"  # the path in saved files
 
     _parameter_constraints: dict = {
-        **ImageEstimator._parameter_constraints,
-        "layer": [str, Integral],
-        "pooling": [StrOptions(set(POOLINGS)), AT_LEAST_ONE],
-        "conv_channels": [tuple, list],
-        "hidden_units": [tuple, list],
-        "dropout": [Interval(Real, 0, 1, closed="left")],
-        "unfreeze": [str, AT_LEAST_ONE, None],
-        "head_epochs": [Interval(Integral, 0, None, closed="left")],
-        "finetune_epochs": [Interval(Integral, 0, None, closed="left")],
-        "head_init": [StrOptions({"probe", "random"}), FrozenEstimator],
-        "head_lr": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
-        "backbone_lr": [
-            Interval(Real, 0, None, closed="neither"),
-            StrOptions({"auto"}),
-        ],
-        "backbone_lr_decay": [Interval(Real, 0, 1, closed="right")],
-        "optimizer": [StrOptions({"auto", *OPTIMIZERS})],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
-        "augment": [callable, None],
-        "n_views": [AT_LEAST_ONE, None],
+        **FineTunedCNN._parameter_constraints,
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
-        "early_stopping": ["boolean"],
-        "patience": [AT_LEAST_ONE],
-        "batch_size": [AT_LEAST_ONE],
-        "cache": ["boolean", str, PathLike, None],
-        "checkpoint": [str, PathLike, None],
-        "warm_start": ["boolean"],
     }
 
     def __init__(
@@ -384,8 +302,9 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images of any kind that `CNNFeatureTransformer` supports.
-        y : array of shape (n,)
-            Class labels, of any type that can be sorted.
+        y : array of shape (n,), or indicator matrix of shape (n, n_labels)
+            Class labels, of any type that can be sorted; or, for multilabel targets, a
+            column of 0 and 1 for each label.
         sample_weight : array of shape (n,), default=None
             Weights of the images in the loss.
         groups : array of shape (n,), default=None
@@ -405,44 +324,7 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         TrainingError
             If the loss becomes infinite or NaN.
         """
-        check_widths("conv_channels", self.conv_channels)
-        check_widths("hidden_units", self.hidden_units)
-        # A fit that fails leaves `self` unchanged. Meanwhile, `self` holds the previous
-        # fit, and the context of scikit-learn's callbacks.
-        new = type(self)(**self.get_params())
-        source = read_images_of(new, X, y, reset=True)
-        new.classes_, targets = encode_labels(y, len(source))
-        labels, class_weight = new.classes_[targets], self.class_weight
-        weights = example_weights(sample_weight, class_weight, new.classes_, targets)
-        with training_context(resolve_device(self.device)):
-            arrays = (labels, sample_weight, groups)
-            requested_seed = draw_seed(self.random_state)
-            seed = fresh_seed() if requested_seed is None else requested_seed
-            split_examples(new, targets, weights, groups, seed)  # before it takes long
-            new._load_network(seed)
-            with self._open_checkpoint(
-                new, source, arrays, requested_seed
-            ) as checkpoint:
-                if checkpoint is not None and checkpoint.saved is not None:
-                    seed = checkpoint.saved["seed"]
-                    new._load_network(seed)
-                examples = split_examples(new, targets, weights, groups, seed)
-                network = self._build_network(new, seed)
-                new.history_, new.best_validation_score_ = [], None
-                metadata = {"sample_weight": sample_weight, "groups": groups}
-                fitted = partial(new._fitted_attributes, network)
-                task = begin_fit(self, X, y, metadata, len(new.stages_), fitted)
-                inputs = build_inputs(new, source, network, seed)
-                is_new_head = isinstance(self.head_init, str) and not self._is_warm()
-                new.best_validation_score_ = train_network(
-                    new, network, inputs, examples, seed, is_new_head, checkpoint, task
-                )
-        attributes = fitted()
-        task.end()
-        kept = vars(self).keys() - set(INPUT_ATTRIBUTES)  # those are of an earlier fit
-        # Replaced at once, for threads that predict meanwhile.
-        self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
-        return self
+        return self._fit(X, y, sample_weight, groups)
 
     @classmethod
     def from_pipeline(cls, pipeline, **parameters):
@@ -470,208 +352,46 @@ class FineTunedCNNClassifier(CallbackSupportMixin, FeatureEstimator, NetworkClas
         ValueError
             If the pipeline has other steps, or determines one of the parameters.
         """
-        transformer, scaler, classifier = parts_of_pipeline(pipeline)
-        network = fitted_parameters(transformer)
-        of_head = ("conv_channels", "hidden_units", "dropout")
-        determined = sorted({*network, *of_head} & parameters.keys())
-        if determined:
-            raise ValueError(
-                f"{', '.join(determined)}: determined by the pipeline and cannot be "
-                "set."
-            )
-        shared = {name: getattr(transformer, name) for name in SHARED_PARAMETERS}
-        linear = classifier
-        if scaler is not None:
-            linear = Pipeline([("scale", scaler), ("linear", classifier)])
-        # A copy, since the pipeline may be fitted again.
-        linear = FrozenEstimator(copy.deepcopy(linear))
-        defaults = {"head_init": linear, "head_epochs": 0}
-        made = cls(**{**network, **shared, **defaults, **parameters})
-        copy_fitted_network(transformer, made)
-        head = head_of_pipeline(
-            transformer.pooling_, output_layout(transformer), scaler, classifier
-        )
-        if isinstance(made.backbone, Backbone):
-            made.backbone_ = made.backbone
+        made, classifier = cls._from_pipeline(pipeline, parameters)
         made.classes_ = classifier.classes_
-        made.head_ = head.double().eval().requires_grad_(False)
-        made.stages_, made.history_, made.n_epochs_ = [], [], 0
-        made.best_validation_score_ = None
+        made.multilabel_ = is_multilabel_classifier(classifier)
         return made
 
-    def to_transformer(self):
-        """Convert the fine-tuned network up to `layer` to a transformer.
+    def _encode_targets(self, y, n_images):
+        self.multilabel_ = is_multilabel(y)
+        if self.multilabel_:
+            indicators = encode_indicators(y, n_images)
+            self.classes_ = np.arange(indicators.shape[1])
+            return indicators
+        self.classes_, targets = encode_labels(y, n_images)
+        return targets
 
-        Returns
-        -------
-        CNNFeatureTransformer
-            Fitted transformer whose features are those of `transform`. Its `backbone`
-            is a `Backbone` with the fine-tuned weights, so that clones, and another
-            `fit`, give the same features.
-        """
-        check_is_fitted(self)
-        return fitted_transformer(self)
-
-    def transform(self, X):
-        """Return the pooled features of the fine-tuned network.
-
-        Parameters
-        ----------
-        X : sequence of n images, or array of shape (n, d) with `image_shape`
-            Images of any kind that `fit` supports.
-
-        Returns
-        -------
-        array of shape (n, n_features), float32
-            Features, pooled as those of `CNNFeatureTransformer`.
-        """
-        check_is_fitted(self)
-        source = read_images_of(self, X)
-        block = self.layers_[0].block
-        config = extraction_config(
-            self,
-            self.backbone_,
-            self.network_,
-            (block,),
-            self.preprocessing_,
-            self.pooling_,
-        )
-        threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
-        return extract_features(source, config, [block], threads, verbose)
-
-    def get_params(self, deep=True):
-        """Return the parameters.
-
-        Parameters
-        ----------
-        deep : bool, default=True
-            Ignored: some of torchvision's transforms have an unrelated `get_params`.
-
-        Returns
-        -------
-        dict
-            Parameter names and values.
-        """
-        return super().get_params(deep=False)
-
-    def __sklearn_clone__(self):
-        # `clone` would call `get_params` of a transform in `augment`. Not `copy.copy`,
-        # which gives a copy that holds the fitted network.
-        bare = type(self).__new__(type(self))
-        bare.__dict__ = {**vars(self), "augment": None}
-        cloned = super(FineTunedCNNClassifier, bare).__sklearn_clone__()
-        cloned.augment = copy.deepcopy(self.augment)
-        return cloned
-
-    def _open_checkpoint(self, new, source, arrays, requested_seed):
-        """Return the checkpoint of the fit, or a context without one."""
-        if self.checkpoint is None:
-            return nullcontext()
-        folder = fspath(self.checkpoint)
-        check_folder(folder)  # before all images are hashed
-        name = fingerprint(self, new, source, arrays, requested_seed)
-        return open_checkpoint(folder, name)
-
-    def _load_network(self, seed):
-        """Set the attributes of the pretrained network up to `layer`."""
-        self.backbone_, weights, self.preprocessing_ = resolve_network(
-            self.backbone, self.weights, self.image_size, self.crop
-        )
-        size = self.preprocessing_.size
-        layer = resolve_layer(self.backbone_, self.layer, size, self.pooling)
-        self.layers_, self.pooling_ = [layer], self.pooling
-        check_output(layer, output_layout(self), self.pooling)
-        # Random weights without a `random_state` are never requested again.
-        is_shared = self.random_state is not None
-        self.network_ = load_prefix(
-            self.backbone_, weights, seed, size, [layer.block], is_shared
-        )
-        device = resolve_device(self.device)
-        self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
-        self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)
-
-    def _is_warm(self):
-        """Return whether the fit starts from the result of the previous one."""
-        return self.warm_start and hasattr(self, "head_")
-
-    def _build_network(self, new, seed):
-        """Build the head, plan the stages, and split the network accordingly."""
-        layout, size = output_layout(new), new.preprocessing_.size
-        head = build_head(new, layout, len(new.classes_), seed)
-        if not isinstance(self.head_init, str):
-            fitted = self.head_init.estimator
-            head = linear_head(fitted, self.pooling, layout, head, new.classes_)
-        if self._is_warm():
-            self._check_same_network(new, head)
-            new.network_ = self.network_
-            head = copy.deepcopy(self.head_).float().requires_grad_(True)
-        blocks, (layer,) = new.network_.blocks, new.layers_
-        n_frozen = count_frozen(new.backbone_, blocks, layer, size, self.unfreeze)
-        new.stages_ = plan_stages(new, len(blocks), n_frozen)
-        n_frozen = min((stage.n_frozen for stage in new.stages_), default=len(blocks))
-        if n_frozen < len(blocks):
-            check_trainable(new.backbone_, size)
-        groups = group_blocks(new.backbone_, blocks, layer, size)
-        network = SplitNetwork(blocks, groups, n_frozen, head)
-        is_from_scratch = self.weights is None and has_batch_norms([network.trainable])
-        if is_from_scratch and self.batch_size == 1:
-            raise ValueError(
-                "batch_size=1: batch-norms that are trained from scratch need at least "
-                "2 images per step."
+    def _image_weights(self, sample_weight, targets):
+        if not self.multilabel_:
+            return example_weights(
+                sample_weight, targets, self.class_weight, self.classes_
             )
-        return network
+        if isinstance(self.class_weight, dict):
+            raise ValueError(
+                "class_weight: a dict has weights of classes, and the targets are "
+                "multilabel. Use 'balanced', or sample_weight."
+            )
+        return example_weights(sample_weight, targets)
 
-    def _check_same_network(self, new, head):
-        """Raise if a warm start would continue with another network."""
-        compared = {
-            "classes": (self.classes_.tolist(), new.classes_.tolist()),
-            "backbone": (self.backbone_, new.backbone_),
-            "layer": (self.layers_[0].name, new.layers_[0].name),
-            "preprocessing": (self.preprocessing_, new.preprocessing_),
-            "head": (head_specs(self.head_), head_specs(head)),
-        }
-        for name, (previous, current) in compared.items():
-            if previous != current:
-                raise ValueError(
-                    f"warm_start=True requires the same {name} as in the previous fit: "
-                    f"{shorten(str(previous), 150)}, not {shorten(str(current), 150)}."
-                )
+    def _objective(self, examples):
+        smoothing = self.label_smoothing
+        if not self.multilabel_:
+            return SingleLabel(len(self.classes_), smoothing)
+        training = examples.targets[examples.training]
+        return Multilabel(training, smoothing, self.class_weight == "balanced")
 
-    def _fitted_attributes(self, network):
-        """Return the attributes as if the fit ended now."""
-        prefix, head = network.finished()
-        kept = {
-            name: value
-            for name, value in vars(self).items()
-            if name.endswith("_") or name == "_fitted_image_shape"
-        }
-        history = list(self.history_)
-        changed = {"network_": prefix, "head_": head, "history_": history}
-        return {**kept, **changed, "n_epochs_": len(history)}
+    def _targets(self):
+        return "classes", [self._is_multilabel(), *self.classes_.tolist()]
 
-    @property
-    def _pooling(self):
-        """Pooling that runs with the network, as the first layer of the head."""
-        return self.head_[0].pooling if isinstance(self.head_[0], Pool) else "flatten"
+    def _check_head(self, fitted):
+        check_same_classes(self.classes_, fitted)
 
-    def _run_head(self, rows):
-        """Return the logits; in float64 they do not depend on the batch."""
-        features = rows.double()
-        if not isinstance(self.head_[0], Pool):
-            features = features.reshape(len(rows), *output_layout(self).shape)
-        with torch.inference_mode():
-            return self.head_(features)
-
-    def __getstate__(self):
-        state = super().__getstate__()
-        if "head_" in state:
-            state["head_"] = head_state(self.head_)
-            state["stages_"] = [asdict(stage) for stage in self.stages_]
-        return state
-
-    def __setstate__(self, state):
-        super().__setstate__(state)  # before anything else: it checks the format
-        if "head_" in state:
-            plain = vars(self)
-            self.head_ = head_from_state(plain["head_"])
-            self.stages_ = [Stage(**stage) for stage in plain["stages_"]]
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags

@@ -1,4 +1,4 @@
-"""Conversion of a pipeline with a linear classifier to the head of a network."""
+"""Conversion of a pipeline with a linear model to the head of a network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import is_classifier
+from sklearn.base import is_classifier, is_regressor
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
@@ -40,7 +40,7 @@ def unwrapped(estimator: Any) -> Any:
 
 
 def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
-    """Return a fitted pipeline's transformer, scaler (or ``None``) and classifier."""
+    """Return a fitted pipeline's transformer, scaler (or ``None``) and linear model."""
     if not isinstance(pipeline, Pipeline):
         raise ValueError(
             f"Expected a fitted Pipeline, got {type(pipeline).__name__}. Of a search, "
@@ -54,7 +54,7 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     if not is_known or (between and not is_scaled):
         raise ValueError(
             "The steps of the pipeline must be a CNNFeatureTransformer, optionally a "
-            "StandardScaler, and a linear classifier, got "
+            "StandardScaler, and a linear model, got "
             f"{', '.join(type(step).__name__ for step in steps) or 'none'}."
         )
     if len(first.layers_) > 1:
@@ -74,16 +74,21 @@ def _steps(pipeline: Pipeline) -> list[Any]:
 
 
 def head_of_pipeline(
-    pooling: str | int, layout: Layout, scaler: Any, classifier: Any
+    pooling: str | int, layout: Layout, scaler: Any, model: Any
 ) -> nn.Sequential:
-    """Build the head that is equivalent to a scaler and a linear classifier."""
-    coef, intercept = _coefficients(classifier)
-    n_features = coef.shape[1]
-    _check_decisions(classifier, coef, intercept)
+    """Build the head that is equivalent to a scaler and a linear model."""
+    coef, intercept = _coefficients(model)
+    n_features, n_outputs = coef.shape[1], len(coef)
+    if is_classifier(model):
+        _check_decisions(model, coef, intercept)
+        if not is_multilabel_classifier(model):
+            n_outputs = max(2, n_outputs)
+    else:
+        _check_predictions(model, coef, intercept)
     with torch_defaults():
         standardize = Standardize(n_features).double()
         # On the meta device: initial weights would advance torch's generator.
-        linear = nn.Linear(n_features, max(2, len(coef)), device="meta").double()
+        linear = nn.Linear(n_features, n_outputs, device="meta").double()
     linear.to_empty(device="cpu")
     if scaler is not None and scaler.with_mean:
         standardize.mean.copy_(torch.from_numpy(scaler.mean_))
@@ -98,37 +103,46 @@ def linear_head(
     pooling: str | int,
     layout: Layout,
     expected: nn.Sequential,
-    classes: NDArray[Any],
 ) -> nn.Sequential:
-    """Build the trainable head that is equivalent to `head_init`, a fitted estimator.
+    """Build the head that is equivalent to `head_init`, a fitted estimator.
 
-    Its classes, and the layers of the `expected` head, must be those of the fit.
+    Its layers must be those of the `expected` head.
     """
     scaler, linear = fitted if isinstance(fitted, Pipeline) else (None, fitted)
     head = head_of_pipeline(pooling, layout, scaler, linear)
-    if not np.array_equal(classes, fitted.classes_):
-        raise ValueError(
-            f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
-            f"classifier are {abbreviate(fitted.classes_)}."
-        )
     layers, expected_layers = head_specs(head), head_specs(expected)
     if layers != expected_layers:
         raise ValueError(
-            "head_init: the fitted classifier is not the head that pooling, "
+            "head_init: the fitted model is not the head that pooling, "
             f"conv_channels, hidden_units and dropout define: {layers} instead of "
             f"{expected_layers}."
         )
-    return head.float().requires_grad_(True)
+    return head
 
 
-def _coefficients(classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return coefficients (n_classes or 1, d) and intercepts of a linear classifier."""
-    binary = getattr(classifier, "estimators_", None)
-    parts = [classifier] if binary is None else binary  # one-vs-rest: one per class
-    is_linear = all(hasattr(part, "coef_") for part in parts)
-    if not (is_classifier(classifier) and is_linear):
+def check_same_classes(classes: NDArray[Any], fitted: Any) -> None:
+    """Refuse a fitted classifier in `head_init` that has other classes."""
+    found = getattr(fitted, "classes_", np.empty(0))
+    if not np.array_equal(classes, found):
         raise ValueError(
-            f"{type(classifier).__name__} is not a linear classifier: it has no coef_."
+            f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
+            f"classifier are {abbreviate(found)}."
+        )
+
+
+def is_multilabel_classifier(classifier: Any) -> bool:
+    """Return whether a fitted classifier predicts any number of labels."""
+    return bool(getattr(classifier, "multilabel_", False))
+
+
+def _coefficients(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the coefficients (n_outputs or 1, d) and intercepts of a linear model."""
+    several = getattr(model, "estimators_", None)
+    parts = [model] if several is None else several  # one-vs-rest: one per class
+    is_linear = all(hasattr(part, "coef_") for part in parts)
+    if not ((is_classifier(model) or is_regressor(model)) and is_linear):
+        raise ValueError(
+            f"{type(model).__name__} is not a linear model: it has no coef_."
         )
     coefs = [np.atleast_2d(part.coef_) for part in parts]
     intercepts = [
@@ -154,18 +168,43 @@ def _check_decisions(
     decide = getattr(bare, "decision_function", None)
     decisions = np.zeros((64, 0)) if decide is None else np.asarray(decide(points))
     decisions = decisions.reshape(64, -1)
-    is_binary = expected.shape[1] == 1
-    number = expected[:, 0] > 0 if is_binary else expected.argmax(axis=1)
+    n_classes = expected.shape[1]
+    is_binary = n_classes == 1
+    predicted = expected > 0 if is_binary else expected.argmax(axis=1)
+    if is_multilabel_classifier(classifier):
+        predicted = expected > 0
+    else:
+        n_classes = max(2, n_classes)
     if (
         decisions.shape != expected.shape
         or not np.allclose(decisions, expected, atol=1e-4)
-        or len(bare.classes_) != max(2, expected.shape[1])
-        or not np.array_equal(bare.predict(points), bare.classes_[number.astype(int)])
+        or len(bare.classes_) != n_classes
+        or not _is_same(bare, points, predicted)
     ):
         raise ValueError(
             f"{type(classifier).__name__} does not decide by one row of coefficients "
             "for each class, as the last layer of a network does. LogisticRegression, "
-            "LinearSVC and OneVsRestClassifier (with one label per image) do."
+            "LinearSVC and OneVsRestClassifier do."
+        )
+
+
+def _is_same(classifier: Any, points: NDArray[Any], predicted: NDArray[Any]) -> bool:
+    """Return whether a classifier predicts these positions of classes, or labels."""
+    if not is_multilabel_classifier(classifier):
+        predicted = classifier.classes_[predicted.astype(int).ravel()]
+    return np.array_equal(classifier.predict(points), predicted)
+
+
+def _check_predictions(model: Any, coef: NDArray[Any], intercept: NDArray[Any]) -> None:
+    """Raise if predictions are not those of one linear function for each output."""
+    points = np.random.default_rng(0).normal(size=(64, coef.shape[1]))
+    predicted = np.asarray(_without_names(model).predict(points)).reshape(64, -1)
+    expected = points @ coef.T + intercept
+    if predicted.shape != expected.shape or not np.allclose(predicted, expected):
+        raise ValueError(
+            f"{type(model).__name__} does not predict by one row of coefficients for "
+            "each output, as the last layer of a network does. Ridge and other linear "
+            "regressors do."
         )
 
 

@@ -14,9 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.exceptions import DataConversionWarning
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
-from sklearn.utils import assert_all_finite, check_consistent_length
+from sklearn.model_selection import (
+    GroupKFold,
+    StratifiedGroupKFold,
+    train_test_split,
+)
+from sklearn.utils import assert_all_finite, check_array, check_consistent_length
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
@@ -51,12 +56,36 @@ Positions: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Labels and weights of all images, and which of them are held out."""
+    """Targets and weights of all images, and which of them are held out."""
 
-    targets: NDArray[np.int64]  # (n,) positions in the sorted classes
+    targets: NDArray[Any]  # as an `Objective` takes them
     weights: NDArray[np.float32]  # (n,) 1 on average over the training images
     training: Positions
     validation: Positions
+
+
+def encode_indicators(y: Any, n: int) -> NDArray[np.float32]:
+    """Return the indicator matrix (n, n_labels) of the labels of `n` images."""
+    indicators = check_array(y, accept_sparse="csr", dtype=np.float32)
+    if issparse(indicators):
+        indicators = indicators.toarray()
+    check_consistent_length(range(n), indicators)
+    return np.asarray(indicators)
+
+
+def encode_values(y: Any, n: int) -> NDArray[np.float64]:
+    """Return the values (n, n_outputs) of a regression for `n` images."""
+    if y is None:
+        raise ValueError(
+            "The regressor requires y to be passed, but the target y is None."
+        )
+    values = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    check_consistent_length(range(n), values)
+    if values.ndim > 2:
+        raise ValueError(
+            f"y has shape {values.shape}; expected (n,) or (n, n_outputs)."
+        )
+    return np.asarray(values).reshape(len(values), -1)
 
 
 def encode_labels(y: Any, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -115,9 +144,9 @@ def abbreviate(labels: NDArray[Any]) -> str:
 
 def example_weights(
     sample_weight: Any,
-    class_weight: Any,
-    classes: NDArray[Any],
-    targets: NDArray[np.int64],
+    targets: NDArray[Any],
+    class_weight: Any = None,
+    classes: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
     """Return the product of sample weight and class weight for each image."""
     weights = check_sample_weight(
@@ -125,8 +154,9 @@ def example_weights(
     )
     # Only ratios count. Scaled first, so that products and sums do not overflow.
     weights = _scale_to_one(weights)
-    of_classes = compute_sample_weight(class_weight, classes[targets])
-    weights = weights * _scale_to_one(of_classes)
+    if classes is not None:
+        of_classes = compute_sample_weight(class_weight, classes[targets])
+        weights = weights * _scale_to_one(of_classes)
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("class_weight must be finite and non-negative.")
     return np.asarray(weights)
@@ -140,7 +170,7 @@ def _scale_to_one(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def split_examples(
     estimator: Any,
-    targets: NDArray[np.int64],
+    targets: NDArray[Any],
     weights: NDArray[np.float64],
     groups: Any,
     seed: int,
@@ -161,12 +191,13 @@ def split_examples(
 
 
 def hold_out(
-    targets: NDArray[np.int64], groups: Any, fraction: float | None, seed: int
+    targets: NDArray[Any], groups: Any, fraction: float | None, seed: int
 ) -> tuple[Positions, Positions]:
-    """Return the positions of training and validation images, stratified by class.
+    """Return the positions of training and validation images.
 
-    Groups are never split; the validation set is then as close to the fraction as whole
-    groups allow. Without a fraction, nothing is held out.
+    They are stratified by class where each image has one. Groups are never split; the
+    validation set is then as close to the fraction as whole groups allow. Without a
+    fraction, nothing is held out.
     """
     everything = np.arange(len(targets))
     if groups is not None:
@@ -175,6 +206,17 @@ def hold_out(
         return everything, everything[:0]
     if groups is not None:
         return _hold_out_groups(targets, column_or_1d(groups), fraction, seed)
+    if targets.ndim > 1:
+        n_held_out = min(max(round(fraction * len(targets)), 1), len(targets) - 1)
+        if n_held_out < 1:
+            raise ValueError(
+                f"validation_fraction={fraction} cannot hold out an image and leave "
+                "one for training: there is a single image."
+            )
+        training, validation = train_test_split(
+            everything, test_size=n_held_out, random_state=seed
+        )
+        return training, validation
     counts = np.bincount(targets)
     n_held_out = max(round(fraction * len(targets)), len(counts))
     if counts.min() < 2 or len(targets) - n_held_out < len(counts):
@@ -190,28 +232,32 @@ def hold_out(
 
 
 def _hold_out_groups(
-    targets: NDArray[np.int64], groups: NDArray[Any], fraction: float, seed: int
+    targets: NDArray[Any], groups: NDArray[Any], fraction: float, seed: int
 ) -> tuple[Positions, Positions]:
-    """Hold out whole groups: those of the first of several stratified folds."""
+    """Hold out whole groups: those of the first of several folds, stratified if any."""
+    is_stratified = targets.ndim == 1
     n_groups = len(np.unique(groups))
-    n_folds = min(MAX_FOLDS, n_groups, int(np.bincount(targets).min()))
+    rarest = int(np.bincount(targets).min()) if is_stratified else n_groups
+    n_folds = min(MAX_FOLDS, n_groups, rarest)
     if n_folds < 2:
+        counted = f" and {rarest} images of the rarest class" if is_stratified else ""
         raise ValueError(
-            "groups: too few to hold some out, with a total of "
-            f"{n_groups} and {np.bincount(targets).min()} images of the rarest class."
+            f"groups: too few to hold some out, with a total of {n_groups}{counted}."
         )
     # As many folds as come closest to the fraction, but neither none nor all.
     n_held_out = min(max(round(fraction * n_folds), 1), n_folds - 1)
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    kind = StratifiedGroupKFold if is_stratified else GroupKFold
+    splitter = kind(n_folds, shuffle=True, random_state=seed)
     folds = [fold for _, fold in splitter.split(targets, targets, groups)]
     validation = np.sort(np.concatenate(folds[:n_held_out]))
     training = np.setdiff1d(np.arange(len(targets)), validation)
-    n_left = len(np.unique(targets[training]))
-    if len(validation) == 0 or n_left < len(np.unique(targets)):
-        raise ValueError(
-            f"groups: with validation_fraction={fraction} the training groups do not "
-            "contain all classes. Groups must not be the classes themselves."
-        )
+    if is_stratified:
+        n_left = len(np.unique(targets[training]))
+        if len(validation) == 0 or n_left < len(np.unique(targets)):
+            raise ValueError(
+                f"groups: with validation_fraction={fraction} the training groups do "
+                "not contain all classes. Groups must not be the classes themselves."
+            )
     return training, validation
 
 

@@ -72,16 +72,19 @@ class Standardize(nn.Module):
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
 
-    def fit(self, features: NDArray[np.float32]) -> None:
+    def fit(self, features: NDArray[np.float32], least_scale: float = 0.0) -> None:
         """Set the mean and scale of features (n, d); constant ones are not scaled.
 
-        In float64 as ``StandardScaler`` does, but by rows: they may exceed memory.
+        The scales are at least `least_scale` times their median. In float64 as
+        ``StandardScaler`` does, but by rows: they may exceed memory.
         """
         mean = features.mean(axis=0, dtype=np.float64)
         squares = sum((row - mean) ** 2 for row in features)
         deviation = np.sqrt(squares / len(features))
         self.mean.copy_(torch.from_numpy(mean))
-        self.scale.copy_(torch.from_numpy(np.where(deviation < 1e-6, 1.0, deviation)))
+        scale = np.where(deviation < 1e-6, 1.0, deviation)
+        scale = np.maximum(scale, least_scale * np.median(scale))
+        self.scale.copy_(torch.from_numpy(scale))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the standardized features (n, d)."""
@@ -142,9 +145,9 @@ class SplitNetwork(nn.Module):
         return self
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Return the logits (n, n_classes) for outputs of the frozen blocks."""
-        logits: Tensor = self.head(self.trainable(batch))
-        return logits
+        """Return the outputs (n, n_outputs) for outputs of the frozen blocks."""
+        outputs: Tensor = self.head(self.trainable(batch))
+        return outputs
 
     def finished(self) -> tuple[FrozenPrefix, nn.Module]:
         """Return frozen copies on the CPU: all blocks, and the head in float64."""
@@ -234,7 +237,7 @@ def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
 
 
 def build_head(
-    estimator: Any, layout: Layout, n_classes: int, seed: int
+    estimator: Any, layout: Layout, n_outputs: int, seed: int
 ) -> nn.Sequential:
     """Build convolutions, pooling, standardization and fully connected layers.
 
@@ -267,7 +270,7 @@ def build_head(
         specs += [("dropout", dropout)] if dropout else []
         n_features = n_out
     specs += [("dropout", dropout)] if dropout and not hidden_units else []
-    specs += [("linear", n_features, n_classes)]
+    specs += [("linear", n_features, n_outputs)]
     with own_random_state(as_int(derived_seed(seed, "head"))), torch_defaults():
         return _build_layers(specs)
 
@@ -351,7 +354,7 @@ def set_linear(layer: nn.Linear, coef: NDArray[Any], intercept: NDArray[Any]) ->
 
     For two classes they are one row, the logit of the second against the first.
     """
-    if len(coef) == 1:
+    if len(coef) == 1 and layer.out_features == 2:
         coef = np.vstack([-coef, coef]) / 2
         intercept = np.hstack([-intercept, intercept]) / 2
     layer.weight.copy_(torch.from_numpy(coef))

@@ -14,9 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -34,6 +32,7 @@ from skltl.finetuning._data import (
     stored_inputs,
 )
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
+from skltl.finetuning._objective import Objective
 from skltl.networks import uses_layer_norm
 
 try:
@@ -58,15 +57,15 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
 # those with layer normalization: transformers, ConvNeXt.
 ADAMW_FAMILIES = ("efficientnet_v2", "timm:efficientnetv2", "timm:tf_efficientnetv2")
 
-# The best of the powers of ten on flowers and digits, as in `make_feature_pipeline`.
-PROBE_C = 0.1
-
 # The usual value for fine-tuning.
 MAX_GRADIENT_NORM = 1.0
 
 SHOWN_IN_PROGRESS = ("loss", "score", "validation_score")
 
 Metrics: TypeAlias = dict[str, Any]
+
+# Losses (b,) and outputs (b, n_outputs) of a batch.
+Result: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def train_network(
     network: SplitNetwork,
     inputs: Inputs,
     examples: Examples,
+    objective: Objective,
     seed: int,
     is_new_head: bool,
     checkpoint: Checkpoint | None,
@@ -102,7 +102,7 @@ def train_network(
     if is_new_head or any(stage.name == "head" for stage in stages):
         head_inputs = pooled_inputs(estimator, network, inputs, len(examples.targets))
     if is_new_head:
-        initialize_head(estimator, network.head, head_inputs, examples, seed)
+        initialize_head(estimator, network.head, head_inputs, examples, objective, seed)
     state = None if checkpoint is None else checkpoint.state_for(len(stages))
     for number, stage in enumerate(stages):
         if state is not None and number < state["stage"]:
@@ -110,7 +110,9 @@ def train_network(
             continue
         # While the backbone is frozen, only the head runs.
         stage_inputs = head_inputs if stage.name == "head" else inputs
-        trainer = StageTrainer(estimator, network, stage_inputs, examples, seed, number)
+        trainer = StageTrainer(
+            estimator, network, stage_inputs, examples, objective, seed, number
+        )
         if checkpoint is not None and state is not None:
             with checkpoint.reading():
                 trainer.restore(state)
@@ -143,11 +145,13 @@ class StageTrainer:
         network: SplitNetwork,
         inputs: Inputs,
         examples: Examples,
+        objective: Objective,
         seed: int,
         number: int,
     ) -> None:
         self._estimator, self._network, self._inputs = estimator, network, inputs
-        self._examples, self._seed, self._number = examples, seed, number
+        self._examples, self._objective = examples, objective
+        self._seed, self._number = seed, number
         self._stage: Stage = estimator.stages_[number]
         self._device = resolve_device(estimator.device)
         self._model: nn.Module = network.head
@@ -158,7 +162,8 @@ class StageTrainer:
             network.unfreeze(self._stage.only_batch_norms, keeps_statistics)
             self._model = network
         n_batches = len(batches(len(examples.training), estimator.batch_size))
-        self._optimizer = build_optimizer(estimator, network, self._stage)
+        head_decay = objective.head_decay(len(examples.training))
+        self._optimizer = build_optimizer(estimator, network, self._stage, head_decay)
         self._schedule = build_schedule(
             self._optimizer, estimator.schedule, self._stage.n_epochs * n_batches
         )
@@ -215,14 +220,15 @@ class StageTrainer:
         views = draw_views(rng, len(order), self._inputs.n_views)
         learning_rates = self._learning_rates()
         self._model.train()
-        totals = np.zeros(3)
         with own_random_state(torch_seed, self._device):
-            for batch in batches(len(order), batch_size):
-                totals += self._train_step(order[batch], views[batch])
+            results = [
+                self._train_step(order[batch], views[batch])
+                for batch in batches(len(order), batch_size)
+            ]
         self.n_epochs += 1
         if self.n_epochs == self._stage.n_epochs:
             self._check_last_step(order[:batch_size])
-        loss, score = _means(totals)
+        loss, score = self._loss_and_score(order, results)
         return {
             "stage": self._stage.name,
             "epoch": self.n_epochs,
@@ -233,38 +239,45 @@ class StageTrainer:
             "seconds": time.perf_counter() - start,
         }
 
-    def _train_step(
-        self, positions: Positions, views: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Update the parameters; return sums of losses, correct answers and weights."""
-        loss, totals = self._loss(positions, views)
+    def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Result:
+        """Update the parameters; return the losses and the outputs."""
+        loss, result = self._run(positions, views)
         self._check_finite(loss, self.n_epochs + 1)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._schedule.step()
-        return totals
+        return result
 
-    def _loss(
+    def _run(
         self, positions: Positions, views: NDArray[np.int64]
-    ) -> tuple[Tensor, NDArray[np.float64]]:
-        """Return the loss, and the sums of losses, correct answers and weights."""
+    ) -> tuple[Tensor, Result]:
+        """Return the loss, and the losses and outputs by image."""
         targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
         weights = torch.from_numpy(self._examples.weights[positions]).to(self._device)
         batch = self._inputs.batch(positions, views)
         with autocast(self._device, self._estimator.precision_):
-            logits = self._model(batch)
-        losses = cross_entropy(
-            logits.float(),
-            targets,
-            reduction="none",
-            label_smoothing=self._estimator.label_smoothing,
-        )
+            outputs = self._model(batch)
+        losses = self._objective.losses(outputs.float(), targets)
         loss = (losses * weights).mean()
-        is_correct = (logits.detach().argmax(dim=1) == targets).float()
-        sums = [(losses.detach() * weights).sum(), (is_correct * weights).sum()]
-        return loss, np.array([*(total.item() for total in sums), weights.sum().item()])
+        # Copied to the CPU at the end of the epoch, not after every step.
+        return loss, (losses.detach(), outputs.detach())
+
+    def _loss_and_score(
+        self, positions: Positions, results: Sequence[Result]
+    ) -> tuple[float, float]:
+        """Return the mean loss and the score of images, from those of batches."""
+        losses, outputs = (
+            torch.cat(parts).double().cpu().numpy()
+            for parts in zip(*results, strict=True)
+        )
+        targets, weights = (
+            self._examples.targets[positions],
+            self._examples.weights[positions].astype(np.float64),
+        )
+        loss = float(np.average(losses, weights=weights))
+        return loss, self._objective.score(outputs, targets, weights)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -273,18 +286,19 @@ class StageTrainer:
         if len(validation) == 0:
             return {}
         self._model.eval()
-        totals = np.zeros(3)
-        for batch in batches(len(validation), self._estimator.batch_size):
-            positions = validation[batch]
-            totals += self._loss(positions, np.zeros_like(positions))[1]
-        loss, score = _means(totals)
+        views = np.zeros_like(validation)
+        results = [
+            self._run(validation[batch], views[batch])[1]
+            for batch in batches(len(validation), self._estimator.batch_size)
+        ]
+        loss, score = self._loss_and_score(validation, results)
         return {"validation_loss": loss, "validation_score": score}
 
     @torch.no_grad()
     def _check_last_step(self, positions: Positions) -> None:
         """Raise if the last step, after which no loss is computed, has diverged."""
         self._model.eval()
-        loss, _ = self._loss(positions, np.zeros_like(positions))
+        loss, _ = self._run(positions, np.zeros_like(positions))
         self._check_finite(loss, self.n_epochs)
 
     def _check_finite(self, loss: Tensor, epoch: int) -> None:
@@ -422,7 +436,12 @@ def pooled_inputs(
 
 
 def initialize_head(
-    estimator: Any, head: nn.Sequential, inputs: Inputs, examples: Examples, seed: int
+    estimator: Any,
+    head: nn.Sequential,
+    inputs: Inputs,
+    examples: Examples,
+    objective: Objective,
+    seed: int,
 ) -> None:
     """Fit the head's standardization and, if it is linear, a probe as its weights.
 
@@ -439,17 +458,15 @@ def initialize_head(
         batches(len(positions), estimator.batch_size),
         len(positions),
     )
-    scaler.fit(features)
+    scaler.fit(features, objective.least_scale)
     linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    targets = examples.targets[positions]
     is_linear = not hidden and not before
-    has_all_classes = len(np.unique(targets)) == linear.out_features
-    if estimator.head_init == "probe" and is_linear and has_all_classes:
-        probe = LogisticRegression(C=PROBE_C, max_iter=1000, random_state=seed)
+    if estimator.head_init == "probe" and is_linear:
         mean, scale = scaler.mean.cpu().numpy(), scaler.scale.cpu().numpy()
-        weights = examples.weights[positions]
-        probe.fit((features - mean) / scale, targets, sample_weight=weights)
-        set_linear(linear, probe.coef_, probe.intercept_)
+        targets, weights = examples.targets[positions], examples.weights[positions]
+        probe = objective.probe((features - mean) / scale, targets, weights, seed)
+        if probe is not None:
+            set_linear(linear, *probe)
 
 
 @torch.no_grad()
@@ -491,11 +508,14 @@ def plan_stages(estimator: Any, n_blocks: int, n_frozen: int) -> list[Stage]:
     return [stage for stage in stages if stage.n_epochs > 0]
 
 
-def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Optimizer:
+def build_optimizer(
+    estimator: Any, network: SplitNetwork, stage: Stage, head_decay: float
+) -> Optimizer:
     """Build the optimizer of all trainable parameters.
 
     One group for each group of blocks, with its learning rate, and kind of parameter:
-    biases, norms, tokens and position embeddings have no weight decay.
+    biases, norms, tokens and position embeddings have no weight decay. Kernels of the
+    head have at least `head_decay`.
     """
     parts: list[tuple[str, nn.Module, float]] = []
     parts += [("head_lr", network.head, stage.head_lr)]
@@ -508,7 +528,9 @@ def build_optimizer(estimator: Any, network: SplitNetwork, stage: Stage) -> Opti
         trainable = [one for one in part.named_parameters() if one[1].requires_grad]
         kernels = [one for path, one in trainable if _is_kernel(path, one)]
         others = [one for path, one in trainable if not _is_kernel(path, one)]
-        for params, decay in ((kernels, estimator.weight_decay), (others, 0.0)):
+        least = head_decay if part is network.head else 0.0
+        of_kernels = max(estimator.weight_decay, least)
+        for params, decay in ((kernels, of_kernels), (others, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
             groups += [group] if params else []
     return OPTIMIZERS[resolve_optimizer(estimator)](groups)
@@ -561,9 +583,3 @@ def batches(n: int, batch_size: int) -> list[slice]:
     return [
         slice(start, end) for start, end in zip(starts, [*starts[1:], n], strict=True)
     ]
-
-
-def _means(totals: NDArray[np.float64]) -> tuple[float, float]:
-    """Return loss and score from sums of losses, correct answers and weights."""
-    loss, n_correct, weight = totals.tolist()
-    return loss / weight, n_correct / weight

@@ -280,7 +280,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         learns_map = self.class_map == "learn"
         if learns_map:
             classes, targets = encode_labels(y, len(source))
-            weights = example_weights(sample_weight, None, classes, targets)
+            weights = example_weights(sample_weight, targets)
         self._load_network(draw_seed(self.random_state))
         self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = resolve_engine(self.engine, device, self.network_.blocks)

@@ -21,9 +21,11 @@ from sklearn.utils.estimator_checks import (
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
     PretrainedCNNClassifier,
     StrategyAdvisor,
     TransferClassifier,
+    make_feature_pipeline,
 )
 
 # The checks fit on small tables, of which each row becomes an image one pixel high.
@@ -68,6 +70,19 @@ SUITES = {
             **ROWS,
         ),
         60,
+        GRADIENT_DESCENT,
+    ),
+    "regressor": (
+        FineTunedCNNRegressor(
+            "tiny",
+            layer="stem",
+            unfreeze=1,
+            head_epochs=1,
+            finetune_epochs=1,
+            random_state=0,
+            **ROWS,
+        ),
+        50,
         GRADIENT_DESCENT,
     ),
     "transfer": (
@@ -175,6 +190,26 @@ def test_check_estimator(name):
     assert unexpected_results(results) == {}
     assert sum(result["expected_to_fail"] for result in results) == len(excuses)
     assert len(results) > n_checks
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
+@pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
+@pytest.mark.parametrize("name", ["svm", "softmax"])
+def test_linear_classifiers_pass_what_those_of_scikit_learn_pass(name):
+    """And the checks of multilabel classifiers."""
+    ours = make_feature_pipeline(classifier=name)[-1]
+    theirs = type(ours).__mro__[2](**ours.get_params())
+    options = {"on_skip": None, "on_fail": None}
+
+    results, expected = (check_estimator(one, **options) for one in (ours, theirs))
+
+    has_no_proba = {"check_classifiers_multilabel_output_format_predict_proba"}
+    allowed = unexpected_results(expected).keys()
+    allowed |= set() if hasattr(ours, "predict_proba") else has_no_proba
+    assert unexpected_results(results).keys() <= allowed
+    names = [result["check_name"] for result in results]
+    assert any("multilabel" in one for one in names)
 
 
 # Public checks that `check_estimator` does not run, but scikit-learn's own tests do.

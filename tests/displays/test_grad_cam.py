@@ -6,10 +6,10 @@ import torch
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import config_context
+from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import GridSearchCV
-from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC, NuSVC
 from small_vit import small_vit, small_vit_module
@@ -411,13 +411,35 @@ def test_classifiers_without_a_feature_map_are_refused(squares):
 PAIRWISE = {"kernel": "linear", "decision_function_shape": "ovo"}
 
 
+@pytest.mark.parametrize("last", ["ovr", "softmax", "fine-tuned"])
+def test_maps_of_a_label_are_those_of_a_classifier_of_this_label(last, squares):
+    """Its score is the log odds of the label."""
+    kind = np.arange(24) % 3
+    y = np.column_stack([kind > 0, kind == 2, kind == 0]).astype(int)
+    name = "softmax" if last == "fine-tuned" else last
+    settings = {"image_size": 32, "precision": "float32"}
+    pipeline = make_feature_pipeline("tiny", name, **settings)
+    alone = clone(pipeline).fit(squares, y[:, 1])
+    several = pipeline.fit(squares, y)
+    if last == "fine-tuned":
+        several = FineTunedCNNClassifier.from_pipeline(pipeline)
+
+    _, maps, _, scores = grad_cam(several, squares[:4], labels=1)
+    _, expected, _, odds = grad_cam(alone, squares[:4], labels=1)
+
+    assert_allclose(scores, several.decision_function(squares[:4])[:, 1], atol=1e-4)
+    assert_allclose(scores, odds, rtol=1e-3, atol=1e-4)
+    assert_allclose(maps, expected, rtol=1e-3, atol=1e-5)
+    _, _, labels, _ = grad_cam(several, squares[:4])
+    best = several.decision_function(squares[:4]).argmax(axis=1)
+    assert_array_equal(labels, best)
+
+
 @pytest.mark.parametrize(
     ("last", "n_labels"),
     [
         (SVC(**PAIRWISE), 1),
         (NuSVC(**PAIRWISE, nu=0.2), 1),
-        (OneVsRestClassifier(LogisticRegression()), 2),
-        (OneVsRestClassifier(LogisticRegression()), 3),
         (RidgeClassifier(), 2),
         (RidgeClassifier(), 3),
     ],

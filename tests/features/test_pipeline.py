@@ -1,13 +1,18 @@
-"""Pipelines of a transformer and each of three linear classifiers."""
+"""Pipelines of a transformer and a linear model."""
+
+import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.ensemble import VotingClassifier
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.svm import LinearSVC
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR, LinearSVC
 
 from skltl import make_feature_pipeline
 
@@ -161,14 +166,101 @@ def test_the_svm_converges_with_less_regularization(C, few_digits):
     assert pipeline[-1].n_iter_ < pipeline[-1].max_iter
 
 
-def test_only_one_versus_rest_takes_several_labels_per_image(few_digits):
-    X_train, _, y_train, _ = few_digits
-    y = np.stack([y_train > 4, y_train % 2], axis=1).astype(int)
-    pipelines = {
-        name: make_feature_pipeline("tiny", name, layer="block3", **SMALL)
-        for name in ("ovr", "svm")
-    }
+@pytest.mark.filterwarnings("ignore:Label 3 is present in all:UserWarning")
+@pytest.mark.filterwarnings("ignore:Label not 4 is present in all:UserWarning")
+@pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
+def test_every_classifier_takes_labels(few_digits, classifier):
+    """As one model for each label does."""
+    X_train, X_test, y_train, y_test = few_digits
+    labels, test_labels = (
+        np.column_stack([y % 2 == 0, y > 4, y == 3, y > -1, y > 9]).astype(int)
+        for y in (y_train, y_test)
+    )
+    pipeline = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
+    one = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
+    pipeline.fit(X_train, labels)
 
-    assert pipelines["ovr"].fit(X_train, y).score(X_train, y) > 0.8
-    with pytest.raises(ValueError, match="1d array"):
-        pipelines["svm"].fit(X_train, y)
+    predicted = pipeline.predict(X_test)
+
+    assert (
+        pipeline.score(X_test, test_labels) == (predicted == test_labels).all(1).mean()
+    )
+    for column in range(3):
+        alone = one.fit(X_train, labels[:, column])
+        np.testing.assert_array_equal(predicted[:, column], alone.predict(X_test))
+        if classifier == "softmax":
+            np.testing.assert_allclose(
+                pipeline.predict_proba(X_test)[:, column],
+                alone.predict_proba(X_test)[:, 1],
+                rtol=1e-6,
+            )
+    np.testing.assert_array_equal(predicted[:, 3:], test_labels[:, 3:])
+    saved = pickle.loads(pickle.dumps(pipeline))
+    np.testing.assert_array_equal(saved.predict(X_test), predicted)
+
+
+def test_classes_and_labels_may_alternate(few_digits):
+    """Nothing of one fit is left in the next."""
+    X, _, y, _ = few_digits
+    labels = np.column_stack([y % 2 == 0, y > 4]).astype(int)
+    pipeline = make_feature_pipeline("tiny", "softmax", layer="block3", **SMALL)
+    expected = [
+        clone(pipeline).fit(X, targets).predict_proba(X) for targets in (y, labels)
+    ]
+
+    for targets, proba in zip((y, labels, y), (*expected, expected[0]), strict=True):
+        found = pipeline.fit(X, targets).predict_proba(X)
+        np.testing.assert_allclose(found, proba, rtol=1e-6)
+
+
+def test_ridge_predicts_values(few_digits):
+    """Here, whether a digit is a 0: with the squared loss that is a value, too."""
+    X_train, X_test, y_train, y_test = few_digits
+    pipeline = make_feature_pipeline("tiny", regressor="ridge", layer="block3", **SMALL)
+    is_zero = (y_train == 0).astype(float)
+
+    both = pipeline.fit(X_train, np.column_stack([is_zero, -is_zero])).predict(X_test)
+    alone = pipeline.fit(X_train, is_zero)
+
+    assert list(pipeline.named_steps) == ["feat", "scale", "ridge"]
+    assert alone.score(X_test, y_test == 0) > 0.4
+    np.testing.assert_allclose(both[:, 0], alone.predict(X_test), atol=1e-6)
+    np.testing.assert_allclose(both[:, 1], -both[:, 0], atol=1e-6)
+    svr = make_feature_pipeline("tiny", regressor=SVR(), **SMALL)
+    assert list(svr.named_steps) == ["feat", "scale", "regressor"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classifier": "tree"}, "Unknown classifier 'tree'. Use one of svm, softmax"),
+        ({"regressor": "tree"}, "Unknown regressor 'tree'. Use one of ridge, or an"),
+        ({"classifier": "svm", "regressor": "ridge"}, "exclude each other"),
+    ],
+)
+def test_other_names_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_feature_pipeline("tiny", **arguments)
+
+
+def test_features_that_hardly_vary_are_not_magnified():
+    """Of digits that are rotated, some features are 0 for almost all images."""
+    X, y = load_digits(return_X_y=True)
+    angles = np.random.default_rng(0).uniform(-45, 45, size=len(X))
+    rotated = [
+        np.asarray(Image.fromarray(row.reshape(8, 8).astype("f4")).rotate(angle, 2))
+        for row, angle in zip(X / 16, angles, strict=True)
+    ]
+    rows = np.clip(rotated, 0, 1).reshape(len(X), 64)
+    train, test = train_test_split(
+        np.arange(len(X)), train_size=300, stratify=y, random_state=0
+    )
+    ridge = make_feature_pipeline("tiny", regressor="ridge", layer="block3", **SMALL)
+    ridge.fit(rows[train], angles[train])
+
+    scales = ridge["scale"].scale_
+    usual = StandardScaler().fit(ridge["feat"].transform(rows[train])).scale_
+
+    np.testing.assert_allclose(scales, np.maximum(usual, 0.1 * np.median(usual)))
+    assert usual.min() < 0.001 * np.median(usual)
+    assert ridge.score(rows[test], angles[test]) > 0.8

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from plain_loop import plain_losses, tiny_blocks
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_classifier import NETWORK, classifier, losses, standardized_probe
+from tiny_classifier import NETWORK, classifier, losses
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -20,16 +21,6 @@ from skltl._random import derived_seed
 from skltl.exceptions import TrainingError, UnknownLayerError
 from skltl.finetuning._network import SplitNetwork
 from skltl.finetuning._training import OPTIMIZERS
-from skltl.inference import load_prefix
-from skltl.networks import get_backbone, resolve_layer, resolve_weights
-
-
-def tiny_blocks(layer):
-    backbone = get_backbone("tiny")
-    block = resolve_layer(backbone, layer).block
-    weights = resolve_weights(backbone, "pretrained")
-    return load_prefix(backbone, weights, None, (32, 32), [block]).blocks
-
 
 # Default learning rate of the head, the same optimizer of torch, and a tolerance: AdamW
 # divides small gradients by their size, and thereby magnifies rounding.
@@ -49,54 +40,11 @@ def test_losses_are_those_of_a_plain_loop_over_the_whole_network(name, digits):
         optimizer=name, schedule="constant", batch_size=23, backbone_lr=backbone_lr
     ).fit(X, y)
 
-    blocks = copy.deepcopy(dict(tiny_blocks("block3")))
-    network = nn.Sequential(*blocks.values())
-    preprocessing = Preprocessing(32)
-    pixels = [
-        preprocessing.crop(np.repeat(row.reshape(8, 8, 1), 3, 2).astype(np.float32))
-        for row in X
-    ]
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
+    scaler, probe = StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)
+    expected = plain_losses(
+        *(X, y, make_pipeline(scaler, probe), cross_entropy),
+        *(plain_optimizer, head_lr, backbone_lr),
     )
-    batch = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) - mean) / std
-    features = network(batch).mean(dim=(2, 3))  # (n, 192)
-    weight, bias, shift, scale = standardized_probe(features.numpy(), y)
-    targets = torch.from_numpy(y)
-
-    expected = []
-    for number, n_epochs in enumerate((3, 2)):
-        groups = [
-            {"params": [weight], "lr": head_lr, "weight_decay": 1e-4},
-            {"params": [bias], "lr": head_lr},
-        ]
-        if number == 1:
-            unfrozen = [m for name, m in blocks.items() if name.startswith("block3")]
-            trainable = [p.requires_grad_() for m in unfrozen for p in m.parameters()]
-            matrices = [p for p in trainable if p.ndim > 1]
-            vectors = [p for p in trainable if p.ndim == 1]
-            groups.append({"params": matrices, "lr": backbone_lr, "weight_decay": 1e-4})
-            groups.append({"params": vectors, "lr": backbone_lr})
-        # By default, AdamW would decay vectors, too.
-        optimizer = plain_optimizer(groups, weight_decay=0)
-        everything = [p for group in optimizer.param_groups for p in group["params"]]
-        for epoch in range(n_epochs):
-            seed = derived_seed(0, "epoch", number, epoch)
-            order = np.random.default_rng(seed).permutation(70)
-            total = 0.0
-            # 23, 23 and 24: there is no batch of a single image.
-            for some in (order[:23], order[23:46], order[46:]):
-                found = network(batch[some]).mean(dim=(2, 3))
-                logits = (found - shift) / scale @ weight.T + bias
-                loss = cross_entropy(logits, targets[some])
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(everything, 1.0)
-                optimizer.step()
-                total += loss.item() * len(some)
-            expected.append(total / 70)
-
     assert_allclose(losses(fitted), expected, rtol=rtol)
 
 

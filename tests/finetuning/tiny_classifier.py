@@ -6,23 +6,28 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from skltl import FineTunedCNNClassifier
+from skltl import FineTunedCNNClassifier, FineTunedCNNRegressor
 from skltl.finetuning._checkpoint import DIGEST_BYTES, MAGIC
 
 # Of a network for images of 32 x 32 pixels that is truncated after its last block.
 NETWORK = {"layer": "block3", "image_shape": (8, 8), "image_size": 32}
 
 
+FIT = {
+    "unfreeze": 1,
+    "head_epochs": 3,
+    "finetune_epochs": 2,
+    "precision": "float32",
+    "random_state": 0,
+}
+
+
 def classifier(backbone="tiny", **parameters):
-    defaults = {
-        **NETWORK,
-        "unfreeze": 1,
-        "head_epochs": 3,
-        "finetune_epochs": 2,
-        "precision": "float32",
-        "random_state": 0,
-    }
-    return FineTunedCNNClassifier(backbone, **{**defaults, **parameters})
+    return FineTunedCNNClassifier(backbone, **{**NETWORK, **FIT, **parameters})
+
+
+def regressor(backbone="tiny", **parameters):
+    return FineTunedCNNRegressor(backbone, **{**NETWORK, **FIT, **parameters})
 
 
 def losses(fitted):

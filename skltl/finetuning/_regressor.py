@@ -1,0 +1,389 @@
+"""``FineTunedCNNRegressor``: two-stage fine-tuning of a network for regression."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.base import RegressorMixin
+from sklearn.utils.validation import check_is_fitted
+
+from skltl._sklearn import StrOptions, fit_context
+from skltl.finetuning._data import encode_values
+from skltl.finetuning._estimator import FineTunedCNN
+from skltl.finetuning._objective import LOSSES, Regression
+
+
+class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
+    """Fine-tune a pretrained network to predict values, in two stages.
+
+    First a new head is trained on the frozen network, then all of the network, or its
+    last blocks, are trained with it. The activations of frozen blocks are computed once
+    and stored, so that the cost of an epoch depends on the trained layers only.
+
+    Parameters
+    ----------
+    backbone : str or Backbone, default="resnet50"
+        The network: a name of :func:`~skltl.list_backbones`, such as ``"vgg16"`` or
+        ``"timm:vit_small_patch16_dinov3.lvd1689m"``, or a `Backbone`.
+    weights : str, path or None, default="pretrained"
+        Pretrained weights, as for `CNNFeatureTransformer`. ``None`` (random weights)
+        with ``unfreeze="all"`` and ``head_epochs=0`` is training from scratch.
+    layer : str or int, default="last"
+        Layer at which the network is truncated and the head is attached, as for
+        `CNNFeatureTransformer`.
+    pooling : str or int, default="avg"
+        Pooling of the last feature map, as for `CNNFeatureTransformer`.
+    conv_channels : tuple of int, default=()
+        Numbers of channels of 3 x 3 convolutions in the head, before the pooling.
+    hidden_units : tuple of int, default=()
+        Numbers of units of hidden layers in the head, after the pooling.
+    dropout : float, default=0.0
+        Dropout probability in the head, in [0, 1).
+    unfreeze : str, int or None, default="all"
+        Layers of the backbone that are trained in the second stage: ``"all"``; an int
+        for this many of the last groups of blocks, which end in main layers; a layer's
+        name for this one and all after it; ``"batch_norm"`` for the weights and biases
+        of batch-norms; ``None`` for no layer.
+    head_epochs : int, default=25
+        Number of epochs of the first stage.
+    finetune_epochs : int, default=10
+        Number of epochs of the second stage.
+    head_init : {"probe", "random"} or FrozenEstimator, default="probe"
+        Initial weights of the head. ``"probe"`` initializes a head with a single linear
+        layer with scikit-learn's logistic regression (ridge regression for values) on
+        the frozen features [1]_. ``FrozenEstimator(model)`` holds a fitted linear
+        model, or a fitted pipeline of a ``StandardScaler`` and a linear model.
+    head_lr : float or "auto", default="auto"
+        Peak learning rate of the head; ``"auto"`` is 0.01 for SGD, 0.001 for AdamW.
+    backbone_lr : float or "auto", default="auto"
+        Peak learning rate of the backbone; ``"auto"`` is 0.01 for SGD, which suits a
+        head that was initialized with a probe [1]_, and 0.0001 for AdamW.
+    backbone_lr_decay : float, default=1.0
+        Factor by which the learning rate decreases from each group of blocks to the one
+        before it, in (0, 1].
+    optimizer : {"auto", "sgd", "adamw"}, default="auto"
+        Optimizer. SGD has a Nesterov momentum of 0.9, which ``schedule="one_cycle"``
+        varies from 0.95 to 0.85 and back, inversely to the learning rate. ``"auto"`` is
+        AdamW for networks with layer normalization (transformers, ConvNeXt) and for
+        EfficientNet v2, else SGD.
+    weight_decay : float, default=0.0001
+        Weight decay of matrices and kernels. Biases, parameters of norms, tokens and
+        position embeddings have none.
+    schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
+        Learning rate schedule of each stage.
+    augment : callable, default=None
+        Data augmentation, such as a ``torchvision.transforms.v2`` transform: a function
+        from an input image of the network, a tensor (c, h, w) before normalization, to
+        a tensor of the same shape. Torch's generator is seeded for each call.
+    n_views : int or None, default=8
+        Number of augmented views of each image. Frozen blocks run on each of them once.
+        ``None`` draws a new view each time: frozen blocks run in every epoch.
+    loss : {"squared_error", "huber"}, default="squared_error"
+        Loss of standardized targets, with mean 0 and standard deviation 1 on the
+        training images. ``"huber"`` is linear beyond 1, so that outliers count less.
+    validation_fraction : float, default=None
+        Fraction of the images, stratified by class, that are held out for validation
+        after each epoch. ``None`` holds out none, or a tenth with `early_stopping`.
+    early_stopping : bool, default=False
+        Whether a stage ends when the validation score has not increased for `patience`
+        epochs, and the weights of its best epoch are kept.
+    patience : int, default=5
+        Number of epochs without a higher validation score before a stage ends.
+    image_size : int or tuple of 2 ints, default=None
+        Height and width in pixels of the network's input, in [1, 10000]; an int is
+        both. ``None`` is the size that the network was trained on.
+    crop : {"center", "squash", "pad"} or None, default=None
+        Treatment of images of other proportions than the input: ``"center"`` fills it
+        and loses the ends of the longer side, ``"squash"`` changes the proportions, and
+        ``"pad"`` adds a border, so that nothing is lost. ``None`` is the treatment that
+        the network was trained with.
+    image_shape : tuple of 2 or 3 ints, default=None
+        If given, ``X`` is an array of shape (n, d), and each row is an image of this
+        shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
+        -1)``.
+    batch_size : int, default=32
+        Number of images per step.
+    device : str, default="auto"
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
+        is one.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Data type of matrix products and convolutions; ``"auto"`` is bfloat16 where the
+        device supports it natively. Parameters are float32.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        See `CNNFeatureTransformer`.
+    decode : {"exact", "fast"}, default="exact"
+        See `CNNFeatureTransformer`.
+    reader : callable, default=None
+        Function from an item of ``X`` to an image of any kind that ``X`` may hold, for
+        items or files that skltl cannot read itself. It is called in several threads,
+        and must be picklable; see :ref:`the user guide <readers>`.
+    value_range : tuple of 2 floats, default=None
+        Values of black and white in images that do not have 8 bits per channel, such
+        as ``(0, 4095)`` for 12 bits. Values beyond are clipped. ``None`` is 0 to 65535
+        for 16-bit integers, and [0, 1] for floats.
+    cache : bool, str or path, default=None
+        Folder for the activations of frozen blocks, as for `CNNFeatureTransformer`.
+    checkpoint : str or path, default=None
+        Folder in which the state is saved after each epoch, and deleted at the end.
+        After an interruption, the same call resumes there and gives the same result; a
+        call with other images, targets, parameters or versions starts over, and so does
+        one whose `random_state` is a ``RandomState``, which has changed meanwhile. If
+        the state cannot be saved, there is a warning and training goes on.
+    warm_start : bool, default=False
+        Whether `fit` starts from the result of the previous `fit`, with the same
+        classes or number of outputs, and the same layers.
+    n_jobs : int, default=None
+        Number of decoding threads. ``None`` is torch's number of threads, -1 the number
+        of cores.
+    random_state : int, RandomState instance or None, default=None
+        Controls random weights, the initialization of the head, shuffling,
+        augmentation, the validation split and dropout.
+    verbose : int, default=0
+        Verbosity level. If positive, a progress bar is shown.
+
+    Attributes
+    ----------
+    n_outputs_ : int
+        Number of values that are predicted for each image.
+    backbone_ : Backbone
+        Specification of the backbone.
+    network_ : FrozenPrefix
+        Fine-tuned network up to `layer`.
+    head_ : Module
+        Head.
+    layers_ : list of ResolvedLayer
+        One element: the layer at which the head is attached.
+    preprocessing_ : Preprocessing
+        Preprocessing of the images.
+    pooling_ : str or int
+        Pooling of the last feature map.
+    precision_ : {"float32", "bfloat16"}
+        Data type of products. Where bfloat16 is not native, an estimator that was
+        fitted in bfloat16 computes in float32, with a warning.
+    engine_ : {"torch", "compile", "openvino"}
+        Engine that ran the frozen blocks in `fit`; used wherever it is available.
+    stages_ : list of Stage
+        Name, number of epochs, number of frozen blocks and peak learning rates of each
+        stage.
+    history_ : list of dict
+        For each epoch a dictionary of stage, epoch, loss, score, learning rates and
+        seconds; if images are held out, also of validation loss and validation score.
+    n_epochs_ : int
+        Total number of epochs.
+    best_validation_score_ : float or None
+        Validation R² of the weights that early stopping kept.
+
+    See Also
+    --------
+    FineTunedCNNClassifier : Classes instead of values.
+    make_feature_pipeline : Ridge regression on frozen features.
+
+    References
+    ----------
+    .. [1] Kumar, Raghunathan, Jones, Ma, Liang, "Fine-tuning can distort pretrained
+       features and underperform out-of-distribution", ICLR, 2022.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skltl import FineTunedCNNRegressor
+    >>> digits = load_digits()
+    >>> regressor = FineTunedCNNRegressor(
+    ...     "tiny", unfreeze=1, image_shape=(8, 8), image_size=32, random_state=0
+    ... )
+    >>> ink = digits.data.mean(axis=1)
+    >>> regressor.fit(digits.data[:100] / 16, ink[:100]).n_epochs_
+    35
+    """
+
+    __module__ = "skltl"  # the path in saved files
+
+    _parameter_constraints: dict = {
+        **FineTunedCNN._parameter_constraints,
+        "loss": [StrOptions(set(LOSSES))],
+    }
+
+    def __init__(
+        self,
+        backbone="resnet50",
+        *,
+        weights="pretrained",
+        layer="last",
+        pooling="avg",
+        conv_channels=(),
+        hidden_units=(),
+        dropout=0.0,
+        unfreeze="all",
+        head_epochs=25,
+        finetune_epochs=10,
+        head_init="probe",
+        head_lr="auto",
+        backbone_lr="auto",
+        backbone_lr_decay=1.0,
+        optimizer="auto",
+        weight_decay=1e-4,
+        schedule="one_cycle",
+        augment=None,
+        n_views=8,
+        loss="squared_error",
+        validation_fraction=None,
+        early_stopping=False,
+        patience=5,
+        image_size=None,
+        crop=None,
+        image_shape=None,
+        batch_size=32,
+        device="auto",
+        precision="auto",
+        engine="auto",
+        decode="exact",
+        reader=None,
+        value_range=None,
+        cache=None,
+        checkpoint=None,
+        warm_start=False,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.conv_channels = conv_channels
+        self.hidden_units = hidden_units
+        self.dropout = dropout
+        self.unfreeze = unfreeze
+        self.head_epochs = head_epochs
+        self.finetune_epochs = finetune_epochs
+        self.head_init = head_init
+        self.head_lr = head_lr
+        self.backbone_lr = backbone_lr
+        self.backbone_lr_decay = backbone_lr_decay
+        self.optimizer = optimizer
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.augment = augment
+        self.n_views = n_views
+        self.loss = loss
+        self.validation_fraction = validation_fraction
+        self.early_stopping = early_stopping
+        self.patience = patience
+        self.image_size = image_size
+        self.crop = crop
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.engine = engine
+        self.decode = decode
+        self.reader = reader
+        self.value_range = value_range
+        self.cache = cache
+        self.checkpoint = checkpoint
+        self.warm_start = warm_start
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @fit_context
+    def fit(self, X, y, sample_weight=None, groups=None):
+        """Train the head, then the unfrozen layers with it.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `CNNFeatureTransformer` supports.
+        y : array of shape (n,) or (n, n_outputs)
+            Values.
+        sample_weight : array of shape (n,), default=None
+            Weights of the images in the loss.
+        groups : array of shape (n,), default=None
+            Groups of images, such as patients, that are held out as a whole.
+
+        Returns
+        -------
+        FineTunedCNNRegressor
+            Fitted regressor.
+
+        Raises
+        ------
+        UnknownBackboneError, UnknownLayerError, WeightsError
+            If `backbone`, `layer` or `weights` do not exist.
+        ImageReadError
+            If an image cannot be read.
+        TrainingError
+            If the loss becomes infinite or NaN.
+        """
+        return self._fit(X, y, sample_weight, groups)
+
+    @classmethod
+    def from_pipeline(cls, pipeline, **parameters):
+        """Convert a pipeline of frozen features and a linear regressor.
+
+        The regressor predicts what the pipeline predicts. `fit`, also of clones, starts
+        from this head (`head_init`) with the second stage (``head_epochs=0``).
+
+        Parameters
+        ----------
+        pipeline : Pipeline
+            Fitted pipeline of a `CNNFeatureTransformer` with a single layer, optionally
+            a ``StandardScaler``, and a linear regressor.
+        **parameters
+            Further parameters of the regressor, such as `unfreeze`.
+
+        Returns
+        -------
+        FineTunedCNNRegressor
+            Fitted regressor.
+
+        Raises
+        ------
+        ValueError
+            If the pipeline has other steps, or determines one of the parameters.
+        """
+        made, regressor = cls._from_pipeline(pipeline, parameters)
+        coef = np.asarray(regressor.coef_)
+        made.n_outputs_, made._target_ndim = len(np.atleast_2d(coef)), coef.ndim
+        return made
+
+    def predict(self, X):
+        """Predict the values of images.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n,) or (n, n_outputs), float64
+            Values, of the dimensions of the `y` of `fit`.
+        """
+        check_is_fitted(self)
+        values = self._head_outputs(X, self.n_outputs_)
+        return values[:, 0] if self._target_ndim == 1 else values
+
+    def _encode_targets(self, y, n_images):
+        values = encode_values(y, n_images)
+        self.n_outputs_, self._target_ndim = values.shape[1], np.asarray(y).ndim
+        return values
+
+    def _objective(self, examples):
+        positions = examples.training
+        weights = examples.weights[positions].astype(np.float64)
+        return Regression(examples.targets[positions], weights, self.loss)
+
+    def _targets(self):
+        return "number of outputs", self.n_outputs_
+
+    def _check_head(self, fitted):
+        if not hasattr(fitted, "predict") or hasattr(fitted, "classes_"):
+            raise ValueError(
+                f"head_init: {type(fitted).__name__} is not a fitted regressor."
+            )
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.single_output = True
+        tags.target_tags.multi_output = True
+        return tags
