@@ -11,6 +11,12 @@ __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from skltl.cache import cache_info, clear_cache
+    from skltl.curation import (
+        ImageNeighbors,
+        find_duplicates,
+        find_label_errors,
+        find_outliers,
+    )
     from skltl.displays import (
         GradCAMDisplay,
         LayerScoresDisplay,
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
         TransferGainDisplay,
     )
     from skltl.features import CNNFeatureTransformer, make_feature_pipeline
-    from skltl.finetuning import FineTunedCNNClassifier
+    from skltl.finetuning import FineTunedCNNClassifier, FineTunedCNNRegressor
     from skltl.images import (
         Preprocessing,
         drop_bad,
@@ -46,10 +52,14 @@ if TYPE_CHECKING:
 SKOPS_TRUSTED = [
     "skltl.CNNFeatureTransformer",
     "skltl.FineTunedCNNClassifier",
+    "skltl.FineTunedCNNRegressor",
     "skltl.PretrainedCNNClassifier",
     "skltl.Strategy",
     "skltl.StrategyAdvisor",
     "skltl.TransferClassifier",
+    "skltl.features.FeatureScaler",
+    "skltl.features.LinearSVC",
+    "skltl.features.LogisticRegression",
 ]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 
@@ -57,7 +67,9 @@ _SUBPACKAGES = {
     "Backbone": "networks",
     "CNNFeatureTransformer": "features",
     "FineTunedCNNClassifier": "finetuning",
+    "FineTunedCNNRegressor": "finetuning",
     "GradCAMDisplay": "displays",
+    "ImageNeighbors": "curation",
     "LayerScoresDisplay": "displays",
     "PredictionGridDisplay": "displays",
     "Preprocessing": "images",
@@ -73,6 +85,9 @@ _SUBPACKAGES = {
     "clear_cache": "cache",
     "drop_bad": "images",
     "find_bad_images": "images",
+    "find_duplicates": "curation",
+    "find_label_errors": "curation",
+    "find_outliers": "curation",
     "list_backbones": "networks",
     "list_layers": "networks",
     "load_image_folder": "images",
@@ -87,7 +102,9 @@ __all__ = [
     "Backbone",
     "CNNFeatureTransformer",
     "FineTunedCNNClassifier",
+    "FineTunedCNNRegressor",
     "GradCAMDisplay",
+    "ImageNeighbors",
     "LayerScoresDisplay",
     "PredictionGridDisplay",
     "Preprocessing",
@@ -105,6 +122,9 @@ __all__ = [
     "drop_bad",
     "exceptions",
     "find_bad_images",
+    "find_duplicates",
+    "find_label_errors",
+    "find_outliers",
     "list_backbones",
     "list_layers",
     "load_image_folder",

@@ -15,6 +15,7 @@ SUBPACKAGES = [
     "_locks",
     "_caller",
     "_sklearn",
+    "_targets",
     "_parameters",
     "_random",
     "_large_arrays",
@@ -28,6 +29,7 @@ SUBPACKAGES = [
     "finetuning",
     "pretrained",
     "strategy",
+    "curation",
     "displays",
 ]
 MEANINGLESS = {"utils", "helpers", "common", "misc", "core", "base"}

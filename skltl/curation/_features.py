@@ -1,0 +1,47 @@
+"""Features of images for the functions of this package, and distances of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.preprocessing import normalize
+from sklearn.utils.validation import check_is_fitted
+
+from skltl.exceptions import shorten
+from skltl.features import CNNFeatureTransformer
+
+Features = NDArray[np.float32]
+
+
+def unit_features(X: Any, transformer: Any) -> Features:
+    """Return the features of images, scaled to length 1: (n, d).
+
+    Euclidean distances of these order images as the cosine of their features does.
+    Rows of NaN, of images that cannot be read, stay NaN.
+    """
+    features = np.asarray(features_of(X, transformer), dtype=np.float32)
+    readable = ~np.isnan(features).any(axis=1)
+    features = features.copy()
+    if readable.any():
+        features[readable] = normalize(features[readable])
+    return features
+
+
+def features_of(X: Any, transformer: Any) -> NDArray[Any]:
+    """Return the features of images; an unfitted transformer is cloned and fitted."""
+    default: Any = CNNFeatureTransformer
+    transformer = default() if transformer is None else transformer
+    if not hasattr(transformer, "transform"):
+        raise TypeError(
+            "transformer must be a CNNFeatureTransformer, or a pipeline that ends in a "
+            f"transformer; got {shorten(repr(transformer))}."
+        )
+    try:
+        check_is_fitted(transformer)
+    except NotFittedError:
+        transformer = clone(transformer).fit(X)
+    return np.asarray(transformer.transform(X))
