@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import expit, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -142,6 +142,24 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
         """
         logits = self._logits(X)
         return expit(logits) if self._is_multilabel() else softmax(logits, axis=1)
+
+    def predict_log_proba(self, X):
+        """Return the logarithms of the class probabilities.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+
+        Returns
+        -------
+        array of shape (n, n_classes)
+            Logarithms of the probabilities, also of those that are 0 after rounding.
+        """
+        logits = self._logits(X)
+        if self._is_multilabel():
+            return log_expit(logits)
+        return log_softmax(logits, axis=1)
 
     def predict(self, X):
         """Return the most probable class of each image.

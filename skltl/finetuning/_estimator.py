@@ -109,6 +109,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         "n_views": [AT_LEAST_ONE, None],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
         "early_stopping": ["boolean"],
+        "monitor": [StrOptions({"score", "loss"})],
         "patience": [AT_LEAST_ONE],
         "batch_size": [AT_LEAST_ONE],
         "cache": ["boolean", str, PathLike, None],

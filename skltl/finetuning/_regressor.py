@@ -84,10 +84,13 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         Fraction of the images, stratified by class, that are held out for validation
         after each epoch. ``None`` holds out none, or a tenth with `early_stopping`.
     early_stopping : bool, default=False
-        Whether a stage ends when the validation score has not increased for `patience`
-        epochs, and the weights of its best epoch are kept.
+        Whether a stage ends when the validation images have not been predicted better
+        for `patience` epochs, and the weights of its best epoch are kept.
+    monitor : {"score", "loss"}, default="score"
+        Criterion of `early_stopping`: the validation score and, if it is equal, the
+        loss; or the loss alone, which differs even where few images are held out.
     patience : int, default=5
-        Number of epochs without a higher validation score before a stage ends.
+        Number of epochs without a better one before a stage ends.
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
@@ -227,6 +230,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         loss="squared_error",
         validation_fraction=None,
         early_stopping=False,
+        monitor="score",
         patience=5,
         image_size=None,
         crop=None,
@@ -267,6 +271,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         self.loss = loss
         self.validation_fraction = validation_fraction
         self.early_stopping = early_stopping
+        self.monitor = monitor
         self.patience = patience
         self.image_size = image_size
         self.crop = crop

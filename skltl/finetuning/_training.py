@@ -319,13 +319,19 @@ class StageTrainer:
         return rates
 
     def keep_if_best(self, metrics: Metrics) -> None:
-        """Keep the weights if the score rose, or the loss fell at the same score."""
+        """Keep the weights if the score rose, or the loss fell at the same score.
+
+        With ``monitor="loss"``, only the loss counts.
+        """
         score, loss = metrics["validation_score"], metrics["validation_loss"]
-        is_higher = score > self.best_score
-        if is_higher or (score == self.best_score and loss < self.best_loss):
+        is_better = score > self.best_score
+        is_kept = is_better or (score == self.best_score and loss < self.best_loss)
+        if self._estimator.monitor == "loss":
+            is_kept = is_better = loss < self.best_loss
+        if is_kept:
             self.best_score, self.best_loss = float(score), float(loss)
             self.best_weights = copy.deepcopy(self._network.state_dict())
-        if is_higher:
+        if is_better:
             self.n_epochs_since_best = 0
 
     def _state(self) -> dict[str, Any]:

@@ -206,6 +206,22 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         """
         return self._configured_estimator().predict_proba(X)
 
+    @available_if(_may_have_proba)
+    def predict_log_proba(self, X):
+        """Predict the logarithms of class probabilities.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images, of any kind that `fit` accepts.
+
+        Returns
+        -------
+        array of shape (n, n_classes)
+            Logarithms of the probabilities, in the order of `classes_`.
+        """
+        return self._configured_estimator().predict_log_proba(X)
+
     def decision_function(self, X):
         """Return the confidence scores of the classes.
 

@@ -367,3 +367,46 @@ def test_values_that_are_no_numbers_are_refused(y, message, measured):
 def test_weights_of_classes_need_classes(labeled):
     with pytest.raises(ValueError, match="class_weight: a dict has weights of classes"):
         classifier(class_weight={0: 2}).fit(*labeled)
+
+
+def test_logarithms_of_probabilities(labeled, digits):
+    X, Y = labeled
+    several = classifier(head_epochs=1, unfreeze=None).fit(X, Y)
+    one = classifier(head_epochs=1, unfreeze=None).fit(X, digits[1][:120])
+
+    for fitted in (several, one):
+        proba = fitted.predict_proba(X)
+        assert_allclose(np.exp(fitted.predict_log_proba(X)), proba, atol=1e-12)
+
+
+@pytest.mark.parametrize("monitor", ["score", "loss"])
+def test_early_stopping_keeps_the_best_epoch_of_what_is_monitored(monitor, labeled):
+    X, Y = labeled
+    options = {"validation_fraction": 0.2, "unfreeze": None, "head_epochs": 20}
+    fitted = classifier(
+        early_stopping=True, monitor=monitor, patience=4, **options
+    ).fit(X, Y)
+    losses = [one["validation_loss"] for one in fitted.history_]
+    scores = [one["validation_score"] for one in fitted.history_]
+
+    held_out = np.setdiff1d(np.arange(120), training_of(fitted, Y))
+    kept = classifier_loss(fitted, X[held_out], Y[held_out])
+
+    if monitor == "loss":
+        assert kept <= min(losses) + 1e-6
+        before = losses[: len(losses) - 4]
+        assert len(losses) == 20 or min(losses[-4:]) >= min(before)
+    else:
+        assert fitted.best_validation_score_ >= max(scores) - 1e-9
+
+
+def training_of(fitted, Y):
+    from skltl.finetuning._data import hold_out
+
+    return hold_out(np.asarray(Y, dtype=float), None, fitted.validation_fraction, 0)[0]
+
+
+def classifier_loss(fitted, X, Y):
+    log_proba = fitted.predict_log_proba(X)
+    log_absent = np.log1p(-np.exp(log_proba))
+    return -np.where(Y == 1, log_proba, log_absent).mean()
