@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.utils.multiclass import type_of_target
 
@@ -13,3 +14,13 @@ def is_multilabel(y: Any) -> bool:
     """Return whether targets are an indicator matrix of several labels."""
     n_dimensions = y.ndim if issparse(y) else np.asarray(y).ndim
     return n_dimensions == 2 and type_of_target(y) == "multilabel-indicator"
+
+
+def check_indicators(y: NDArray[Any]) -> None:
+    """Raise an error for an indicator matrix of other values than 0 and 1."""
+    values = np.unique(y)
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            "An indicator matrix has the values 0 and 1; y has "
+            f"{', '.join(map(str, values.tolist()))}."
+        )

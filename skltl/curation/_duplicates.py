@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_scalar
 
-from skltl.curation._features import Features, unit_features
+from skltl.curation._features import Features, fitted_to, unit_features
 
 # The nearest neighbor at which the usual distance of different images is measured: few
 # images have as many copies.
@@ -120,12 +121,14 @@ def find_duplicates(
     array([0, 1, 2, 3, 4, 5, 6, 7, 5, 3])
     """
     if max_distance is not None:
-        check_scalar(max_distance, "max_distance", (int, float), min_val=0, max_val=2)
+        check_scalar(max_distance, "max_distance", Real, min_val=0, max_val=2)
+    transformer = fitted_to(X, transformer)  # of both sets
     features = unit_features(X, transformer)
     reference = features if other is None else unit_features(other, transformer)
     if max_distance is None:
         everything = features if other is None else np.vstack([features, reference])
-        max_distance = MAX_RATIO * _usual_distance(everything)
+        # Not less than rounding, where most images are copies.
+        max_distance = max(ROUNDING, MAX_RATIO * _usual_distance(everything))
     pairs = _pairs_within(features, reference, float(max_distance), other is None)
     groups = _groups(len(features), pairs) if other is None else None
     return Duplicates(pairs, groups, float(max_distance))

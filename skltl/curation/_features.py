@@ -33,6 +33,21 @@ def unit_features(X: Any, transformer: Any) -> Features:
 
 def features_of(X: Any, transformer: Any) -> NDArray[Any]:
     """Return the features of images; an unfitted transformer is cloned and fitted."""
+    return np.asarray(fitted_to(X, transformer).transform(X))
+
+
+def check_readable(features: NDArray[Any]) -> None:
+    """Raise an error that names the first image without features, if there is one."""
+    bad = np.flatnonzero(np.isnan(features).any(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"Image {bad[0]} could not be read, and has no features. Leave it out: "
+            "drop_bad drops such images and their labels."
+        )
+
+
+def fitted_to(X: Any, transformer: Any) -> Any:
+    """Return a fitted transformer unchanged, or a clone that is fitted to images."""
     default: Any = CNNFeatureTransformer
     transformer = default() if transformer is None else transformer
     if not hasattr(transformer, "transform"):
@@ -43,5 +58,5 @@ def features_of(X: Any, transformer: Any) -> NDArray[Any]:
     try:
         check_is_fitted(transformer)
     except NotFittedError:
-        transformer = clone(transformer).fit(X)
-    return np.asarray(transformer.transform(X))
+        return clone(transformer).fit(X)
+    return transformer

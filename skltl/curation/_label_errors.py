@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,8 +10,9 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
+from sklearn.utils import check_scalar
 
-from skltl.curation._features import features_of
+from skltl.curation._features import check_readable, features_of
 from skltl.features import make_feature_pipeline
 from skltl.finetuning import encode_labels
 
@@ -127,17 +129,27 @@ def find_label_errors(
         raise ValueError(
             f"classifier={classifier!r} has no predict_proba. Use 'softmax'."
         )
+    check_scalar(cv, "cv", Integral, min_val=2)
     features = features_of(X, transformer)
+    check_readable(features)
     classes, targets = encode_labels(y, len(features))
-    n_folds = min(cv, int(np.bincount(targets).min()))
+    n_groups = len(targets) if groups is None else len(np.unique(groups))
+    n_folds = min(cv, int(np.bincount(targets).min()), n_groups)
     if n_folds < 2:
         raise ValueError(
-            "A class has a single image, and cross-validation needs two of each class."
+            "A class has a single image, or there is a single group: cross-validation "
+            "needs at least two."
         )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = kind(n_folds, shuffle=True, random_state=random_state)
     proba = np.zeros((len(targets), len(classes)))
     for train, test in folds.split(features, targets, groups):
+        lacking = np.setdiff1d(np.arange(len(classes)), targets[train])
+        if len(lacking):
+            raise ValueError(
+                f"groups: the class {classes.tolist()[lacking[0]]!r} is in so few groups that "
+                "the other folds have no image of it."
+            )
         fitted: Pipeline = clone(model).fit(features[train], targets[train])
         proba[np.ix_(test, fitted.classes_)] = fitted.predict_proba(features[test])
     rows = np.arange(len(targets))

@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._sklearn import AT_LEAST_ONE, fit_context
-from skltl.curation._features import unit_features
+from skltl.curation._features import check_readable, unit_features
 from skltl.features import CNNFeatureTransformer
 
 
@@ -80,6 +80,7 @@ class ImageNeighbors(BaseEstimator):
         transformer = CNNFeatureTransformer() if transformer is None else transformer
         self.transformer_ = clone(transformer).fit(X)
         features = unit_features(X, self.transformer_)
+        check_readable(features)
         self.index_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(features)
         return self
 
@@ -104,6 +105,8 @@ class ImageNeighbors(BaseEstimator):
         check_is_fitted(self)
         n_neighbors = self.n_neighbors if n_neighbors is None else n_neighbors
         features = None if X is None else unit_features(X, self.transformer_)
+        if features is not None:
+            check_readable(features)
         distances, indices = self.index_.kneighbors(features, n_neighbors)
         return distances, np.asarray(indices)
 

@@ -12,6 +12,9 @@ from sklearn.utils import check_scalar
 
 from skltl.curation._features import unit_features
 
+# Distances below are those of equal features.
+ROUNDING = 1e-6
+
 
 class Outliers(NamedTuple):
     """Images by how unlike the others they are, as `find_outliers` returns them."""
@@ -85,6 +88,8 @@ def find_outliers(
     """
     features = unit_features(X, transformer)
     readable = ~np.isnan(features).any(axis=1)
+    if readable.sum() < 2:
+        raise ValueError(f"Of {len(features)} images, fewer than 2 can be read.")
     if n_neighbors is None:
         n_neighbors = min(max(5, readable.sum() // 10), readable.sum() - 1)
     check_scalar(n_neighbors, "n_neighbors", Integral, min_val=1)
@@ -96,6 +101,6 @@ def find_outliers(
     distances, _ = index.kneighbors()
     scores = np.full(len(features), np.nan)
     usual = float(np.median(distances[:, -1]))
-    scores[readable] = distances[:, -1] / (usual if usual > 0 else 1.0)
+    scores[readable] = distances[:, -1] / (usual if usual > ROUNDING else 1.0)
     order = np.argsort(-scores, kind="stable")  # NaN are last
     return Outliers(order, scores)

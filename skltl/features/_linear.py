@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._targets import is_multilabel
+from skltl._targets import check_indicators, is_multilabel
 
 # Least scale of a feature, in relation to the median one. Some features are 0 for
 # almost all images: divided by their standard deviation, those of another image may be
@@ -78,6 +78,7 @@ class MultilabelMixin:
         if not self.multilabel_:
             return super().fit(X, y, sample_weight)  # type: ignore[misc]
         y = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
+        check_indicators(y)
         models = [
             clone(self).fit(X, labels, sample_weight)
             for labels in y.T

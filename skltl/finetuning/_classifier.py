@@ -74,7 +74,8 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         EfficientNet v2, else SGD.
     weight_decay : float, default=0.0001
         Weight decay of matrices and kernels. Biases, parameters of norms, tokens and
-        position embeddings have none.
+        position embeddings have none. For multilabel targets and values, a head of one
+        layer has at least that of the probe.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         Learning rate schedule of each stage.
     augment : callable, default=None
@@ -89,8 +90,9 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     class_weight : dict or "balanced", default=None
         Weights of the classes in the loss, as in scikit-learn.
     validation_fraction : float, default=None
-        Fraction of the images, stratified by class, that are held out for validation
-        after each epoch. ``None`` holds out none, or a tenth with `early_stopping`.
+        Fraction of the images, stratified by class if each has one, that are held out
+        for validation after each epoch. ``None`` holds out none, or a tenth with
+        `early_stopping`.
     early_stopping : bool, default=False
         Whether a stage ends when the validation images have not been predicted better
         for `patience` epochs, and the weights of its best epoch are kept.

@@ -208,6 +208,11 @@ def _check_predictions(model: Any, coef: NDArray[Any], intercept: NDArray[Any]) 
         )
 
 
+def n_dimensions_of(model: Any, n_features: int) -> int:
+    """Return the number of dimensions of the predictions of a fitted regressor."""
+    return int(np.ndim(_without_names(model).predict(np.zeros((1, n_features)))))
+
+
 def _without_names(classifier: Any) -> Any:
     """Return a shallow copy that does not require feature names.
 

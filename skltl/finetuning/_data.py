@@ -32,6 +32,7 @@ from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
+from skltl._targets import check_indicators
 from skltl.exceptions import nearest
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
@@ -70,6 +71,7 @@ def encode_indicators(y: Any, n: int) -> NDArray[np.float32]:
     if issparse(indicators):
         indicators = indicators.toarray()
     check_consistent_length(range(n), indicators)
+    check_indicators(indicators)
     return np.asarray(indicators)
 
 
@@ -207,7 +209,8 @@ def hold_out(
     if groups is not None:
         return _hold_out_groups(targets, column_or_1d(groups), fraction, seed)
     if targets.ndim > 1:
-        n_held_out = min(max(round(fraction * len(targets)), 1), len(targets) - 1)
+        # At least two, since R² is not defined for one.
+        n_held_out = min(max(round(fraction * len(targets)), 2), len(targets) - 1)
         if n_held_out < 1:
             raise ValueError(
                 f"validation_fraction={fraction} cannot hold out an image and leave "

@@ -121,6 +121,12 @@ class SplitNetwork(nn.Module):
         self._keeps_statistics = self._only_batch_norms = False
         freeze([self.trainable])
 
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether the head has a single layer with weights."""
+        kinds = (nn.Linear, nn.Conv2d)
+        return sum(isinstance(layer, kinds) for layer in self.head.modules()) == 1
+
     def unfreeze(self, only_batch_norms: bool, keeps_statistics: bool) -> None:
         """Unfreeze the trainable blocks, or only their batch-norms' parameters."""
         self._only_batch_norms = only_batch_norms

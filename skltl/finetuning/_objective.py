@@ -190,9 +190,11 @@ class Regression(Objective):
     ) -> None:
         self.n_outputs = values.shape[1]
         self.mean = np.average(values, axis=0, weights=weights)
-        deviation = np.sqrt(
-            np.average((values - self.mean) ** 2, axis=0, weights=weights)
-        )
+        with np.errstate(over="ignore"):  # becomes infinity
+            squares = (values - self.mean) ** 2
+        deviation = np.sqrt(np.average(squares, axis=0, weights=weights))
+        if not np.isfinite(deviation).all():
+            raise ValueError("y has values that are too large for their variance.")
         is_constant = deviation <= 1e-12 * np.abs(self.mean)
         self.scale = np.where(is_constant | (deviation == 0), 1.0, deviation)
         self._loss = LOSSES[loss]

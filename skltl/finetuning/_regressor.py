@@ -7,6 +7,7 @@ from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._sklearn import StrOptions, fit_context
+from skltl.finetuning._conversion import n_dimensions_of
 from skltl.finetuning._data import encode_values
 from skltl.finetuning._estimator import FineTunedCNN
 from skltl.finetuning._objective import LOSSES, Regression
@@ -67,7 +68,8 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         EfficientNet v2, else SGD.
     weight_decay : float, default=0.0001
         Weight decay of matrices and kernels. Biases, parameters of norms, tokens and
-        position embeddings have none.
+        position embeddings have none. For multilabel targets and values, a head of one
+        layer has at least that of the probe.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         Learning rate schedule of each stage.
     augment : callable, default=None
@@ -81,8 +83,9 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         Loss of standardized targets, with mean 0 and standard deviation 1 on the
         training images. ``"huber"`` is linear beyond 1, so that outliers count less.
     validation_fraction : float, default=None
-        Fraction of the images, stratified by class, that are held out for validation
-        after each epoch. ``None`` holds out none, or a tenth with `early_stopping`.
+        Fraction of the images, stratified by class if each has one, that are held out
+        for validation after each epoch. ``None`` holds out none, or a tenth with
+        `early_stopping`.
     early_stopping : bool, default=False
         Whether a stage ends when the validation images have not been predicted better
         for `patience` epochs, and the weights of its best epoch are kept.
@@ -347,8 +350,9 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
             If the pipeline has other steps, or determines one of the parameters.
         """
         made, regressor = cls._from_pipeline(pipeline, parameters)
-        coef = np.asarray(regressor.coef_)
-        made.n_outputs_, made._target_ndim = len(np.atleast_2d(coef)), coef.ndim
+        linear = made.head_[-1]
+        made.n_outputs_ = linear.out_features
+        made._target_ndim = n_dimensions_of(regressor, linear.in_features)
         return made
 
     def predict(self, X):

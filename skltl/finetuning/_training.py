@@ -324,14 +324,13 @@ class StageTrainer:
         With ``monitor="loss"``, only the loss counts.
         """
         score, loss = metrics["validation_score"], metrics["validation_loss"]
-        is_better = score > self.best_score
-        is_kept = is_better or (score == self.best_score and loss < self.best_loss)
-        if self._estimator.monitor == "loss":
-            is_kept = is_better = loss < self.best_loss
-        if is_kept:
+        is_better = (score, -loss) > (self.best_score, -self.best_loss)
+        # The score is not defined for the values of a single image.
+        if self._estimator.monitor == "loss" or math.isnan(score):
+            is_better = loss < self.best_loss
+        if is_better:
             self.best_score, self.best_loss = float(score), float(loss)
             self.best_weights = copy.deepcopy(self._network.state_dict())
-        if is_better:
             self.n_epochs_since_best = 0
 
     def _state(self) -> dict[str, Any]:
@@ -520,8 +519,8 @@ def build_optimizer(
     """Build the optimizer of all trainable parameters.
 
     One group for each group of blocks, with its learning rate, and kind of parameter:
-    biases, norms, tokens and position embeddings have no weight decay. Kernels of the
-    head have at least `head_decay`.
+    biases, norms, tokens and position embeddings have no weight decay. A head of one
+    layer has at least `head_decay`.
     """
     parts: list[tuple[str, nn.Module, float]] = []
     parts += [("head_lr", network.head, stage.head_lr)]
@@ -534,7 +533,8 @@ def build_optimizer(
         trainable = [one for one in part.named_parameters() if one[1].requires_grad]
         kernels = [one for path, one in trainable if _is_kernel(path, one)]
         others = [one for path, one in trainable if not _is_kernel(path, one)]
-        least = head_decay if part is network.head else 0.0
+        is_probe = part is network.head and network.has_linear_head
+        least = head_decay if is_probe else 0.0
         of_kernels = max(estimator.weight_decay, least)
         for params, decay in ((kernels, of_kernels), (others, 0.0)):
             group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}

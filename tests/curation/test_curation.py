@@ -382,3 +382,45 @@ def squeezenet(real_data):
         return CNNFeatureTransformer("squeezenet1_0", weights=weights, cache=cache)
 
     return build
+
+
+def test_both_sets_are_compared_in_the_same_features(patches):
+    """Of a pipeline that learns a scale from the images, too."""
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny"), StandardScaler())
+
+    found = find_duplicates(patches, pipeline, other=patches[:5], max_distance=0.01)
+
+    assert [pair[:2] for pair in found.pairs] == [(n, n) for n in range(5)]
+
+
+def test_near_copies_are_found_where_most_images_are_copies(patches):
+    X = [patches[0]] * 10 + [patches[30]] * 10 + [patches[35]]
+
+    found = find_duplicates(X, CNNFeatureTransformer("tiny"))
+
+    assert len(np.unique(found.groups)) == 3
+    scores = find_outliers(X, CNNFeatureTransformer("tiny")).scores
+    assert np.argmax(scores) == 20
+    assert scores.max() < 10
+
+
+def test_a_class_in_a_single_group_is_named(patches):
+    y = np.repeat(["a", "b", "c", "d"], 10)
+    groups = np.where(y == "c", 100, np.arange(40))
+
+    with pytest.raises(ValueError, match="groups: the class 'c' is in so few groups"):
+        find_label_errors(patches, y, CNNFeatureTransformer("tiny"), groups=groups)
+
+
+def test_unreadable_images_are_named(patches):
+    X = [*patches, "missing.jpg"]
+    transformer = CNNFeatureTransformer("tiny", on_error="nan")
+    fitted = ImageNeighbors(transformer).fit(patches)
+
+    for use in (
+        lambda: find_label_errors(X, [0] * 20 + [1] * 21, transformer),
+        lambda: ImageNeighbors(transformer).fit(X),
+        lambda: fitted.kneighbors(X),
+    ):
+        with pytest.raises(ValueError, match="Image 40 could not be read.*drop_bad"):
+            use()

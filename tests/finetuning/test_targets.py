@@ -16,8 +16,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import cross_val_score
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
 from tiny_classifier import NETWORK, classifier, losses, regressor
 
 from skltl import (
@@ -27,6 +29,7 @@ from skltl import (
     make_feature_pipeline,
 )
 from skltl.features import FeatureScaler
+from skltl.finetuning._objective import Regression
 
 CONSTANT = {"schedule": "constant", "batch_size": 23}
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -410,3 +413,78 @@ def classifier_loss(fitted, X, Y):
     log_proba = fitted.predict_log_proba(X)
     log_absent = np.log1p(-np.exp(log_proba))
     return -np.where(Y == 1, log_proba, log_absent).mean()
+
+
+def test_hidden_layers_have_the_weight_decay_that_was_asked_for(measured):
+    """That of the probe is for a head that begins as the probe."""
+    X, Y = measured[0][:60], measured[1][:60]
+    options = {"unfreeze": None, "head_epochs": 3, "weight_decay": 0.0}
+    hidden = regressor(hidden_units=(8,), **options).fit(X, Y)
+    plain = regressor(hidden_units=(8,), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Regression, "head_decay", lambda self, n: 0.0)
+        plain.fit(X, Y)
+
+    assert_array_equal(hidden.predict(X), plain.predict(X))
+
+
+def test_patience_counts_from_the_epoch_that_is_kept(labeled):
+    """A lower loss at the same score is better, too."""
+    rng = np.random.default_rng(0)
+    Y = rng.integers(0, 2, (120, 25))  # of which all are never right
+    fitted = classifier(
+        early_stopping=True,
+        validation_fraction=0.1,
+        patience=2,
+        unfreeze=None,
+        head_epochs=8,
+        head_init="random",
+        head_lr=1e-3,
+        schedule="constant",
+    ).fit(labeled[0], Y)
+
+    falling = np.diff([one["validation_loss"] for one in fitted.history_]) < 0
+    assert {one["validation_score"] for one in fitted.history_} == {0.0}
+    assert falling[:3].all()
+    assert fitted.n_epochs_ > 3
+
+
+def test_at_least_two_values_are_held_out(measured):
+    X, Y = measured[0][:12], measured[1][:12, 0]
+
+    fitted = regressor(early_stopping=True, head_epochs=2, unfreeze=None).fit(X, Y)
+
+    assert np.isfinite(fitted.history_[0]["validation_score"])
+    assert fitted.best_validation_score_ is not None
+
+
+@pytest.mark.parametrize("values", [(-1, 1), (1, 2), (0, 2)])
+def test_indicators_are_0_and_1(values, labeled):
+    X, Y = labeled
+    absent, present = values
+    odd = np.where(Y == 1, present, absent)
+
+    for model in (classifier(), make_feature_pipeline("tiny", "softmax", **NETWORK)):
+        with pytest.raises(ValueError, match="An indicator matrix has the values 0"):
+            model.fit(X, odd)
+
+
+def test_other_linear_regressors_become_networks(measured):
+    X, Y = measured[0][:60], measured[1][:60]
+    for last, targets in (
+        (SVR(kernel="linear"), Y[:, 0]),
+        (MultiOutputRegressor(Ridge(10)), Y),
+    ):
+        pipeline = make_feature_pipeline("tiny", regressor=last, **NETWORK)
+        expected = pipeline.fit(X, targets).predict(X)
+
+        found = FineTunedCNNRegressor.from_pipeline(pipeline).predict(X)
+
+        assert found.shape == expected.shape
+        assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_values_that_overflow_are_refused(measured):
+    with pytest.raises(ValueError, match="too large for their variance"):
+        regressor().fit(measured[0], measured[1] * 1e200)
