@@ -146,9 +146,10 @@ def find_label_errors(
     for train, test in folds.split(features, targets, groups):
         lacking = np.setdiff1d(np.arange(len(classes)), targets[train])
         if len(lacking):
+            name = classes.tolist()[lacking[0]]
             raise ValueError(
-                f"groups: the class {classes.tolist()[lacking[0]]!r} is in so few groups that "
-                "the other folds have no image of it."
+                f"groups: the class {name!r} is in so few groups that the other folds "
+                "have no image of it."
             )
         fitted: Pipeline = clone(model).fit(features[train], targets[train])
         proba[np.ix_(test, fitted.classes_)] = fitted.predict_proba(features[test])
