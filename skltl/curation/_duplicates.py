@@ -171,8 +171,8 @@ def _pairs_within(
 
 def _groups(n: int, pairs: Sequence[DuplicatePair]) -> NDArray[np.int64]:
     """Return the number of the group of each image."""
-    firsts = [pair.first for pair in pairs]
-    seconds = [pair.second for pair in pairs]
-    graph = coo_array((np.ones(len(pairs)), (firsts, seconds)), shape=(n, n))
+    # Old releases of SciPy take indices of 32 bits only.
+    ends = np.array([pair[:2] for pair in pairs], dtype=np.int32).reshape(-1, 2)
+    graph = coo_array((np.ones(len(pairs)), (ends[:, 0], ends[:, 1])), shape=(n, n))
     _, groups = connected_components(graph, directed=False)
     return np.asarray(groups, dtype=np.int64)
