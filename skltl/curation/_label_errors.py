@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -120,8 +121,8 @@ def find_label_errors(
     ...     "tiny", layer="block3", image_shape=(8, 8), image_size=32
     ... )
     >>> errors = find_label_errors(X, y, transformer)
-    >>> errors.order[0], errors.suggested[7]
-    (np.int64(7), np.int64(7))
+    >>> int(errors.order[0]), int(errors.suggested[7])
+    (7, 7)
     """
     make: Any = make_feature_pipeline
     model = make(classifier=classifier, random_state=random_state)[1:]
@@ -142,17 +143,8 @@ def find_label_errors(
         )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = kind(n_folds, shuffle=True, random_state=random_state)
-    proba = np.zeros((len(targets), len(classes)))
-    for train, test in folds.split(features, targets, groups):
-        lacking = np.setdiff1d(np.arange(len(classes)), targets[train])
-        if len(lacking):
-            name = classes.tolist()[lacking[0]]
-            raise ValueError(
-                f"groups: the class {name!r} is in so few groups that the other folds "
-                "have no image of it."
-            )
-        fitted: Pipeline = clone(model).fit(features[train], targets[train])
-        proba[np.ix_(test, fitted.classes_)] = fitted.predict_proba(features[test])
+    splits = folds.split(features, targets, groups)
+    proba = _cross_validated(model, features, classes, targets, splits)
     rows = np.arange(len(targets))
     others = proba.copy()
     others[rows, targets] = 0
@@ -165,6 +157,28 @@ def find_label_errors(
         log_odds,
         proba,
     )
+
+
+def _cross_validated(
+    model: Pipeline,
+    features: NDArray[Any],
+    classes: NDArray[Any],
+    targets: NDArray[np.int64],
+    splits: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> NDArray[np.float64]:
+    """Return the probabilities of each image from the other folds."""
+    proba = np.zeros((len(targets), len(classes)))
+    for train, test in splits:
+        lacking = np.setdiff1d(np.arange(len(classes)), targets[train])
+        if len(lacking):
+            name = classes.tolist()[lacking[0]]
+            raise ValueError(
+                f"groups: the class {name!r} is in so few groups that the other folds "
+                "have no image of it."
+            )
+        fitted = clone(model).fit(features[train], targets[train])
+        proba[test] = fitted.predict_proba(features[test])
+    return proba
 
 
 def _is_suspect(

@@ -83,8 +83,8 @@ def find_outliers(
     >>> from skltl import CNNFeatureTransformer, find_outliers
     >>> rng = np.random.default_rng(0)
     >>> X = [*rng.integers(0, 256, (20, 32, 32), dtype=np.uint8), np.eye(32) > 0]
-    >>> find_outliers(X, CNNFeatureTransformer("tiny")).order[0]
-    np.int64(20)
+    >>> int(find_outliers(X, CNNFeatureTransformer("tiny")).order[0])
+    20
     """
     features = unit_features(X, transformer)
     readable = ~np.isnan(features).any(axis=1)

@@ -97,7 +97,8 @@ def test_files_have_a_meaningful_name_and_one_idea(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+        # A constructor of an estimator has a line for each of its parameters.
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if body:
                 assert body[-1].end_lineno - body[0].lineno < MAX_FUNCTION_LINES, (
