@@ -121,8 +121,8 @@ def find_label_errors(
     ...     "tiny", layer="block3", image_shape=(8, 8), image_size=32
     ... )
     >>> errors = find_label_errors(X, y, transformer)
-    >>> int(errors.order[0]), int(errors.suggested[7])
-    (7, 7)
+    >>> 7 in errors.order[:5], int(errors.suggested[7])
+    (True, 7)
     """
     make: Any = make_feature_pipeline
     model = make(classifier=classifier, random_state=random_state)[1:]
