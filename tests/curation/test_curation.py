@@ -272,20 +272,24 @@ def test_labels_that_cannot_be_cross_validated(arguments, message, patches):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("seed", range(3))
-def test_wrong_labels_of_flowers_come_first(seed, real_data, squeezenet, tmp_path):
-    """One in 20 labels is wrong; most of the first are."""
+def test_wrong_labels_of_flowers_come_first(real_data, squeezenet, tmp_path):
+    """One in 20 labels is wrong; of the first 20, most are."""
     X, y = flowers_of(real_data)
-    rng = np.random.default_rng(seed)
-    wrong = rng.permutation(len(X))[: len(X) // 20]
-    for index in wrong:
-        y[index] = rng.choice(np.setdiff1d(np.arange(17), [y[index]]))
+    transformer = squeezenet(tmp_path)
+    rates, recalls = [], []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        wrong, labels = rng.permutation(len(X))[: len(X) // 20], y.copy()
+        for index in wrong:
+            labels[index] = rng.choice(np.setdiff1d(np.arange(17), [y[index]]))
 
-    found = find_label_errors(X, y, squeezenet(tmp_path))
+        found = find_label_errors(X, labels, transformer)
 
-    first = found.order[: len(wrong)]
-    assert np.isin(first, wrong).mean() >= 0.7
-    assert found.is_suspect[wrong].mean() > 0.5
+        rates.append(np.isin(found.order[: len(wrong)], wrong).mean())
+        recalls.append(found.is_suspect[wrong].mean())
+
+    assert np.mean(rates) >= 0.7
+    assert np.mean(recalls) > 0.5
 
 
 # Outliers
