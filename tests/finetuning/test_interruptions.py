@@ -75,7 +75,11 @@ sys.stdout.buffer.write(pickle.dumps(classifier.decision_function(X[:200] / 16))
     for _ in range(10):
         worker = subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE)
         worker.stdout.readline()
-        time.sleep(rng.uniform(0.3, 0.8))
+        for _ in range(600):  # until there is a state; a busy machine takes longer
+            if worker.poll() is not None or any(folder.glob("*.checkpoint")):
+                break
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.4))
         worker.kill()
         worker.communicate()
         n_killed += worker.returncode == -signal.SIGKILL
