@@ -25,7 +25,11 @@ if TYPE_CHECKING:
         TrainingHistoryDisplay,
         TransferGainDisplay,
     )
-    from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+    from skltl.features import (
+        CNNFeatureTransformer,
+        ImageSetTransformer,
+        make_feature_pipeline,
+    )
     from skltl.finetuning import FineTunedCNNClassifier, FineTunedCNNRegressor
     from skltl.images import (
         Preprocessing,
@@ -53,6 +57,7 @@ SKOPS_TRUSTED = [
     "skltl.CNNFeatureTransformer",
     "skltl.FineTunedCNNClassifier",
     "skltl.FineTunedCNNRegressor",
+    "skltl.ImageSetTransformer",
     "skltl.PretrainedCNNClassifier",
     "skltl.Strategy",
     "skltl.StrategyAdvisor",
@@ -70,6 +75,7 @@ _SUBPACKAGES = {
     "FineTunedCNNRegressor": "finetuning",
     "GradCAMDisplay": "displays",
     "ImageNeighbors": "curation",
+    "ImageSetTransformer": "features",
     "LayerScoresDisplay": "displays",
     "PredictionGridDisplay": "displays",
     "Preprocessing": "images",
@@ -105,6 +111,7 @@ __all__ = [
     "FineTunedCNNRegressor",
     "GradCAMDisplay",
     "ImageNeighbors",
+    "ImageSetTransformer",
     "LayerScoresDisplay",
     "PredictionGridDisplay",
     "Preprocessing",

@@ -178,7 +178,7 @@ def read_images_of(estimator, X, y=None, *, reset=False):
 
 def _n_channels(estimator, reset):
     """Return the number of channels that the network takes; in `fit`, the next one."""
-    if reset:
+    if reset or not hasattr(estimator, "preprocessing_"):
         return get_backbone(estimator.backbone).n_channels
     return estimator.preprocessing_.n_channels
 

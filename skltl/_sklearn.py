@@ -10,7 +10,12 @@ from numbers import Integral
 
 from sklearn.base import _fit_context
 from sklearn.utils import _safe_indexing as take
-from sklearn.utils._param_validation import Interval, InvalidParameterError, StrOptions
+from sklearn.utils._param_validation import (
+    Interval,
+    InvalidParameterError,
+    Options,
+    StrOptions,
+)
 from sklearn.utils.validation import _check_feature_names_in as check_feature_names_in
 from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 
@@ -27,6 +32,7 @@ __all__ = [
     "IMAGE_SIZES",
     "Interval",
     "InvalidParameterError",
+    "Options",
     "StrOptions",
     "check_feature_names_in",
     "check_sample_weight",

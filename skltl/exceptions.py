@@ -21,7 +21,9 @@
     ├── EngineWarning             the engine differs from that used in fit
     ├── ImageFolderWarning        files or folders are not loaded as images
     ├── ImageRangeWarning         pixel values are outside the expected range
+    ├── InterruptionWarning       training was interrupted, and its result is kept
     ├── LicenseWarning            weights do not permit commercial use
+    ├── PersistenceWarning        the fitted estimator cannot be saved
     └── PrecisionWarning          float32 is used instead of bfloat16
 
 They inherit from the built-in classes that scikit-learn raises, so that
@@ -43,8 +45,10 @@ __all__ = [
     "ImageRangeWarning",
     "ImageReadError",
     "ImageTypeError",
+    "InterruptionWarning",
     "LicenseWarning",
     "NonFiniteFeaturesError",
+    "PersistenceWarning",
     "PrecisionWarning",
     "TrainingError",
     "UnknownBackboneError",
@@ -181,6 +185,10 @@ class ImageTypeError(TypeError):
         return f"Image {self.index} is {shorten(self.reason, 400)}."
 
 
+class InterruptionWarning(UserWarning):
+    """Training was interrupted, and the network of the last epoch is kept."""
+
+
 class LicenseWarning(UserWarning):
     """The license of pretrained weights does not permit commercial use."""
 
@@ -214,6 +222,10 @@ class NonFiniteFeaturesError(ValueError):
             f"The features of image {self.index}{name} are NaN or infinite: the "
             "weights of the network, or the values of the image, are too large."
         )
+
+
+class PersistenceWarning(UserWarning):
+    """A parameter cannot be pickled, so the fitted estimator cannot be saved."""
 
 
 class PrecisionWarning(UserWarning):

@@ -12,6 +12,7 @@ from skltl.features._extraction import (
     extract_features,
     extraction_config,
 )
+from skltl.features._image_sets import ImageSetTransformer
 from skltl.features._linear import (
     LEAST_SCALE,
     FeatureScaler,
@@ -36,6 +37,7 @@ __all__ = [
     "FeatureEstimator",
     "FeatureScaler",
     "HeadEstimator",
+    "ImageSetTransformer",
     "LinearSVC",
     "LogisticRegression",
     "NetworkClassifier",

@@ -36,6 +36,7 @@ from skltl.images import (
     iter_crops,
 )
 from skltl.inference import (
+    N_CROPS,
     ExtractionConfig,
     FrozenPrefix,
     InFlight,
@@ -56,6 +57,7 @@ def extraction_config(
     preprocessing: Preprocessing,
     pooling: str | int,
     batch_size: int | str = "auto",
+    n_views: int = 1,
 ) -> ExtractionConfig:
     """Return how images become features, by the parameters of an estimator."""
     estimator._validate_params()  # they may have been set after `fit`
@@ -76,6 +78,7 @@ def extraction_config(
         dtype,
         engine,
         estimator.decode,
+        n_views,
     )
 
 
@@ -200,6 +203,7 @@ def _crops(
         with_keys=with_keys,
         alternate=config.device.type == "cpu",
         unreadable=unreadable,
+        n_crops=N_CROPS[config.n_views],
     )
 
 

@@ -19,6 +19,7 @@ from skltl._random import draw_seed
 from skltl._sklearn import (
     AT_LEAST_ONE,
     InvalidParameterError,
+    Options,
     StrOptions,
     fit_context,
 )
@@ -31,6 +32,7 @@ from skltl.features._extraction import (
 )
 from skltl.images import bad_images
 from skltl.inference import (
+    N_CROPS,
     POOLINGS,
     can_pool,
     load_prefix,
@@ -101,6 +103,11 @@ class CNNFeatureTransformer(FeatureEstimator):
         and loses the ends of the longer side, ``"squash"`` changes the proportions, and
         ``"pad"`` adds a border, so that nothing is lost. ``None`` is the treatment that
         the network was trained with.
+    n_views : {1, 2, 10}, default=1
+        Number of views of each image, whose features are averaged: the crop; also its
+        mirror image; or the center and the four corners, each of them and its mirror
+        image. The features of 2 or 10 views take 2 or 10 times as long, and are often
+        better.
     image_shape : tuple of 2 or 3 ints, default=None
         If given, ``X`` is an array of shape (n, d), and each row is an image of this
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``,
@@ -223,6 +230,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         **ImageEstimator._parameter_constraints,
         "layer": [str, Integral, list, tuple],
         "pooling": [StrOptions(set(POOLINGS)), AT_LEAST_ONE],
+        "n_views": [Options(Integral, set(N_CROPS))],
         "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
         "on_error": [StrOptions({"raise", "nan"})],
         "cache": ["boolean", str, PathLike, None],
@@ -237,6 +245,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         pooling="avg",
         image_size=None,
         crop=None,
+        n_views=1,
         image_shape=None,
         batch_size="auto",
         device="auto",
@@ -257,6 +266,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.pooling = pooling
         self.image_size = image_size
         self.crop = crop
+        self.n_views = n_views
         self.image_shape = image_shape
         self.batch_size = batch_size
         self.device = device
@@ -454,6 +464,7 @@ def transformer_config(transformer):
         transformer.preprocessing_,
         transformer.pooling_,
         transformer.batch_size,
+        transformer.n_views,
     )
 
 

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from skltl._caller import user_stacklevel
 from skltl._code import description
 from skltl.exceptions import CheckpointWarning
-from skltl.finetuning._data import AugmentedViews
+from skltl.finetuning._data import AugmentedViews, resolve_augment
 from skltl.images import ImageSource, Preprocessing, content_key, file_digest
 from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, versions
 
 # A fit does not depend on these, or they are digested separately.
 NOT_DIGESTED = {
     *("augment", "head_init", "reader", "cache", "checkpoint", "n_jobs"),
-    *("random_state", "verbose"),
+    *("random_state", "verbose", "keep_on_interrupt"),
 }
 
 # Transforms of installed packages are pickled by name: what they do shows in some
@@ -62,9 +62,10 @@ def fingerprint(
         values = None if array is None else np.asarray(array).tolist()
         digest.update(repr(values).encode())
     digest.update(description(classifier.head_init, "head_init"))
-    if classifier.augment is not None:
+    augment = resolve_augment(classifier.augment, new.preprocessing_)
+    if augment is not None:
         digest.update(description(classifier.augment, "augment"))
-        digest.update(view_content(classifier.augment, source, new.preprocessing_))
+        digest.update(view_content(augment, source, new.preprocessing_))
     if classifier.weights is not None or seed is not None:
         digest.update(b"".join(prefix_digests(new.backbone_, blocks).values()))
     if classifier.warm_start and hasattr(classifier, "head_"):

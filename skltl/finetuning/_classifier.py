@@ -5,12 +5,14 @@ from __future__ import annotations
 from numbers import Real
 
 import numpy as np
+from sklearn.utils import check_consistent_length
 
 from skltl._sklearn import Interval, StrOptions, fit_context
 from skltl._targets import is_multilabel
 from skltl.features import NetworkClassifier
 from skltl.finetuning._conversion import check_same_classes, is_multilabel_classifier
 from skltl.finetuning._data import (
+    columns_of,
     encode_indicators,
     encode_labels,
     example_weights,
@@ -78,10 +80,13 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         layer has at least that of the probe.
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         Learning rate schedule of each stage.
-    augment : callable, default=None
-        Data augmentation, such as a ``torchvision.transforms.v2`` transform: a function
-        from an input image of the network, a tensor (c, h, w) before normalization, to
-        a tensor of the same shape. Torch's generator is seeded for each call.
+    augment : "auto", callable or None, default=None
+        Data augmentation. ``"auto"`` crops at least half of the image, mirrors it and
+        varies brightness, contrast and saturation by 20 %, where this does not change
+        the target. A function, such as a ``torchvision.transforms.v2`` transform, is
+        called with an input image of the network, a tensor (c, h, w) before
+        normalization, and returns a tensor of the same shape; torch's generator is
+        seeded for each call.
     n_views : int or None, default=8
         Number of augmented views of each image. Frozen blocks run on each of them once.
         ``None`` draws a new view each time: frozen blocks run in every epoch.
@@ -101,6 +106,10 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         loss; or the loss alone, which differs even where few images are held out.
     patience : int, default=5
         Number of epochs without a better one before a stage ends.
+    keep_on_interrupt : bool, default=False
+        Whether an interruption (``KeyboardInterrupt``, Ctrl-C) ends training after the
+        first epoch with a warning, and keeps the weights of the last complete epoch, or
+        with `early_stopping` of the best one. Otherwise the previous fit is kept.
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
@@ -242,6 +251,7 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         early_stopping=False,
         monitor="score",
         patience=5,
+        keep_on_interrupt=False,
         image_size=None,
         crop=None,
         image_shape=None,
@@ -284,6 +294,7 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         self.early_stopping = early_stopping
         self.monitor = monitor
         self.patience = patience
+        self.keep_on_interrupt = keep_on_interrupt
         self.image_size = image_size
         self.crop = crop
         self.image_shape = image_shape
@@ -302,7 +313,17 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         self.verbose = verbose
 
     @fit_context
-    def fit(self, X, y, sample_weight=None, groups=None):
+    def fit(
+        self,
+        X,
+        y,
+        sample_weight=None,
+        groups=None,
+        *,
+        X_val=None,
+        y_val=None,
+        sample_weight_val=None,
+    ):
         """Train the head, then the unfrozen layers with it.
 
         Parameters
@@ -316,6 +337,12 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
             Weights of the images in the loss.
         groups : array of shape (n,), default=None
             Groups of images, such as patients, that are held out as a whole.
+        X_val : sequence of m images, or array of shape (m, d) with `image_shape`
+            Images of a validation set, in place of images that are held out.
+        y_val : array of shape (m,), or indicator matrix of shape (m, n_labels)
+            Their labels.
+        sample_weight_val : array of shape (m,), default=None
+            Their weights in the validation score and loss.
 
         Returns
         -------
@@ -331,7 +358,8 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         TrainingError
             If the loss becomes infinite or NaN.
         """
-        return self._fit(X, y, sample_weight, groups)
+        validation = X_val, y_val, sample_weight_val
+        return self._fit(X, y, sample_weight, groups, validation)
 
     @classmethod
     def from_pipeline(cls, pipeline, **parameters):
@@ -372,6 +400,18 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
             return indicators
         self.classes_, targets = encode_labels(y, n_images)
         return targets
+
+    def _encode_more_targets(self, y, n_images):
+        if not self.multilabel_:
+            targets = columns_of(self.classes_, y)
+            check_consistent_length(range(n_images), targets)
+            return targets
+        indicators = encode_indicators(y, n_images)
+        if indicators.shape[1] != len(self.classes_):
+            raise ValueError(
+                f"y_val has {indicators.shape[1]} labels, and y {len(self.classes_)}."
+            )
+        return indicators
 
     def _image_weights(self, sample_weight, targets):
         if not self.multilabel_:

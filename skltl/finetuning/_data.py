@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import reprlib
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
+from torchvision.transforms import v2
 
 from skltl._caller import user_stacklevel
 from skltl._large_arrays import new_array
@@ -33,7 +35,7 @@ from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
 from skltl._targets import check_indicators
-from skltl.exceptions import nearest
+from skltl.exceptions import PersistenceWarning, nearest, shorten
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
@@ -57,7 +59,7 @@ Positions: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Targets and weights of all images, and which of them are held out."""
+    """Targets and weights of all images, and which of them are for validation."""
 
     targets: NDArray[Any]  # as an `Objective` takes them
     weights: NDArray[np.float32]  # (n,) 1 on average over the training images
@@ -175,16 +177,25 @@ def split_examples(
     targets: NDArray[Any],
     weights: NDArray[np.float64],
     groups: Any,
+    n_validation: int,
     seed: int,
 ) -> Examples:
     """Hold out validation images, and scale the training weights to a mean of 1.
 
-    So scaled, weights do not change the effective learning rate.
+    The last `n_validation` images are those of a validation set, instead of which some
+    of the others are held out if there is none. So scaled, weights do not change the
+    effective learning rate.
     """
     fraction = estimator.validation_fraction
     if fraction is None and estimator.early_stopping:
         fraction = DEFAULT_FRACTION
-    training, validation = hold_out(targets, groups, fraction, seed)
+    if n_validation:
+        everything, n_training = np.arange(len(targets)), len(targets) - n_validation
+        training, validation = everything[:n_training], everything[n_training:]
+        if groups is not None:
+            check_consistent_length(training, groups)
+    else:
+        training, validation = hold_out(targets, groups, fraction, seed)
     for name, positions in (("training", training), ("validation", validation)):
         if len(positions) and not weights[positions].sum() > 0:
             raise ValueError(f"The weights of all {name} images are zero.")
@@ -400,6 +411,43 @@ def _check_view(view: Any, image: Tensor, position: int) -> None:
         raise ValueError(f"augment returned NaN or infinity for image {position}.")
 
 
+def resolve_augment(
+    augment: Any, preprocessing: Preprocessing
+) -> Callable[[Tensor], Any] | None:
+    """Return the augmentation of a parameter; ``"auto"`` is for the input size.
+
+    Three quarters of the area are left on average, since the crop of the preprocessing
+    has taken a part of the image already. The ratios are those of torchvision's
+    training, and the colors vary by as much as in fastai.
+    """
+    if not isinstance(augment, str):
+        chosen: Callable[[Tensor], Any] | None = augment
+        return chosen
+    transforms: list[Any] = [
+        v2.RandomResizedCrop(preprocessing.size, scale=(0.5, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+    ]
+    if preprocessing.n_channels in (1, 3):
+        transforms.append(v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2))
+    composed: Callable[[Tensor], Any] = v2.Compose(transforms)
+    return composed
+
+
+def check_picklable(augment: Any) -> None:
+    """Warn if this is no function that can be saved or sent to another process."""
+    try:
+        pickle.dumps(augment)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        name = getattr(augment, "__qualname__", type(augment).__name__)
+        warnings.warn(
+            f"augment={name} cannot be pickled, so the fitted estimator cannot be "
+            "saved, or sent to another process. Define a function with a name at the "
+            f"top of a module. ({shorten(str(error), 200)})",
+            PersistenceWarning,
+            stacklevel=user_stacklevel(),
+        )
+
+
 def draw_views(
     rng: np.random.Generator, n: int, n_views: int | None
 ) -> NDArray[np.int64]:
@@ -417,7 +465,8 @@ def build_inputs(
     Only with an unlimited number of augmented views the frozen blocks run in every
     epoch. `estimator` has the parameters and the attributes of the pretrained network.
     """
-    augment, preprocessing = estimator.augment, estimator.preprocessing_
+    preprocessing = estimator.preprocessing_
+    augment = resolve_augment(estimator.augment, preprocessing)
     config = _extraction_config(estimator, network) if network.frozen else None
     cache = cache_folder(estimator)
     if augment is None and config is not None:

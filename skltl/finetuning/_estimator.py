@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from numbers import Integral, Real
 from os import PathLike, fspath
 
+import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.frozen import FrozenEstimator
@@ -24,8 +25,18 @@ from skltl._parameters import (
     resolve_threads,
 )
 from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions
-from skltl.exceptions import shorten
+from skltl._sklearn import (
+    AT_LEAST_ONE,
+    Interval,
+    StrOptions,
+    check_sample_weight,
+)
+from skltl.exceptions import (
+    ImageReadError,
+    ImageTypeError,
+    NonFiniteFeaturesError,
+    shorten,
+)
 from skltl.features import (
     SHARED_PARAMETERS,
     FeatureEstimator,
@@ -46,6 +57,7 @@ from skltl.finetuning._conversion import (
 )
 from skltl.finetuning._data import (
     build_inputs,
+    check_picklable,
     example_weights,
     split_examples,
 )
@@ -71,6 +83,7 @@ from skltl.finetuning._training import (
     train_network,
     training_context,
 )
+from skltl.images import JoinedSource
 from skltl.inference import POOLINGS, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 
@@ -81,8 +94,8 @@ PRIVATE_ATTRIBUTES = ("_fitted_image_shape", "_target_ndim")
 class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
     """Base class of the classifier and the regressor of a fine-tuned network.
 
-    They define the targets: `_encode_targets`, `_image_weights`, `_objective` and
-    `_check_head`.
+    They define the targets: `_encode_targets`, `_encode_more_targets`,
+    `_image_weights`, `_objective` and `_check_head`.
     """
 
     _parameter_constraints: dict = {
@@ -105,12 +118,13 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         "optimizer": [StrOptions({"auto", *OPTIMIZERS})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"one_cycle", "cosine", "constant"})],
-        "augment": [callable, None],
+        "augment": [callable, StrOptions({"auto"}), None],
         "n_views": [AT_LEAST_ONE, None],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither"), None],
         "early_stopping": ["boolean"],
         "monitor": [StrOptions({"score", "loss"})],
         "patience": [AT_LEAST_ONE],
+        "keep_on_interrupt": ["boolean"],
         "batch_size": [AT_LEAST_ONE],
         "cache": ["boolean", str, PathLike, None],
         "checkpoint": [str, PathLike, None],
@@ -124,6 +138,10 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         """
         raise NotImplementedError
 
+    def _encode_more_targets(self, y, n_images):
+        """Return further targets, encoded as those of `_encode_targets` were."""
+        raise NotImplementedError
+
     def _image_weights(self, sample_weight, targets):
         """Return the weight of each image in the loss."""
         return example_weights(sample_weight, targets)
@@ -135,21 +153,33 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
     def _check_head(self, fitted):
         """Raise if `head_init` holds an estimator that was fitted to other targets."""
 
-    def _fit(self, X, y, sample_weight, groups):
-        """Fit the network in two stages."""
+    def _fit(self, X, y, sample_weight, groups, validation):
+        """Fit the network in two stages.
+
+        `validation` are the images, targets and weights of a validation set.
+        """
         check_widths("conv_channels", self.conv_channels)
         check_widths("hidden_units", self.hidden_units)
+        check_picklable(self.augment)
         # A fit that fails leaves `self` unchanged. Meanwhile, `self` holds the previous
         # fit, and the context of scikit-learn's callbacks.
         new = type(self)(**self.get_params())
         source = read_images_of(new, X, y, reset=True)
-        targets = new._encode_targets(y, len(source))
-        weights = new._image_weights(sample_weight, targets)
-        with training_context(resolve_device(self.device)):
-            arrays = (new._targets()[1], targets, sample_weight, groups)
+        n_training, targets = len(source), new._encode_targets(y, len(source))
+        source, targets, all_weights = new._with_validation_set(
+            source, targets, sample_weight, validation
+        )
+        n_validation = len(source) - n_training
+        weights = new._image_weights(all_weights, targets)
+        with (
+            training_context(resolve_device(self.device)),
+            naming_validation_images(n_training),
+        ):
+            arrays = (new._targets()[1], targets, all_weights, groups, n_validation)
             requested_seed = draw_seed(self.random_state)
             seed = fresh_seed() if requested_seed is None else requested_seed
-            split_examples(new, targets, weights, groups, seed)  # before it takes long
+            split = partial(split_examples, new, targets, weights, groups, n_validation)
+            split(seed)  # an error before it takes long
             new._load_network(seed)
             with self._open_checkpoint(
                 new, source, arrays, requested_seed
@@ -157,7 +187,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
                 if checkpoint is not None and checkpoint.saved is not None:
                     seed = checkpoint.saved["seed"]
                     new._load_network(seed)
-                examples = split_examples(new, targets, weights, groups, seed)
+                examples = split(seed)
                 objective = new._objective(examples)
                 examples = replace(examples, targets=objective.encode(targets))
                 network = self._build_network(new, objective, seed)
@@ -178,6 +208,29 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
         return self
 
+    def _with_validation_set(self, source, targets, sample_weight, validation):
+        """Return images, targets and weights, followed by those for validation."""
+        X_val, y_val, weights_val = validation
+        if X_val is None and y_val is None:
+            if weights_val is not None:
+                raise ValueError("sample_weight_val is given without X_val and y_val.")
+            return source, targets, sample_weight
+        if X_val is None or y_val is None:
+            missing, given = ("X", "y") if X_val is None else ("y", "X")
+            raise ValueError(f"{given}_val is given without {missing}_val.")
+        if self.validation_fraction is not None:
+            raise ValueError("validation_fraction and X_val exclude each other.")
+        with naming_validation_images(0):
+            more = read_images_of(self, X_val, y_val)
+        further = self._encode_more_targets(y_val, len(more))
+        if sample_weight is not None or weights_val is not None:
+            parts = (sample_weight, targets), (weights_val, further)
+            sample_weight = np.concatenate(
+                [check_sample_weight(*part, dtype=np.float64) for part in parts]
+            )
+        joined = JoinedSource(source, more)
+        return joined, np.concatenate([targets, further]), sample_weight
+
     @classmethod
     def _from_pipeline(cls, pipeline, parameters):
         """Return the estimator, and the linear model at the end of the pipeline."""
@@ -185,6 +238,12 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         kind = "classifier" if issubclass(cls, ClassifierMixin) else "regressor"
         if get_tags(model).estimator_type != kind:
             raise ValueError(f"{type(model).__name__} is not a linear {kind}.")
+        if transformer.n_views != 1:
+            raise ValueError(
+                f"The pipeline averages n_views={transformer.n_views} views of each "
+                "image, and a fine-tuned network predicts from one. Set it first: "
+                "pipeline.set_params(feat__n_views=1)."
+            )
         network = fitted_parameters(transformer)
         of_head = ("conv_channels", "hidden_units", "dropout")
         determined = sorted({*network, *of_head} & parameters.keys())
@@ -398,3 +457,16 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             plain = vars(self)
             self.head_ = head_from_state(plain["head_"])
             self.stages_ = [Stage(**stage) for stage in plain["stages_"]]
+
+
+@contextmanager
+def naming_validation_images(n_training):
+    """Let errors of images after the first ones say that they are those of `X_val`."""
+    try:
+        yield
+    except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+        if error.index < n_training:
+            raise
+        renamed = type(error)(error.index - n_training, *error.args[1:])
+        renamed.add_note("It is an image of X_val.")
+        raise renamed from error.__cause__

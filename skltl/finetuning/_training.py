@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
+from skltl._caller import user_stacklevel
 from skltl._large_arrays import new_array
 from skltl._parameters import DTYPES, resolve_device
 from skltl._random import derived_seed, own_random_state
-from skltl.exceptions import TrainingError
+from skltl.exceptions import InterruptionWarning, TrainingError
 from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._data import (
     Examples,
@@ -120,6 +122,8 @@ def train_network(
         elif estimator.early_stopping:
             trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
         score = trainer.train(checkpoint, task)
+        if trainer.is_interrupted:
+            return score  # a checkpoint stays, for the same call to resume
     if checkpoint is not None:
         checkpoint.clear()
     return score
@@ -171,10 +175,14 @@ class StageTrainer:
         self.is_stopped = False  # by a callback
         self.best_score, self.best_loss = -math.inf, math.inf
         self.best_weights: dict[str, Tensor] | None = None
+        self.is_interrupted = False
+        # Number of epochs in the history, and the weights after the last one.
+        self._last: tuple[int, dict[str, Tensor]] | None = None
 
     def train(self, checkpoint: Checkpoint | None, fit_task: Task) -> float | None:
         """Train all epochs; return the score of the epoch kept, if any."""
-        stage, history = self._stage, self._estimator.history_
+        stage = self._stage
+        self._take_snapshot()
         task = fit_task.subtask(stage.name, stage.n_epochs).begin()
         for _ in range(self.n_epochs):
             task.subtask("epoch")  # done before an interruption
@@ -185,23 +193,56 @@ class StageTrainer:
             unit="epoch",
             disable=not self._estimator.verbose,
         ) as progress:
-            while not self._is_done():
-                metrics = self._train_epoch()
-                history.append(metrics)
-                if self._estimator.early_stopping:
-                    self.n_epochs_since_best += 1
-                    self.keep_if_best(metrics)
-                progress.set_postfix(
-                    {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
-                )
-                progress.update()
-                self.is_stopped = task.subtask("epoch").begin().end()
-                if checkpoint is not None:
-                    checkpoint.save(self._state())
+            try:
+                while not self._is_done():
+                    self._run_epoch(checkpoint, task, progress)
+            except KeyboardInterrupt:
+                if not self._keep_snapshot():
+                    raise
         if self.best_weights is not None:
             self._network.load_state_dict(self.best_weights)
         task.end()
         return None if self.best_weights is None else self.best_score
+
+    def _run_epoch(
+        self, checkpoint: Checkpoint | None, task: Task, progress: tqdm[Any]
+    ) -> None:
+        """Train for one epoch, and record, report and save its result."""
+        metrics = self._train_epoch()
+        self._estimator.history_.append(metrics)
+        if self._estimator.early_stopping:
+            self.n_epochs_since_best += 1
+            self.keep_if_best(metrics)
+        self._take_snapshot()
+        progress.set_postfix(
+            {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
+        )
+        progress.update()
+        self.is_stopped = task.subtask("epoch").begin().end()
+        if checkpoint is not None:
+            checkpoint.save(self._state())
+
+    def _take_snapshot(self) -> None:
+        """Remember the weights, if they are to be kept on an interruption."""
+        if self._estimator.keep_on_interrupt:
+            weights = copy.deepcopy(self._network.state_dict())
+            self._last = len(self._estimator.history_), weights
+
+    def _keep_snapshot(self) -> bool:
+        """Return to the end of the last epoch; return whether there is any."""
+        if self._last is None or not self._last[0]:
+            return False
+        n_epochs, weights = self._last
+        del self._estimator.history_[n_epochs:]
+        self._network.load_state_dict(weights)
+        self.is_interrupted = True
+        warnings.warn(
+            f"Training was interrupted in the {self._stage.name} stage; the result of "
+            f"the first {n_epochs} epochs is kept.",
+            InterruptionWarning,
+            stacklevel=user_stacklevel(),
+        )
+        return True
 
     def _is_done(self) -> bool:
         estimator = self._estimator

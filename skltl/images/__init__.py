@@ -23,6 +23,7 @@ from skltl.images._preprocessing import MODES, Preprocessing, as_float, normaliz
 from skltl.images._ranges import PixelRanges
 from skltl.images._source import (
     ImageSource,
+    JoinedSource,
     check_reader,
     check_value_range,
     read_images,
@@ -35,6 +36,7 @@ __all__ = [
     "Crop",
     "ImageError",
     "ImageSource",
+    "JoinedSource",
     "PixelRanges",
     "Preprocessing",
     "as_float",

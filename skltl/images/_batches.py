@@ -43,7 +43,7 @@ class Crop:
     """A decoded image, resized and cropped for the network."""
 
     position: int  # in the source
-    pixels: Pixels  # (h, w, channels), uint8 or float32
+    pixels: Pixels  # (h, w, channels), uint8 or float32; several: (n_crops, h, ...)
     key: bytes = b""  # content key of the decoded image, if requested
     file: bytes | None = None  # state of its file, unless that changed meanwhile
 
@@ -54,7 +54,9 @@ class Batch:
 
     positions: list[int]
     keys: list[bytes]
-    pixels: Pixels  # (batch_size, h, w, channels), black after the last image
+    # (batch_size, h, w, channels), black after the last image; of several crops of each
+    # image (batch_size, n_crops, h, w, channels).
+    pixels: Pixels
 
 
 def prefetch(
@@ -99,6 +101,7 @@ def iter_crops(
     with_keys: bool = False,
     alternate: bool = False,
     unreadable: list[ImageError] | None = None,
+    n_crops: int = 1,
 ) -> Generator[Crop, None, None]:
     """Yield the crops at the given positions of a source, prefetched by threads.
 
@@ -106,20 +109,22 @@ def iter_crops(
     while the crops are used, which is faster on shared cores. For the first image, in
     the order of the positions, that cannot be read, its error is raised; or else, the
     errors of all such images are added to `unreadable`, and the others are yielded.
+    Each image has `n_crops` crops, as in `Preprocessing.crops`.
     """
 
     def read(position: int) -> Crop:
         with one_image():
             if not with_keys:
-                return Crop(position, preprocessing.crop(source.decode(position)))
+                decoded = source.decode(position)
+                return Crop(position, preprocessing.crops(decoded, n_crops))
             item = source.fetch(position)
             path = source.file_of(item)
             before = file_state(path) if path is not None else None
             decoded = source.decode_item(position, item)
             is_own = source.file_of(item) == path  # its reader has read no other file
             after = file_state(path) if path is not None and is_own else None
-            crop, key = preprocessing.crop(decoded), content_key(decoded)
-            return Crop(position, crop, key, after if before == after else None)
+            crops, key = preprocessing.crops(decoded, n_crops), content_key(decoded)
+            return Crop(position, crops, key, after if before == after else None)
 
     def read_or_error(position: int) -> Crop | ImageError:
         try:
@@ -128,7 +133,7 @@ def iter_crops(
             return error.with_traceback(None)  # which holds the image
 
     if alternate:
-        n_in_flight = images_per_turn(preprocessing, batch_size, n_threads)
+        n_in_flight = images_per_turn(preprocessing, batch_size, n_threads, n_crops)
     else:
         n_in_flight = batch_size * (1 + PREFETCHED_BATCHES)
     if unreadable is None:
@@ -150,11 +155,11 @@ def _without_errors(
 
 
 def images_per_turn(
-    preprocessing: Preprocessing, batch_size: int, n_threads: int
+    preprocessing: Preprocessing, batch_size: int, n_threads: int, n_crops: int = 1
 ) -> int:
     """Return the number of images to decode before the network runs: whole batches."""
     n_images = max(IMAGES_PER_TURN, IMAGES_PER_THREAD * n_threads)
-    n_values = preprocessing.n_channels * math.prod(preprocessing.size)
+    n_values = n_crops * preprocessing.n_channels * math.prod(preprocessing.size)
     n_that_fit = BYTES_PER_TURN // (4 * n_values)  # maybe float32
     n_batches = min(math.ceil(n_images / batch_size), n_that_fit // batch_size)
     return max(1, n_batches) * batch_size

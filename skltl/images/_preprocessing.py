@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
@@ -36,6 +37,14 @@ _MAX_RESIZED_PIXELS = 2**24
 
 
 MODES = ("center", "squash", "pad")
+
+# Where crops are: fractions of the margins above and left of them. The corners follow
+# the center.
+CENTER = (0.5, 0.5)
+PLACES = (CENTER, (0, 0), (0, 1), (1, 0), (1, 1))
+
+# Corners are cropped from an image that is at least this much larger: 256 / 224 pixels.
+MIN_MARGIN = Fraction(8, 7)
 
 Size = int | tuple[int, int]
 
@@ -146,7 +155,34 @@ class Preprocessing:
         resize_size = height if height == width else (height, width)
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
-    def crop(self, image: Decoded) -> Pixels:
+    def crops(self, image: Decoded, n_crops: int) -> Pixels:
+        """Resize one image, and crop it at the center and the corners.
+
+        Parameters
+        ----------
+        image : array of shape (h, w, n_channels) or PIL image
+            As in `crop`.
+        n_crops : {1, 5}
+            The center, or also the four corners.
+
+        Returns
+        -------
+        array of shape (height, width, n_channels), or (5, height, width, n_channels)
+            The crops. If the image is not at least 8/7 of their size, those of the
+            corners are of a larger one.
+        """
+        if n_crops == 1:
+            return self.crop(image)
+        before = zip(self.size_before_crop, self.size, strict=True)
+        height, width = (
+            max(resized, math.ceil(MIN_MARGIN * side)) for resized, side in before
+        )
+        larger = replace(self, resize_size=(height, width))
+        corners = [larger.crop(image, place) for place in PLACES[1:n_crops]]
+        crops: Any = np.stack([self.crop(image), *corners])
+        return crops  # type: ignore[no-any-return]
+
+    def crop(self, image: Decoded, place: tuple[float, float] = CENTER) -> Pixels:
         """Resize and crop one image.
 
         Parameters
@@ -154,6 +190,8 @@ class Preprocessing:
         image : array of shape (h, w, n_channels) or PIL image
             Image of dtype uint8 or float32; or of mode RGB, RGBA (whose alpha channel
             is ignored), L or F.
+        place : tuple of 2 floats, default=(0.5, 0.5)
+            Place of the crop, in [0, 1], from top to bottom and from left to right.
 
         Returns
         -------
@@ -167,7 +205,7 @@ class Preprocessing:
         if is_rgb and isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image) and image.mode == "RGB":
-            return np.asarray(self._crop_image(image, self._border(image.mode)))
+            return np.asarray(self._crop_image(image, self._border(image.mode), place))
         # Pillow resizes floats one channel at a time only, and copies RGBA. Unlike a
         # loop variable, `map` keeps no channel while the next one is extracted.
         is_gray = isinstance(image, Image.Image) and image.mode in ("L", "F")
@@ -175,7 +213,8 @@ class Preprocessing:
         n_channels = self.n_channels
         channels = _channels(image, n_channels if is_repeated else 1)
         borders = map(self._border, itertools.repeat("channel"), range(n_channels))
-        crops = list(map(np.asarray, map(self._crop_image, channels, borders)))
+        places = itertools.repeat(place)
+        crops = list(map(np.asarray, map(self._crop_image, channels, borders, places)))
         return np.stack(crops * (n_channels // len(crops)), axis=2)
 
     def _border(self, mode: str, channel: int = 0) -> tuple[float, ...] | float:
@@ -183,12 +222,14 @@ class Preprocessing:
         color = self.mean if self.mode == "pad" else (0.0,) * self.n_channels
         return color if mode == "RGB" else color[channel]
 
-    def _crop_image(self, image: Image.Image, border: Any) -> Image.Image:
+    def _crop_image(
+        self, image: Image.Image, border: Any, place: tuple[float, float]
+    ) -> Image.Image:
         """Resize and crop all channels of a PIL image together."""
         (crop_height, crop_width) = self.size
         width, height = self._resized_size(*image.size)
-        left = _first_pixel(width, crop_width)
-        top = _first_pixel(height, crop_height)
+        top = _first_pixel(height, crop_height, place[0])
+        left = _first_pixel(width, crop_width, place[1])
         resample = INTERPOLATIONS[self.interpolation]
         if width * height > _MAX_RESIZED_PIXELS:
             # Only the region of the crop. Outside of the image the crop is black.
@@ -224,11 +265,11 @@ class Preprocessing:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
-def _first_pixel(length: int, crop_length: int) -> int:
+def _first_pixel(length: int, crop_length: int, place: float) -> int:
     """Return where the crop begins, rounded as in torchvision."""
     if length < crop_length:
         return -((crop_length - length) // 2)
-    return round((length - crop_length) / 2)
+    return round((length - crop_length) * place)
 
 
 def _on_border(

@@ -249,6 +249,59 @@ class ImageSource:
         return image
 
 
+class JoinedSource(ImageSource):
+    """The images of two sources that are read alike, one after the other."""
+
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        super().__init__((), decoding=first.decoding, reader=first._reader)
+        self._parts = first, second
+        # An unusual range, and a reader of other files, concern both.
+        self.ranges = second.ranges = first.ranges
+        second._reads_other_files = first._reads_other_files
+
+    def reduced_to(self, least_side: int) -> ImageSource:
+        """Return the same images, decoded at a smaller scale where possible."""
+        return JoinedSource(*(part.reduced_to(least_side) for part in self._parts))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def fetch(self, index: int) -> Any:
+        """Return an item of one of the sources."""
+        return self._of_part("fetch", index)
+
+    def decode_item(self, index: int, item: Any) -> Decoded:
+        """Decode an item of one of the sources."""
+        decoded: Decoded = self._of_part("decode_item", index, item)
+        return decoded
+
+    def file_of(self, item: Any) -> str | None:
+        """Return the path of an item that is a file, or ``None``."""
+        return self._parts[0].file_of(item)
+
+    def path(self, index: int) -> str | None:
+        """Return the path of an image, or ``None`` if it is not a file."""
+        path: str | None = self._of_part("path", index)
+        return path
+
+    def is_array(self, index: int) -> bool:
+        """Return whether an image is an array or tensor, which is not decoded."""
+        return bool(self._of_part("is_array", index))
+
+    def _of_part(self, method: str, index: int, *args: Any) -> Any:
+        """Call a method of the source of an image; errors have the joint index."""
+        n_first = len(self._parts[0])
+        part, start = (
+            (self._parts[0], 0) if index < n_first else (self._parts[1], n_first)
+        )
+        try:
+            return getattr(part, method)(int(index) - start, *args)
+        except (ImageReadError, ImageTypeError) as error:
+            if start == 0:
+                raise
+            raise type(error)(int(index), *error.args[1:]) from error.__cause__
+
+
 def read_images(
     X: Any,
     image_shape: tuple[int, ...] | None = None,

@@ -2,6 +2,7 @@
 
 from skltl.inference._config import (
     FORMAT,
+    N_CROPS,
     ExtractionConfig,
     describe,
     fingerprints,
@@ -37,6 +38,7 @@ from skltl.inference._torch import (
 __all__ = [
     "ENGINES",
     "FORMAT",
+    "N_CROPS",
     "POOLINGS",
     "TOKEN_POOLINGS",
     "ExtractionConfig",

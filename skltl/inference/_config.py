@@ -28,6 +28,10 @@ from skltl.networks import (
     skeleton,
 )
 
+# By the number of views of an image, the number of its crops. Further views are their
+# mirror images.
+N_CROPS = {1: 1, 2: 1, 10: 5}
+
 # To be raised when the way in which features are computed or stored changes: features
 # of other formats are never read.
 FORMAT = 4
@@ -52,6 +56,7 @@ class ExtractionConfig:
     dtype: torch.dtype
     engine: str = "torch"
     decode: str = "exact"
+    n_views: int = 1  # of each image, whose features are averaged
 
     def scaled(self, source: ImageSource) -> ImageSource:
         """Return the source at the scale at which files are decoded.
@@ -77,8 +82,17 @@ class ExtractionConfig:
     def compute(self, pixels: Tensor) -> Tensor:
         """Return the features (n, d), float32, on the device, of pixels (n, h, w, c).
 
-        The pixels are resized and cropped, in uint8 or float32.
+        The pixels are resized and cropped, in uint8 or float32; of several crops of
+        each image, (n, n_crops, h, w, c).
         """
+        if self.n_views == 1:
+            return self._features(pixels)
+        crops = pixels.unbind(1) if pixels.ndim == 5 else (pixels,)
+        views = [view for crop in crops for view in (crop, crop.flip(2))]
+        return torch.stack([self._features(view) for view in views]).mean(dim=0)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """Return the features (n, d) of one view (n, h, w, c) of each image."""
         mains = main_layouts(self.backbone, self.preprocessing.size, self.pooling)
         runner = self.network.runner(
             self.device, self.dtype, self.layouts(), self.engine, mains
@@ -152,6 +166,7 @@ def describe(config: ExtractionConfig, block: str) -> str:
         " ".join(f"{value:.4g}" for value in values)
         for values in (preprocessing.mean, preprocessing.std)
     )
+    views = f", {config.n_views} views" if config.n_views > 1 else ""
     before, size = map(_as_text, (preprocessing.size_before_crop, preprocessing.size))
     facts = {
         "backbone": config.backbone.name,
@@ -165,7 +180,7 @@ def describe(config: ExtractionConfig, block: str) -> str:
         "engine": config.engine,
         "preprocessing": (
             f"resize {before} {preprocessing.interpolation}, {preprocessing.mode} crop "
-            f"{size}, mean {mean}, std {std}"
+            f"{size}, mean {mean}, std {std}{views}"
         ),
         "network": digests[block].hex()[:8],
     }
@@ -197,6 +212,8 @@ def fingerprints(config: ExtractionConfig) -> list[str]:
         # Whole feature maps are outputs only where they are requested, and OpenVINO
         # fuses nothing across an output.
         facts["all blocks"] = sorted(config.blocks)
+    if config.n_views > 1:
+        facts["views"] = config.n_views
     found = []
     for block in config.blocks:
         own = {"network": digests[block].hex(), "splits": _splits(config, block)}

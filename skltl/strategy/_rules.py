@@ -134,7 +134,7 @@ class Strategy:
         if isinstance(estimator, FineTunedCNNClassifier):
             n_for_head = 1 if estimator.head_epochs else 0
             return n_for_head + PASSES_PER_EPOCH * estimator.finetune_epochs
-        return 1.0
+        return float(estimator[0].n_views)
 
 
 def recommend_strategy(
@@ -309,7 +309,7 @@ def shared_parameters(
     """Return the parameters of a transformer that another estimator has, too."""
     names = estimator.get_params(deep=False).keys() - {"layer"}
     if isinstance(estimator, FineTunedCNNClassifier):
-        names -= {"batch_size"}  # there it is that of training
+        names -= {"batch_size", "n_views"}  # there they are those of training
     values = transformer.get_params(deep=False)
     return {name: value for name, value in values.items() if name in names}
 

@@ -1,14 +1,23 @@
 """Augmented views: what they are, what they cost, and that they are reproducible."""
 
+import pickle
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from sklearn.base import clone
 from tiny_classifier import classifier, losses
 from torchvision.transforms import v2
 
 import skltl
-from skltl.exceptions import ImageRangeWarning
+from skltl import Preprocessing
+from skltl.exceptions import ImageRangeWarning, PersistenceWarning
+from skltl.finetuning._data import resolve_augment
+
+# Functions that only these tests know cannot be pickled, of which `fit` warns.
+pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
 
 SHAKEN = v2.RandomAffine(degrees=20, translate=(0.1, 0.1))
 
@@ -199,7 +208,66 @@ def test_augmented_views_of_another_wrong_range_give_another_warning(digits):
     with pytest.warns(ImageRangeWarning) as record:
         normalized.fit(X, y)
 
-    first, second = (str(warning.message) for warning in record)
+    messages = [str(one.message) for one in record if "pickled" not in str(one.message)]
+    first, second = messages
     assert first.startswith("Float images")
     assert "Divide them by 255" in first
     assert second.startswith("Images that `augment` returns should lie in [0, 1]")
+
+
+# Automatic augmentation
+
+
+def test_automatic_augmentation_crops_mirrors_and_varies_colors(images):
+    """One view of each of two hundred copies of an image whose halves differ."""
+    augment = resolve_augment("auto", Preprocessing((32, 48)))
+    left_is_red = np.zeros((3, 32, 48), np.uint8)
+    left_is_red[0, :, :24] = left_is_red[2, :, 24:] = 150
+    torch.manual_seed(0)
+
+    views = [augment(torch.from_numpy(left_is_red)).numpy() for _ in range(200)]
+
+    assert {view.shape for view in views} == {(3, 32, 48)}
+    red = np.array([view[0] > view[2] for view in views])
+    is_mirrored = red[:, :, -1].mean(axis=1) > 0.5
+    assert 70 < is_mirrored.sum() < 130
+    red[is_mirrored] = red[is_mirrored, :, ::-1]
+    edges = red.mean(axis=(1, 2))  # where the halves meet, which is 0.5 of the image
+    assert edges.std() > 0.05
+    assert edges.min() > 0  # half of the area is kept
+    assert edges.max() < 1
+    brightness = np.array([view.max() for view in views])
+    assert brightness.min() < 140
+    assert brightness.max() > 160
+
+
+@pytest.mark.parametrize("n_channels", [1, 2, 3, 4])
+def test_automatic_augmentation_of_any_number_of_channels(n_channels):
+    preprocessing = Preprocessing(16, mean=(0.5,) * n_channels, std=(1,) * n_channels)
+    image = torch.rand(n_channels, 16, 16)
+    view = resolve_augment("auto", preprocessing)(image)
+    assert view.shape == image.shape
+    assert not torch.equal(view, image)
+
+
+def test_automatic_augmentation_is_reproducible_and_saved(images, tmp_path):
+    y = [0, 1, 2] * 3
+    made = classifier(image_shape=None, augment="auto", n_views=2)
+    expected = losses(clone(made).fit(images, y))
+    found = pickle.loads(pickle.dumps(made.fit(images, y)))
+    assert losses(found) == expected
+    assert losses(made.set_params(augment=None).fit(images, y)) != expected
+    assert found.augment == "auto"
+
+
+def test_an_augmentation_that_cannot_be_pickled_is_reported_before_training(images):
+    made = classifier(image_shape=None, augment=lambda image: image)
+    wrong = [0] * 9  # one class, which is an error
+    with (
+        pytest.warns(PersistenceWarning, match="augment=.*<lambda> cannot be pickled"),
+        pytest.raises(ValueError, match="one class"),
+    ):
+        made.fit(images, wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.set_params(augment=flipped, n_views=1).fit(images, [0, 1, 2] * 3)

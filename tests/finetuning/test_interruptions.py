@@ -10,12 +10,17 @@ import time
 import numpy as np
 import pytest
 from checkpoints import interrupt, the_file
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from tiny_classifier import classifier, losses, saved_state
 
 from skltl import FineTunedCNNClassifier
+from skltl.exceptions import InterruptionWarning
+from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._network import SplitNetwork
 from skltl.finetuning._training import OPTIMIZERS
+
+# Functions that only these tests know cannot be pickled, of which `fit` warns.
+pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
 
 STOCHASTIC = {"dropout": 0.2, "validation_fraction": 0.2, "early_stopping": True}
 
@@ -222,3 +227,81 @@ def test_a_refit_that_is_interrupted_at_its_end_keeps_the_earlier_fit(
         refitted.fit(data[0][:30], data[1][:30])
 
     assert_array_equal(refitted.decision_function(data[0]), expected)
+
+
+# Interruptions whose result is kept
+
+
+class InterruptsOnce:
+    """An augmentation that is interrupted, as by Ctrl-C, at one of its calls."""
+
+    def __init__(self, at):
+        self.at, self.n_calls = at, 0
+
+    def __call__(self, image):
+        self.n_calls += 1
+        if self.n_calls == self.at:
+            raise KeyboardInterrupt
+        return image
+
+
+# Of 60 images in 3 + 2 epochs: in the second epoch of the head, and of the network.
+EVERY_EPOCH = {"n_views": None, "keep_on_interrupt": True}
+
+
+@pytest.mark.parametrize(("at", "n_epochs"), [(90, 1), (200, 3), (270, 4)])
+def test_an_interrupted_fit_keeps_its_last_epoch_if_asked(at, n_epochs, data):
+    whole = classifier(augment=InterruptsOnce(at=0), **EVERY_EPOCH).fit(*data)
+    kept = classifier(augment=InterruptsOnce(at), **EVERY_EPOCH)
+
+    with pytest.warns(InterruptionWarning, match=f"first {n_epochs} epochs is kept"):
+        kept.fit(*data)
+
+    assert losses(kept) == losses(whole)[:n_epochs]
+    assert kept.n_epochs_ == n_epochs
+    if n_epochs == 3:  # the weights are those after the head stage
+        head_only = classifier(
+            augment=InterruptsOnce(at=0), finetune_epochs=0, **EVERY_EPOCH
+        ).fit(*data)
+        # Trainable blocks run apart from the frozen ones, which rounds differently.
+        expected = head_only.decision_function(data[0])
+        assert_allclose(kept.decision_function(data[0]), expected, atol=1e-3)
+
+
+def test_an_interrupted_fit_keeps_its_best_epoch(data):
+    early = {**EVERY_EPOCH, "early_stopping": True, "validation_fraction": 0.5}
+    kept = classifier(augment=InterruptsOnce(75), **early)
+    with pytest.warns(InterruptionWarning):
+        kept.fit(*data)
+    assert kept.best_validation_score_ is not None
+    assert kept.n_epochs_ == 2
+
+
+@pytest.mark.parametrize(("at", "keep"), [(30, True), (90, False)])
+def test_an_interruption_is_raised_before_an_epoch_or_if_not_asked(at, keep, data):
+    parameters = {**EVERY_EPOCH, "keep_on_interrupt": keep}
+    with pytest.raises(KeyboardInterrupt):
+        classifier(augment=InterruptsOnce(at), **parameters).fit(*data)
+
+
+def test_a_fit_that_was_kept_can_be_resumed(data, tmp_path, monkeypatch):
+    """The checkpoint stays, and the same call goes on from it."""
+    expected = classifier(checkpoint=tmp_path).fit(*data)
+    kept = classifier(checkpoint=tmp_path, keep_on_interrupt=True)
+    save, n_saves = Checkpoint.save, []
+
+    def save_and_stop(self, state):
+        save(self, state)
+        n_saves.append(1)
+        if len(n_saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.warns(InterruptionWarning):
+            kept.fit(*data)
+
+    assert losses(kept) == losses(expected)[:2]
+    kept.fit(*data)
+    assert losses(kept) == losses(expected)
+    assert list(tmp_path.iterdir()) == []
