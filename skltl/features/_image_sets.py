@@ -62,7 +62,7 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
     >>> samples = [[images[0], images[1]], [images[2], images[3], images[4]]]
     >>> transformer = ImageSetTransformer(CNNFeatureTransformer("tiny"))
     >>> transformer.fit_transform(samples).shape
-    (2, 384)
+    (2, 288)
     """
 
     __module__ = "skltl"  # the path in saved files

@@ -40,6 +40,7 @@ from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
     ImageSource,
+    JoinedSource,
     PixelRanges,
     Preprocessing,
     as_float,
@@ -55,6 +56,42 @@ DEFAULT_FRACTION = 0.1
 MAX_FOLDS = 20
 
 Positions: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Images of a fit, and what is known of each; the last ones may be for validation.
+
+    `groups` are those of the other images.
+    """
+
+    source: ImageSource
+    targets: NDArray[Any]
+    sample_weight: Any
+    groups: Any
+    n_validation: int = 0
+
+    @property
+    def n_training(self) -> int:
+        """Number of images that are not those of a validation set."""
+        return len(self.targets) - self.n_validation
+
+    def followed_by(
+        self, source: ImageSource, targets: NDArray[Any], sample_weight: Any
+    ) -> TrainingData:
+        """Return these data with a validation set."""
+        weights = self.sample_weight
+        if weights is not None or sample_weight is not None:
+            parts = (weights, self.targets), (sample_weight, targets)
+            weights = [check_sample_weight(*part, dtype=np.float64) for part in parts]
+            weights = np.concatenate(weights)
+        return TrainingData(
+            JoinedSource(self.source, source),
+            np.concatenate([self.targets, targets]),
+            weights,
+            self.groups,
+            n_validation=len(targets),
+        )
 
 
 @dataclass(frozen=True)
@@ -173,25 +210,19 @@ def _scale_to_one(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def split_examples(
-    estimator: Any,
-    targets: NDArray[Any],
-    weights: NDArray[np.float64],
-    groups: Any,
-    n_validation: int,
-    seed: int,
+    estimator: Any, data: TrainingData, weights: NDArray[np.float64], seed: int
 ) -> Examples:
     """Hold out validation images, and scale the training weights to a mean of 1.
 
-    The last `n_validation` images are those of a validation set, instead of which some
-    of the others are held out if there is none. So scaled, weights do not change the
+    None are held out if there is a validation set. So scaled, weights do not change the
     effective learning rate.
     """
+    targets, groups = data.targets, data.groups
     fraction = estimator.validation_fraction
     if fraction is None and estimator.early_stopping:
         fraction = DEFAULT_FRACTION
-    if n_validation:
-        everything, n_training = np.arange(len(targets)), len(targets) - n_validation
-        training, validation = everything[:n_training], everything[n_training:]
+    if data.n_validation:
+        training, validation = np.split(np.arange(len(targets)), [data.n_training])
         if groups is not None:
             check_consistent_length(training, groups)
     else:

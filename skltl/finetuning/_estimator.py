@@ -9,7 +9,6 @@ from functools import partial
 from numbers import Integral, Real
 from os import PathLike, fspath
 
-import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.frozen import FrozenEstimator
@@ -25,12 +24,7 @@ from skltl._parameters import (
     resolve_threads,
 )
 from skltl._random import draw_seed, fresh_seed
-from skltl._sklearn import (
-    AT_LEAST_ONE,
-    Interval,
-    StrOptions,
-    check_sample_weight,
-)
+from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions
 from skltl.exceptions import (
     ImageReadError,
     ImageTypeError,
@@ -56,6 +50,7 @@ from skltl.finetuning._conversion import (
     parts_of_pipeline,
 )
 from skltl.finetuning._data import (
+    TrainingData,
     build_inputs,
     check_picklable,
     example_weights,
@@ -83,7 +78,6 @@ from skltl.finetuning._training import (
     train_network,
     training_context,
 )
-from skltl.images import JoinedSource
 from skltl.inference import POOLINGS, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 
@@ -164,38 +158,29 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         # A fit that fails leaves `self` unchanged. Meanwhile, `self` holds the previous
         # fit, and the context of scikit-learn's callbacks.
         new = type(self)(**self.get_params())
-        source = read_images_of(new, X, y, reset=True)
-        n_training, targets = len(source), new._encode_targets(y, len(source))
-        source, targets, all_weights = new._with_validation_set(
-            source, targets, sample_weight, validation
-        )
-        n_validation = len(source) - n_training
-        weights = new._image_weights(all_weights, targets)
+        data = new._read(X, y, sample_weight, groups, *validation)
+        weights = new._image_weights(data.sample_weight, data.targets)
         with (
             training_context(resolve_device(self.device)),
-            naming_validation_images(n_training),
+            naming_validation_images(data.n_training),
         ):
-            arrays = (new._targets()[1], targets, all_weights, groups, n_validation)
             requested_seed = draw_seed(self.random_state)
             seed = fresh_seed() if requested_seed is None else requested_seed
-            split = partial(split_examples, new, targets, weights, groups, n_validation)
-            split(seed)  # an error before it takes long
+            split_examples(new, data, weights, seed)  # before it takes long
             new._load_network(seed)
-            with self._open_checkpoint(
-                new, source, arrays, requested_seed
-            ) as checkpoint:
+            with self._open_checkpoint(new, data, requested_seed) as checkpoint:
                 if checkpoint is not None and checkpoint.saved is not None:
                     seed = checkpoint.saved["seed"]
                     new._load_network(seed)
-                examples = split(seed)
+                examples = split_examples(new, data, weights, seed)
                 objective = new._objective(examples)
-                examples = replace(examples, targets=objective.encode(targets))
+                examples = replace(examples, targets=objective.encode(data.targets))
                 network = self._build_network(new, objective, seed)
                 new.history_, new.best_validation_score_ = [], None
                 metadata = {"sample_weight": sample_weight, "groups": groups}
                 fitted = partial(new._fitted_attributes, network, objective)
                 task = begin_fit(self, X, y, metadata, len(new.stages_), fitted)
-                inputs = build_inputs(new, source, network, seed)
+                inputs = build_inputs(new, data.source, network, seed)
                 is_new_head = isinstance(self.head_init, str) and not self._is_warm()
                 new.best_validation_score_ = train_network(
                     *(new, network, inputs, examples, objective, seed),
@@ -208,28 +193,24 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
         return self
 
-    def _with_validation_set(self, source, targets, sample_weight, validation):
-        """Return images, targets and weights, followed by those for validation."""
-        X_val, y_val, weights_val = validation
+    def _read(self, X, y, sample_weight, groups, X_val, y_val, sample_weight_val):
+        """Return what was passed to `fit`; no image is decoded yet."""
+        source = read_images_of(self, X, y, reset=True)
+        targets = self._encode_targets(y, len(source))
+        data = TrainingData(source, targets, sample_weight, groups)
         if X_val is None and y_val is None:
-            if weights_val is not None:
+            if sample_weight_val is not None:
                 raise ValueError("sample_weight_val is given without X_val and y_val.")
-            return source, targets, sample_weight
+            return data
         if X_val is None or y_val is None:
             missing, given = ("X", "y") if X_val is None else ("y", "X")
             raise ValueError(f"{given}_val is given without {missing}_val.")
         if self.validation_fraction is not None:
             raise ValueError("validation_fraction and X_val exclude each other.")
         with naming_validation_images(0):
-            more = read_images_of(self, X_val, y_val)
-        further = self._encode_more_targets(y_val, len(more))
-        if sample_weight is not None or weights_val is not None:
-            parts = (sample_weight, targets), (weights_val, further)
-            sample_weight = np.concatenate(
-                [check_sample_weight(*part, dtype=np.float64) for part in parts]
-            )
-        joined = JoinedSource(source, more)
-        return joined, np.concatenate([targets, further]), sample_weight
+            source = read_images_of(self, X_val, y_val)
+        targets = self._encode_more_targets(y_val, len(source))
+        return data.followed_by(source, targets, sample_weight_val)
 
     @classmethod
     def _from_pipeline(cls, pipeline, parameters):
@@ -335,13 +316,15 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         cloned.augment = copy.deepcopy(self.augment)
         return cloned
 
-    def _open_checkpoint(self, new, source, arrays, requested_seed):
+    def _open_checkpoint(self, new, data, requested_seed):
         """Return the checkpoint of the fit, or a context without one."""
         if self.checkpoint is None:
             return nullcontext()
         folder = fspath(self.checkpoint)
         check_folder(folder)  # before all images are hashed
-        name = fingerprint(self, new, source, arrays, requested_seed)
+        arrays = [new._targets()[1], data.targets, data.sample_weight, data.groups]
+        arrays += [data.n_validation]
+        name = fingerprint(self, new, data.source, arrays, requested_seed)
         return open_checkpoint(folder, name)
 
     def _load_network(self, seed):

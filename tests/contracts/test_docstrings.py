@@ -111,6 +111,7 @@ def test_examples_of_classes_run(name):
 DIFFERENT_TYPES = {
     "batch_size": "a training batch of the classifier has no automatic size",
     "layer": "only the transformer returns the features of several layers",
+    "n_views": "views whose features are averaged, or augmented views to train on",
 }
 
 # Parameters whose description differs between estimators, and why.
@@ -118,6 +119,7 @@ DIFFERENT_DESCRIPTIONS = {
     "batch_size": "images per forward pass, or per training step",
     "cache": "pooled features, or activations of the frozen blocks",
     "layer": "features of a layer, or the layer from which training starts",
+    "n_views": "views whose features are averaged, or augmented views to train on",
     "pooling": "only the transformer describes all kinds of pooling",
     "precision": "the weights of a fine-tuned network stay in float32",
     "random_state": "what is random differs",

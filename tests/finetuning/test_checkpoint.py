@@ -28,6 +28,9 @@ from skltl.finetuning._checkpoint import (
 )
 from skltl.images import read_images
 
+# Functions that only these tests know cannot be pickled, of which `fit` warns.
+pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
+
 
 @pytest.fixture(scope="session")
 def data(digits):

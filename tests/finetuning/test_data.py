@@ -11,7 +11,7 @@ from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.model_selection import GroupKFold, cross_validate
 from tiny_classifier import classifier, losses
 
-from skltl.finetuning._data import hold_out, split_examples
+from skltl.finetuning._data import TrainingData, hold_out, split_examples
 
 
 def test_strings_are_class_labels(digits):
@@ -134,7 +134,8 @@ def test_early_stopping_holds_out_a_tenth_of_each_class():
     y = np.repeat([0, 1], [160, 40])
     estimator = classifier(early_stopping=True)
 
-    examples = split_examples(estimator, y, np.ones(200), None, 0)
+    data = TrainingData(None, y, None, None)
+    examples = split_examples(estimator, data, np.ones(200), 0)
 
     assert sorted([*examples.training, *examples.validation]) == list(range(200))
     assert np.bincount(y[examples.validation]).tolist() == [16, 4]
