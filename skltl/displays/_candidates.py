@@ -11,7 +11,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils import check_consistent_length
 
 from skltl._sklearn import take
-from skltl.strategy import find_losers, restrict_splits, subset_rows
+from skltl.strategy import find_losers, restrict_splits, subset_rows, task_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _drop_losers(searches, X, y):
     if has_classes:
         strata[:] = np.unique(y, return_inverse=True)[1]
     rows = subset_rows(strata, round(n_folds), seed=0)
-    parts = restrict_splits(splits, rows, np.asarray(y))
+    parts = restrict_splits(splits, rows, task_of(y), np.asarray(y))
     losers = [False] * len(searches)
     if len(rows) < len(strata) and len(parts) > 1:
         subset = take(X, rows), take(y, rows)

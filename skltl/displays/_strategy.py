@@ -7,12 +7,12 @@ import math
 from sklearn.utils.validation import check_is_fitted
 
 from skltl.displays._layout import import_pyplot, resolve_ax
-from skltl.strategy import MIN_LEAD, relative_size, similarity_of
+from skltl.strategy import MIN_LEAD, relative_size, similarity_of, smallest_size
 
 # Left and lower corner of each box, its strategies, and their description.
 BOXES = {
-    (0, 0): (("extract_early",), "linear classifier\non earlier features"),
-    (1, 0): (("extract",), "linear classifier\non the last features"),
+    (0, 0): (("extract_early",), "linear model\non earlier features"),
+    (1, 0): (("extract",), "linear model\non the last features"),
     (0, 1): (
         ("finetune_top", "scratch"),
         "fine-tune without the last layers\n(from scratch if very large)",
@@ -34,13 +34,16 @@ class StrategyDisplay:
     Parameters
     ----------
     n_images, n_classes : int
-        Number of images and of classes.
+        Number of images and of classes, labels or values.
     lead : float
-        Difference in accuracy between the best of the earlier layers and the last one.
+        Difference in accuracy, or R², between the best of the earlier layers and the
+        last one.
     strategy : str
         Name of the strategy to highlight.
     n_smallest : int, default=None
         Number of images in the smallest class; ``None`` assumes balanced classes.
+    targets : {"classes", "labels", "values"}, default="classes"
+        Kind of the targets.
 
     Attributes
     ----------
@@ -59,12 +62,21 @@ class StrategyDisplay:
 
     __module__ = "skltl"
 
-    def __init__(self, n_images, n_classes, lead, strategy, n_smallest=None):
+    def __init__(
+        self,
+        n_images,
+        n_classes,
+        lead,
+        strategy,
+        n_smallest=None,
+        targets="classes",
+    ):
         self.n_images = n_images
         self.n_classes = n_classes
         self.lead = lead
         self.strategy = strategy
         self.n_smallest = n_smallest
+        self.targets = targets
 
     @classmethod
     def from_advisor(cls, advisor, *, ax=None):
@@ -96,14 +108,15 @@ class StrategyDisplay:
             advisor.lead_[0],
             advisor.strategy_.name,
             advisor.n_smallest_,
+            advisor.task_,
         ).plot(ax=ax)
 
     @property
     def coordinates_(self):
         """Coordinates of the data set, from (0, 0), small and different, to (2, 2)."""
-        n_smallest = self.n_smallest
-        if n_smallest is None:
-            n_smallest = self.n_images // self.n_classes
+        n_smallest = smallest_size(
+            self.n_images, self.n_classes, self.n_smallest, self.targets
+        )
         size = relative_size(self.n_images, n_smallest)
         is_similar = similarity_of(self.lead) == "similar"
         right = 1 - (self.lead - MIN_LEAD) / LEAD_SHOWN
@@ -163,7 +176,8 @@ class StrategyDisplay:
         # Above the point, or below it near the upper border of the box.
         is_high = up % 1 > 0.85
         ax.annotate(
-            f"{self.n_images:,} images, {self.n_classes} classes",
+            f"{self.n_images:,} images"
+            + (f", {self.n_classes} {self.targets}" if self.n_classes > 1 else ""),
             (int(right) + 0.5, up),
             xytext=(0, -9 if is_high else 9),
             va="top" if is_high else "bottom",

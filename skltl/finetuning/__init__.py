@@ -5,7 +5,9 @@ from skltl.finetuning._conversion import head_of_pipeline, parts_of_pipeline, un
 from skltl.finetuning._data import (
     columns_of,
     decode_crops,
+    encode_indicators,
     encode_labels,
+    encode_values,
     example_weights,
 )
 from skltl.finetuning._estimator import FineTunedCNN
@@ -17,7 +19,9 @@ __all__ = [
     "FineTunedCNNRegressor",
     "columns_of",
     "decode_crops",
+    "encode_indicators",
     "encode_labels",
+    "encode_values",
     "example_weights",
     "head_of_pipeline",
     "parts_of_pipeline",

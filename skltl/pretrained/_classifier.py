@@ -22,6 +22,7 @@ from skltl._parameters import (
 )
 from skltl._random import draw_seed
 from skltl._sklearn import AT_LEAST_ONE, StrOptions, fit_context
+from skltl._targets import is_multilabel
 from skltl.exceptions import nearest, shorten
 from skltl.features import NetworkClassifier, output_layout
 from skltl.finetuning import encode_labels, example_weights
@@ -278,6 +279,12 @@ class PretrainedCNNClassifier(NetworkClassifier):
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)
         learns_map = self.class_map == "learn"
+        if learns_map and y is not None and is_multilabel(y):
+            raise ValueError(
+                "A pretrained classifier has one class of each image, and y is an "
+                "indicator matrix of labels. Use its features: "
+                "make_feature_pipeline(backbone, 'ovr')."
+            )
         if learns_map:
             classes, targets = encode_labels(y, len(source))
             weights = example_weights(sample_weight, targets)

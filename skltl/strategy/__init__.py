@@ -13,7 +13,9 @@ from skltl.strategy._rules import (
     recommend_strategy,
     relative_size,
     similarity_of,
+    smallest_size,
 )
+from skltl.strategy._tasks import task_of
 from skltl.strategy._transfer import TransferClassifier
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "relative_size",
     "restrict_splits",
     "similarity_of",
+    "smallest_size",
     "subset_rows",
+    "task_of",
 ]

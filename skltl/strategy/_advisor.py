@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import html
+from dataclasses import dataclass
 from numbers import Integral
 from textwrap import wrap
 from typing import Any
@@ -12,11 +13,12 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._random import draw_seed
-from skltl._sklearn import Interval, fit_context
+from skltl._sklearn import Interval, StrOptions, fit_context
 from skltl.strategy._comparison import check_backbones
 from skltl.strategy._cross_validation import label_images
 from skltl.strategy._evaluation import evaluate_strategies
 from skltl.strategy._rules import MIN_LEAD, TransformerMetaEstimator
+from skltl.strategy._tasks import task_of
 
 # More images pay if doubling their number improves accuracy by at least this.
 MIN_GAIN = 0.01
@@ -26,10 +28,53 @@ REPORT_WIDTH = 80
 SIMILARITY_TEXTS = {
     "contained": "All classes are among the categories of the pretrained classifier.",
     "similar": "The images are similar to the pretraining data: no earlier layer is "
-    "better by 1 percentage point.",
+    "better by {least}.",
     "assumed": "Similar images are assumed: with a single layer, there is no estimate.",
     "different": "The images differ from the pretraining data: an earlier layer is "
-    "better by 1 percentage point or more.",
+    "better by {least} or more.",
+}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Words of the report for one kind of targets."""
+
+    data_set: str
+    score: str
+    heading: str
+    least: str  # `MIN_LEAD`
+
+    def difference(self, value: float, sign: str = "") -> str:
+        """Return a difference of scores as text."""
+        if self.score == "R²":
+            return f"{value:{sign}.3f}"
+        return f"{100 * value:{sign}.1f} percentage points"
+
+    def error(self, value: float) -> str:
+        """Return a standard error of a difference as text."""
+        return self.difference(value).removesuffix(" percentage points")
+
+
+WORDINGS = {
+    "classes": Wording(
+        "{n_images:,} images in {n_classes} classes, {n_smallest:,} in the smallest",
+        "accuracy",
+        "Accuracy of a linear classifier (standard error)",
+        "1 percentage point",
+    ),
+    "labels": Wording(
+        "{n_images:,} images, {n_classes} labels, {n_smallest:,} images with or "
+        "without the rarest one",
+        "accuracy",
+        "Accuracy of a linear classifier, all labels right (standard error)",
+        "1 percentage point",
+    ),
+    "values": Wording(
+        "{n_images:,} images, {n_classes} value(s) of each",
+        "R²",
+        "R² of ridge regression (standard error)",
+        "0.01",
+    ),
 }
 
 
@@ -37,7 +82,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
     """Recommend a transfer learning strategy, based on cross-validated accuracy.
 
     The features of all main layers are extracted in one forward pass, and a linear
-    classifier is cross-validated on those of each layer. If the last layer is the best,
+    classifier, or ridge regression for values, is cross-validated on those of each
+    layer. If the last layer is the best,
     the images are similar to the pretraining data; if an earlier one is, they are
     different. Similarity and size of the data determine the strategy. Of several
     backbones, the one with the best layer is recommended.
@@ -53,6 +99,9 @@ class StrategyAdvisor(TransformerMetaEstimator):
         Backbones to compare, each in place of that of the transformer. All are
         evaluated on a subset of the images, a quarter but at least 200; those that are
         clearly worse than the best one are not evaluated on the others.
+    task : {"auto", "classification", "regression"}, default="auto"
+        What is predicted: classes, or labels if the targets are an indicator matrix; or
+        values. ``"auto"`` takes floats that are no integers for values.
     cv : int, default=5
         Number of cross-validation folds, at least 2. It is reduced to the number of
         images in the smallest class.
@@ -81,6 +130,9 @@ class StrategyAdvisor(TransformerMetaEstimator):
     backbone_sizes_ : dict of str to int
         Number of images that each backbone was evaluated on, less than `n_evaluated_`
         for those that were clearly worse than the best one.
+    task_ : {"classes", "labels", "values"}
+        Kind of the targets. The scores are accuracies, of labels the fraction of images
+        with all labels right, or R².
     strategy_ : Strategy
         Recommended strategy: `name`, `reasons`, `estimator`, and cost.
     similarity_ : {"contained", "similar", "different"}
@@ -109,7 +161,11 @@ class StrategyAdvisor(TransformerMetaEstimator):
         Category of each class, if all classes are categories of the pretrained
         classifier.
     n_images_, n_classes_, n_smallest_ : int
-        Number of images, of classes, and of images in the smallest class.
+        Number of images, of classes (labels, values), and of images in the smallest
+        class (with or without the rarest label).
+    seconds_per_image_ : float or None
+        Time of a forward pass per image, decoding included, as it was measured here;
+        ``None`` with a `cache`, which may have held features already.
     n_evaluated_, n_folds_, n_repeats_ : int
         Number of images evaluated on, of folds, and of repetitions of the
         cross-validation.
@@ -157,6 +213,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     _parameter_constraints: dict = {
         **TransformerMetaEstimator._parameter_constraints,
         "backbones": [list, tuple, None],
+        "task": [StrOptions({"auto", "classification", "regression"})],
         "max_images": [Interval(Integral, 2, None, closed="left"), None],
     }
 
@@ -165,6 +222,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
         transformer=None,
         *,
         backbones=None,
+        task="auto",
         cv=5,
         max_images=2000,
         random_state=None,
@@ -172,6 +230,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     ):
         self.transformer = transformer
         self.backbones = backbones
+        self.task = task
         self.cv = cv
         self.max_images = max_images
         self.random_state = random_state
@@ -185,8 +244,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images, of any kind that `CNNFeatureTransformer` accepts.
-        y : array of shape (n,)
-            Labels.
+        y : array of shape (n,), or of shape (n, n_labels) or (n, n_values)
+            Class labels, an indicator matrix of labels, or values.
         sample_weight : array of shape (n,), default=None
             Sample weights, of the linear classifiers and of their accuracy. Images of
             weight 0 are ignored.
@@ -213,7 +272,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
         return self
 
     def _fit(self, X, y, sample_weight, groups):
-        labeled = label_images(self, X, y, sample_weight, groups)
+        task = task_of(y, self.task)
+        labeled = label_images(self, X, y, sample_weight, groups, task)
         seed = draw_seed(self.random_state)
         transformers = [self._make_transformer(seed)]
         if self.backbones is not None:
@@ -223,6 +283,11 @@ class StrategyAdvisor(TransformerMetaEstimator):
                 for backbone in self.backbones
             ]
         self.transformer_, *_ = evaluate_strategies(self, labeled, transformers, seed)
+
+    def __setstate__(self, state):
+        if "strategy_" in state:  # a file of an earlier version has classes
+            state = {"task_": "classes", "seconds_per_image_": None, **state}
+        super().__setstate__(state)
 
     def report(self):
         """Describe the measurements and the recommendation.
@@ -235,14 +300,17 @@ class StrategyAdvisor(TransformerMetaEstimator):
         check_is_fitted(self)
         strategy, n_repeats = self.strategy_, self.n_repeats_
         repeated = f" repeated {n_repeats} times" if n_repeats > 1 else ""
-        passes = "forward pass" if strategy.n_passes == 1 else "forward passes"
+        wording = WORDINGS[self.task_]
         lines = [
-            f"{self.n_images_:,} images in {self.n_classes_} classes, "
-            f"{self.n_smallest_:,} in the smallest",
+            wording.data_set.format(
+                n_images=self.n_images_,
+                n_classes=self.n_classes_,
+                n_smallest=self.n_smallest_,
+            ),
             f"Evaluated on {self.n_evaluated_:,} images, {self.n_folds_}-fold "
             f"cross-validation{repeated}",
             "",
-            "Accuracy of a linear classifier (standard error)",
+            wording.heading,
             *_describe_backbones(self),
             *_describe_layers(self),
         ]
@@ -259,10 +327,11 @@ class StrategyAdvisor(TransformerMetaEstimator):
             "",
             f"Strategy: {strategy.name}",
             *(f"  {reason}" for reason in strategy.reasons),
-            f"  Cost of a fit: about {strategy.n_passes:g} {passes} over the data",
+            f"  Cost of a fit: {_describe_cost(self)}",
+            "",
         ]
         wrapped = [part for line in lines for part in _wrap(line)]
-        return "\n".join([*wrapped, f"  {strategy.code}"])
+        return "\n".join([*wrapped, strategy.script])
 
     def _repr_html_inner(self):
         """Show the report of a fitted advisor in notebooks."""
@@ -302,15 +371,16 @@ def _describe_backbones(advisor: Any) -> list[str]:
 def _describe_layers(advisor: Any) -> list[str]:
     """Return the lines about the scores by layer."""
     scores, (lead, error) = advisor.layer_scores_, advisor.lead_
+    wording = WORDINGS[advisor.task_]
     is_one_of_many = len(advisor.backbone_scores_) > 1
     heading = f"of {advisor.best_backbone_}, by layer" if is_one_of_many else "by layer"
     lines = [f"  {heading}:", *_table(scores, advisor.layer_errors_)]
     lines[1 + list(scores).index(advisor.best_layer_)] += "  best"
     if len(scores) > 1 and lead:
         lines.append(
-            f"  The best earlier layer is {100 * abs(lead):.1f} percentage points "
-            f"{'better' if lead > 0 else 'worse'} than the last one (standard error "
-            f"{100 * error:.1f})."
+            f"  The best earlier layer is {'better' if lead > 0 else 'worse'} than the "
+            f"last one by {wording.difference(abs(lead))} (standard error "
+            f"{wording.error(error)})."
         )
     elif len(scores) > 1:
         lines.append("  The best earlier layer is as good as the last one.")
@@ -325,9 +395,10 @@ def _describe_sizes(advisor: Any) -> list[str]:
     ]
     if len(advisor.size_scores_) < 2:
         return [*lines, "  There are too few images to estimate the gain from more."]
+    wording = WORDINGS[advisor.task_]
     gain, error = advisor.gain_
     *_, score = advisor.size_scores_.values()
-    if min(gain, 1 - score) < MIN_GAIN:  # accuracy cannot exceed 1
+    if min(gain, 1 - score) < MIN_GAIN:  # accuracy and R² cannot exceed 1
         outlook = "more images would change little."
     elif gain <= error:
         outlook = "within the standard error, so the gain from more images is open."
@@ -335,10 +406,22 @@ def _describe_sizes(advisor: Any) -> list[str]:
         outlook = "more images would improve it."
     return [
         *lines,
-        "  The last doubling of the training images changed the accuracy by "
-        f"{100 * gain:+.1f} percentage points (standard error {100 * error:.1f}):",
+        f"  The last doubling of the training images changed the {wording.score} by "
+        f"{wording.difference(gain, '+')} (standard error {wording.error(error)}):",
         f"  {outlook}",
     ]
+
+
+def _describe_cost(advisor: Any) -> str:
+    """Return the cost of a fit, in forward passes and as time on this machine."""
+    n_passes, seconds = advisor.strategy_.n_passes, advisor.seconds_per_image_
+    passes = "forward pass" if n_passes == 1 else "forward passes"
+    text = f"about {n_passes:g} {passes} over the data"
+    if seconds is None or not n_passes:
+        return text
+    minutes = round(n_passes * advisor.n_images_ * seconds / 60)
+    duration = f"{minutes:,} minutes" if minutes > 1 else "about a minute or less"
+    return f"{text}, {duration} at the speed that was measured here"
 
 
 def _table(scores: dict[Any, float], errors: dict[Any, float]) -> list[str]:
@@ -355,7 +438,8 @@ def _describe_similarity(advisor: Any) -> list[str]:
     is_measured = advisor.similarity_ != "contained"
     if is_measured and len(advisor.layer_scores_) == 1:
         return [SIMILARITY_TEXTS["assumed"]]
-    lines = [SIMILARITY_TEXTS[advisor.similarity_]]
+    least = WORDINGS[advisor.task_].least
+    lines = [SIMILARITY_TEXTS[advisor.similarity_].format(least=least)]
     lead, error = advisor.lead_
     if is_measured and abs(lead - MIN_LEAD) < error:
         lines.append("This is within the standard error and may be due to chance.")

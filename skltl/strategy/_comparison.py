@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,18 +12,20 @@ from scipy.stats import t as t_distribution
 from sklearn.base import clone
 
 from skltl.exceptions import shorten
-from skltl.features import n_features_by_layer
+from skltl.features import cache_folder, n_features_by_layer
 from skltl.networks import Backbone, get_backbone
 from skltl.strategy._cross_validation import (
     Features,
     LabeledImages,
     Scores,
     Split,
+    is_usable,
     mean_and_error,
     sample_rows,
     score_linear,
 )
 from skltl.strategy._rules import feature_map_layers, find_early_layer
+from skltl.strategy._tasks import Task
 
 # Fraction of the images that all backbones are compared on, and the smallest number.
 SUBSET_FRACTION = 0.25
@@ -52,6 +55,7 @@ class Candidate:
         self.rows = np.empty(0, np.int64)
         self.features: dict[str, Features] = {}  # by layer, of these rows
         self.scores: dict[str, Scores] = {}  # by layer, of splits of these rows
+        self._seconds = 0.0  # of the network
 
     @property
     def best_layer(self) -> str:
@@ -62,6 +66,12 @@ class Candidate:
     def best_scores(self) -> Scores:
         """Accuracy at the best layer, in each split."""
         return self.scores[self.best_layer]
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Time of the network per image; a cache may have saved some of it."""
+        is_cached = cache_folder(self.transformer) is not None
+        return None if is_cached else self._seconds / len(self.rows)
 
     def fit(self, labeled: LabeledImages) -> None:
         """Load the network."""
@@ -97,7 +107,9 @@ class Candidate:
         images = labeled.subset(rows[is_new])
         with images.original_positions():
             # An array, even from a DataFrame after `set_output`.
+            start = time.perf_counter()
             columns = np.asarray(self.fitted.transform(images.X))
+            self._seconds += time.perf_counter() - start
         ends = np.cumsum(n_features_by_layer(self.fitted))
         by_layer = np.split(columns, ends[:-1], axis=1)
         for layer, new in zip(self.layers, by_layer, strict=True):
@@ -122,8 +134,8 @@ def compare_backbones(
     """
     for candidate in candidates:  # weights that are missing are an error at once
         candidate.fit(labeled)
-    rows = subset_rows(labeled.targets, n_folds, seed)
-    parts = restrict_splits(splits, rows, labeled.targets)
+    rows = subset_rows(labeled.strata, n_folds, seed)
+    parts = restrict_splits(splits, rows, labeled.task, labeled.targets)
     remaining = list(candidates)
     if len(candidates) > 1 and len(rows) < len(labeled.targets) and len(parts) > 1:
         for candidate in candidates:
@@ -144,15 +156,15 @@ def compare_backbones(
 
 
 def subset_rows(
-    targets: NDArray[np.int64], n_per_class: int, seed: int
+    strata: NDArray[np.int64], n_per_class: int, seed: int
 ) -> NDArray[np.int64]:
     """Sample the images that all backbones are compared on, by class."""
-    fraction = max(SUBSET_FRACTION, min(1, MIN_SUBSET / len(targets)))
-    return sample_rows(targets, fraction, n_per_class, seed)
+    fraction = max(SUBSET_FRACTION, min(1, MIN_SUBSET / len(strata)))
+    return sample_rows(strata, fraction, n_per_class, seed)
 
 
 def restrict_splits(
-    splits: Iterable[Split], rows: NDArray[np.int64], targets: NDArray[Any]
+    splits: Iterable[Split], rows: NDArray[np.int64], task: Task, targets: NDArray[Any]
 ) -> list[Split]:
     """Return splits of some of the rows, as positions among these.
 
@@ -161,7 +173,7 @@ def restrict_splits(
     restricted = []
     for train, test in splits:
         is_train, is_test = np.isin(rows, train), np.isin(rows, test)
-        if is_test.any() and len(np.unique(targets[rows[is_train]])) > 1:
+        if is_usable(task, targets, rows[is_train], rows[is_test]):
             restricted.append((np.flatnonzero(is_train), np.flatnonzero(is_test)))
     return restricted
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import config_context
-from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
@@ -22,7 +21,7 @@ from skltl._estimator import read_images_of
 from skltl._sklearn import check_sample_weight, take
 from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
 from skltl.features import make_feature_pipeline
-from skltl.finetuning import encode_labels
+from skltl.strategy._tasks import Task
 
 # Up to this number of images the cross-validation is repeated: a fold of twenty images
 # gives a coarse estimate.
@@ -36,18 +35,28 @@ Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images with labels, and with weights and groups if there are any.
+    """Images with targets, and with weights and groups if there are any.
 
-    `targets` index `classes`, `weights` have a mean of 1, and `positions` are those of
-    the images in the ``X`` of the user.
+    `targets` are encoded by the `task`, `weights` have a mean of 1, and `positions` are
+    those of the images in the ``X`` of the user.
     """
 
     X: Any
     positions: NDArray[np.int64]
-    classes: NDArray[Any]
-    targets: NDArray[np.int64]
+    task: Task
+    targets: NDArray[Any]
     weights: NDArray[np.float64] | None
     groups: NDArray[Any] | None
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """Targets to which estimators are fitted."""
+        return self.task.decode(self.targets)
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """Number of the stratum of each image: its class, if it has one."""
+        return self.task.strata(self.targets)
 
     def subset(self, rows: NDArray[np.int64]) -> LabeledImages:
         """Return some of the images, in this order; `rows` are sorted."""
@@ -73,11 +82,11 @@ class LabeledImages:
 
 
 def label_images(
-    estimator: Any, X: Any, y: Any, sample_weight: Any, groups: Any
+    estimator: Any, X: Any, y: Any, sample_weight: Any, groups: Any, task: Task
 ) -> LabeledImages:
     """Check the data of a fit, and leave out images of weight 0."""
     positions = np.arange(len(read_images_of(estimator, X, reset=True)))
-    classes, targets = encode_labels(y, len(positions))
+    targets = task.encode(y, len(positions))
     if groups is not None:
         groups = column_or_1d(groups)
         check_consistent_length(positions, groups)
@@ -92,29 +101,12 @@ def label_images(
         # of two changes no digit, and sums of what remains are finite.
         weights = np.ldexp(weights, -np.frexp(weights.max())[1])
         weights = weights / weights[weights > 0].mean()
-    labeled = LabeledImages(X, positions, classes, targets, weights, groups)
+    labeled = LabeledImages(X, positions, task, targets, weights, groups)
     if weights is None or weights.all():
         return labeled
     rows = np.flatnonzero(weights)
-    classes, targets = encode_labels(classes[targets[rows]], len(rows))
-    return replace(labeled.subset(rows), classes=classes, targets=targets)
-
-
-def count_smallest(labeled: LabeledImages) -> int:
-    """Count the images, or groups, of the class that has the fewest."""
-    n_images = counts = np.bincount(labeled.targets)
-    if labeled.groups is not None:
-        _, groups = np.unique(labeled.groups, return_inverse=True)
-        pairs = np.unique(np.column_stack([labeled.targets, groups]), axis=0)
-        counts = np.bincount(pairs[:, 0])
-    rarest = int(np.argmin(counts))
-    if counts[rarest] < 2:
-        unit = "image" if n_images[rarest] == 1 else "group of images"
-        raise ValueError(
-            f"The class {repr(labeled.classes.tolist()[rarest])[:80]} has a single "
-            f"{unit}, but cross-validation needs at least two of each class."
-        )
-    return int(counts[rarest])
+    targets = task.encode(labeled.y[rows], len(rows))
+    return replace(labeled.subset(rows), targets=targets)
 
 
 def sample_images(
@@ -125,11 +117,11 @@ def sample_images(
     if max_images is None or n_images <= max_images:
         return labeled
     fraction = Fraction(max_images, n_images)
-    return labeled.subset(sample_rows(labeled.targets, fraction, n_per_class, seed))
+    return labeled.subset(sample_rows(labeled.strata, fraction, n_per_class, seed))
 
 
 def sample_rows(
-    targets: NDArray[np.int64],
+    strata: NDArray[np.int64],
     fraction: float | Fraction,
     n_per_class: int,
     seed: int | list[int],
@@ -137,23 +129,21 @@ def sample_rows(
     """Sample a fraction of the rows of each class; return them sorted."""
     rng = np.random.default_rng(seed)
     chosen = []
-    for target in np.unique(targets):
-        members = rng.permutation(np.flatnonzero(targets == target))
+    for stratum in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == stratum))
         n_wanted = max(n_per_class, round(fraction * len(members)))
         chosen.append(members[:n_wanted])
     return np.sort(np.concatenate(chosen))
 
 
-def split_folds(
-    targets: NDArray[np.int64], groups: NDArray[Any] | None, n_folds: int, seed: int
-) -> list[Split]:
+def split_folds(labeled: LabeledImages, n_folds: int, seed: int) -> list[Split]:
     """Split images into stratified folds, repeatedly if there are few images.
 
     Folds without test images or with a single training class are left out.
     """
     rng = np.random.RandomState(seed)
-    splits = []
-    for _ in range(N_REPEATS if len(targets) <= FEW_IMAGES else 1):
+    strata, groups, splits = labeled.strata, labeled.groups, []
+    for _ in range(N_REPEATS if len(strata) <= FEW_IMAGES else 1):
         if groups is None:
             folds = StratifiedKFold(n_folds, shuffle=True, random_state=rng)
         else:
@@ -161,8 +151,8 @@ def split_folds(
             folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=fold_seed)
         splits += [
             (train, test)
-            for train, test in folds.split(targets, targets, groups)
-            if len(test) and len(np.unique(targets[train])) > 1
+            for train, test in folds.split(strata, strata, groups)
+            if is_usable(labeled.task, labeled.targets, train, test)
         ]
     if len(splits) < 2:
         raise ValueError(
@@ -172,6 +162,16 @@ def split_folds(
     return splits
 
 
+def is_usable(
+    task: Task,
+    targets: NDArray[Any],
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+) -> bool:
+    """Return whether a model can be fitted to and scored on these images."""
+    return len(test) >= task.min_test_images and task.can_train(targets[train])
+
+
 def score_linear(
     features: Features,
     labeled: LabeledImages,
@@ -179,19 +179,18 @@ def score_linear(
     seed: int,
     progress: str = "",
 ) -> Scores:
-    """Return the accuracy of a linear classifier in each split.
+    """Return the score of a linear model in each split.
 
     With `progress`, a progress bar of this name is shown.
     """
-    probe = make_feature_pipeline(classifier="svm", random_state=seed)[1:]
-    y, weights = labeled.targets, labeled.weights
+    task, y, weights = labeled.task, labeled.targets, labeled.weights
+    probe = make_feature_pipeline(random_state=seed, **task.linear)[1:]
     scores = []
     for train, test in tqdm(splits, desc=progress, unit="fit", disable=not progress):
         w_train = None if weights is None else weights[train]
         w_test = None if weights is None else weights[test]
         fit_linear(probe, features[train], y[train], w_train)
-        predicted = probe.predict(features[test])
-        scores.append(accuracy_score(y[test], predicted, sample_weight=w_test))
+        scores.append(task.score(y[test], probe.predict(features[test]), w_test))
     return np.array(scores, dtype=np.float64)
 
 

@@ -17,7 +17,6 @@ from skltl.strategy._cross_validation import (
     LabeledImages,
     Scores,
     Split,
-    count_smallest,
     mean_and_error,
     sample_images,
     sample_rows,
@@ -49,17 +48,21 @@ def evaluate_strategies(
     """
     candidates = [Candidate(transformer) for transformer in transformers]
     seed = fresh_seed() if seed is None else seed
-    n_folds = min(advisor.cv, count_smallest(labeled))
+    task = labeled.task
+    n_folds = min(advisor.cv, task.count_folds(labeled.targets, labeled.groups))
     evaluated = sample_images(labeled, advisor.max_images, n_folds, seed)
-    splits = split_folds(evaluated.targets, evaluated.groups, n_folds, seed)
+    splits = split_folds(evaluated, n_folds, seed)
     best = compare_backbones(candidates, evaluated, splits, n_folds, seed)
-    advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(labeled.classes)
-    advisor.n_smallest_ = int(np.bincount(labeled.targets).min())
+    advisor.task_ = task.name
+    advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(task.classes)
+    advisor.n_smallest_ = task.count_smallest(labeled.targets)
     advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
     advisor.n_repeats_ = -(-len(splits) // n_folds)
     _describe_backbones(advisor, candidates, best)
     transformer = best.transformer
-    advisor.class_map_ = find_class_map(transformer, labeled.classes)
+    advisor.class_map_ = None
+    if task.name == "classes":
+        advisor.class_map_ = find_class_map(transformer, task.classes)
     advisor.as_is_score_, advisor.as_is_error_ = _score_pretrained(
         transformer, evaluated, advisor.class_map_, seed
     )
@@ -74,6 +77,7 @@ def evaluate_strategies(
         transformer=transformer,
         n_smallest=advisor.n_smallest_,
         class_map=advisor.class_map_,
+        targets=task.name,
     )
     return best.fitted, evaluated, best.features
 
@@ -89,6 +93,7 @@ def _describe_backbones(
     advisor.backbone_layers_ = {each.name: each.best_layer for each in candidates}
     advisor.backbone_sizes_ = {each.name: len(each.rows) for each in candidates}
     advisor.best_backbone_ = best.name
+    advisor.seconds_per_image_ = best.seconds_per_image
 
 
 def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:
@@ -127,11 +132,11 @@ def _score_sizes(
     splits: list[Split],
     seed: int,
 ) -> dict[int, Scores]:
-    """Return the accuracy at a layer by number of training images, in each split."""
-    by_size = {}
+    """Return the score at a layer by number of training images, in each split."""
+    by_size, strata = {}, labeled.strata
     for fraction in TRAIN_FRACTIONS:
         smaller = [
-            (train[sample_rows(labeled.targets[train], fraction, 1, [seed, n])], test)
+            (train[sample_rows(strata[train], fraction, 1, [seed, n])], test)
             for n, (train, test) in enumerate(splits)
         ]
         size = _mean_size(smaller)
@@ -158,7 +163,7 @@ def _score_pretrained(
     """
     if class_map is None:
         return None, None
-    targets, classes = labeled.targets, labeled.classes
+    targets, classes = labeled.targets, labeled.task.classes
     n_most = max(len(classes), round(PRETRAINED_FRACTION * len(targets)))
     sample = sample_images(labeled, min(n_most, len(targets) // 2), 1, seed)
     classifier: Any = PretrainedCNNClassifier()

@@ -8,7 +8,7 @@ from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
 
-from sklearn.base import MetaEstimatorMixin, clone
+from sklearn.base import MetaEstimatorMixin, clone, is_regressor
 from sklearn.pipeline import Pipeline
 
 from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
@@ -16,7 +16,7 @@ from skltl._random import draw_seed
 from skltl._sklearn import Interval
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
-from skltl.finetuning import FineTunedCNNClassifier
+from skltl.finetuning import FineTunedCNN, FineTunedCNNClassifier, FineTunedCNNRegressor
 from skltl.inference import can_pool
 from skltl.networks import (
     Backbone,
@@ -60,6 +60,13 @@ REASONS = {
     ),
 }
 STRATEGIES = tuple(REASONS)
+
+# How many images there are, by kind of targets.
+SIZES = {
+    "classes": "{n_images:,} images, {n_smallest:,} in the smallest class,",
+    "labels": "{n_images:,} images, {n_smallest:,} with or without the rarest label,",
+    "values": "{n_images:,} images",
+}
 SIMILARITIES = ("contained", "similar", "different")
 
 # A data set below either of them is small: fine-tuning would overfit. With 16 images of
@@ -80,6 +87,13 @@ PASSES_PER_EPOCH = 3.0
 
 # Epochs from scratch: those of torchvision's reference training for ImageNet.
 SCRATCH_EPOCHS = 90
+
+# Linear models of the last and of earlier layers, by kind of targets.
+LINEAR = {
+    "classes": [("classifier", "softmax"), ("classifier", "svm")],
+    "labels": [("classifier", "softmax"), ("classifier", "svm")],
+    "values": [("regressor", "ridge"), ("regressor", "ridge")],
+}
 
 # A longer value, such as a class map with a thousand classes, is not printed.
 MAX_CHARACTERS = 200
@@ -117,13 +131,32 @@ class Strategy:
 
     @property
     def code(self) -> str:
-        """Code that builds the estimator, without parameters at their defaults."""
+        """Code that builds the estimator, without parameters at their defaults.
+
+        What has no code is a name: of a function, or ``backbone`` and ``class_map``.
+        """
         estimator = self.estimator
         if not isinstance(estimator, Pipeline):
-            return f"{type(estimator).__name__}({', '.join(_arguments(estimator))})"
+            return f"{self._function}({', '.join(_arguments(estimator))})"
         backbone, *others = _arguments(estimator[0])
-        classifier = repr(estimator.steps[-1][0])
-        return f"make_feature_pipeline({', '.join([backbone, classifier, *others])})"
+        name, last = estimator.steps[-1]
+        model = f"regressor={name!r}" if is_regressor(last) else repr(name)
+        return f"{self._function}({', '.join([backbone, model, *others])})"
+
+    @property
+    def script(self) -> str:
+        """Code that imports, builds and fits the estimator, for images `X` and `y`."""
+        return (
+            f"from skltl import {self._function}\n"
+            f"estimator = {self.code}\n"
+            "estimator.fit(X, y)"
+        )
+
+    @property
+    def _function(self) -> str:
+        """Name of the function or class that builds the estimator."""
+        is_pipeline = isinstance(self.estimator, Pipeline)
+        return "make_feature_pipeline" if is_pipeline else type(self.estimator).__name__
 
     @property
     def n_passes(self) -> float:
@@ -131,7 +164,7 @@ class Strategy:
         estimator = self.estimator
         if isinstance(estimator, PretrainedCNNClassifier):
             return 1.0 if estimator.class_map == "learn" else 0.0
-        if isinstance(estimator, FineTunedCNNClassifier):
+        if isinstance(estimator, FineTunedCNN):
             n_for_head = 1 if estimator.head_epochs else 0
             return n_for_head + PASSES_PER_EPOCH * estimator.finetune_epochs
         return float(estimator[0].n_views)
@@ -145,6 +178,7 @@ def recommend_strategy(
     transformer: CNNFeatureTransformer | None = None,
     n_smallest: int | None = None,
     class_map: dict[Any, Any] | None = None,
+    targets: str = "classes",
 ) -> Strategy:
     """Recommend a strategy by data set size and domain similarity.
 
@@ -153,7 +187,7 @@ def recommend_strategy(
     n_images : int
         Number of labeled images.
     n_classes : int
-        Number of classes.
+        Number of classes, labels or values.
     similarity : {"contained", "similar", "different"}
         Similarity to the pretraining data: the classes are among the categories of the
         pretrained classifier, the images are similar to the pretraining data, or
@@ -165,10 +199,15 @@ def recommend_strategy(
         ``"last"``, they truncate it at about two thirds of its depth. ``None`` is
         ``CNNFeatureTransformer()``.
     n_smallest : int, default=None
-        Number of images in the smallest class; ``None`` assumes balanced classes.
+        Number of images in the smallest class; ``None`` assumes balanced classes. Of
+        labels, the number of images that have, or have not, the rarest one; ``None``
+        assumes half of the images. Not used for values.
     class_map : dict, default=None
         Class map of the pretrained classifier, for ``"contained"``; ``None`` learns it
         from the images.
+    targets : {"classes", "labels", "values"}, default="classes"
+        Kind of the targets: one class of each image, any number of labels (an indicator
+        matrix), or one or several values.
 
     Returns
     -------
@@ -180,7 +219,8 @@ def recommend_strategy(
     TypeError
         If `transformer` is not a `CNNFeatureTransformer`.
     ValueError
-        If a number is not a positive integer, or `similarity` is not one of the above.
+        If a number is not a positive integer, or `similarity` or `targets` is not one
+        of the above.
 
     Notes
     -----
@@ -222,18 +262,29 @@ def recommend_strategy(
         if not is_count or count < 1:
             got = shorten(repr(count))
             raise ValueError(f"{name} must be a positive integer, got {got}.")
-    if similarity not in SIMILARITIES:
-        raise ValueError(
-            f"similarity must be one of {', '.join(SIMILARITIES)}; got "
-            f"{shorten(repr(similarity))}."
-        )
-    if n_smallest is None:
-        n_smallest = n_images // n_classes
+    choices = ("similarity", similarity, SIMILARITIES), ("targets", targets, SIZES)
+    for name, value, known in choices:
+        if value not in list(known):  # it may be unhashable
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}; got {shorten(repr(value))}."
+            )
+    n_smallest = smallest_size(n_images, n_classes, n_smallest, targets)
     strategy = _choose(n_images, n_smallest, similarity)
-    size = f"{n_images:,} images, {n_smallest:,} in the smallest class,"
+    size = SIZES[targets].format(n_images=n_images, n_smallest=n_smallest)
     reasons = tuple(reason.format(size=size) for reason in REASONS[strategy])
     transformer = transformer or CNNFeatureTransformer()
-    return build_strategy(strategy, reasons, transformer, class_map)
+    return build_strategy(strategy, reasons, transformer, class_map, targets)
+
+
+def smallest_size(
+    n_images: int, n_classes: int, n_smallest: int | None, targets: str
+) -> int:
+    """Return the number of images in the smallest class, for `relative_size`."""
+    if targets == "values":
+        return n_images
+    if n_smallest is None:
+        return n_images // (n_classes if targets == "classes" else 2)
+    return n_smallest
 
 
 def _choose(n_images: int, n_smallest: int, similarity: str) -> str:
@@ -263,23 +314,28 @@ def build_strategy(
     reasons: tuple[str, ...],
     transformer: CNNFeatureTransformer,
     class_map: dict[Any, Any] | None = None,
+    targets: str = "classes",
 ) -> Strategy:
     """Configure the estimator of a strategy with the parameters of a transformer."""
     early = find_early_layer(transformer)
+    is_values = targets == "values"
+    fine_tuned: Any = FineTunedCNNRegressor if is_values else FineTunedCNNClassifier
     estimator: Any
     match name:
         case "as_is":
             estimator = PretrainedCNNClassifier(class_map=class_map or "learn")
         case "extract":
-            estimator = _feature_pipeline(transformer, "softmax", layer="last")
+            model = LINEAR[targets][0]
+            estimator = _feature_pipeline(transformer, *model, layer="last")
         case "extract_early":
-            estimator = _feature_pipeline(transformer, "svm", layer=early)
+            model = LINEAR[targets][1]
+            estimator = _feature_pipeline(transformer, *model, layer=early)
         case "finetune":
-            estimator = FineTunedCNNClassifier()
+            estimator = fine_tuned()
         case "finetune_top":
-            estimator = FineTunedCNNClassifier(layer=early)
+            estimator = fine_tuned(layer=early)
         case _:
-            estimator = FineTunedCNNClassifier(
+            estimator = fine_tuned(
                 head_init="random",
                 head_epochs=0,
                 finetune_epochs=SCRATCH_EPOCHS,
@@ -294,11 +350,11 @@ def build_strategy(
 
 
 def _feature_pipeline(
-    transformer: CNNFeatureTransformer, classifier: str, layer: str | int
+    transformer: CNNFeatureTransformer, kind: str, model: str, layer: str | int
 ) -> Pipeline:
-    """Build a pipeline of the transformer, at a layer, and a linear classifier."""
+    """Build a pipeline of the transformer, at a layer, and a linear model."""
     pipeline = make_feature_pipeline(
-        classifier=classifier, random_state=transformer.random_state
+        **{kind: model}, random_state=transformer.random_state
     )
     return pipeline.set_params(feat=clone(transformer).set_params(layer=layer))
 
@@ -308,7 +364,7 @@ def shared_parameters(
 ) -> dict[str, Any]:
     """Return the parameters of a transformer that another estimator has, too."""
     names = estimator.get_params(deep=False).keys() - {"layer"}
-    if isinstance(estimator, FineTunedCNNClassifier):
+    if isinstance(estimator, FineTunedCNN):
         names -= {"batch_size", "n_views"}  # there they are those of training
     values = transformer.get_params(deep=False)
     return {name: value for name, value in values.items() if name in names}
@@ -367,11 +423,19 @@ def _arguments(estimator: Any) -> list[str]:
     parameters = inspect.signature(type(estimator)).parameters
     changed = []
     for name, value in estimator.get_params(deep=False).items():
-        text = repr(fspath(value) if isinstance(value, PathLike) else value)
-        if name != "backbone" and text != repr(parameters[name].default):
-            short = text if len(text) <= MAX_CHARACTERS else "..."
-            changed.append(f"{name}={short}")
-    return [repr(estimator.backbone), *changed]
+        if name != "backbone" and repr(value) != repr(parameters[name].default):
+            changed.append(f"{name}={_code_of(name, value)}")
+    return [_code_of("backbone", estimator.backbone), *changed]
+
+
+def _code_of(name: str, value: Any) -> str:
+    """Return the code of a value; of what has none, the name of a variable."""
+    if isinstance(value, Backbone):
+        return name
+    if callable(value):
+        return getattr(value, "__qualname__", name)
+    text = repr(fspath(value) if isinstance(value, PathLike) else value)
+    return text if len(text) <= MAX_CHARACTERS else name
 
 
 class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):

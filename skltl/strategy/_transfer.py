@@ -33,6 +33,7 @@ from skltl.strategy._rules import (
     reader_of,
     shared_parameters,
 )
+from skltl.strategy._tasks import task_of
 
 # Strategies that may truncate the network earlier than at the last layer.
 TRUNCATING = ("auto", "extract_early", "finetune_top")
@@ -79,7 +80,9 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
-        Class labels.
+        Class labels, or the columns of an indicator matrix.
+    multilabel_ : bool
+        Whether each image has any number of labels.
     strategy_ : Strategy
         Recommended or requested strategy.
     advisor_ : StrategyAdvisor or None
@@ -142,8 +145,8 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         ----------
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images, of any kind that `CNNFeatureTransformer` accepts.
-        y : array of shape (n,)
-            Labels.
+        y : array of shape (n,), or indicator matrix of shape (n, n_labels)
+            Class labels; or, for multilabel targets, a column of 0 and 1 per label.
         sample_weight : array of shape (n,), default=None
             Sample weights, for the evaluation and the fit. Images of weight 0 are
             ignored.
@@ -185,8 +188,8 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
 
         Returns
         -------
-        array of shape (n,)
-            Predicted labels.
+        array of shape (n,), or (n, n_labels)
+            Predicted labels; for multilabel targets, an indicator matrix.
         """
         return self._configured_estimator().predict(X)
 
@@ -238,7 +241,9 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         return self._configured_estimator().decision_function(X)
 
     def _fit(self, X, y, sample_weight, groups):
-        labeled = label_images(self, X, y, sample_weight, groups)
+        task = task_of(y, "classification")
+        labeled = label_images(self, X, y, sample_weight, groups, task)
+        self.multilabel_ = task.name == "labels"
         seed = draw_seed(self.random_state)
         # The same for the evaluation and the recommended estimator.
         seed = fresh_seed() if seed is None else seed
@@ -255,9 +260,13 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
             )
             strategy = advisor.strategy_
         else:
-            class_map = find_class_map(transformer, labeled.classes)
-            reasons = ("It was requested.",)
-            strategy = build_strategy(self.strategy, reasons, transformer, class_map)
+            class_map = None
+            if not self.multilabel_:
+                class_map = find_class_map(transformer, task.classes)
+            strategy = build_strategy(
+                *(self.strategy, ("It was requested.",), transformer),
+                *(class_map, task.name),
+            )
         self.advisor_, self.strategy_ = advisor, strategy
         self.estimator_ = clone(strategy.estimator)
         if isinstance(self.estimator_, Pipeline):
@@ -304,20 +313,25 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         estimator.steps = [(name, copy.copy(reader).set_params(**changed)), *others]
         return estimator
 
+    def __setstate__(self, state):
+        if "strategy_" in state:  # a file of an earlier version has classes
+            state = {"multilabel_": False, **state}
+        super().__setstate__(state)
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.non_deterministic = self.random_state is None
+        tags.classifier_tags.multi_label = True
         return tags
 
 
 def fit_classifier(classifier: Any, labeled: LabeledImages) -> None:
     """Fit a pretrained or fine-tuned classifier."""
-    y = labeled.classes[labeled.targets]
     metadata = {"sample_weight": labeled.weights}
     if isinstance(classifier, FineTunedCNNClassifier):
         metadata["groups"] = labeled.groups
     with labeled.original_positions():
-        classifier.fit(labeled.X, y, **metadata)
+        classifier.fit(labeled.X, labeled.y, **metadata)
 
 
 def fit_pipeline(
@@ -338,8 +352,7 @@ def fit_pipeline(
             features = transformer.transform(labeled.X)
     elif len(features) < len(labeled.targets):
         features = _complete(features, transformer, labeled, evaluated)
-    y = labeled.classes[labeled.targets]
-    fit_linear(pipeline[1:], features, y, labeled.weights)
+    fit_linear(pipeline[1:], features, labeled.y, labeled.weights)
 
 
 def _complete(

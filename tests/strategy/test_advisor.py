@@ -431,8 +431,8 @@ def test_the_report_contains_the_measurements(advisor, digits):
     for size, score in advisor.size_scores_.items():
         assert f"{size:<12} {score:.3f} ({advisor.size_errors_[size]:.3f})" in report
     assert "Strategy: extract_early" in report
-    assert report.endswith(advisor.strategy_.code)
-    assert max(map(len, report.splitlines()[:-1])) <= 80
+    assert report.endswith(advisor.strategy_.script)
+    assert max(map(len, report.splitlines()[:-2])) <= 80
 
 
 def with_attributes(advisor, **attributes):

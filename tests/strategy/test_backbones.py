@@ -27,7 +27,7 @@ from skltl import (
     make_feature_pipeline,
 )
 from skltl.exceptions import UnknownBackboneError
-from skltl.strategy import find_losers, restrict_splits
+from skltl.strategy import find_losers, restrict_splits, task_of
 
 
 def coarse_network(name="coarse", seed=0):
@@ -199,14 +199,15 @@ def test_restricted_splits_keep_groups_apart():
     splits = list(StratifiedGroupKFold(4).split(y, y, groups))
     rows = np.sort(rng.permutation(120)[:50])
 
-    restricted = restrict_splits(splits, rows, y)
+    restricted = restrict_splits(splits, rows, task_of(y), y)
 
     assert len(restricted) == 4
     for (train, test), (all_train, all_test) in zip(restricted, splits, strict=True):
         assert set(rows[train]) == set(rows) & set(all_train)
         assert set(rows[test]) == set(rows) & set(all_test)
         assert not set(groups[rows[train]]) & set(groups[rows[test]])
-    assert restrict_splits([([0, 2, 4], [1])], np.arange(5), y) == []  # one class
+    one_class = [([0, 2, 4], [1])]
+    assert restrict_splits(one_class, np.arange(5), task_of(y), y) == []
 
 
 def test_the_display_compares_backbones_in_about_one_pass(images, n_forward):

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import nn
@@ -89,6 +91,7 @@ def test_estimators_have_the_parameters_of_the_transformer():
     fine_tuned = estimator(5000, "similar")
     changes = {name: value for name, value in given.items() if name != "layer"}
     del changes["batch_size"]  # of a fine-tuned classifier, that of training
+    del changes["n_views"]  # there, augmented views
     del changes["on_error"]  # a classifier refuses images that it cannot read
     expected = FineTunedCNNClassifier(**changes)
     assert fine_tuned.get_params() == expected.get_params()
@@ -191,10 +194,62 @@ def test_the_code_of_a_strategy_builds_its_estimator(n_images, similarity):
     transformer = CNNFeatureTransformer(
         "tiny", image_shape=(8, 8), cache=Path("folder"), n_jobs=2, random_state=0
     )
-    code = recommend_strategy(n_images, 3, similarity, transformer=transformer).code
+    strategy = recommend_strategy(n_images, 3, similarity, transformer=transformer)
 
-    built = eval(code, names)
+    built = eval(strategy.code, names)
 
     transformer.set_params(cache="folder")  # code has no objects
     strategy = recommend_strategy(n_images, 3, similarity, transformer=transformer)
     assert repr(built) == repr(strategy.estimator)
+
+
+@pytest.mark.parametrize("targets", ["classes", "labels", "values"])
+@pytest.mark.parametrize("n_images", [100, 2000])
+@pytest.mark.parametrize("similarity", ["similar", "different"])
+def test_the_script_of_a_strategy_fits_its_estimator(
+    targets, n_images, similarity, few_digits
+):
+    X, y = few_digits[0][:40], few_digits[1][:40]
+    y = {
+        "classes": y,
+        "labels": np.column_stack([y > 0, y > 1]).astype(int),
+        "values": X.mean(axis=1),
+    }[targets]
+    transformer = CNNFeatureTransformer(
+        "tiny", image_shape=(8, 8), image_size=32, random_state=0
+    )
+    strategy = recommend_strategy(
+        *(n_images, 3, similarity), transformer=transformer, targets=targets
+    )
+    if n_images == 2000:
+        strategy.estimator.set_params(head_epochs=1, finetune_epochs=1)
+    namespace = {"X": X, "y": y}
+
+    exec(strategy.script, namespace)
+
+    fitted = namespace["estimator"]
+    assert repr(clone(fitted)) == repr(clone(strategy.estimator))
+    expected = clone(strategy.estimator).fit(X, y).predict(X)
+    np.testing.assert_array_equal(fitted.predict(X), expected)
+
+
+def test_what_has_no_code_is_a_name():
+    backbone = Backbone.from_module(
+        "own", nn.Conv2d(3, 4, 3), preprocessing=Preprocessing(32)
+    )
+    transformer = CNNFeatureTransformer(backbone, reader=load_digits)
+    code = recommend_strategy(100, 3, "similar", transformer=transformer).code
+    expected = "make_feature_pipeline(backbone, 'softmax', reader=load_digits)"
+    assert code == expected
+
+
+def test_the_size_of_labels_and_values():
+    """Labels need images with and without each; values have no smallest class."""
+    few = recommend_strategy(2000, 3, "similar", n_smallest=20, targets="labels")
+    assert few.name == "extract"
+    assert few.reasons[0].startswith("2,000 images, 20 with or without the rarest")
+    many = recommend_strategy(2000, 3, "similar", targets="values")
+    assert many.name == "finetune"
+    assert many.reasons[0] == "2,000 images are enough to fine-tune the network."
+    with pytest.raises(ValueError, match="targets must be one of classes, labels"):
+        recommend_strategy(2000, 3, "similar", targets="label")
