@@ -133,6 +133,27 @@ def test_imbalanced_learn_samples_features_and_paths(run_section, features):
     assert_array_equal(["sky" in path for path in paths], found["is_sky_of_fewer"])
 
 
+def test_ensembles_of_imbalanced_learn_take_a_column_of_paths(names, features):
+    make = pytest.importorskip("imblearn.ensemble").BalancedBaggingClassifier
+    column, is_sky = names["X"].reshape(-1, 1), names["y"] == "sky"
+    ensemble = make(names["classifier"], n_estimators=2, random_state=0)
+
+    found = ensemble.fit(column, is_sky).predict_proba(column)
+
+    expected = []
+    for one, drawn in zip(
+        ensemble.estimators_, ensemble.estimators_samples_, strict=True
+    ):
+        chosen = drawn[one[0].sample_indices_]
+        assert len(set(np.bincount(is_sky[chosen]))) == 1
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        head.fit(features[chosen], is_sky[chosen])
+        expected.append(head.predict_proba(features))
+    assert_allclose(found, np.mean(expected, axis=0), rtol=1e-3)
+    with pytest.raises(ValueError, match="2D"):
+        ensemble.fit([*names["X"]], is_sky)
+
+
 def test_mlflow_saves_and_loads_without_pickle(run_section):
     pytest.importorskip("mlflow")
 
