@@ -100,8 +100,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
         evaluated on a subset of the images, a quarter but at least 200; those that are
         clearly worse than the best one are not evaluated on the others.
     task : {"auto", "classification", "regression"}, default="auto"
-        What is predicted: classes, or labels if the targets are an indicator matrix; or
-        values. ``"auto"`` takes floats that are no integers for values.
+        Kind of the prediction: classes, or labels if the targets are an indicator
+        matrix; or values. ``"auto"`` takes floats that are no integers for values.
     cv : int, default=5
         Number of cross-validation folds, at least 2. It is reduced to the number of
         images in the smallest class.

@@ -1,4 +1,4 @@
-"""What is predicted of each image: one of several classes, labels, or values."""
+"""Kinds of targets: one of several classes, any number of labels, or values."""
 
 from __future__ import annotations
 

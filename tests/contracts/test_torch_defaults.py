@@ -50,11 +50,15 @@ def fine_tuned():
     return classifier.fit(X, y).decision_function(X)
 
 
+def mirrored(image):
+    return image.flip(-1)
+
+
 def fine_tuned_on_augmented_views():
     X, y = rows()
     classifier = FineTunedCNNClassifier(
         "tiny",
-        augment=lambda image: image.flip(-1),
+        augment=mirrored,
         n_views=1,
         conv_channels=(4,),
         **TRAINING,
