@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import PurePath
+
 import numpy as np
 
 from skltl.exceptions import shorten
+
+# Colors of text.
+PLAIN = "dimgray"
+ALERT = "firebrick"
 
 
 def import_pyplot():
@@ -57,8 +64,15 @@ def resolve_axes(axes, n, n_columns, panel_size):
     return axes.ravel()[:n]
 
 
-def draw_image(ax, image, title, color="dimgray", **kwargs):
-    """Draw one image (h, w, c) without ticks, under its title; return the artist.
+def add_summary(figure, summary):
+    """Write a line about all images above a figure, wrapped to its width."""
+    if summary:
+        n_characters = int(13 * figure.get_figwidth())
+        figure.suptitle(textwrap.fill(summary, n_characters), fontsize="medium")
+
+
+def to_rgb_pixels(image):
+    """Return the pixels of an image (h, w, c) as matplotlib shows them.
 
     Of more than three channels, the first three are shown as red, green and blue, and
     of two channels the first one in gray.
@@ -67,17 +81,34 @@ def draw_image(ax, image, title, color="dimgray", **kwargs):
     if pixels.ndim == 3:
         is_gray = pixels.shape[2] < 3
         pixels = np.repeat(pixels[..., :1], 3, axis=2) if is_gray else pixels[..., :3]
-    artist = ax.imshow(pixels, **kwargs)
+    return pixels
+
+
+def draw_image(ax, image, title, color=PLAIN, place=None, **kwargs):
+    """Draw one image (h, w, c) without ticks, under its title; return the artist.
+
+    `place` is a line below it.
+    """
+    artist = ax.imshow(to_rgb_pixels(image), **kwargs)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     # A label is any text: a dollar sign does not begin a formula.
     ax.set_title(title, fontsize="small", color=color, parse_math=False)
+    if place:
+        ax.set_xlabel(place, fontsize="x-small", color=PLAIN, parse_math=False)
     return artist
 
 
-def as_title(label):
+def as_title(label, n_characters=22):
     """Return a label shortened to the width of one image."""
-    return shorten(str(label), 22)
+    return shorten(str(label), n_characters)
+
+
+def place_of(index, name):
+    """Return the index and the file name of an image, as far as they are known."""
+    file_name = None if name is None else PurePath(str(name)).name
+    known = [None if index is None else str(index), file_name]
+    return " · ".join(as_title(part) for part in known if part)
 
 
 def line_style(defaults, given):
