@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from skltl.displays import (
         GradCAMDisplay,
+        ImageGridDisplay,
         LayerScoresDisplay,
         PredictionGridDisplay,
         StrategyDisplay,
@@ -69,6 +70,7 @@ _SUBPACKAGES = {
     "FineTunedCNNClassifier": "finetuning",
     "FineTunedCNNRegressor": "finetuning",
     "GradCAMDisplay": "displays",
+    "ImageGridDisplay": "displays",
     "ImageNeighbors": "curation",
     "LayerScoresDisplay": "displays",
     "PredictionGridDisplay": "displays",
@@ -104,6 +106,7 @@ __all__ = [
     "FineTunedCNNClassifier",
     "FineTunedCNNRegressor",
     "GradCAMDisplay",
+    "ImageGridDisplay",
     "ImageNeighbors",
     "LayerScoresDisplay",
     "PredictionGridDisplay",

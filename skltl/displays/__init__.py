@@ -1,6 +1,7 @@
 """Display classes for fitted estimators; matplotlib is imported lazily."""
 
 from skltl.displays._grad_cam import GradCAMDisplay
+from skltl.displays._image_grid import ImageGridDisplay
 from skltl.displays._layer_scores import LayerScoresDisplay
 from skltl.displays._prediction_grid import PredictionGridDisplay
 from skltl.displays._strategy import StrategyDisplay
@@ -9,6 +10,7 @@ from skltl.displays._transfer_gain import TransferGainDisplay
 
 __all__ = [
     "GradCAMDisplay",
+    "ImageGridDisplay",
     "LayerScoresDisplay",
     "PredictionGridDisplay",
     "StrategyDisplay",
