@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         find_outliers,
     )
     from skltl.displays import (
+        FeatureMapDisplay,
         GradCAMDisplay,
         ImageGridDisplay,
         LayerScoresDisplay,
@@ -67,6 +68,7 @@ SKOPS_TRUSTED = [
 _SUBPACKAGES = {
     "Backbone": "networks",
     "CNNFeatureTransformer": "features",
+    "FeatureMapDisplay": "displays",
     "FineTunedCNNClassifier": "finetuning",
     "FineTunedCNNRegressor": "finetuning",
     "GradCAMDisplay": "displays",
@@ -103,6 +105,7 @@ __all__ = [
     "SKOPS_TRUSTED",
     "Backbone",
     "CNNFeatureTransformer",
+    "FeatureMapDisplay",
     "FineTunedCNNClassifier",
     "FineTunedCNNRegressor",
     "GradCAMDisplay",
