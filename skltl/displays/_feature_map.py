@@ -260,7 +260,7 @@ class FeatureMapDisplay:
             self.scatter_ = self.ax_.scatter(*self.coordinates.T, c=self.y, **style)
             self.figure_.colorbar(self.scatter_, ax=self.ax_, pad=0.01, aspect=40)
             return self.scatter_.to_rgba(self.y)
-        classes, codes = [None], np.zeros(n, dtype=int)
+        classes, codes = np.zeros(1), np.zeros(n, dtype=int)
         if self.y is not None:
             classes, codes = np.unique(self.y, return_inverse=True)
         palette = _palette(len(classes))
@@ -374,7 +374,8 @@ def _spread(positions, distance, n_max):
     the one that is farthest from those before it.
     """
     offsets = np.abs(positions - positions.mean(axis=0)).max(axis=1)
-    chosen, nearest = [], np.full(len(positions), np.inf)
+    chosen: list[int] = []
+    nearest = np.full(len(positions), np.inf)
     for _ in range(min(n_max, len(positions))):
         index = int(nearest.argmax()) if chosen else int(offsets.argmax())
         if nearest[index] < distance:

@@ -99,6 +99,15 @@ def draw_image(ax, image, title, color=PLAIN, place=None, **kwargs):
     return artist
 
 
+def draw_beside(ax, image):
+    """Draw an image once more, on the right of itself; return its extent."""
+    height, width = image.shape[:2]
+    left = 1.04 * width - 0.5
+    extent = (left, left + width, height - 0.5, -0.5)
+    ax.imshow(to_rgb_pixels(image), extent=extent)
+    return extent
+
+
 def as_title(label, n_characters=22):
     """Return a label shortened to the width of one image."""
     return shorten(str(label), n_characters)
