@@ -21,7 +21,6 @@ from skltl._parameters import resolve_threads
 from skltl._sklearn import take
 from skltl.displays._images import check_n_images
 from skltl.displays._layout import (
-    add_summary,
     as_title,
     draw_beside,
     draw_image,
@@ -373,10 +372,9 @@ class GradCAMDisplay:
         GradCAMDisplay
             The display itself.
         """
-        is_new = axes is None
         n_columns = (3 if side_by_side else 6) if n_columns is None else n_columns
         size = (3.8, 2.15) if side_by_side else (1.9, 2.15)
-        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=size)
+        axes = resolve_axes(axes, len(self.images), n_columns, size, self.summary)
         style = {"alpha": 0.5, "cmap": "inferno", "vmin": 0, "vmax": 1, **kwargs}
         self.ims_, self.map_ims_ = [], []
         for number, (ax, image, activation) in enumerate(
@@ -389,8 +387,6 @@ class GradCAMDisplay:
             if side_by_side:
                 ax.set_xlim(self.ims_[-1].get_extent()[0], style["extent"][1])
         self.axes_, self.figure_ = axes, axes[0].figure
-        if is_new:
-            add_summary(self.figure_, self.summary)
         return self
 
     def _title(self, number):

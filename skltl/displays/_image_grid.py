@@ -14,8 +14,8 @@ from skltl.displays._images import (
 )
 from skltl.displays._layout import (
     ALERT,
+    PANEL_SIZE,
     PLAIN,
-    add_summary,
     as_title,
     draw_image,
     import_pyplot,
@@ -28,7 +28,7 @@ from skltl.finetuning import columns_of
 MAX_IMAGES = 200
 
 # Characters of a line above an image.
-N_CAPTION = 27
+N_CAPTION = 26
 
 
 class ImageGridDisplay:
@@ -460,8 +460,7 @@ class ImageGridDisplay:
             The display itself.
         """
         n = len(self.images)
-        is_new = axes is None
-        axes = resolve_axes(axes, n, n_columns, panel_size=(1.9, 2.4))
+        axes = resolve_axes(axes, n, n_columns, PANEL_SIZE, self.summary)
         captions, indices, names, highlight = (
             [missing] * n if values is None else values
             for values, missing in (
@@ -483,8 +482,6 @@ class ImageGridDisplay:
             )
         ]
         self.axes_, self.figure_ = axes, axes[0].figure
-        if is_new:
-            add_summary(self.figure_, self.summary)
         return self
 
 
@@ -503,10 +500,10 @@ def _doubts(y, errors, indices):
     captions = []
     for index, *both in zip(indices, labels, suggested, strict=True):
         label, other = (
-            f"{as_title(classes[one], 17)} {errors.proba[index, one]:.2f}"
+            f"{as_title(classes[one], 15)} {errors.proba[index, one]:.2f}"
             for one in both
         )
-        captions.append(label if both[0] == both[1] else f"{other}\n(label {label})")
+        captions.append(label if both[0] == both[1] else f"{other}\nlabel {label}")
     return captions
 
 

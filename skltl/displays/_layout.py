@@ -13,6 +13,13 @@ from skltl.exceptions import shorten
 PLAIN = "dimgray"
 ALERT = "firebrick"
 
+# Width and height of an image with a title of two lines and a line below, in inches.
+PANEL_SIZE = (1.9, 2.5)
+
+# Of text above a figure, in inches.
+LINE_HEIGHT = 0.3
+LETTERS_PER_INCH = 13
+
 
 def import_pyplot():
     """Import and return ``matplotlib.pyplot``.
@@ -35,10 +42,11 @@ def resolve_ax(ax=None, figsize=None):
     return ax
 
 
-def resolve_axes(axes, n, n_columns, panel_size):
+def resolve_axes(axes, n, n_columns, panel_size, summary=None):
     """Return an array of n Axes: the given ones, or those of a new figure.
 
-    `panel_size` is the width and height of each panel in inches.
+    `panel_size` is the width and height of each panel in inches. `summary` is written
+    above a new figure, wrapped to its width.
     """
     if n < 1:
         raise ValueError("There is no image to plot.")
@@ -51,24 +59,20 @@ def resolve_axes(axes, n, n_columns, panel_size):
         return axes
     n_columns = min(n, n_columns)
     n_rows = -(-n // n_columns)
-    width, height = panel_size
+    width, height = panel_size[0] * n_columns, panel_size[1] * n_rows
+    lines = textwrap.wrap(summary or "", int(LETTERS_PER_INCH * width))
     figure, axes = import_pyplot().subplots(
         n_rows,
         n_columns,
-        figsize=(width * n_columns, height * n_rows),
+        figsize=(width, height + LINE_HEIGHT * len(lines)),
         layout="constrained",
         squeeze=False,
     )
     for ax in axes.flat[n:]:
         figure.delaxes(ax)
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize="medium")
     return axes.ravel()[:n]
-
-
-def add_summary(figure, summary):
-    """Write a line about all images above a figure, wrapped to its width."""
-    if summary:
-        n_characters = int(13 * figure.get_figwidth())
-        figure.suptitle(textwrap.fill(summary, n_characters), fontsize="medium")
 
 
 def to_rgb_pixels(image):

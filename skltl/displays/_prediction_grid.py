@@ -8,8 +8,8 @@ from sklearn.utils.validation import check_consistent_length
 from skltl.displays._images import check_n_images, read_as, read_plainly, select_images
 from skltl.displays._layout import (
     ALERT,
+    PANEL_SIZE,
     PLAIN,
-    add_summary,
     as_title,
     draw_image,
     import_pyplot,
@@ -23,8 +23,8 @@ from skltl.displays._predictions import (
     predictions_of,
 )
 
-# Characters of a class name that is followed by a probability.
-N_WITH_PROBA = 17
+# Characters of the predicted and the true class before a probability.
+N_PREDICTED, N_TRUE = 20, 15
 
 
 class PredictionGridDisplay:
@@ -108,6 +108,8 @@ class PredictionGridDisplay:
         summary=None,
     ):
         check_consistent_length(images, y_true, y_pred, margins, indices, names, proba)
+        if proba is not None and classes is None:
+            raise ValueError("proba requires classes, the class of each column.")
         self.images = list(images)
         self.y_true = np.asarray(y_true)
         self.y_pred = np.asarray(y_pred)
@@ -280,8 +282,7 @@ class PredictionGridDisplay:
         PredictionGridDisplay
             The display itself.
         """
-        is_new = axes is None
-        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=(1.9, 2.4))
+        axes = resolve_axes(axes, len(self.images), n_columns, PANEL_SIZE, self.summary)
         wrong = is_wrong(self.kind, self.y_true, self.y_pred)
         self.ims_ = []
         for number, (ax, image) in enumerate(zip(axes, self.images, strict=True)):
@@ -293,27 +294,26 @@ class PredictionGridDisplay:
             title = self._title(number, wrong[number])
             self.ims_.append(draw_image(ax, image, title, color, place, **kwargs))
         self.axes_, self.figure_ = axes, axes[0].figure
-        if is_new:
-            add_summary(self.figure_, self.summary)
         return self
 
     def _title(self, number, is_wrong):
         true, predicted = self.y_true[number], self.y_pred[number]
         if self.kind == "values":
-            return f"predicted {_values(predicted)}\n(is {_values(true)})"
+            first = "predicted " * (true.ndim == 0)
+            return f"{first}{_values(predicted)}\n(is {_values(true)})"
         if self.kind == "multilabel":
             names = [as_title(self._labels(one)) for one in (predicted, true)]
             lines = [names[0], f"(is {names[1]})", self._worst_label(number)]
         else:
             lines = [
-                self._with_proba(number, predicted, 22),
-                f"(is {self._with_proba(number, true, N_WITH_PROBA)})",
+                self._with_proba(number, predicted, N_PREDICTED),
+                f"(is {self._with_proba(number, true, N_TRUE)})",
             ]
         return "\n".join(filter(None, lines if is_wrong else lines[:1]))
 
     def _worst_label(self, number):
         """Return the label with the smallest margin, and its probability."""
-        if self.proba is None:
+        if self.proba is None or self.classes is None:
             return None
         proba = self.proba[number]
         column = np.where(self.y_true[number], proba, 1 - proba).argmin()
@@ -335,4 +335,5 @@ class PredictionGridDisplay:
 
 def _values(values):
     """Return one or several values to be read in a title."""
-    return as_title(", ".join(f"{value:.4g}" for value in np.ravel(values)))
+    values = [f"{one:.0f}" if abs(one) >= 1e4 else f"{one:.4g}" for one in values.flat]
+    return as_title(", ".join(values))

@@ -112,7 +112,7 @@ def predictions_of(estimator, X, y):
     _check_shapes(y_true, y_pred)
     if is_regressor(estimator):
         return Predictions("values", y_true, y_pred, _value_margins(y_true, y_pred))
-    classes = getattr(estimator, "classes_", None)
+    classes: Any = getattr(estimator, "classes_", None)
     if y_pred.ndim == 2:  # of which some classifiers have pairs of classes
         classes = _label_names(y, None)
     elif scores is not None and scores.shape[1] != len(classes):

@@ -134,7 +134,7 @@ def test_label_errors_have_the_probabilities_of_both_classes(many_images):
     assert_array_equal(display.indices, errors.order[:5])
     assert_array_equal(pixels_of(display), many_images[errors.order[:5]])
     of_bright, of_dark = errors.proba[4]
-    expected = f"dark {of_dark:.2f}\n(label bright {of_bright:.2f})"
+    expected = f"dark {of_dark:.2f}\nlabel bright {of_bright:.2f}"
     assert titles_of(display)[0] == expected
     assert display.axes_[0].title.get_color() == "firebrick"
     right = display.indices[-1]

@@ -352,6 +352,14 @@ def test_several_values_are_in_the_order_of_their_root_mean_squared_error(images
     assert display.kind == "values"
     assert display.indices.tolist() == np.argsort(-errors).tolist()
     assert_allclose(-display.margins, np.sort(errors)[::-1])
+    worst = errors.argmax()
+    predicted, true = (
+        ", ".join(f"{value:.4g}" for value in one[worst]) for one in (y_pred, y_true)
+    )
+    first, second = display.axes_[0].get_title().split("\n")
+    assert (first[:6], second[:9]) == (predicted[:6], f"(is {true[:5]}")
+    error = np.sqrt(np.mean((y_true - y_pred) ** 2))
+    assert display.summary == f"root mean squared error {error:.3g}, 9 images"
 
 
 def test_targets_of_different_shapes_are_refused(images):
