@@ -8,13 +8,17 @@ from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_consistent_length, column_or_1d
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+)
 
 from skltl.curation import check_readable, fitted_to
 from skltl.displays._images import read_as, read_plainly
 from skltl.displays._layout import as_title, import_pyplot, resolve_ax, to_rgb_pixels
 from skltl.exceptions import shorten
-from skltl.finetuning import unwrapped
+from skltl.finetuning import FineTunedCNN, unwrapped
 
 # Classes that have a color of their own and are in the legend.
 MAX_CLASSES = 20
@@ -112,10 +116,10 @@ class FeatureMapDisplay:
 
         Parameters
         ----------
-        estimator : CNNFeatureTransformer or pipeline
+        estimator : CNNFeatureTransformer, pipeline or fine-tuned network
             Features of the images. Of a pipeline that ends in a classifier or a
-            regressor, these are the features that it is trained on. An unfitted one is
-            cloned and fitted.
+            regressor, these are the features that it is trained on. An unfitted
+            transformer is cloned and fitted.
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images of any kind that the estimator accepts.
         y : array of shape (n,), default=None
@@ -312,11 +316,14 @@ class FeatureMapDisplay:
 
 
 def _features_part(estimator):
-    """Return the transformer of an estimator, without the model at its end."""
+    """Return the transformer of an estimator, without a model on its features."""
     estimator = unwrapped(estimator)
-    if isinstance(estimator, Pipeline):
-        has_model = is_classifier(estimator) or is_regressor(estimator)
-        return estimator[:-1] if has_model else estimator
+    is_pipeline = isinstance(estimator, Pipeline)
+    last = unwrapped(estimator[-1]) if is_pipeline else estimator
+    if isinstance(last, FineTunedCNN):  # which has features of its own
+        check_is_fitted(last)
+    elif is_pipeline and (is_classifier(estimator) or is_regressor(estimator)):
+        return estimator[:-1]
     return estimator
 
 

@@ -345,7 +345,7 @@ class GradCAMDisplay:
             if np.ndim(labels):  # one for each image
                 check_consistent_length(X, labels)
                 labels = np.asarray(labels)[:n_images]
-            X = take(X, np.arange(n_images))
+            X = take(X, list(range(n_images)))
             summary = f"first {n_images:,} of {n:,} images"
         display = cls(*grad_cam(estimator, X, labels), summary=summary)
         return display.plot(

@@ -26,6 +26,9 @@ from skltl.displays._predictions import (
 # Characters of the predicted and the true class before a probability.
 N_PREDICTED, N_TRUE = 20, 15
 
+# Characters of the names of several labels.
+N_LABELS = 26
+
 
 class PredictionGridDisplay:
     """Images with true and predicted labels or values, worst errors first.
@@ -302,8 +305,11 @@ class PredictionGridDisplay:
             first = "predicted " * (true.ndim == 0)
             return f"{first}{_values(predicted)}\n(is {_values(true)})"
         if self.kind == "multilabel":
-            names = [as_title(self._labels(one)) for one in (predicted, true)]
-            lines = [names[0], f"(is {names[1]})", self._worst_label(number)]
+            lines = [
+                as_title(self._labels(predicted), N_LABELS),
+                f"(is {as_title(self._labels(true), N_LABELS - 5)})",
+                self._worst_label(number),
+            ]
         else:
             lines = [
                 self._with_proba(number, predicted, N_PREDICTED),

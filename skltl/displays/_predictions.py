@@ -144,6 +144,7 @@ def predictions_from(y_true, y_pred, proba=None, classes=None):
     elif y_pred is None:
         y_pred = classes[proba.argmax(axis=1)]
     _check_shapes(y_true, y_pred)
+    _check_types(y_true, y_pred)
     if kind_of(y_true, y_pred) == "values":
         return Predictions("values", y_true, y_pred, _value_margins(y_true, y_pred))
     return _of_labels(y_true, y_pred, proba, True, classes)
@@ -225,6 +226,15 @@ def _check_shapes(y_true, y_pred):
         raise ValueError(
             f"The true targets have shape {y_true.shape}, and the predictions "
             f"{y_pred.shape}."
+        )
+
+
+def _check_types(y_true, y_pred):
+    """Raise an error for numbers and text, of which all would be wrong."""
+    kinds = y_true.dtype.kind + y_pred.dtype.kind
+    if set(kinds) & set("US") and set(kinds) & set("biuf"):
+        raise ValueError(
+            f"The true targets are {y_true.dtype}, and the predictions {y_pred.dtype}."
         )
 
 

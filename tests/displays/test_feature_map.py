@@ -7,15 +7,17 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
 from sklearn.decomposition import PCA, KernelPCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skltl import CNNFeatureTransformer, FeatureMapDisplay
+from skltl import CNNFeatureTransformer, FeatureMapDisplay, FineTunedCNNClassifier
 
 ROWS = {"image_shape": (8, 8), "image_size": 16}
 TINY = CNNFeatureTransformer("tiny", layer="block2", **ROWS)
@@ -63,15 +65,17 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("is_fitted", [True, False])
-@pytest.mark.parametrize("kind", ESTIMATORS)
+CASES = [(kind, True) for kind in ESTIMATORS]
+CASES += [(kind, False) for kind in ESTIMATORS if kind != "search"]
+
+
+@pytest.mark.parametrize(("kind", "is_fitted"), CASES)
 def test_coordinates_are_principal_components(kind, is_fitted, few, network_counts):
     X, y, features = few
     estimator, prepare = ESTIMATORS[kind]
+    estimator = clone(estimator)
     if is_fitted:
         estimator.fit(X, y)
-    elif kind == "search":
-        pytest.skip("a search that is not fitted has no best estimator")
     network_counts.clear()
 
     display = FeatureMapDisplay.from_estimator(estimator, X, y)
@@ -79,7 +83,23 @@ def test_coordinates_are_principal_components(kind, is_fitted, few, network_coun
     expected = principal_components(prepare(features))
     assert_equal_up_to_sign(display.coordinates, expected)
     assert_allclose(display.scatter_.get_offsets(), display.coordinates)
-    assert sum(network_counts) == 60
+    if is_fitted:
+        assert sum(network_counts) == 60
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, make_pipeline], ids=["", "pipeline"])
+def test_features_of_a_fine_tuned_network_are_its_own(wrap, few):
+    X, y, _ = few
+    settings = {"layer": "block2", "head_epochs": 0, "finetune_epochs": 1, **ROWS}
+    tuned = FineTunedCNNClassifier("tiny", random_state=0, **settings)
+
+    with pytest.raises(NotFittedError):
+        FeatureMapDisplay.from_estimator(wrap(tuned), X)
+    fitted = wrap(tuned).fit(X, y)
+    display = FeatureMapDisplay.from_estimator(fitted, X)
+
+    expected = principal_components(fitted.transform(X))
+    assert_equal_up_to_sign(display.coordinates, expected)
 
 
 def test_axes_have_the_explained_variance(few):

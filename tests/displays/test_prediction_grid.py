@@ -362,9 +362,13 @@ def test_several_values_are_in_the_order_of_their_root_mean_squared_error(images
     assert display.summary == f"root mean squared error {error:.3g}, 9 images"
 
 
-def test_targets_of_different_shapes_are_refused(images):
+def test_targets_that_do_not_match_are_refused(images):
     with pytest.raises(ValueError, match=r"shape \(9, 2\), and the predictions \(9,\)"):
         PredictionGridDisplay.from_predictions(np.eye(9, 2), np.ones(9), images)
+    with pytest.raises(ValueError, match="targets are int64, and the predictions <U1"):
+        PredictionGridDisplay.from_predictions(
+            [1, 2, 3] * 3, ["a", "b", "c"] * 3, images
+        )
 
 
 def test_display_accepts_axes_and_keyword_arguments():
