@@ -24,7 +24,7 @@ class Predictions:
     """True and predicted targets of n images.
 
     `kind` is "classes", "multilabel" (indicator matrices) or "values" (of regression).
-    The `margins` are negative where a prediction is wrong, or NaN if they are unknown.
+    The `margins` are those of `PredictionGridDisplay`, NaN if they are unknown.
     """
 
     kind: str
@@ -130,7 +130,12 @@ def predictions_from(y_true, y_pred, proba=None, classes=None):
     """
     targets, y_true = y_true, _as_targets(y_true)
     y_pred = _as_targets(_stacked(y_pred))
-    proba = None if proba is None else np.asarray(_stacked(proba))
+    proba = None if proba is None else _as_targets(_stacked(proba))
+    if y_pred.ndim == 0 or (proba is not None and proba.ndim != 2):
+        raise ValueError(
+            "Expected predictions of each image, and probabilities of shape (n, "
+            "n_classes); those of a constant label are missing in a list of pairs."
+        )
     if proba is None and _are_probabilities(y_true, y_pred):
         proba, y_pred = y_pred, None
     if y_true.ndim == 2:
