@@ -112,4 +112,4 @@ for name, pipeline in pipelines.items():
 # Grad-CAM shows the regions of the images that contribute to the predicted class.
 
 first = np.unique(y_test, return_index=True)[1]
-GradCAMDisplay.from_estimator(pipelines["middle"], X_test[first], n_columns=5)
+GradCAMDisplay.from_estimator(pipelines["middle"], X_test[first])

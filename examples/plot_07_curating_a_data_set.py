@@ -14,7 +14,6 @@ network.
 # 60 parts of two photographs, six smaller copies of them, three wrong labels, and a
 # drawing.
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -22,6 +21,8 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 
 from skltl import (
     CNNFeatureTransformer,
+    FeatureMapDisplay,
+    ImageGridDisplay,
     ImageNeighbors,
     find_duplicates,
     find_label_errors,
@@ -48,15 +49,13 @@ X, y = [*X, drawing], np.array([*y, "temple"])
 
 transformer = CNNFeatureTransformer("tiny")
 
+# %%
+# A map of the features
+# ---------------------
+# Images with similar features are near each other. Frames have the color of the label:
+# one of another color than its neighbors is suspicious.
 
-def show(indices, titles):
-    """Plot some of the images."""
-    _, axes = plt.subplots(1, len(indices), figsize=(9, 1.8), layout="constrained")
-    for ax, index, title in zip(axes, indices, titles, strict=True):
-        ax.imshow(X[index])
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize="small")
-
+FeatureMapDisplay.from_estimator(transformer, X, y)
 
 # %%
 # Duplicates
@@ -65,11 +64,7 @@ def show(indices, titles):
 # of them are near duplicates, too.
 
 duplicates = find_duplicates(X, transformer)
-pairs = duplicates.pairs[:4]
-show(
-    [index for pair in pairs for index in pair[:2]],
-    [f"{index}\n{pair.distance:.3f}" for pair in pairs for index in pair[:2]],
-)
+ImageGridDisplay.from_duplicates(X, duplicates)
 
 # %%
 # Their groups stay on one side of each split.
@@ -82,11 +77,11 @@ print(f"accuracy with the wrong labels: {scores.mean():.3f}")
 # %%
 # Wrong labels
 # ------------
-# The most doubtful labels, and the class that is suggested instead.
+# The most doubtful labels, and the class that is suggested instead, with the
+# cross-validated probabilities of both. Suspects are red.
 
 errors = find_label_errors(X, y, transformer, groups=duplicates.groups)
-first = errors.order[:6]
-show(first, [f"{index}: {y[index]}?\n{errors.suggested[index]}" for index in first])
+ImageGridDisplay.from_label_errors(X, y, errors, n_images=6)
 
 # %%
 # Outliers
@@ -95,14 +90,12 @@ show(first, [f"{index}: {y[index]}?\n{errors.suggested[index]}" for index in fir
 # one.
 
 outliers = find_outliers(X, transformer)
-first = outliers.order[:6]
-show(first, [f"{index}\n{outliers.scores[index]:.2f}" for index in first])
+ImageGridDisplay.from_outliers(X, outliers, n_images=6)
 
 # %%
 # Look-alikes
 # -----------
-# An image and the images most like it.
+# Two images, each with the images most like it and their distances.
 
 index = ImageNeighbors(transformer, n_neighbors=5).fit(X)
-distances, indices = index.kneighbors([X[12]])
-show([12, *indices[0]], ["12", *(f"{distance:.3f}" for distance in distances[0])])
+ImageGridDisplay.from_neighbors(index, X, indices=[12, 40])

@@ -20,6 +20,7 @@ from sklearn.model_selection import train_test_split
 from skltl import (
     FineTunedCNNClassifier,
     FineTunedCNNRegressor,
+    PredictionGridDisplay,
     TrainingHistoryDisplay,
     make_feature_pipeline,
 )
@@ -43,6 +44,15 @@ for name, model in [("frozen", frozen), ("fine-tuned", tuned)]:
     predicted = model.predict(digits[test]) > 0
     rates = (predicted == labels[test]).mean(axis=0)
     print(name, dict(zip(names, rates.round(3).tolist(), strict=True)))
+
+# %%
+# The worst predictions: the labels that are predicted, the true ones, and the
+# probability of the label with the largest error.
+
+proba = tuned.predict_proba(digits[test])
+PredictionGridDisplay.from_predictions(
+    labels[test], proba, digits[test], classes=names, image_shape=(8, 8), n_images=6
+)
 
 # %%
 # Regression
@@ -78,6 +88,11 @@ _, ax = plt.subplots(figsize=(4, 4), layout="constrained")
 ax.scatter(angles[test], regressor.predict(rotated[test]), s=4)
 ax.plot([-45, 45], [-45, 45], color="gray")
 ax.set(xlabel="angle", ylabel="predicted angle")
+
+# %%
+# The largest errors:
+
+PredictionGridDisplay.from_estimator(regressor, rotated[test], angles[test], n_images=6)
 
 # %%
 # The score of each epoch is R².

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         find_outliers,
     )
     from skltl.displays import (
+        FeatureMapDisplay,
         GradCAMDisplay,
+        ImageGridDisplay,
         LayerScoresDisplay,
         PredictionGridDisplay,
         StrategyDisplay,
@@ -71,9 +73,11 @@ SKOPS_TRUSTED = [
 _SUBPACKAGES = {
     "Backbone": "networks",
     "CNNFeatureTransformer": "features",
+    "FeatureMapDisplay": "displays",
     "FineTunedCNNClassifier": "finetuning",
     "FineTunedCNNRegressor": "finetuning",
     "GradCAMDisplay": "displays",
+    "ImageGridDisplay": "displays",
     "ImageNeighbors": "curation",
     "ImageSetTransformer": "features",
     "LayerScoresDisplay": "displays",
@@ -107,9 +111,11 @@ __all__ = [
     "SKOPS_TRUSTED",
     "Backbone",
     "CNNFeatureTransformer",
+    "FeatureMapDisplay",
     "FineTunedCNNClassifier",
     "FineTunedCNNRegressor",
     "GradCAMDisplay",
+    "ImageGridDisplay",
     "ImageNeighbors",
     "ImageSetTransformer",
     "LayerScoresDisplay",

@@ -100,6 +100,7 @@ def find_duplicates(
     See Also
     --------
     find_outliers : Images that are unlike all others.
+    ImageGridDisplay.from_duplicates : Plot of the pairs.
     sklearn.model_selection.GroupKFold : Cross-validation that does not divide groups.
 
     Notes

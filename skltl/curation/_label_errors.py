@@ -96,7 +96,7 @@ def find_label_errors(
     See Also
     --------
     find_duplicates : Groups of copies.
-    PredictionGridDisplay : Images with their labels and predictions.
+    ImageGridDisplay.from_label_errors : Plot of the most doubtful labels.
 
     Notes
     -----

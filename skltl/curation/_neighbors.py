@@ -36,6 +36,7 @@ class ImageNeighbors(BaseEstimator):
     See Also
     --------
     find_duplicates : Pairs of copies.
+    ImageGridDisplay.from_neighbors : Plot of images and their neighbors.
 
     Examples
     --------

@@ -66,6 +66,7 @@ def find_outliers(
     --------
     find_duplicates : Images that are copies of each other.
     find_label_errors : Images whose labels are probably wrong.
+    ImageGridDisplay.from_outliers : Plot of the most unusual images.
 
     Notes
     -----

@@ -18,7 +18,16 @@ from torch.nn.functional import interpolate
 
 from skltl._estimator import read_images_of
 from skltl._parameters import resolve_threads
-from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
+from skltl._sklearn import take
+from skltl.displays._images import check_n_images
+from skltl.displays._layout import (
+    as_title,
+    draw_beside,
+    draw_image,
+    import_pyplot,
+    resolve_axes,
+)
+from skltl.displays._predictions import predict
 from skltl.features import extract_features, extraction_config, output_layout
 from skltl.finetuning import (
     FineTunedCNNClassifier,
@@ -35,6 +44,9 @@ from skltl.pretrained import PretrainedCNNClassifier
 # From an output of a network, in float64, to logits (n, n_classes).
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
+# A figure of more images is hardly read, and each takes a pass through the network.
+MAX_IMAGES = 12
+
 
 @dataclass(frozen=True)
 class Target:
@@ -50,14 +62,20 @@ class Target:
 
 def grad_cam(
     estimator: Any, X: Any, labels: Any = None
-) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any], NDArray[np.float64]]:
-    """Return the images, maps, labels and scores of a `GradCAMDisplay`."""
+) -> tuple[NDArray[Any] | None, ...]:
+    """Return the images, maps, labels, scores and probabilities of a `GradCAMDisplay`.
+
+    There are no probabilities (``None``) without `predict_proba`.
+    """
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
     network, head = _split(estimator)
     targets = _targets(network, head)
     source = read_images_of(network, X)
-    labels = _predicted(estimator, X) if labels is None else np.asarray(labels)
+    y_pred, predicted, is_proba = predict(estimator, X)
+    if labels is None and y_pred.ndim == 2:  # the most probable label of several
+        labels = estimator.classes_[predicted.argmax(axis=1)]
+    labels = y_pred if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
     labels = np.broadcast_to(labels, len(source)) if is_single else column_or_1d(labels)
     check_consistent_length(source, labels)
@@ -79,16 +97,8 @@ def grad_cam(
     maps = interpolate(coarse, size, mode="bilinear", align_corners=False)
     scores = [score for _, score in pairs]
     images = decode_crops(source, network.preprocessing_, threads)
-    return images, maps[:, 0].numpy(), labels, np.array(scores)
-
-
-def _predicted(estimator: Any, X: Any) -> NDArray[Any]:
-    """Return the predicted class of each image, or its most probable label."""
-    last = unwrapped(estimator[-1] if isinstance(estimator, Pipeline) else estimator)
-    if not getattr(last, "multilabel_", False):
-        return np.asarray(estimator.predict(X))
-    best = estimator.decision_function(X).argmax(axis=1)
-    return np.asarray(estimator.classes_[best])
+    proba = predicted[np.arange(len(source)), columns] if is_proba else None
+    return images, maps[:, 0].numpy(), labels, np.array(scores), proba
 
 
 def _split(estimator: Any) -> tuple[Any, Head]:
@@ -227,11 +237,15 @@ class GradCAMDisplay:
     scores : array of shape (n,), default=None
         The classifier's score of that class, whose gradient weights the channels: its
         `decision_function`, negated for the first of two classes.
+    proba : array of shape (n,), default=None
+        Probability of that class. Without any, titles have the scores.
+    summary : str, default=None
+        Line above a new figure.
 
     Attributes
     ----------
     ims_ : list of matplotlib AxesImage
-        The images.
+        The images; side by side, those without a map.
     map_ims_ : list of matplotlib AxesImage
         The maps.
     axes_ : array of matplotlib Axes of shape (n,)
@@ -242,6 +256,11 @@ class GradCAMDisplay:
     See Also
     --------
     PredictionGridDisplay : Images with true and predicted labels.
+
+    Notes
+    -----
+    Each map is scaled to its own maximum, so that a class without any evidence may have
+    a bright map, too. The probability in the title says which maps have a meaning.
 
     References
     ----------
@@ -259,11 +278,13 @@ class GradCAMDisplay:
 
     __module__ = "skltl"
 
-    def __init__(self, images, maps, labels, scores=None):
+    def __init__(self, images, maps, labels, scores=None, proba=None, *, summary=None):
         self.images = images
         self.maps = maps
         self.labels = labels
         self.scores = scores
+        self.proba = proba
+        self.summary = summary
 
     @classmethod
     def from_estimator(
@@ -272,7 +293,9 @@ class GradCAMDisplay:
         X,
         labels=None,
         *,
-        n_columns=6,
+        n_images=None,
+        side_by_side=True,
+        n_columns=None,
         axes=None,
         **kwargs,
     ):
@@ -289,8 +312,13 @@ class GradCAMDisplay:
         labels : array of shape (n,) or a single label, default=None
             Class of each map; by default the predicted one. A single label is used for
             all images.
-        n_columns : int, default=6
-            Number of columns of a new figure.
+        n_images : int, default=None
+            Largest number of images to plot, the first ones; ``None`` is 12 in a new
+            figure, and all on given `axes`.
+        side_by_side : bool, default=True
+            Whether to plot the image without its map, too, on the left of it.
+        n_columns : int, default=None
+            Number of columns of a new figure; ``None`` is 3 side by side, 6 otherwise.
         axes : array of n matplotlib Axes, default=None
             Axes to plot on; by default those of a new figure.
         **kwargs : dict
@@ -309,16 +337,30 @@ class GradCAMDisplay:
             map, a label is unknown, or `axes` has another length.
         """
         import_pyplot()
-        display = cls(*grad_cam(estimator, X, labels))
-        return display.plot(n_columns=n_columns, axes=axes, **kwargs)
+        n, summary = len(X), None
+        if n_images is None:
+            n_images = MAX_IMAGES if axes is None else n
+        check_n_images(n_images)
+        if n_images < n:
+            if np.ndim(labels):  # one for each image
+                check_consistent_length(X, labels)
+                labels = np.asarray(labels)[:n_images]
+            X = take(X, list(range(n_images)))
+            summary = f"first {n_images:,} of {n:,} images"
+        display = cls(*grad_cam(estimator, X, labels), summary=summary)
+        return display.plot(
+            side_by_side=side_by_side, n_columns=n_columns, axes=axes, **kwargs
+        )
 
-    def plot(self, *, n_columns=6, axes=None, **kwargs):
+    def plot(self, *, side_by_side=True, n_columns=None, axes=None, **kwargs):
         """Plot the images, each with its map over it.
 
         Parameters
         ----------
-        n_columns : int, default=6
-            Number of columns of a new figure.
+        side_by_side : bool, default=True
+            Whether to plot the image without its map, too, on the left of it.
+        n_columns : int, default=None
+            Number of columns of a new figure; ``None`` is 3 side by side, 6 otherwise.
         axes : array of n matplotlib Axes, default=None
             Axes to plot on; by default those of a new figure.
         **kwargs : dict
@@ -330,13 +372,28 @@ class GradCAMDisplay:
         GradCAMDisplay
             The display itself.
         """
-        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=(1.9, 2.1))
+        n_columns = (3 if side_by_side else 6) if n_columns is None else n_columns
+        size = (3.8, 2.15) if side_by_side else (1.9, 2.15)
+        axes = resolve_axes(axes, len(self.images), n_columns, size, self.summary)
         style = {"alpha": 0.5, "cmap": "inferno", "vmin": 0, "vmax": 1, **kwargs}
         self.ims_, self.map_ims_ = [], []
-        for ax, image, activation, label in zip(
-            axes, self.images, self.maps, self.labels, strict=True
+        for number, (ax, image, activation) in enumerate(
+            zip(axes, self.images, self.maps, strict=True)
         ):
-            self.ims_.append(draw_image(ax, image, as_title(label)))
+            self.ims_.append(draw_image(ax, image, self._title(number)))
+            if side_by_side:
+                style["extent"] = draw_beside(ax, image)
             self.map_ims_.append(ax.imshow(activation, **style))
+            if side_by_side:
+                ax.set_xlim(self.ims_[-1].get_extent()[0], style["extent"][1])
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
+
+    def _title(self, number):
+        """Return the class of a map, and its probability or score."""
+        label = self.labels[number]
+        if self.proba is not None:
+            return f"{as_title(label)} p={self.proba[number]:.2f}"
+        if self.scores is not None:
+            return f"{as_title(label)} score={self.scores[number]:.2f}"
+        return as_title(label)

@@ -1,45 +1,75 @@
-"""``PredictionGridDisplay``: images with true and predicted labels."""
+"""``PredictionGridDisplay``: images with true and predicted targets."""
 
 from __future__ import annotations
 
 import numpy as np
-from sklearn.frozen import FrozenEstimator
-from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import (
-    check_consistent_length,
-    check_is_fitted,
-    column_or_1d,
+from sklearn.utils.validation import check_consistent_length
+
+from skltl.displays._images import check_n_images, read_as, read_plainly, select_images
+from skltl.displays._layout import (
+    ALERT,
+    PANEL_SIZE,
+    PLAIN,
+    as_title,
+    draw_image,
+    import_pyplot,
+    place_of,
+    resolve_axes,
+)
+from skltl.displays._predictions import (
+    is_wrong,
+    kind_of,
+    predictions_from,
+    predictions_of,
 )
 
-from skltl._estimator import ImageEstimator, is_fitted, read_images_of
-from skltl._sklearn import take
-from skltl.displays._layout import as_title, draw_image, import_pyplot, resolve_axes
-from skltl.features import CNNFeatureTransformer, NetworkClassifier
-from skltl.finetuning import columns_of, unwrapped
+# Characters of the predicted and the true class before a probability.
+N_PREDICTED, N_TRUE = 20, 15
+
+# Characters of the names of several labels.
+N_LABELS = 26
 
 
 class PredictionGridDisplay:
-    """Images with true and predicted labels, worst errors first.
+    """Images with true and predicted labels or values, worst errors first.
 
-    Create one with :meth:`from_estimator`.
+    Create one with :meth:`from_estimator` or :meth:`from_predictions`. A title has the
+    predicted class and its probability, and the true class if that is another one. The
+    line below an image has its index in ``X`` and its file name.
 
     Parameters
     ----------
     images : list of n arrays of shape (h, w, 3)
         The images: uint8, or float in [0, 1].
-    y_true : array of shape (n,)
-        True labels.
-    y_pred : array of shape (n,)
-        Predicted labels.
+    y_true : array of shape (n,), or (n, n_outputs)
+        True classes or values, or indicators of labels.
+    y_pred : array of shape (n,), or (n, n_outputs)
+        Predicted ones.
     margins : array of shape (n,)
         Probability of the true class minus the highest probability of the other
         classes; differences of decision values for classifiers without
-        `predict_proba`.
+        `predict_proba`. For multilabel targets, the smallest one over the labels: the
+        probability of the true indicator minus that of the other. For values, the
+        negative absolute error, or root mean squared error of several values. NaN if
+        it is unknown.
+    indices : array of int of shape (n,), default=None
+        Indices of the images in ``X``.
+    names : list of n str or None, default=None
+        Path or URL of each image, or ``None``.
+    proba : array of shape (n, n_classes), default=None
+        Probabilities of the classes or labels.
+    classes : array of shape (n_classes,), default=None
+        Class or label of each column of `proba`, or of indicators.
+    kind : {"classes", "multilabel", "values"}, default=None
+        Kind of the targets; ``None`` is multilabel for two columns of 0 and 1 or more,
+        values for numbers with a fraction or other columns, and classes otherwise.
+    summary : str, default=None
+        Line above a new figure, about all images in ``X``.
 
     Attributes
     ----------
     n_wrong_ : int
-        Number of images whose predicted label is wrong.
+        Number of images in the grid whose predicted labels are wrong.
     ims_ : list of matplotlib AxesImage
         The images.
     axes_ : array of matplotlib Axes of shape (n,)
@@ -50,25 +80,49 @@ class PredictionGridDisplay:
     See Also
     --------
     GradCAMDisplay : Class activation maps over images.
+    ImageGridDisplay : Any images with captions.
 
     Examples
     --------
     >>> import numpy as np
     >>> from skltl import PredictionGridDisplay
-    >>> image = np.zeros((8, 8, 3), dtype=np.uint8)
-    >>> display = PredictionGridDisplay([image], ["cat"], ["dog"], [-0.4])
-    >>> display.n_wrong_
-    1
+    >>> images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    >>> y_true = ["cat", "dog", "cat"]
+    >>> proba = [[0.3, 0.7], [0.4, 0.6], [0.8, 0.2]]  # of cat and dog
+    >>> display = PredictionGridDisplay.from_predictions(y_true, proba, images)
+    >>> display.summary, display.indices[0]
+    ('1 of 3 wrong', np.int64(0))
     """
 
     __module__ = "skltl"
 
-    def __init__(self, images, y_true, y_pred, margins):
-        check_consistent_length(images, y_true, y_pred, margins)
+    def __init__(
+        self,
+        images,
+        y_true,
+        y_pred,
+        margins,
+        indices=None,
+        names=None,
+        *,
+        proba=None,
+        classes=None,
+        kind=None,
+        summary=None,
+    ):
+        check_consistent_length(images, y_true, y_pred, margins, indices, names, proba)
+        if proba is not None and classes is None:
+            raise ValueError("proba requires classes, the class of each column.")
         self.images = list(images)
         self.y_true = np.asarray(y_true)
         self.y_pred = np.asarray(y_pred)
         self.margins = np.asarray(margins)
+        self.indices = None if indices is None else np.asarray(indices)
+        self.names = None if names is None else list(names)
+        self.proba = None if proba is None else np.asarray(proba)
+        self.classes = None if classes is None else np.asarray(classes)
+        self.kind = kind_of(self.y_true, self.y_pred) if kind is None else kind
+        self.summary = summary
 
     @classmethod
     def from_estimator(
@@ -83,16 +137,18 @@ class PredictionGridDisplay:
         axes=None,
         **kwargs,
     ):
-        """Predict labels, and plot the images with the worst errors.
+        """Predict, and plot the images with the worst errors.
 
         Parameters
         ----------
-        estimator : classifier
-            Fitted classifier with `predict_proba` or `decision_function`.
+        estimator : classifier or regressor
+            Fitted estimator. Without `predict_proba` or `decision_function`, wrong
+            predictions of a classifier are in the order of ``X``.
         X : sequence of n images, or array of shape (n, d) with `image_shape`
             Images of any kind that the estimator accepts.
-        y : array of shape (n,)
-            True labels.
+        y : array of shape (n,), or (n, n_outputs)
+            True classes or values, or indicators of labels. The columns of a data frame
+            are the names of the labels.
         n_images : int, default=12
             Number of images to plot.
         image_shape : tuple of 2 or 3 ints, default=None
@@ -112,34 +168,105 @@ class PredictionGridDisplay:
         Raises
         ------
         ValueError
-            If the estimator is no such classifier, a label of `y` is none of its
-            classes, or `axes` has another length.
+            If the estimator is neither a classifier nor a regressor, a label of `y` is
+            none of its classes, or `axes` has another length.
         """
         import_pyplot()
-        if n_images < 1:
-            raise ValueError(f"n_images={n_images} must be at least 1.")
-        _check_classifier(estimator)
-        y = column_or_1d(y)
-        y_pred, scores = _predict(estimator, X)
-        check_consistent_length(y_pred, y)
-        if scores.shape[1] != len(estimator.classes_):
-            raise ValueError(
-                f"{type(estimator).__name__} has {len(estimator.classes_)} classes, "
-                f"but decision values of shape {scores.shape}; expected one column for "
-                "each class."
-            )
-        margins = _margins(scores, columns_of(estimator.classes_, y))
-        # The predicted label is not always the one with the highest score: a
-        # classifier may have a decision threshold.
-        worst = np.lexsort((margins, y_pred == y))[:n_images]
-        images = list(_read_images(estimator, take(X, worst), image_shape))
-        display = cls(images, y[worst], y_pred[worst], margins[worst])
+        check_n_images(n_images)
+        predictions = predictions_of(estimator, X, y)
+        display = cls._of_worst(
+            predictions, read_as(estimator, X, image_shape), n_images
+        )
         return display.plot(n_columns=n_columns, axes=axes, **kwargs)
+
+    @classmethod
+    def from_predictions(
+        cls,
+        y_true,
+        y_pred,
+        X,
+        *,
+        proba=None,
+        classes=None,
+        n_images=12,
+        reader=None,
+        image_shape=None,
+        n_columns=6,
+        axes=None,
+        **kwargs,
+    ):
+        """Plot the images with the worst errors of given predictions.
+
+        Parameters
+        ----------
+        y_true : array of shape (n,), or (n, n_outputs)
+            True classes or values, or indicators of labels.
+        y_pred : array of shape (n,), (n, n_outputs) or (n, n_classes)
+            Predicted classes, values or indicators, as of ``cross_val_predict``; or
+            probabilities, as of its ``method="predict_proba"``, of which the highest
+            one, or those above 0.5 for multilabel targets, are predicted.
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `CNNFeatureTransformer` accepts.
+        proba : array of shape (n, n_classes), default=None
+            Probabilities, if `y_pred` is labels. Without any, wrong predictions are in
+            the order of ``X``.
+        classes : array of shape (n_classes,), default=None
+            Class of each column of the probabilities; by default the sorted classes of
+            `y_true`. For multilabel targets, names of the labels; by default the
+            columns of a data frame.
+        n_images : int, default=12
+            Number of images to plot.
+        reader : callable, default=None
+            Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        image_shape : tuple of 2 or 3 ints, default=None
+            Shape of the image in each row of ``X``, if that is a table.
+        n_columns : int, default=6
+            Number of columns of a new figure.
+        axes : array of `n_images` matplotlib Axes, default=None
+            Axes to plot on; by default those of a new figure.
+        **kwargs : dict
+            Keyword arguments of matplotlib's ``imshow``.
+
+        Returns
+        -------
+        PredictionGridDisplay
+            The plotted display.
+
+        Raises
+        ------
+        ValueError
+            If shapes differ, the probabilities are those of other classes or are none,
+            or `axes` has another length.
+        """
+        import_pyplot()
+        check_n_images(n_images)
+        predictions = predictions_from(y_true, y_pred, proba, classes)
+        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        check_consistent_length(source, predictions.y_true)
+        display = cls._of_worst(predictions, source, n_images)
+        return display.plot(n_columns=n_columns, axes=axes, **kwargs)
+
+    @classmethod
+    def _of_worst(cls, predictions, source, n_images):
+        """Return the display of the images with the worst errors."""
+        worst = predictions.worst(n_images)
+        images, names = select_images(source, worst)
+        proba = predictions.proba
+        return cls(
+            *(images, predictions.y_true[worst], predictions.y_pred[worst]),
+            predictions.margins[worst],
+            worst,
+            names,
+            proba=None if proba is None else proba[worst],
+            classes=predictions.classes,
+            kind=predictions.kind,
+            summary=predictions.summary(),
+        )
 
     @property
     def n_wrong_(self):
-        """Number of images whose predicted label is wrong."""
-        return int((self.y_true != self.y_pred).sum())
+        """Number of images in the grid whose predicted labels are wrong."""
+        return int(is_wrong(self.kind, self.y_true, self.y_pred).sum())
 
     def plot(self, *, n_columns=6, axes=None, **kwargs):
         """Plot the images; titles of wrong predictions are red.
@@ -158,87 +285,61 @@ class PredictionGridDisplay:
         PredictionGridDisplay
             The display itself.
         """
-        axes = resolve_axes(axes, len(self.images), n_columns, panel_size=(1.9, 2.15))
+        axes = resolve_axes(axes, len(self.images), n_columns, PANEL_SIZE, self.summary)
+        wrong = is_wrong(self.kind, self.y_true, self.y_pred)
         self.ims_ = []
-        for ax, image, true, predicted in zip(
-            axes, self.images, self.y_true, self.y_pred, strict=True
-        ):
-            title, color = as_title(predicted), "dimgray"
-            if predicted != true:
-                title, color = f"{title}\n(is {as_title(true)})", "firebrick"
-            self.ims_.append(draw_image(ax, image, title, color, **kwargs))
+        for number, (ax, image) in enumerate(zip(axes, self.images, strict=True)):
+            color = ALERT if wrong[number] else PLAIN
+            place = place_of(
+                None if self.indices is None else self.indices[number],
+                None if self.names is None else self.names[number],
+            )
+            title = self._title(number, wrong[number])
+            self.ims_.append(draw_image(ax, image, title, color, place, **kwargs))
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
 
+    def _title(self, number, is_wrong):
+        true, predicted = self.y_true[number], self.y_pred[number]
+        if self.kind == "values":
+            first = "predicted " * (true.ndim == 0)
+            return f"{first}{_values(predicted)}\n(is {_values(true)})"
+        if self.kind == "multilabel":
+            lines = [
+                as_title(self._labels(predicted), N_LABELS),
+                f"(is {as_title(self._labels(true), N_LABELS - 5)})",
+                self._worst_label(number),
+            ]
+        else:
+            lines = [
+                self._with_proba(number, predicted, N_PREDICTED),
+                f"(is {self._with_proba(number, true, N_TRUE)})",
+            ]
+        return "\n".join(filter(None, lines if is_wrong else lines[:1]))
 
-def _check_classifier(estimator):
-    """Raise an error for an estimator that is not fitted or has no class scores."""
-    check_is_fitted(estimator)
-    has_scores = any(
-        hasattr(estimator, name) for name in ("predict_proba", "decision_function")
-    )
-    if not (has_scores and hasattr(estimator, "classes_")):
-        last = getattr(estimator, "steps", [(None, estimator)])[-1][1]
-        raise ValueError(
-            "PredictionGridDisplay needs a classifier with predict_proba or "
-            f"decision_function; got {type(last).__name__}."
-        )
+    def _worst_label(self, number):
+        """Return the label with the smallest margin, and its probability."""
+        if self.proba is None or self.classes is None:
+            return None
+        proba = self.proba[number]
+        column = np.where(self.y_true[number], proba, 1 - proba).argmin()
+        return f"{as_title(self.classes[column])} {proba[column]:.2f}"
 
+    def _with_proba(self, number, label, n_characters):
+        """Return a class with its probability, if that is known."""
+        if self.proba is None:
+            return as_title(label)
+        (column,) = np.flatnonzero(self.classes == label)
+        return f"{as_title(label, n_characters)} {self.proba[number, column]:.2f}"
 
-def _predict(estimator, X):
-    """Return labels (n,) and scores (n, n_classes); extract features only once."""
-    estimator = unwrapped(estimator)
-    if isinstance(estimator, NetworkClassifier):
-        proba = estimator.predict_proba(X)
-        return estimator.classes_[proba.argmax(axis=1)], proba
-    if isinstance(estimator, Pipeline):
-        return _predict(estimator[-1], estimator[:-1].transform(X))
-    y_pred = np.asarray(estimator.predict(X))
-    if hasattr(estimator, "predict_proba"):
-        return y_pred, np.asarray(estimator.predict_proba(X))
-    decision = np.asarray(estimator.decision_function(X))
-    if decision.ndim == 1:  # of the second of two classes
-        decision = np.column_stack([np.zeros_like(decision), decision])
-    return y_pred, decision
-
-
-def _margins(scores, columns):
-    """Return the score of the true class minus the highest of the others (n,)."""
-    rows = np.arange(len(scores))
-    others = scores.copy()
-    others[rows, columns] = -np.inf
-    return scores[rows, columns] - others.max(axis=1)
-
-
-def _read_images(estimator, X, image_shape):
-    """Read images as the fitted estimator does, or rows of the given shape."""
-    reader = _find_reader(estimator)
-    if image_shape is None and reader is not None:
-        return read_images_of(reader, X)
-    shape = _image_shape(estimator) if image_shape is None else image_shape
-    return read_images_of(CNNFeatureTransformer(image_shape=shape), X, reset=True)
+    def _labels(self, indicators):
+        """Return the names of the labels that an indicator row has."""
+        columns = np.flatnonzero(indicators)
+        names = columns if self.classes is None else self.classes[columns]
+        return ", ".join(map(str, names)) or "no label"
 
 
-def _find_reader(estimator):
-    """Return the first fitted part of an estimator that reads images, or ``None``."""
-    if isinstance(estimator, ImageEstimator):
-        return estimator if is_fitted(estimator) else None
-    names = ("best_estimator_", "estimator_", "estimator")
-    parts = [
-        *(step for _, step in getattr(estimator, "steps", [])),
-        *(getattr(estimator, name, None) for name in names),
-        *getattr(estimator, "calibrated_classifiers_", [])[:1],
-    ]
-    readers = [_find_reader(part) for part in parts if hasattr(part, "__dict__")]
-    return next((reader for reader in readers if reader is not None), None)
-
-
-def _image_shape(estimator):
-    """Return the first `image_shape` among own and nested parameters, or ``None``."""
-    params = unwrapped(estimator).get_params()
-    shapes = [
-        _image_shape(value) if isinstance(value, FrozenEstimator) else value
-        for name, value in params.items()
-        if isinstance(value, FrozenEstimator) or name.split("__")[-1] == "image_shape"
-    ]
-    return next((shape for shape in shapes if shape is not None), None)
+def _values(values):
+    """Return one or several values to be read in a title."""
+    values = [f"{one:.0f}" if abs(one) >= 1e4 else f"{one:.4g}" for one in values.flat]
+    return as_title(", ".join(values))

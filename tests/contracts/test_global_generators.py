@@ -10,6 +10,7 @@ from sklearn.base import clone
 
 from skltl import (
     CNNFeatureTransformer,
+    FeatureMapDisplay,
     FineTunedCNNClassifier,
     GradCAMDisplay,
     LayerScoresDisplay,
@@ -106,6 +107,8 @@ def test_displays_leave_global_generators_unchanged(few_digits):
     with plt.rc_context({"backend": "agg"}):
         GradCAMDisplay.from_estimator(pipeline, X[:2])
         GradCAMDisplay.from_estimator(tuned, X[:2])
+        FeatureMapDisplay.from_estimator(pipeline, X, y)
+        FeatureMapDisplay.from_estimator(pipeline, X, y, method="tsne")
         PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=2)
         LayerScoresDisplay.from_estimator(pipeline, X, y, layers=["stem"], cv=2)
         StrategyDisplay.from_advisor(advisor)

@@ -95,7 +95,7 @@ def test_linear_classifier_localizes_an_object(squares, fitted_pipeline):
         (left, np.s_[:, :, :32], np.s_[:, :, 32:]),
         (right, np.s_[:, :, 32:], np.s_[:, :, :32]),
     ):
-        _, maps, _, _ = grad_cam(fitted_pipeline, squares[numbers], True)
+        _, maps, _, _, _ = grad_cam(fitted_pipeline, squares[numbers], True)
 
         assert (maps[half].sum(axis=(1, 2)) > maps[other].sum(axis=(1, 2))).all()
         assert maps.shape == (8, 64, 64)
@@ -115,7 +115,7 @@ def test_for_averaged_features_coefficients_weight_the_channels(
     expected = np.einsum("c,nchw->nhw", coefficients, feature_maps).clip(min=0)
     expected /= expected.max(axis=(1, 2), keepdims=True)
 
-    _, maps, _, _ = grad_cam(fitted_pipeline, squares[:3], np.ones(3, dtype=bool))
+    _, maps, _, _, _ = grad_cam(fitted_pipeline, squares[:3], np.ones(3, dtype=bool))
 
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(expected)[:, None], (64, 64), mode="bilinear"
@@ -183,7 +183,7 @@ def test_score_is_the_decision_value_of_the_label(kind, labels, squares):
     fitted = CLASSIFIERS[kind]().fit(squares, y)
     wanted = np.resize(LABELS[labels][::-1], 6).tolist()
 
-    _, _, found, scores = grad_cam(fitted, squares[:6], wanted)
+    _, _, found, scores, _ = grad_cam(fitted, squares[:6], wanted)
 
     expected = own_scores(fitted, squares[:6], wanted)
     assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
@@ -212,8 +212,8 @@ def test_pretrained_network_matches_its_last_feature_map(class_map, images):
     members = [CLASS_MAP["a"]] * 4 if class_map else best[:, None].tolist()
     wanted = ["a"] * 4 if class_map else names[best].tolist()
 
-    _, maps, _, scores = grad_cam(fitted, images, wanted)
-    _, _, predicted, highest = grad_cam(fitted, images)
+    _, maps, _, scores, _ = grad_cam(fitted, images, wanted)
+    _, _, predicted, highest, _ = grad_cam(fitted, images)
 
     for feature_map, columns, found in zip(feature_maps, members, maps, strict=True):
 
@@ -240,7 +240,7 @@ def test_map_precedes_fully_connected_blocks(images):
     with torch.no_grad():
         feature_maps = conv(network_input(images[:3], preprocessing))
 
-    _, maps, _, scores = grad_cam(fitted, images[:3], 1)
+    _, maps, _, scores, _ = grad_cam(fitted, images[:3], 1)
 
     assert_allclose(scores, own_scores(fitted, images[:3], [1, 1, 1]), rtol=1e-3)
     for feature_map, found in zip(feature_maps, maps, strict=True):
@@ -262,7 +262,7 @@ def test_map_of_a_classifier_on_vectors_precedes_them(squares):
     ).fit(squares, y)
     scaler, linear = fitted["scale"], fitted["softmax"]
 
-    _, maps, _, scores = grad_cam(fitted, squares[:3], 1)
+    _, maps, _, scores, _ = grad_cam(fitted, squares[:3], 1)
 
     weight, shift, scale = (
         torch.from_numpy(one).float()
@@ -287,7 +287,7 @@ def test_map_of_a_vgg_precedes_its_fully_connected_layers(images):
     ).fit(images)
     wanted = fitted.classes_[[5, 500, 999]].tolist()
 
-    _, _, _, scores = grad_cam(fitted, images[:3], wanted)
+    _, _, _, scores, _ = grad_cam(fitted, images[:3], wanted)
 
     expected = own_scores(fitted, images[:3], wanted)
     assert_allclose(scores, expected, rtol=1e-3, atol=1e-5)
@@ -309,7 +309,7 @@ def test_tuned_network_matches_its_head(n_classes, settings, squares):
     signs = torch.full((n_classes,), -1.0 if n_classes == 2 else 0.0).double()
     signs[column] = 1
 
-    _, maps, _, _ = grad_cam(fitted, squares[:3], "rose")
+    _, maps, _, _, _ = grad_cam(fitted, squares[:3], "rose")
 
     for feature_map, found in zip(feature_maps.double(), maps, strict=True):
         expected = expected_map(
@@ -349,7 +349,7 @@ def test_maps_of_a_transformer_are_those_of_its_patches(pooling, squares):
     def rest(tokens):
         return encoder.ln(encoder.layers[3](tokens))
 
-    _, maps, _, scores = grad_cam(pipeline, squares[:3], 2)
+    _, maps, _, scores, _ = grad_cam(pipeline, squares[:3], 2)
 
     network = small_vit_module().eval()
     outputs = {}
@@ -376,7 +376,7 @@ def test_maps_of_a_fine_tuned_transformer_have_its_scores(squares):
         precision="float32", random_state=0,
     ).fit(squares, np.arange(24) % 3)  # fmt: skip
 
-    _, maps, labels, scores = grad_cam(fitted, squares[:3])
+    _, maps, labels, scores, _ = grad_cam(fitted, squares[:3])
 
     assert (maps.max(axis=(1, 2)) > 0).all()
     expected = own_scores(fitted, squares[:3], labels)
@@ -424,13 +424,13 @@ def test_maps_of_a_label_are_those_of_a_classifier_of_this_label(last, squares):
     if last == "fine-tuned":
         several = FineTunedCNNClassifier.from_pipeline(pipeline)
 
-    _, maps, _, scores = grad_cam(several, squares[:4], labels=1)
-    _, expected, _, odds = grad_cam(alone, squares[:4], labels=1)
+    _, maps, _, scores, _ = grad_cam(several, squares[:4], labels=1)
+    _, expected, _, odds, _ = grad_cam(alone, squares[:4], labels=1)
 
     assert_allclose(scores, several.decision_function(squares[:4])[:, 1], atol=1e-4)
     assert_allclose(scores, odds, rtol=1e-3, atol=1e-4)
     assert_allclose(maps, expected, rtol=1e-3, atol=1e-5)
-    _, _, labels, _ = grad_cam(several, squares[:4])
+    _, _, labels, _, _ = grad_cam(several, squares[:4])
     best = several.decision_function(squares[:4]).argmax(axis=1)
     assert_array_equal(labels, best)
 
@@ -467,7 +467,7 @@ def test_labels_are_checked(squares):
     pipeline = tiny_pipeline("svm").fit(squares, names)
 
     for labels in ("key", ["key", "key"], [["key"], ["key"]]):
-        _, _, found, _ = grad_cam(pipeline, squares[:2], labels)
+        _, _, found, _, _ = grad_cam(pipeline, squares[:2], labels)
         assert found.tolist() == ["key", "key"]
     for unknown in (["cup", "keys"], [0, 1]):
         with pytest.raises(ValueError, match="^('keys'|0) is"):
@@ -480,20 +480,20 @@ def test_images_are_the_crops_of_the_network(squares):
     wide = np.concatenate([squares, squares], axis=2)  # twice as wide as high
     pipeline = tiny_pipeline("softmax").fit(wide, np.arange(24) % 2)
 
-    images, _, _, _ = grad_cam(pipeline, wide[:2])
+    images, _, _, _, _ = grad_cam(pipeline, wide[:2])
 
     crop = pipeline[0].preprocessing_.crop
     assert_array_equal(images, [crop(image) for image in wide[:2]])
 
 
 def test_global_settings_of_torch_change_nothing(squares, fitted_pipeline):
-    _, expected, _, _ = grad_cam(fitted_pipeline, squares[:2])
+    _, expected, _, _, _ = grad_cam(fitted_pipeline, squares[:2])
     state = torch.get_rng_state()
 
     with torch.no_grad(), torch.device("meta"):
         torch.set_default_dtype(torch.float64)
         try:
-            _, maps, _, _ = grad_cam(fitted_pipeline, squares[:2])
+            _, maps, _, _, _ = grad_cam(fitted_pipeline, squares[:2])
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -506,7 +506,7 @@ def test_pipeline_with_pandas_output_raises_no_warning(kind, squares):
     with config_context(transform_output="pandas"):
         pipeline = tiny_pipeline(kind, random_state=0).fit(squares, np.arange(24) % 2)
 
-        _, _, _, scores = grad_cam(pipeline, squares[:2], [0, 1])
+        _, _, _, scores, _ = grad_cam(pipeline, squares[:2], [0, 1])
         tuned = FineTunedCNNClassifier.from_pipeline(pipeline)
 
         decision = pipeline.decision_function(squares[:2])
@@ -520,7 +520,7 @@ def test_class_without_categories_does_not_affect_the_others(squares):
     fitted = tiny_pretrained(class_map="learn")
     fitted.fit(squares, y, sample_weight=(y != 2).astype(float))
 
-    _, maps, _, scores = grad_cam(fitted, squares[:6], y[:6])
+    _, maps, _, scores, _ = grad_cam(fitted, squares[:6], y[:6])
 
     decision = fitted.decision_function(squares[:6])[np.arange(6), y[:6]]
     assert_allclose(scores, decision, rtol=1e-4)
@@ -528,22 +528,96 @@ def test_class_without_categories_does_not_affect_the_others(squares):
     assert (maps[y[:6] == 2] == 0).all()
 
 
-def test_display_plots_the_maps_over_the_images(squares, fitted_pipeline):
-    images, maps, labels, scores = grad_cam(fitted_pipeline, squares[:4])
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_display_plots_the_maps_over_the_images(side_by_side, squares, fitted_pipeline):
+    images, maps, labels, scores, _ = grad_cam(fitted_pipeline, squares[:4])
 
-    display = GradCAMDisplay.from_estimator(fitted_pipeline, squares[:4], n_columns=2)
+    display = GradCAMDisplay.from_estimator(
+        fitted_pipeline, squares[:4], n_columns=2, side_by_side=side_by_side
+    )
 
     assert_array_equal(display.labels, fitted_pipeline.predict(squares[:4]))
     assert_array_equal(display.scores, scores)
     assert display.figure_ is display.axes_[0].figure
+    assert display.figure_.get_suptitle() == ""
     assert display.axes_[0].get_gridspec().get_geometry() == (2, 2)
+    proba = fitted_pipeline.predict_proba(squares[:4]).max(axis=1)
     for n, ax in enumerate(display.axes_):
-        assert ax.get_images() == [display.ims_[n], display.map_ims_[n]]
-        assert_array_equal(display.ims_[n].get_array(), images[n])
-        assert_array_equal(display.map_ims_[n].get_array(), maps[n])
-        assert display.map_ims_[n].get_clim() == (0, 1)
-        assert display.map_ims_[n].get_alpha() == 0.5
-        assert ax.get_title() == str(labels[n])
+        left, *below, above = ax.get_images()
+        assert (left, above) == (display.ims_[n], display.map_ims_[n])
+        assert_array_equal(left.get_array(), images[n])
+        assert_array_equal(above.get_array(), maps[n])
+        assert above.get_clim() == (0, 1)
+        assert above.get_alpha() == 0.5
+        assert ax.get_title() == f"{labels[n]} p={proba[n]:.2f}"
+        if side_by_side:  # the map is over a copy of the image on its right
+            (below,) = below
+            assert_array_equal(below.get_array(), images[n])
+            assert below.get_extent() == above.get_extent()
+            assert left.get_extent()[1] < below.get_extent()[0]
+            assert ax.get_xlim() == (left.get_extent()[0], below.get_extent()[1])
+        else:
+            assert below == []
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ovr", "tuned", "transfer, as_is"])
+def test_probability_is_that_of_the_class_of_the_map(kind, squares):
+    y = np.resize(["rose", "iris", "lily"], 24)
+    fitted = CLASSIFIERS[kind]().fit(squares, y)
+    column = fitted.classes_.tolist().index("iris")
+
+    display = GradCAMDisplay.from_estimator(fitted, squares[:5], "iris")
+
+    proba = fitted.predict_proba(squares[:5])[:, column]
+    assert_allclose(display.proba, proba, rtol=1e-5)
+    titles = [ax.get_title() for ax in display.axes_]
+    assert titles == [f"iris p={one:.2f}" for one in proba]
+
+
+def test_probability_is_that_of_the_label_of_the_map(squares):
+    kind = np.arange(24) % 3
+    y = np.column_stack([kind > 0, kind == 2, kind == 0]).astype(int)
+    fitted = tiny_pipeline("softmax").fit(squares, y)
+
+    display = GradCAMDisplay.from_estimator(fitted, squares[:4], [0, 1, 2, 0])
+
+    proba = fitted.predict_proba(squares[:4])[np.arange(4), [0, 1, 2, 0]]
+    assert_allclose(display.proba, proba, rtol=1e-5)
+
+
+def test_without_probabilities_titles_have_the_decision_value(squares):
+    y = np.resize(["cup", "key"], 24)
+    fitted = tiny_pipeline("svm").fit(squares, y)
+
+    display = GradCAMDisplay.from_estimator(fitted, squares[:3], "cup")
+
+    assert display.proba is None
+    for ax, value in zip(
+        display.axes_, -fitted.decision_function(squares[:3]), strict=True
+    ):
+        name, number = ax.get_title().split(" score=")
+        assert name == "cup"
+        assert abs(float(number) - value) < 0.006  # two decimals
+
+
+def test_first_images_are_plotted(squares, fitted_pipeline, network_counts):
+    y = np.arange(24) % 3 > 0
+
+    display = GradCAMDisplay.from_estimator(fitted_pipeline, list(squares), y)
+
+    assert len(display.axes_) == 12
+    assert display.figure_.get_suptitle() == "first 12 of 24 images"
+    assert_array_equal(display.labels, y[:12])
+    assert max(network_counts) <= 12
+    _, axes = plt.subplots(2, 7)
+    given = GradCAMDisplay.from_estimator(fitted_pipeline, squares[:14], axes=axes)
+    assert len(given.axes_) == 14
+    few = GradCAMDisplay.from_estimator(fitted_pipeline, squares, True, n_images=2)
+    assert_array_equal(few.images, display.images[:2])
+    with pytest.raises(ValueError, match="n_images=0"):
+        GradCAMDisplay.from_estimator(fitted_pipeline, squares, n_images=0)
+    with pytest.raises(ValueError, match="inconsistent numbers"):
+        GradCAMDisplay.from_estimator(fitted_pipeline, squares, y[:14])
 
 
 def test_display_accepts_axes_and_keyword_arguments():

@@ -6,13 +6,20 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
 from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    KFold,
+    cross_val_predict,
+)
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -55,8 +62,16 @@ def test_worst_errors_come_first(fitted):
     for ax, im, index in zip(display.axes_, display.ims_, worst, strict=True):
         assert ax.get_images() == [im]
         assert_allclose(im.get_array()[:, :, 0], X[index].reshape(8, 8))
-        assert ax.get_title() == f"{pipeline.predict(X)[index]}\n(is {y[index]})"
+        of_each = pipeline.predict_proba(X)[index]
+        predicted = of_each.argmax()
+        first, second = ax.get_title().split("\n")
+        assert first == f"{predicted} {of_each[predicted]:.2f}"
+        assert second == f"(is {y[index]} {of_each[y[index]]:.2f})"
+        assert ax.get_xlabel() == str(index)
         assert ax.title.get_color() == "firebrick"
+    n_wrong = (pipeline.predict(X) != y).sum()
+    assert display.figure_.get_suptitle() == f"{n_wrong} of 100 wrong"
+    assert display.indices.tolist() == worst.tolist()
 
 
 @pytest.mark.parametrize(("n_classes", "kind"), [(2, "svm"), (3, "svm"), (2, "ovr")])
@@ -201,13 +216,159 @@ def test_arguments_are_checked(fitted):
         from_estimator(tiny_pipeline("svm"), X, y)
 
 
-@pytest.mark.parametrize("last", [Ridge(), KMeans(2)], ids=["regressor", "clusterer"])
-def test_estimators_that_are_no_classifiers_are_refused(last, digits):
+def test_estimators_that_predict_no_targets_are_refused(digits):
     X, y = (array[:20] for array in digits)
-    estimator = tiny_pipeline(last).fit(X, y)
+    estimator = tiny_pipeline(KMeans(2)).fit(X, y)
 
-    with pytest.raises(ValueError, match=f"classifier .*; got {type(last).__name__}"):
+    with pytest.raises(ValueError, match="classifier or a regressor; got KMeans"):
         PredictionGridDisplay.from_estimator(estimator, X, y)
+
+
+def test_cross_validated_predictions_of_files_name_the_files(image_files):
+    """Probabilities and labels of ``cross_val_predict`` give the same grid."""
+    y = np.resize(["cup", "key", "pen"], 9)
+    cv = {"cv": KFold(3, shuffle=True, random_state=0)}
+    pipeline = make_feature_pipeline("tiny", "softmax", layer="block1", image_size=16)
+    labels = cross_val_predict(pipeline, image_files, y, **cv)
+    proba = cross_val_predict(pipeline, image_files, y, method="predict_proba", **cv)
+    rows, columns = np.arange(9), np.resize([0, 1, 2], 9)
+    of_others = proba.copy()
+    of_others[rows, columns] = -1
+    margins = proba[rows, columns] - of_others.max(axis=1)
+    from_predictions = PredictionGridDisplay.from_predictions
+
+    for display in (
+        from_predictions(y, proba, image_files, n_images=4),
+        from_predictions(y, labels, image_files, proba=proba, n_images=4),
+    ):
+        worst = np.argsort(margins, kind="stable")[:4]
+        assert display.indices.tolist() == worst.tolist()
+        assert display.names == [str(image_files[index]) for index in worst]
+        assert display.summary == f"{(labels != y).sum()} of 9 wrong"
+        assert_allclose(display.margins, margins[worst])
+        for ax, im, index in zip(display.axes_, display.ims_, worst, strict=True):
+            assert_array_equal(im.get_array(), Image.open(image_files[index]))
+            assert ax.get_xlabel() == f"{index} · image_{index}.png"
+            expected = f"{labels[index]} {proba[index].max():.2f}"
+            assert ax.get_title().split("\n")[0] == expected
+
+
+def test_labels_alone_have_the_wrong_ones_first_in_their_order(images):
+    y_true = np.array(list("abcabcabc"))
+    y_pred = np.array(list("abaabbacc"))
+
+    display = PredictionGridDisplay.from_predictions(y_true, y_pred, images)
+
+    assert display.indices.tolist() == [2, 5, 7, 0, 1, 3, 4, 6, 8]
+    assert display.axes_[0].get_title() == "a\n(is c)"
+    assert np.isnan(display.margins).all()
+
+
+def test_classes_name_the_columns_of_probabilities(images):
+    y, proba = ["a", "b"] * 4 + ["a"], np.tile([0.1, 0.2, 0.7], (9, 1))
+    from_predictions = PredictionGridDisplay.from_predictions
+
+    display = from_predictions(y, proba, images, classes=["a", "b", "c"])
+
+    assert set(display.y_pred) == {"c"}
+    assert display.axes_[0].get_title() == "c 0.70\n(is a 0.10)"
+    with pytest.raises(ValueError, match=r"\(9, 3\), but there are 2 .*`classes`"):
+        from_predictions(y, proba, images)
+    with pytest.raises(ValueError, match="must be in .0, 1.*predict_proba"):
+        from_predictions(["a", "b", "c"] * 3, 10 * proba, images)
+    with pytest.raises(ValueError, match="inconsistent numbers"):
+        from_predictions(["a", "b", "c"], proba[:3], images)
+
+
+@pytest.mark.parametrize("last", ["softmax", "svm", KNeighborsClassifier(9)])
+def test_worst_label_orders_multilabel_predictions(last, digits):
+    rows, digit = digits
+    y = np.column_stack([digit % 2 == 0, digit > 4, np.isin(digit, [0, 6, 8, 9])])
+    pipeline = tiny_pipeline(last).fit(rows[:60], y[:60].astype(int))
+    X = rows[60:100]
+    y = pd.DataFrame(y[60:100].astype(int), columns=["even", "high", "loop"])
+    if last == "svm":
+        signed = pipeline.decision_function(X)
+    elif last == "softmax":
+        signed = 2 * pipeline.predict_proba(X) - 1
+    else:
+        signed = 2 * np.stack(pipeline.predict_proba(X), 1)[..., 1] - 1
+    margins = np.min(signed * (2 * y.to_numpy() - 1), axis=1)
+    predicted = pipeline.predict(X)
+    n_wrong = (predicted != y.to_numpy()).any(axis=1).sum()
+
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y, n_images=40)
+
+    assert display.n_wrong_ == n_wrong
+    assert display.summary == f"{n_wrong} of 40 wrong"
+    assert_allclose(display.margins, np.sort(margins), atol=1e-6)
+    for ax, index in zip(display.axes_, display.indices, strict=True):
+        names = y.columns[predicted[index] > 0]
+        assert ax.get_title().split("\n")[0] == (", ".join(names) or "no label")
+    is_red = [ax.title.get_color() == "firebrick" for ax in display.axes_]
+    assert is_red == [index < n_wrong for index in range(40)]
+
+
+def test_fine_tuned_multilabel_network_predicts_its_own_labels(digits):
+    rows, digit = digits
+    y = np.column_stack([digit % 2 == 0, digit > 4]).astype(int)
+    settings = {"layer": "block1", "head_epochs": 1, "finetune_epochs": 0, **ROWS}
+    fitted = FineTunedCNNClassifier("tiny", random_state=0, **settings)
+    fitted.fit(rows[:40], y[:40])
+
+    display = PredictionGridDisplay.from_estimator(fitted, rows[40:60], y[40:60])
+
+    assert_array_equal(display.y_pred, fitted.predict(rows[40:60])[display.indices])
+    proba = fitted.predict_proba(rows[40:60])[display.indices]
+    assert_allclose(display.proba, proba, rtol=1e-5)
+
+
+def test_largest_errors_of_a_regressor_come_first(digits):
+    X, y = digits[0][:60], digits[1][:60] / 7
+    pipeline = tiny_pipeline(Ridge()).fit(X[:30], y[:30])
+    predicted = pipeline.predict(X)
+    worst = np.argsort(-np.abs(predicted - y), kind="stable")[:12]
+
+    display = PredictionGridDisplay.from_estimator(pipeline, X, y)
+    given = PredictionGridDisplay.from_predictions(y, predicted, X, image_shape=(8, 8))
+
+    for one in (display, given):
+        assert one.indices.tolist() == worst.tolist()
+        assert_allclose(one.margins, -np.abs(predicted - y)[worst], atol=1e-6)
+    index = worst[0]
+    title = f"predicted {predicted[index]:.4g}\n(is {y[index]:.4g})"
+    assert display.axes_[0].get_title() == title
+    error = np.abs(predicted - y).mean()
+    assert display.summary == f"mean absolute error {error:.3g}, 60 images"
+
+
+def test_several_values_are_in_the_order_of_their_root_mean_squared_error(images):
+    rng = np.random.default_rng(0)
+    y_true, y_pred = rng.normal(size=(2, 9, 3))
+    errors = np.linalg.norm(y_true - y_pred, axis=1) / np.sqrt(3)
+
+    display = PredictionGridDisplay.from_predictions(y_true, y_pred, images)
+
+    assert display.kind == "values"
+    assert display.indices.tolist() == np.argsort(-errors).tolist()
+    assert_allclose(-display.margins, np.sort(errors)[::-1])
+    worst = errors.argmax()
+    predicted, true = (
+        ", ".join(f"{value:.4g}" for value in one[worst]) for one in (y_pred, y_true)
+    )
+    first, second = display.axes_[0].get_title().split("\n")
+    assert (first[:6], second[:9]) == (predicted[:6], f"(is {true[:5]}")
+    error = np.sqrt(np.mean((y_true - y_pred) ** 2))
+    assert display.summary == f"root mean squared error {error:.3g}, 9 images"
+
+
+def test_targets_that_do_not_match_are_refused(images):
+    with pytest.raises(ValueError, match=r"shape \(9, 2\), and the predictions \(9,\)"):
+        PredictionGridDisplay.from_predictions(np.eye(9, 2), np.ones(9), images)
+    with pytest.raises(ValueError, match="targets are int64, and the predictions <U1"):
+        PredictionGridDisplay.from_predictions(
+            [1, 2, 3] * 3, ["a", "b", "c"] * 3, images
+        )
 
 
 def test_display_accepts_axes_and_keyword_arguments():
