@@ -14,6 +14,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import IO, Any
 
+from skltl.exceptions import shorten
+
 
 def description(value: Any, name: str) -> bytes:
     """Pickle a parameter together with the code of the functions it consists of.
@@ -166,3 +168,12 @@ def _is_path_of_installed(path: str) -> bool:
     return path.startswith(("<frozen", sysconfig.get_path("stdlib"))) or any(
         folder in parts for folder in ("site-packages", "dist-packages")
     )
+
+
+def why_not_picklable(value: object) -> str:
+    """Return the reason why a value cannot be pickled, or an empty string."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # pickling runs code of the user, which may raise any
+        return shorten(str(error) or type(error).__name__, 200)
+    return ""

@@ -136,7 +136,7 @@ class ImageEstimator(BaseEstimator):
         if _has_fitted_attributes(state):  # the file may not come from `__getstate__`
             state = _current_format(state, type(self).__name__)
             _leave_out(state)
-            state = _defaults(type(self)) | state  # of parameters that are newer
+        state = _defaults(type(self)) | state  # of parameters that are newer
         if "network_" in state:
             backbone, network = prefix_from_state(state["network_"])
             state["backbone_"], state["network_"] = backbone, network

@@ -108,7 +108,7 @@ class StrategyDisplay:
             advisor.lead_[0],
             advisor.strategy_.name,
             advisor.n_smallest_,
-            advisor.task_,
+            advisor.targets_,
         ).plot(ax=ax)
 
     @property

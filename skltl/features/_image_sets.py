@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,9 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : sequence of n sequences of images
-            Samples, with one or more images each, of any kind that the transformer
-            accepts.
+            Samples, with one or more images each: lists, series, or arrays of paths or
+            of shape (k, h, w, channels). Images are of any kind that the transformer
+            accepts, rows of pixels in lists.
         y : array of shape (n,), default=None
             Passed to the transformer, which ignores it, once for each image.
 
@@ -107,7 +108,13 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
         transformer = self.transformer
         if transformer is None:
             transformer = CNNFeatureTransformer()
-        self.transformer_ = clone(transformer).fit(images, y)
+        if not hasattr(transformer, "transform"):
+            raise TypeError(
+                "transformer must be a CNNFeatureTransformer, or a pipeline that ends "
+                f"in a transformer; got {shorten(repr(transformer))}."
+            )
+        with _naming_samples(sizes):
+            self.transformer_ = clone(transformer).fit(images, y)
         return self
 
     def transform(self, X):
@@ -131,11 +138,8 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         images, sizes = _flatten(X)
-        try:
+        with _naming_samples(sizes):
             features = np.asarray(self.transformer_.transform(images))
-        except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
-            error.add_note(_place(error.index, sizes))
-            raise
         samples = np.split(features, np.cumsum(sizes)[:-1])
         return np.stack([self._aggregated(sample) for sample in samples])
 
@@ -171,26 +175,27 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
 
 def _flatten(X):
     """Return the images of all samples, and how many each of them has."""
-    sizes = []
+    if hasattr(X, "iloc") and X.ndim == 2:  # iterated by columns
+        if X.shape[1] != 1:
+            raise ValueError(
+                f"X has {X.shape[1]} columns; expected one column of samples."
+            )
+        X = X.iloc[:, 0]
+    images, sizes = [], []
     for position, sample in enumerate(X):
         if not _is_sequence(sample):
             raise TypeError(
                 f"Sample {position} must be a sequence of images, got "
-                f"{shorten(repr(sample))}. Pass a single image as a list of it."
+                f"{shorten(repr(sample))}. Pass a single image, and gray images or "
+                "rows in an array, as a list."
             )
         if not len(sample):
             raise ValueError(f"Sample {position} has no image.")
+        images += [*sample]
         sizes.append(len(sample))
     if not sizes:
         raise ValueError("X has no sample.")
-    return list(chain.from_iterable(X)), sizes
-
-
-def _place(index, sizes):
-    """Return which image of which sample the image of an index is."""
-    ends = np.cumsum(sizes)
-    sample = int(np.searchsorted(ends, index, side="right"))
-    return f"It is image {index - ends[sample] + sizes[sample]} of sample {sample}."
+    return images, sizes
 
 
 def _is_sequence(sample):
@@ -200,4 +205,20 @@ def _is_sequence(sample):
     n_dims = getattr(sample, "ndim", None)
     if n_dims is None:
         return hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
-    return n_dims >= 4 or (n_dims == 1 and not np.issubdtype(sample.dtype, np.number))
+    if n_dims == 1:
+        is_series = hasattr(sample, "iloc")
+        return is_series or not np.issubdtype(sample.dtype, np.number)
+    return n_dims >= 4
+
+
+@contextmanager
+def _naming_samples(sizes):
+    """Let errors of images name their samples."""
+    try:
+        yield
+    except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+        ends = np.cumsum(sizes)
+        sample = int(np.searchsorted(ends, error.index, side="right"))
+        place = error.index - ends[sample] + sizes[sample]
+        error.add_note(f"It is image {place} of sample {sample}.")
+        raise

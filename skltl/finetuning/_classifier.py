@@ -81,19 +81,20 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     schedule : {"one_cycle", "cosine", "constant"}, default="one_cycle"
         Learning rate schedule of each stage.
     augment : "auto", callable or None, default=None
-        Data augmentation. ``"auto"`` crops at least half of the image, mirrors it and
-        varies brightness, contrast and saturation by 20 %, where this does not change
-        the target. A function, such as a ``torchvision.transforms.v2`` transform, is
-        called with an input image of the network, a tensor (c, h, w) before
-        normalization, and returns a tensor of the same shape; torch's generator is
-        seeded for each call.
+        Data augmentation. ``"auto"`` crops to at least half of the area, mirrors half
+        of the views, and varies brightness, contrast and saturation by 20 %; do not use
+        it for targets that change with these. A function, such as a
+        ``torchvision.transforms.v2`` transform, is called with an input image of the
+        network, a tensor (c, h, w) before normalization, and returns a tensor of the
+        same shape; torch's generator is seeded for each call.
     n_views : int or None, default=8
         Number of augmented views of each image. Frozen blocks run on each of them once.
         ``None`` draws a new view each time: frozen blocks run in every epoch.
     label_smoothing : float, default=0.0
         Label smoothing, in [0, 1).
     class_weight : dict or "balanced", default=None
-        Weights of the classes in the loss, as in scikit-learn.
+        Weights of the classes, as in scikit-learn: in the loss, and in the loss and
+        score of images that are held out, but not of a validation set.
     validation_fraction : float, default=None
         Fraction of the images, stratified by class if each has one, that are held out
         for validation after each epoch. ``None`` holds out none, or a tenth with
@@ -109,7 +110,8 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     keep_on_interrupt : bool, default=False
         Whether an interruption (``KeyboardInterrupt``, Ctrl-C) ends training after the
         first epoch with a warning, and keeps the weights of the last complete epoch, or
-        with `early_stopping` of the best one. Otherwise the previous fit is kept.
+        with `early_stopping` of the best one. Otherwise the previous fit is kept. In a
+        search, an interruption then ends one fit only.
     image_size : int or tuple of 2 ints, default=None
         Height and width in pixels of the network's input, in [1, 10000]; an int is
         both. ``None`` is the size that the network was trained on.
@@ -336,7 +338,8 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         sample_weight : array of shape (n,), default=None
             Weights of the images in the loss.
         groups : array of shape (n,), default=None
-            Groups of images, such as patients, that are held out as a whole.
+            Groups of images, such as patients, that are held out as a whole; not used
+            with a validation set.
         X_val : sequence of m images, or array of shape (m, d) with `image_shape`
             Images of a validation set, in place of images that are held out.
         y_val : array of shape (m,), or indicator matrix of shape (m, n_labels)
@@ -403,7 +406,10 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
 
     def _encode_more_targets(self, y, n_images):
         if not self.multilabel_:
-            targets = columns_of(self.classes_, y)
+            try:
+                targets = columns_of(self.classes_, y)
+            except ValueError as error:
+                raise ValueError(f"y_val: {error}") from error
             check_consistent_length(range(n_images), targets)
             return targets
         indicators = encode_indicators(y, n_images)

@@ -57,6 +57,11 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "StandardScaler, and a linear model, got "
             f"{', '.join(type(step).__name__ for step in steps) or 'none'}."
         )
+    if first.n_views > 1:
+        raise ValueError(
+            f"The transformer averages n_views={first.n_views} views of each image: a "
+            "network with one head takes one. Fit the pipeline with n_views=1."
+        )
     if len(first.layers_) > 1:
         names = [layer.name for layer in first.layers_]
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import reprlib
 import warnings
 from collections.abc import Callable
@@ -30,12 +29,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from skltl._caller import user_stacklevel
+from skltl._code import why_not_picklable
 from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
 from skltl._targets import check_indicators
-from skltl.exceptions import PersistenceWarning, nearest, shorten
+from skltl.exceptions import NonFiniteFeaturesError, PersistenceWarning, nearest
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
@@ -69,6 +69,7 @@ class TrainingData:
     targets: NDArray[Any]
     sample_weight: Any
     groups: Any
+    validation_weight: Any = None
     n_validation: int = 0
 
     @property
@@ -80,18 +81,28 @@ class TrainingData:
         self, source: ImageSource, targets: NDArray[Any], sample_weight: Any
     ) -> TrainingData:
         """Return these data with a validation set."""
-        weights = self.sample_weight
-        if weights is not None or sample_weight is not None:
-            parts = (weights, self.targets), (sample_weight, targets)
-            weights = [check_sample_weight(*part, dtype=np.float64) for part in parts]
-            weights = np.concatenate(weights)
-        return TrainingData(
-            JoinedSource(self.source, source),
-            np.concatenate([self.targets, targets]),
-            weights,
-            self.groups,
+        return replace(
+            self,
+            source=JoinedSource(self.source, source),
+            targets=np.concatenate([self.targets, targets]),
+            validation_weight=sample_weight,
             n_validation=len(targets),
         )
+
+    def join_weights(
+        self, training_weights: Callable[[Any, NDArray[Any]], NDArray[np.float64]]
+    ) -> NDArray[np.float64]:
+        """Return the weight of each image.
+
+        A function of sample weights and targets returns those of the training images;
+        a validation set is weighted by its own sample weights alone.
+        """
+        training, validation = np.split(self.targets, [self.n_training])
+        weights = training_weights(self.sample_weight, training)
+        if not self.n_validation:
+            return weights
+        more = example_weights(self.validation_weight, validation)
+        return np.concatenate([weights, more])
 
 
 @dataclass(frozen=True)
@@ -448,14 +459,16 @@ def resolve_augment(
     """Return the augmentation of a parameter; ``"auto"`` is for the input size.
 
     Three quarters of the area are left on average, since the crop of the preprocessing
-    has taken a part of the image already. The ratios are those of torchvision's
-    training, and the colors vary by as much as in fastai.
+    has taken a part of the image already. The ratios, relative to that of the input,
+    are those of torchvision's training, and the colors vary by as much as in fastai.
     """
     if not isinstance(augment, str):
         chosen: Callable[[Tensor], Any] | None = augment
         return chosen
+    height, width = preprocessing.size
+    ratio = 3 / 4 * width / height, 4 / 3 * width / height
     transforms: list[Any] = [
-        v2.RandomResizedCrop(preprocessing.size, scale=(0.5, 1.0), antialias=True),
+        v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=ratio),
         v2.RandomHorizontalFlip(),
     ]
     if preprocessing.n_channels in (1, 3):
@@ -465,15 +478,13 @@ def resolve_augment(
 
 
 def check_picklable(augment: Any) -> None:
-    """Warn if this is no function that can be saved or sent to another process."""
-    try:
-        pickle.dumps(augment)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    """Warn if the fitted estimator cannot be saved because of this function."""
+    reason = why_not_picklable(augment)
+    if reason:
         name = getattr(augment, "__qualname__", type(augment).__name__)
         warnings.warn(
             f"augment={name} cannot be pickled, so the fitted estimator cannot be "
-            "saved, or sent to another process. Define a function with a name at the "
-            f"top of a module. ({shorten(str(error), 200)})",
+            f"saved. Define a function with a name at the top of a module. ({reason})",
             PersistenceWarning,
             stacklevel=user_stacklevel(),
         )
@@ -544,7 +555,11 @@ def _compute_activations(
     """Run the frozen blocks once on all images, or on all views of all images."""
     blocks, threads = config.blocks, resolve_threads(estimator.n_jobs)
     verbose = bool(estimator.verbose)
-    outputs = extract_features(source, config, blocks, threads, verbose, cache)
+    try:
+        outputs = extract_features(source, config, blocks, threads, verbose, cache)
+    except NonFiniteFeaturesError as error:  # of a view
+        image = error.index // (1 + n_views)
+        raise NonFiniteFeaturesError(image, error.path) from error
     shape = _output_shape(config)
     return stored_inputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
 

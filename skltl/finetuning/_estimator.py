@@ -159,10 +159,10 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         # fit, and the context of scikit-learn's callbacks.
         new = type(self)(**self.get_params())
         data = new._read(X, y, sample_weight, groups, *validation)
-        weights = new._image_weights(data.sample_weight, data.targets)
+        weights = data.join_weights(new._image_weights)
         with (
             training_context(resolve_device(self.device)),
-            naming_validation_images(data.n_training),
+            naming_validation_images(data),
         ):
             requested_seed = draw_seed(self.random_state)
             seed = fresh_seed() if requested_seed is None else requested_seed
@@ -207,7 +207,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             raise ValueError(f"{given}_val is given without {missing}_val.")
         if self.validation_fraction is not None:
             raise ValueError("validation_fraction and X_val exclude each other.")
-        with naming_validation_images(0):
+        with naming_validation_images():
             source = read_images_of(self, X_val, y_val)
         targets = self._encode_more_targets(y_val, len(source))
         return data.followed_by(source, targets, sample_weight_val)
@@ -219,12 +219,6 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         kind = "classifier" if issubclass(cls, ClassifierMixin) else "regressor"
         if get_tags(model).estimator_type != kind:
             raise ValueError(f"{type(model).__name__} is not a linear {kind}.")
-        if transformer.n_views != 1:
-            raise ValueError(
-                f"The pipeline averages n_views={transformer.n_views} views of each "
-                "image, and a fine-tuned network predicts from one. Set it first: "
-                "pipeline.set_params(feat__n_views=1)."
-            )
         network = fitted_parameters(transformer)
         of_head = ("conv_channels", "hidden_units", "dropout")
         determined = sorted({*network, *of_head} & parameters.keys())
@@ -323,7 +317,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         folder = fspath(self.checkpoint)
         check_folder(folder)  # before all images are hashed
         arrays = [new._targets()[1], data.targets, data.sample_weight, data.groups]
-        arrays += [data.n_validation]
+        arrays += [data.validation_weight, data.n_validation]
         name = fingerprint(self, new, data.source, arrays, requested_seed)
         return open_checkpoint(folder, name)
 
@@ -443,8 +437,9 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
 
 
 @contextmanager
-def naming_validation_images(n_training):
-    """Let errors of images after the first ones say that they are those of `X_val`."""
+def naming_validation_images(data=None):
+    """Let errors of the images of a validation set, or of all images, say so."""
+    n_training = 0 if data is None else data.n_training
     try:
         yield
     except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:

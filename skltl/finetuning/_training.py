@@ -67,7 +67,7 @@ SHOWN_IN_PROGRESS = ("loss", "score", "validation_score")
 Metrics: TypeAlias = dict[str, Any]
 
 # Losses (b,) and outputs (b, n_outputs) of a batch.
-Result: TypeAlias = tuple[Tensor, Tensor]
+Outputs: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,67 @@ def train_network(
     if is_new_head:
         initialize_head(estimator, network.head, head_inputs, examples, objective, seed)
     state = None if checkpoint is None else checkpoint.state_for(len(stages))
-    for number, stage in enumerate(stages):
-        if state is not None and number < state["stage"]:
-            task.subtask(stage.name, stage.n_epochs)  # done before an interruption
-            continue
-        # While the backbone is frozen, only the head runs.
-        stage_inputs = head_inputs if stage.name == "head" else inputs
-        trainer = StageTrainer(
-            estimator, network, stage_inputs, examples, objective, seed, number
-        )
-        if checkpoint is not None and state is not None:
-            with checkpoint.reading():
-                trainer.restore(state)
-            state = None
-        elif estimator.early_stopping:
-            trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
-        score = trainer.train(checkpoint, task)
-        if trainer.is_interrupted:
-            return score  # a checkpoint stays, for the same call to resume
+    result = Result(network, estimator.history_)
+    try:
+        for number, stage in enumerate(stages):
+            if state is not None and number < state["stage"]:
+                task.subtask(stage.name, stage.n_epochs)  # done before an interruption
+                continue
+            # While the backbone is frozen, only the head runs.
+            stage_inputs = head_inputs if stage.name == "head" else inputs
+            trainer = StageTrainer(
+                *(estimator, network, stage_inputs, examples, objective, seed, number),
+                result,
+            )
+            if checkpoint is not None and state is not None:
+                with checkpoint.reading():
+                    trainer.restore(state)
+                state = None
+            elif estimator.early_stopping:
+                trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
+            score = trainer.train(checkpoint, task)
+    except KeyboardInterrupt:
+        if not (estimator.keep_on_interrupt and result.n_epochs):
+            raise
+        return result.restore()  # a checkpoint stays, for the same call to resume
     if checkpoint is not None:
         checkpoint.clear()
     return score
+
+
+class Result:
+    """The result of a fit so far, to which it returns when it is interrupted."""
+
+    def __init__(self, network: SplitNetwork, history: list[Metrics]) -> None:
+        self._network, self._history = network, history
+        # In one assignment: an interruption may come at any moment.
+        self._last: tuple[int, dict[str, Tensor], float | None] = 0, {}, None
+
+    @property
+    def n_epochs(self) -> int:
+        """Number of epochs that were completed."""
+        return self._last[0]
+
+    def update(self, best: dict[str, Tensor] | None, score: float) -> None:
+        """Take the best weights with their score, or the current weights."""
+        if best is None:
+            weights = copy.deepcopy(self._network.state_dict())
+            self._last = len(self._history), weights, None
+        else:
+            self._last = len(self._history), best, score
+
+    def restore(self) -> float | None:
+        """Return to the last result, with a warning; return its score, if any."""
+        n_epochs, weights, score = self._last
+        del self._history[n_epochs:]
+        self._network.load_state_dict(weights)
+        warnings.warn(
+            f"Training was interrupted; the result of the first {n_epochs} epochs is "
+            "kept.",
+            InterruptionWarning,
+            stacklevel=user_stacklevel(),
+        )
+        return score
 
 
 # Attributes of a `StageTrainer` that change with each epoch.
@@ -152,10 +192,11 @@ class StageTrainer:
         objective: Objective,
         seed: int,
         number: int,
+        result: Result,
     ) -> None:
         self._estimator, self._network, self._inputs = estimator, network, inputs
         self._examples, self._objective = examples, objective
-        self._seed, self._number = seed, number
+        self._seed, self._number, self._result = seed, number, result
         self._stage: Stage = estimator.stages_[number]
         self._device = resolve_device(estimator.device)
         self._model: nn.Module = network.head
@@ -175,14 +216,10 @@ class StageTrainer:
         self.is_stopped = False  # by a callback
         self.best_score, self.best_loss = -math.inf, math.inf
         self.best_weights: dict[str, Tensor] | None = None
-        self.is_interrupted = False
-        # Number of epochs in the history, and the weights after the last one.
-        self._last: tuple[int, dict[str, Tensor]] | None = None
 
     def train(self, checkpoint: Checkpoint | None, fit_task: Task) -> float | None:
         """Train all epochs; return the score of the epoch kept, if any."""
         stage = self._stage
-        self._take_snapshot()
         task = fit_task.subtask(stage.name, stage.n_epochs).begin()
         for _ in range(self.n_epochs):
             task.subtask("epoch")  # done before an interruption
@@ -193,12 +230,8 @@ class StageTrainer:
             unit="epoch",
             disable=not self._estimator.verbose,
         ) as progress:
-            try:
-                while not self._is_done():
-                    self._run_epoch(checkpoint, task, progress)
-            except KeyboardInterrupt:
-                if not self._keep_snapshot():
-                    raise
+            while not self._is_done():
+                self._run_epoch(checkpoint, task, progress)
         if self.best_weights is not None:
             self._network.load_state_dict(self.best_weights)
         task.end()
@@ -213,7 +246,8 @@ class StageTrainer:
         if self._estimator.early_stopping:
             self.n_epochs_since_best += 1
             self.keep_if_best(metrics)
-        self._take_snapshot()
+        if self._estimator.keep_on_interrupt:
+            self._result.update(self.best_weights, self.best_score)
         progress.set_postfix(
             {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
         )
@@ -221,28 +255,6 @@ class StageTrainer:
         self.is_stopped = task.subtask("epoch").begin().end()
         if checkpoint is not None:
             checkpoint.save(self._state())
-
-    def _take_snapshot(self) -> None:
-        """Remember the weights, if they are to be kept on an interruption."""
-        if self._estimator.keep_on_interrupt:
-            weights = copy.deepcopy(self._network.state_dict())
-            self._last = len(self._estimator.history_), weights
-
-    def _keep_snapshot(self) -> bool:
-        """Return to the end of the last epoch; return whether there is any."""
-        if self._last is None or not self._last[0]:
-            return False
-        n_epochs, weights = self._last
-        del self._estimator.history_[n_epochs:]
-        self._network.load_state_dict(weights)
-        self.is_interrupted = True
-        warnings.warn(
-            f"Training was interrupted in the {self._stage.name} stage; the result of "
-            f"the first {n_epochs} epochs is kept.",
-            InterruptionWarning,
-            stacklevel=user_stacklevel(),
-        )
-        return True
 
     def _is_done(self) -> bool:
         estimator = self._estimator
@@ -280,7 +292,7 @@ class StageTrainer:
             "seconds": time.perf_counter() - start,
         }
 
-    def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Result:
+    def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Outputs:
         """Update the parameters; return the losses and the outputs."""
         loss, result = self._run(positions, views)
         self._check_finite(loss, self.n_epochs + 1)
@@ -293,7 +305,7 @@ class StageTrainer:
 
     def _run(
         self, positions: Positions, views: NDArray[np.int64]
-    ) -> tuple[Tensor, Result]:
+    ) -> tuple[Tensor, Outputs]:
         """Return the loss, and the losses and outputs by image."""
         targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
         weights = torch.from_numpy(self._examples.weights[positions]).to(self._device)
@@ -306,7 +318,7 @@ class StageTrainer:
         return loss, (losses.detach(), outputs.detach())
 
     def _loss_and_score(
-        self, positions: Positions, results: Sequence[Result]
+        self, positions: Positions, results: Sequence[Outputs]
     ) -> tuple[float, float]:
         """Return the mean loss and the score of images, from those of batches."""
         losses, outputs = (

@@ -169,18 +169,34 @@ class Preprocessing:
         -------
         array of shape (height, width, n_channels), or (5, height, width, n_channels)
             The crops. If the image is not at least 8/7 of their size, those of the
-            corners are of a larger one.
+            corners are of a larger one. In mode "pad", corners on the border of an
+            image are those of the image.
         """
         if n_crops == 1:
             return self.crop(image)
-        before = zip(self.size_before_crop, self.size, strict=True)
-        height, width = (
-            max(resized, math.ceil(MIN_MARGIN * side)) for resized, side in before
-        )
-        larger = replace(self, resize_size=(height, width))
+        larger = replace(self, resize_size=self.size_for_crops(n_crops))
         corners = [larger.crop(image, place) for place in PLACES[1:n_crops]]
         crops: Any = np.stack([self.crop(image), *corners])
         return crops  # type: ignore[no-any-return]
+
+    def size_for_crops(self, n_crops: int) -> tuple[int, int]:
+        """Return the height and width to which images are resized, at the most.
+
+        Parameters
+        ----------
+        n_crops : {1, 5}
+            Number of crops, see `crops`.
+
+        Returns
+        -------
+        tuple of 2 ints
+            Height and width, in pixels.
+        """
+        if n_crops == 1:
+            return self.size_before_crop
+        least = (math.ceil(MIN_MARGIN * side) for side in self.size)
+        height, width = map(max, self.size_before_crop, least)
+        return height, width
 
     def crop(self, image: Decoded, place: tuple[float, float] = CENTER) -> Pixels:
         """Resize and crop one image.

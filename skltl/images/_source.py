@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from skltl._code import description
+from skltl._code import description, why_not_picklable
 from skltl.exceptions import ImageReadError, ImageTypeError, shorten
 from skltl.images._channels import (
     RGB,
@@ -266,6 +265,11 @@ class JoinedSource(ImageSource):
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether fetching an item may take as long as decoding it."""
+        return any(part.is_lazy for part in self._parts)
+
     def fetch(self, index: int) -> Any:
         """Return an item of one of the sources."""
         return self._of_part("fetch", index)
@@ -461,13 +465,12 @@ def check_reader(reader: Any) -> None:
     name = getattr(reader, "__qualname__", type(reader).__name__)
     if not callable(reader):
         raise ValueError(f"reader={shorten(repr(reader))} is not callable.")
-    try:
-        pickle.dumps(reader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    reason = why_not_picklable(reader)
+    if reason:
         raise ValueError(
             f"reader={name} cannot be pickled. Define a function with a name at the "
-            f"top of a module. ({shorten(str(error), 200)})"
-        ) from error
+            f"top of a module. ({reason})"
+        )
 
 
 def check_value_range(value_range: Any) -> None:

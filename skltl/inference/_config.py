@@ -65,7 +65,8 @@ class ExtractionConfig:
         """
         if self.decode == "exact":
             return source
-        return source.reduced_to(2 * max(self.preprocessing.size_before_crop))
+        size = self.preprocessing.size_for_crops(N_CROPS[self.n_views])
+        return source.reduced_to(2 * max(size))
 
     def layouts(self) -> dict[str, Layout]:
         """Return the layouts of the outputs of the blocks."""

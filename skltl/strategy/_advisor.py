@@ -66,11 +66,11 @@ WORDINGS = {
         "{n_images:,} images, {n_classes} labels, {n_smallest:,} images with or "
         "without the rarest one",
         "accuracy",
-        "Accuracy of a linear classifier, all labels right (standard error)",
+        "Accuracy of a linear classifier, mean over the labels (standard error)",
         "1 percentage point",
     ),
     "values": Wording(
-        "{n_images:,} images, {n_classes} value(s) of each",
+        "{n_images:,} images, number of values: {n_classes}",
         "R²",
         "R² of ridge regression (standard error)",
         "0.01",
@@ -79,7 +79,7 @@ WORDINGS = {
 
 
 class StrategyAdvisor(TransformerMetaEstimator):
-    """Recommend a transfer learning strategy, based on cross-validated accuracy.
+    """Recommend a transfer learning strategy, based on cross-validated scores.
 
     The features of all main layers are extracted in one forward pass, and a linear
     classifier, or ridge regression for values, is cross-validated on those of each
@@ -104,7 +104,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
         matrix; or values. ``"auto"`` takes floats that are no integers for values.
     cv : int, default=5
         Number of cross-validation folds, at least 2. It is reduced to the number of
-        images in the smallest class.
+        images, or groups, in the smallest class.
     max_images : int or None, default=2000
         Maximum number of images to evaluate on, sampled by class. Each class keeps at
         least as many images as there are folds. ``None`` evaluates on all images.
@@ -120,39 +120,40 @@ class StrategyAdvisor(TransformerMetaEstimator):
     transformer_ : CNNFeatureTransformer
         Fitted clone of the transformer that extracts the features of all main layers.
     best_backbone_ : str
-        Name of the backbone with the highest accuracy. The other attributes concern
+        Name of the backbone with the highest score. The other attributes concern
         this one.
     backbone_scores_, backbone_errors_ : dict of str to float
-        Cross-validated accuracy of a linear classifier at the best layer of each
-        backbone, and its standard error.
+        Cross-validated score of a linear model at the best layer of each backbone, and
+        its standard error.
     backbone_layers_ : dict of str to str
         Best layer of each backbone.
     backbone_sizes_ : dict of str to int
         Number of images that each backbone was evaluated on, less than `n_evaluated_`
         for those that were clearly worse than the best one.
-    task_ : {"classes", "labels", "values"}
-        Kind of the targets. The scores are accuracies, of labels the fraction of images
-        with all labels right, or R².
+    targets_ : {"classes", "labels", "values"}
+        Kind of the targets. Scores are accuracies, averaged over the labels if there
+        are several, or R², one minus the mean squared error of the test images divided
+        by the variance of all images.
     strategy_ : Strategy
         Recommended strategy: `name`, `reasons`, `estimator`, and cost.
     similarity_ : {"contained", "similar", "different"}
         Similarity to the pretraining data.
     layer_scores_, layer_errors_ : dict of str to float
-        Cross-validated accuracy of a linear classifier at each main layer, and its
-        standard error.
+        Cross-validated score of a linear model at each main layer, and its standard
+        error.
     best_layer_ : str
-        Layer with the highest accuracy.
+        Layer with the highest score.
     lead_ : tuple of float
-        Difference in accuracy between the best of the earlier layers and the last one,
+        Difference in score between the best of the earlier layers and the last one,
         and its standard error.
     layer_ : str
         Layer that suits the images: `best_layer_` if they are different, otherwise the
         last one.
     size_scores_, size_errors_ : dict of int to float
-        Cross-validated accuracy at `layer_` by number of training images, and its
+        Cross-validated score at `layer_` by number of training images, and its
         standard error. The last one is that of `layer_scores_`.
     gain_ : tuple of float
-        Difference in accuracy from the last doubling of the number of training images,
+        Difference in score from the last doubling of the number of training images,
         and its standard error.
     as_is_score_, as_is_error_ : float or None
         Accuracy of the pretrained classifier, and its standard error, if the classes
@@ -163,9 +164,9 @@ class StrategyAdvisor(TransformerMetaEstimator):
     n_images_, n_classes_, n_smallest_ : int
         Number of images, of classes (labels, values), and of images in the smallest
         class (with or without the rarest label).
-    seconds_per_image_ : float or None
-        Time of a forward pass per image, decoding included, as it was measured here;
-        ``None`` with a `cache`, which may have held features already.
+    seconds_per_pass_ : float or None
+        Time of a forward pass over all images, decoding included, by the measurement
+        here; ``None`` with a `cache`, which may have held features already.
     n_evaluated_, n_folds_, n_repeats_ : int
         Number of images evaluated on, of folds, and of repetitions of the
         cross-validation.
@@ -180,7 +181,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
     Notes
     -----
     Images are different if an earlier layer is better than the last one by 0.01 in
-    accuracy or more; a smaller difference is not worth leaving the last one for. This
+    score or more; a smaller difference is not worth leaving the last one for. This
     is model selection, not a hypothesis test: among layers of equal quality an earlier
     one may win by chance, especially as the best of several. `lead_` has the
     standard error of the difference; all standard errors are corrected for the training
@@ -264,7 +265,8 @@ class StrategyAdvisor(TransformerMetaEstimator):
             If `transformer` is not a `CNNFeatureTransformer`.
         ValueError
             If there are fewer than two classes, a class has a single image or group,
-            lengths are inconsistent, or `backbones` is empty or has a name twice.
+            all values are equal, lengths are inconsistent, or `backbones` is empty or
+            has a name twice.
         """
         fitted = copy.copy(self)
         fitted._fit(X, y, sample_weight, groups)
@@ -286,7 +288,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
 
     def __setstate__(self, state):
         if "strategy_" in state:  # a file of an earlier version has classes
-            state = {"task_": "classes", "seconds_per_image_": None, **state}
+            state = {"targets_": "classes", "seconds_per_pass_": None, **state}
         super().__setstate__(state)
 
     def report(self):
@@ -300,7 +302,7 @@ class StrategyAdvisor(TransformerMetaEstimator):
         check_is_fitted(self)
         strategy, n_repeats = self.strategy_, self.n_repeats_
         repeated = f" repeated {n_repeats} times" if n_repeats > 1 else ""
-        wording = WORDINGS[self.task_]
+        wording = WORDINGS[self.targets_]
         lines = [
             wording.data_set.format(
                 n_images=self.n_images_,
@@ -371,7 +373,7 @@ def _describe_backbones(advisor: Any) -> list[str]:
 def _describe_layers(advisor: Any) -> list[str]:
     """Return the lines about the scores by layer."""
     scores, (lead, error) = advisor.layer_scores_, advisor.lead_
-    wording = WORDINGS[advisor.task_]
+    wording = WORDINGS[advisor.targets_]
     is_one_of_many = len(advisor.backbone_scores_) > 1
     heading = f"of {advisor.best_backbone_}, by layer" if is_one_of_many else "by layer"
     lines = [f"  {heading}:", *_table(scores, advisor.layer_errors_)]
@@ -395,7 +397,7 @@ def _describe_sizes(advisor: Any) -> list[str]:
     ]
     if len(advisor.size_scores_) < 2:
         return [*lines, "  There are too few images to estimate the gain from more."]
-    wording = WORDINGS[advisor.task_]
+    wording = WORDINGS[advisor.targets_]
     gain, error = advisor.gain_
     *_, score = advisor.size_scores_.values()
     if min(gain, 1 - score) < MIN_GAIN:  # accuracy and R² cannot exceed 1
@@ -414,12 +416,12 @@ def _describe_sizes(advisor: Any) -> list[str]:
 
 def _describe_cost(advisor: Any) -> str:
     """Return the cost of a fit, in forward passes and as time on this machine."""
-    n_passes, seconds = advisor.strategy_.n_passes, advisor.seconds_per_image_
+    n_passes, seconds = advisor.strategy_.n_passes, advisor.seconds_per_pass_
     passes = "forward pass" if n_passes == 1 else "forward passes"
     text = f"about {n_passes:g} {passes} over the data"
     if seconds is None or not n_passes:
         return text
-    minutes = round(n_passes * advisor.n_images_ * seconds / 60)
+    minutes = round(n_passes * seconds / 60)
     duration = f"{minutes:,} minutes" if minutes > 1 else "about a minute or less"
     return f"{text}, {duration} at the speed that was measured here"
 
@@ -438,7 +440,7 @@ def _describe_similarity(advisor: Any) -> list[str]:
     is_measured = advisor.similarity_ != "contained"
     if is_measured and len(advisor.layer_scores_) == 1:
         return [SIMILARITY_TEXTS["assumed"]]
-    least = WORDINGS[advisor.task_].least
+    least = WORDINGS[advisor.targets_].least
     lines = [SIMILARITY_TEXTS[advisor.similarity_].format(least=least)]
     lead, error = advisor.lead_
     if is_measured and abs(lead - MIN_LEAD) < error:

@@ -67,11 +67,12 @@ class Candidate:
         """Accuracy at the best layer, in each split."""
         return self.scores[self.best_layer]
 
-    @property
-    def seconds_per_image(self) -> float | None:
-        """Time of the network per image; a cache may have saved some of it."""
-        is_cached = cache_folder(self.transformer) is not None
-        return None if is_cached else self._seconds / len(self.rows)
+    def seconds_per_pass(self, n_images: int) -> float | None:
+        """Return the time of a forward pass over images; a cache may have saved it."""
+        if cache_folder(self.transformer) is not None:
+            return None
+        n_passes = len(self.rows) * self.transformer.n_views
+        return n_images * self._seconds / n_passes
 
     def fit(self, labeled: LabeledImages) -> None:
         """Load the network."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,8 +106,9 @@ def label_images(
     if weights is None or weights.all():
         return labeled
     rows = np.flatnonzero(weights)
-    targets = task.encode(labeled.y[rows], len(rows))
-    return replace(labeled.subset(rows), targets=targets)
+    remaining = copy.copy(task)
+    targets = remaining.encode(labeled.y[rows], len(rows))
+    return replace(labeled.subset(rows), task=remaining, targets=targets)
 
 
 def sample_images(
@@ -169,7 +171,7 @@ def is_usable(
     test: NDArray[np.int64],
 ) -> bool:
     """Return whether a model can be fitted to and scored on these images."""
-    return len(test) >= task.min_test_images and task.can_train(targets[train])
+    return len(test) > 0 and task.can_train(targets[train])
 
 
 def score_linear(

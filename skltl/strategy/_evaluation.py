@@ -53,7 +53,7 @@ def evaluate_strategies(
     evaluated = sample_images(labeled, advisor.max_images, n_folds, seed)
     splits = split_folds(evaluated, n_folds, seed)
     best = compare_backbones(candidates, evaluated, splits, n_folds, seed)
-    advisor.task_ = task.name
+    advisor.targets_ = task.name
     advisor.n_images_, advisor.n_classes_ = len(labeled.targets), len(task.classes)
     advisor.n_smallest_ = task.count_smallest(labeled.targets)
     advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
@@ -93,7 +93,7 @@ def _describe_backbones(
     advisor.backbone_layers_ = {each.name: each.best_layer for each in candidates}
     advisor.backbone_sizes_ = {each.name: len(each.rows) for each in candidates}
     advisor.best_backbone_ = best.name
-    advisor.seconds_per_image_ = best.seconds_per_image
+    advisor.seconds_per_pass_ = best.seconds_per_pass(advisor.n_images_)
 
 
 def _compare_layers(advisor: Any, by_layer: dict[str, Scores]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
 
+import numpy as np
 from sklearn.base import MetaEstimatorMixin, clone, is_regressor
 from sklearn.pipeline import Pipeline
 
@@ -268,6 +271,11 @@ def recommend_strategy(
             raise ValueError(
                 f"{name} must be one of {', '.join(known)}; got {shorten(repr(value))}."
             )
+    if similarity == "contained" and targets != "classes":
+        raise ValueError(
+            "similarity='contained': a pretrained classifier has classes, not "
+            f"{targets}."
+        )
     n_smallest = smallest_size(n_images, n_classes, n_smallest, targets)
     strategy = _choose(n_images, n_smallest, similarity)
     size = SIZES[targets].format(n_images=n_images, n_smallest=n_smallest)
@@ -430,11 +438,15 @@ def _arguments(estimator: Any) -> list[str]:
 
 def _code_of(name: str, value: Any) -> str:
     """Return the code of a value; of what has none, the name of a variable."""
-    if isinstance(value, Backbone):
+    own_name = getattr(value, "__qualname__", "")
+    if own_name and getattr(sys.modules.get(value.__module__), own_name, None) is value:
+        return own_name
+    value = fspath(value) if isinstance(value, PathLike) else value
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         return name
-    if callable(value):
-        return getattr(value, "__qualname__", name)
-    text = repr(fspath(value) if isinstance(value, PathLike) else value)
     return text if len(text) <= MAX_CHARACTERS else name
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import accuracy_score, hamming_loss
 from sklearn.utils.multiclass import type_of_target
 
 from skltl._targets import is_multilabel
@@ -25,10 +25,7 @@ class Task:
     """
 
     name: str
-    score_name = "accuracy"
-    model_name = "linear classifier"
     linear: dict[str, Any] = {"classifier": "svm"}  # for `make_feature_pipeline`
-    min_test_images = 1
     classes: NDArray[Any]
 
     def encode(self, y: Any, n_images: int) -> NDArray[Any]:
@@ -49,14 +46,12 @@ class Task:
 
     def count_folds(self, targets: NDArray[Any], groups: NDArray[Any] | None) -> int:
         """Return the largest number of folds."""
-        n_images = len(targets) // self.min_test_images
-        n_groups = n_images if groups is None else len(np.unique(groups))
-        n_folds = min(n_images, n_groups)
+        n_folds = len(targets) if groups is None else len(np.unique(groups))
         if n_folds < 2:
+            unit = "image" if groups is None else "group of images"
             raise ValueError(
-                "Cross-validation needs more images or groups: there are "
-                f"{len(targets)} images"
-                + ("." if groups is None else f" of {n_groups} groups.")
+                f"Cross-validation needs at least two images and groups; there is a "
+                f"single {unit}."
             )
         return n_folds
 
@@ -68,7 +63,7 @@ class Task:
         self, y: NDArray[Any], predicted: NDArray[Any], sample_weight: Any
     ) -> float:
         """Return the score of predictions, at most 1."""
-        return float(accuracy_score(y, predicted, sample_weight=sample_weight))
+        raise NotImplementedError
 
 
 class SingleLabel(Task):
@@ -103,15 +98,23 @@ class SingleLabel(Task):
         rarest = int(np.argmin(counts))
         if counts[rarest] < 2:
             unit = "image" if n_images[rarest] == 1 else "group of images"
+            is_number = self.classes.dtype.kind in "iuf"
             raise ValueError(
                 f"The class {repr(self.classes.tolist()[rarest])[:80]} has a single "
                 f"{unit}, but cross-validation needs at least two of each class."
+                + (" For values, set task='regression'." if is_number else "")
             )
         return int(counts[rarest])
 
     def count_smallest(self, targets: NDArray[Any]) -> int:
         """Count the images of the rarest class."""
         return int(np.bincount(targets).min())
+
+    def score(
+        self, y: NDArray[Any], predicted: NDArray[Any], sample_weight: Any
+    ) -> float:
+        """Return the accuracy."""
+        return float(accuracy_score(y, predicted, sample_weight=sample_weight))
 
 
 class Multilabel(Task):
@@ -126,31 +129,47 @@ class Multilabel(Task):
         return indicators
 
     def count_smallest(self, targets: NDArray[Any]) -> int:
-        """Count the images that have, or have not, the rarest label."""
+        """Count the images that have, or have not, the rarest label.
+
+        A label that all images have, or none, is nothing to be learned.
+        """
         counts = targets.sum(axis=0)
-        return int(np.minimum(counts, len(targets) - counts).min())
+        rarest = np.minimum(counts, len(targets) - counts)
+        return int(rarest[rarest > 0].min(initial=len(targets)))
+
+    def score(
+        self, y: NDArray[Any], predicted: NDArray[Any], sample_weight: Any
+    ) -> float:
+        """Return the accuracy, averaged over the labels."""
+        return 1 - float(hamming_loss(y, predicted, sample_weight=sample_weight))
 
 
 class Regression(Task):
     """Each image has one or several values."""
 
     name = "values"
-    score_name = "R²"
-    model_name = "ridge regression"
     linear = {"regressor": "ridge"}
-    min_test_images = 2  # R² is not defined for one
 
     def encode(self, y: Any, n_images: int) -> NDArray[Any]:
         """Return the values, of the dimensions of `y`."""
         values = encode_values(y, n_images)
         self.classes = np.arange(values.shape[1])
+        self.variances = values.var(axis=0)
+        if not self.variances.all():
+            raise ValueError("y has the same value for all images.")
         return values[:, 0] if np.asarray(y).ndim == 1 else values
 
     def score(
         self, y: NDArray[Any], predicted: NDArray[Any], sample_weight: Any
     ) -> float:
-        """Return R², averaged over several values."""
-        return float(r2_score(y, predicted, sample_weight=sample_weight))
+        """Return R², averaged over several values.
+
+        Errors are compared with the variance of all images: that of the few images of a
+        fold may be close to zero.
+        """
+        errors = (y - predicted).reshape(len(y), -1) ** 2
+        mean_errors = np.average(errors, axis=0, weights=sample_weight)
+        return float(np.mean(1 - mean_errors / self.variances))
 
 
 def task_of(y: Any, kind: str = "auto") -> Task:

@@ -262,7 +262,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         else:
             class_map = None
             if not self.multilabel_:
-                class_map = find_class_map(transformer, task.classes)
+                class_map = find_class_map(transformer, labeled.task.classes)
             strategy = build_strategy(
                 *(self.strategy, ("It was requested.",), transformer),
                 *(class_map, task.name),
@@ -314,7 +314,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         return estimator
 
     def __setstate__(self, state):
-        if "strategy_" in state:  # a file of an earlier version has classes
+        if "strategy_" in state:  # a file of an earlier version has no such attribute
             state = {"multilabel_": False, **state}
         super().__setstate__(state)
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import skops.io
 from numpy.testing import assert_allclose
+from sklearn.base import clone
+from sklearn.datasets import load_digits
 from torch import nn
 
 import skltl
@@ -105,3 +107,32 @@ def test_files_of_earlier_releases_are_read(load, path):
     assert_allclose(transformer.transform(X), expected["features"], rtol=1e-4)
     assert_allclose(classifier.predict_proba(X), expected["proba"], rtol=1e-4)
     assert classifier.classes_.tolist() == sorted(set(y))
+
+
+@pytest.fixture(scope="module")
+def nested():
+    """Estimators that contain others, saved before 0.2.0 had all its parameters.
+
+    They were fitted to sixty digits and the remainders of a division by 3.
+    """
+    return pickle.loads((SAVED / "nested" / "5dfac6c.pickle").read_bytes())
+
+
+def test_estimators_that_contain_others_are_read(nested):
+    rows, labels = load_digits(return_X_y=True)
+    X, y = rows[:60] / 16, labels[:60] % 3
+    expected = np.load(SAVED / "nested" / "5dfac6c.npz")
+
+    classifier, search = nested["auto"], nested["search"]
+    assert_allclose(classifier.decision_function(X), expected["auto"], rtol=1e-3)
+    assert_allclose(search.predict_proba(X), expected["search"], rtol=1e-3)
+    assert "60 images in 3 classes" in classifier.advisor_.report()
+    for one in nested.values():  # the unfitted ones, too
+        again = clone(one)
+        assert repr(again)
+        assert again.get_params().keys() == one.get_params().keys()
+    assert clone(search).fit(X, y).best_params_ == search.best_params_
+    assert clone(nested["advisor"]).fit(X, y).targets_ == "classes"
+    assert_allclose(
+        clone(classifier).fit(X, y).decision_function(X), expected["auto"], rtol=1e-3
+    )

@@ -1,11 +1,13 @@
 """Features of several views of an image, and of several images of a sample."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision.models as models
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -14,6 +16,7 @@ from torchvision.transforms import functional
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    GradCAMDisplay,
     ImageSetTransformer,
     cache_info,
     make_feature_pipeline,
@@ -126,13 +129,12 @@ def test_the_number_of_views_is_searched_over(images):
 def test_a_fine_tuned_network_predicts_from_one_view(images):
     y = [0, 1, 0, 1, 0, 1, 0, 1, 0]
     pipeline = make_feature_pipeline("tiny", "softmax", n_views=2).fit(images, y)
-    with pytest.raises(ValueError, match="feat__n_views=1"):
-        FineTunedCNNClassifier.from_pipeline(pipeline)
-    pipeline.set_params(feat__n_views=1)
-    classifier = FineTunedCNNClassifier.from_pipeline(pipeline)
-    np.testing.assert_allclose(
-        classifier.predict_proba(images), pipeline.predict_proba(images), atol=1e-5
-    )
+    for convert in (
+        FineTunedCNNClassifier.from_pipeline,
+        lambda pipeline: GradCAMDisplay.from_estimator(pipeline, images),
+    ):
+        with pytest.raises(ValueError, match="Fit the pipeline with n_views=1"):
+            convert(pipeline)
     # There, the parameter of this name is the number of views to train on.
     transformer = CNNFeatureTransformer("tiny", n_views=2)
     strategy = recommend_strategy(5000, 2, "similar", transformer=transformer)
@@ -177,6 +179,27 @@ def test_samples_of_every_kind_of_image(images, image_files, samples):
         [tuple(map(Image.fromarray, part)) for part in np.split(images, sizes)],
     ):
         np.testing.assert_array_equal(transformer.fit_transform(kind), expected)
+
+
+def test_samples_of_a_table(images, image_files, samples):
+    table = pd.DataFrame({"plant": [0, 0, 1, 2, 2, 2, 3, 3, 3], "path": image_files})
+    table["path"] = table["path"].astype(str)  # of pandas' own type
+    transformer = ImageSetTransformer(CNNFeatureTransformer("tiny"))
+    expected = transformer.fit_transform(samples)
+    groups = [group["path"] for _, group in table.groupby("plant")]
+    lists = table.groupby("plant")["path"].agg(list)
+    for X in (groups, lists, lists.to_frame(), (group for group in groups)):
+        features = transformer.transform(X)
+        np.testing.assert_array_equal(features, expected)
+    rows = ImageSetTransformer(
+        CNNFeatureTransformer("tiny", image_shape=(4, 4), image_size=16)
+    )
+    pixels = np.random.default_rng(0).random((4, 16))
+    expected = clone(rows.transformer).fit_transform(pixels)
+    features = rows.fit_transform([[pixels[0]], [*pixels[1:]]])
+    np.testing.assert_array_equal(features, [expected[0], expected[1:].mean(axis=0)])
+    with pytest.raises(TypeError, match="got 'tiny'"):
+        ImageSetTransformer("tiny").fit(samples)
 
 
 def test_samples_are_cross_validated(images, samples):

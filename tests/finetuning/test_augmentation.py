@@ -13,7 +13,11 @@ from torchvision.transforms import v2
 
 import skltl
 from skltl import Preprocessing
-from skltl.exceptions import ImageRangeWarning, PersistenceWarning
+from skltl.exceptions import (
+    ImageRangeWarning,
+    NonFiniteFeaturesError,
+    PersistenceWarning,
+)
 from skltl.finetuning._data import resolve_augment
 
 # Functions that only these tests know cannot be pickled, of which `fit` warns.
@@ -241,6 +245,27 @@ def test_automatic_augmentation_crops_mirrors_and_varies_colors(images):
     assert brightness.max() > 160
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 16)])
+def test_automatic_augmentation_keeps_half_of_the_area_and_the_proportions(size):
+    """The gradients of ramps tell how much of each side is left."""
+    height, width = size
+    augment = resolve_augment("auto", Preprocessing(size))
+    (crop, *_) = augment.transforms
+    down = torch.linspace(0, 1, height)[:, None].expand(size)
+    across = torch.linspace(0, 1, width)[None].expand(size)
+    torch.manual_seed(0)
+    views = [crop(torch.stack([down, across, down])) for _ in range(200)]
+    kept = np.array(
+        [[np.ptp(view[0].numpy()), np.ptp(view[1].numpy())] for view in views]
+    )
+    area, aspect = kept.prod(axis=1), kept[:, 1] / kept[:, 0]
+    assert area.min() > 0.35  # resampling loses half a pixel at each end
+    assert 0.6 < area.mean() < 0.85
+    assert len(set(area.round(3))) > 40
+    assert 0.65 < aspect.min() < 0.9
+    assert 1.1 < aspect.max() < 1.55
+
+
 @pytest.mark.parametrize("n_channels", [1, 2, 3, 4])
 def test_automatic_augmentation_of_any_number_of_channels(n_channels):
     preprocessing = Preprocessing(16, mean=(0.5,) * n_channels, std=(1,) * n_channels)
@@ -258,6 +283,37 @@ def test_automatic_augmentation_is_reproducible_and_saved(images, tmp_path):
     assert losses(found) == expected
     assert losses(made.set_params(augment=None).fit(images, y)) != expected
     assert found.augment == "auto"
+
+
+class Unpicklable:
+    """An augmentation that raises an error of its own when it is pickled."""
+
+    def __call__(self, image):
+        return image
+
+    def __reduce__(self):
+        raise RuntimeError("it is open")
+
+
+def test_any_error_of_pickling_is_reported(images):
+    made = classifier(image_shape=None, augment=Unpicklable(), n_views=1)
+    with pytest.warns(PersistenceWarning, match="augment=Unpicklable .*it is open"):
+        made.fit(images, [0, 1, 2] * 3)
+
+
+def test_a_view_that_overflows_is_named_by_its_image(images):
+    calls = []
+
+    def overflow(image):
+        calls.append(1)
+        return image.float() * (3e38 if len(calls) == 25 else 1)
+
+    made = classifier(
+        image_shape=None, augment=overflow, n_views=8, n_jobs=1, unfreeze=None
+    )
+    with pytest.raises(NonFiniteFeaturesError, match="image 3 ") as caught:
+        made.fit(images / 255, [0, 1, 2] * 3)
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_an_augmentation_that_cannot_be_pickled_is_reported_before_training(images):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from tiny_classifier import classifier, losses, saved_state
 from skltl import FineTunedCNNClassifier
 from skltl.exceptions import InterruptionWarning
 from skltl.finetuning._checkpoint import Checkpoint
+from skltl.finetuning._data import hold_out
 from skltl.finetuning._network import SplitNetwork
-from skltl.finetuning._training import OPTIMIZERS
+from skltl.finetuning._training import OPTIMIZERS, StageTrainer
 
 # Functions that only these tests know cannot be pickled, of which `fit` warns.
 pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
@@ -270,11 +272,44 @@ def test_an_interrupted_fit_keeps_its_last_epoch_if_asked(at, n_epochs, data):
 
 def test_an_interrupted_fit_keeps_its_best_epoch(data):
     early = {**EVERY_EPOCH, "early_stopping": True, "validation_fraction": 0.5}
-    kept = classifier(augment=InterruptsOnce(75), **early)
+    kept = classifier(augment=InterruptsOnce(75), head_init="random", **early)
     with pytest.warns(InterruptionWarning):
         kept.fit(*data)
-    assert kept.best_validation_score_ is not None
-    assert kept.n_epochs_ == 2
+    scores = [record["validation_score"] for record in kept.history_]
+    assert len(scores) == 2
+    _, validation = hold_out(np.unique(data[1], return_inverse=True)[1], None, 0.5, 0)
+    score = kept.score(data[0][validation], data[1][validation])
+    assert_allclose(score, kept.best_validation_score_)
+    assert score >= max(scores)
+
+
+@pytest.mark.parametrize("place", ["keep_if_best", "evaluate", "_is_done"])
+@pytest.mark.parametrize("n_calls", range(2, 9))
+def test_what_is_kept_belongs_together(place, n_calls, data, monkeypatch):
+    """An interruption between two steps, or two stages, of training."""
+    original, calls = getattr(StageTrainer, place), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == n_calls:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    early = {"early_stopping": True, "validation_fraction": 0.5, "patience": 9}
+    kept = classifier(keep_on_interrupt=True, head_init="random", **early)
+    monkeypatch.setattr(StageTrainer, place, interrupted)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InterruptionWarning)
+            kept.fit(*data)
+    except KeyboardInterrupt:
+        assert not hasattr(kept, "history_")  # before the first epoch
+        return
+    monkeypatch.undo()
+    _, validation = hold_out(np.unique(data[1], return_inverse=True)[1], None, 0.5, 0)
+    score = kept.score(data[0][validation], data[1][validation])
+    assert_allclose(score, kept.best_validation_score_)
+    assert kept.n_epochs_ == len(kept.history_)
 
 
 @pytest.mark.parametrize(("at", "keep"), [(30, True), (90, False)])

@@ -238,9 +238,17 @@ def test_what_has_no_code_is_a_name():
         "own", nn.Conv2d(3, 4, 3), preprocessing=Preprocessing(32)
     )
     transformer = CNNFeatureTransformer(backbone, reader=load_digits)
-    code = recommend_strategy(100, 3, "similar", transformer=transformer).code
+
+    def code(**parameters):
+        configured = clone(transformer).set_params(**parameters)
+        return recommend_strategy(100, 3, "similar", transformer=configured).code
+
     expected = "make_feature_pipeline(backbone, 'softmax', reader=load_digits)"
-    assert code == expected
+    assert code() == expected
+    assert "reader=reader)" in code(reader=lambda item: item)
+    assert "random_state=random_state" in code(random_state=np.random.RandomState(0))
+    assert "batch_size=2," in code(batch_size=np.int64(2))
+    assert "pooling=2," in code(pooling=2)
 
 
 def test_the_size_of_labels_and_values():

@@ -8,11 +8,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import r2_score
 from sklearn.model_selection import (
     RepeatedStratifiedKFold,
     StratifiedGroupKFold,
-    cross_val_score,
 )
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -26,6 +25,7 @@ from skltl import (
     StrategyDisplay,
     TransferClassifier,
     make_feature_pipeline,
+    recommend_strategy,
 )
 from skltl.features import FeatureScaler
 
@@ -72,19 +72,18 @@ def test_scores_of_labels_are_those_of_scikit_learn(labeled, make_transformer):
     )
     for layer, score in advisor.layer_scores_.items():
         features = make_transformer(layer=layer).fit_transform(X)
-        scores = [
-            accuracy_score(Y[test], clone(probe).fit(*train).predict(features[test]))
-            for (train, test) in (
-                ((features[train], Y[train]), test) for train, test in folds(N_IMAGES)
-            )
+        right = [
+            clone(probe).fit(features[train], Y[train]).predict(features[test])
+            == Y[test]
+            for train, test in folds(N_IMAGES)
         ]
-        assert_allclose(score, np.mean(scores), atol=1e-9)
-    assert (advisor.task_, advisor.n_classes_) == ("labels", 3)
+        assert_allclose(score, np.mean([one.mean() for one in right]), atol=1e-9)
+    assert (advisor.targets_, advisor.n_classes_) == ("labels", 3)
     rarest = np.minimum(Y.sum(axis=0), N_IMAGES - Y.sum(axis=0)).min()
     assert advisor.n_smallest_ == rarest
     report = advisor.report()
     assert f"90 images, 3 labels, {rarest} images with or without" in report
-    assert "all labels right" in report
+    assert "mean over the labels" in report
 
 
 @pytest.mark.parametrize("n_values", [1, 2])
@@ -99,9 +98,19 @@ def test_scores_of_values_are_those_of_scikit_learn(
     probe = make_pipeline(FeatureScaler(), Ridge(alpha=100))
     for layer, score in advisor.layer_scores_.items():
         features = make_transformer(layer=layer).fit_transform(X)
-        scores = cross_val_score(probe, features, y, cv=folds(N_IMAGES))
-        assert_allclose(score, scores.mean(), atol=1e-6)
-    assert (advisor.task_, advisor.n_classes_) == ("values", n_values)
+        # The variance is that of all images, not of a fold.
+        errors = [
+            (
+                (
+                    clone(probe).fit(features[train], y[train]).predict(features[test])
+                    - y[test]
+                )
+                ** 2
+            ).mean(axis=0)
+            for train, test in folds(N_IMAGES)
+        ]
+        assert_allclose(score, 1 - np.mean(errors / y.var(axis=0)), atol=1e-6)
+    assert (advisor.targets_, advisor.n_classes_) == ("values", n_values)
     assert "R² of ridge regression" in advisor.report()
     assert "percentage points" not in advisor.report()
     estimator = advisor.strategy_.estimator
@@ -128,9 +137,9 @@ def test_integers_are_values_if_this_is_said(rows, make_transformer):
         make_transformer(), task="regression", cv=2, random_state=0
     )
     advisor.fit(X, ink)
-    assert advisor.task_ == "values"
+    assert advisor.targets_ == "values"
     classes = clone(advisor).set_params(task="auto").fit(X, digits % 3)
-    assert classes.task_ == "classes"
+    assert classes.targets_ == "classes"
     with pytest.raises(ValueError, match="Unknown label type: continuous"):
         clone(advisor).set_params(task="classification").fit(X, ink / 100)
 
@@ -159,7 +168,8 @@ def test_groups_and_weights_of_values(measured, make_transformer):
             assert not set(groups[train]) & set(groups[test])
             probe = make_pipeline(FeatureScaler(), Ridge(alpha=100))
             probe.fit(features[train], y[train])
-            scores.append(probe.score(features[test], y[test]))
+            errors = (probe.predict(features[test]) - y[test]) ** 2
+            scores.append(1 - errors.mean() / y.var())
     assert_allclose(advisor.layer_scores_[advisor.best_layer_], np.mean(scores))
 
     weights = np.ones(N_IMAGES)
@@ -167,8 +177,56 @@ def test_groups_and_weights_of_values(measured, make_transformer):
     weighted = clone(advisor).fit(X, y, weights)
     part = clone(advisor).fit(X[:60], y[:60])
     assert weighted.layer_scores_ == part.layer_scores_
-    with pytest.raises(ValueError, match=r"there are 90 images of 1 groups\."):
+    with pytest.raises(ValueError, match="a single group of images"):
         advisor.fit(X, y, groups=np.zeros(N_IMAGES))
+
+
+def test_few_values_have_scores_that_can_be_compared(make_transformer, measured):
+    """R² of each fold would be far below zero: its own variance is small."""
+    X, y = measured
+    for n_images in (4, 10):
+        advisor = StrategyAdvisor(make_transformer(), random_state=0)
+        scores = advisor.fit(X[:n_images], y[:n_images]).layer_scores_.values()
+        assert all(-2 < score < 1 for score in scores)
+    with pytest.raises(ValueError, match="same value for all"):
+        advisor.fit(X, np.full(N_IMAGES, 0.5))
+
+
+def test_a_label_that_all_images_have_is_ignored(labeled, make_transformer):
+    X, Y = labeled
+    constant = np.column_stack([Y, np.ones(N_IMAGES, int)])
+    fitted = [
+        StrategyAdvisor(make_transformer(), cv=2, random_state=0).fit(X, targets)
+        for targets in (Y, constant)
+    ]
+    assert fitted[0].n_smallest_ == fitted[1].n_smallest_
+    assert fitted[0].strategy_.name == fitted[1].strategy_.name
+    for layer, score in fitted[0].layer_scores_.items():
+        expected = (3 * score + 1) / 4  # the fourth is always right
+        assert_allclose(fitted[1].layer_scores_[layer], expected)
+
+
+def test_the_cost_is_that_of_the_passes(measured, make_transformer):
+    advisor = StrategyAdvisor(make_transformer(), cv=2, random_state=0).fit(*measured)
+    assert advisor.seconds_per_pass_ > 0
+    many = recommend_strategy(5000, 1, "similar", targets="values")
+    vars(advisor).update(strategy_=many, seconds_per_pass_=60.0)
+    assert "about 31 forward passes over the data, 31 minutes" in advisor.report()
+    vars(advisor).update(seconds_per_pass_=None)
+    assert "about 31 forward passes over the data\n" in advisor.report()
+
+
+def test_ten_views_take_ten_times_as_long(measured, make_transformer, tmp_path):
+    X, y = measured
+    seconds = [
+        StrategyAdvisor(make_transformer(n_views=n), cv=2, random_state=0)
+        .fit(X, y)
+        .seconds_per_pass_
+        for n in (1, 10)
+    ]
+    assert 0.2 < seconds[1] / seconds[0] < 5  # of one view
+    cached = StrategyAdvisor(make_transformer(cache=tmp_path), cv=2, random_state=0)
+    assert cached.fit(X, y).seconds_per_pass_ is None
 
 
 def test_several_backbones_are_compared_for_values(measured, make_transformer):
@@ -179,7 +237,10 @@ def test_several_backbones_are_compared_for_values(measured, make_transformer):
         random_state=0,
     )
     advisor.fit(*measured)
-    assert set(advisor.backbone_scores_) == {"tiny", "other"}
+    alone = clone(advisor).set_params(backbones=None).fit(*measured)
+    assert advisor.backbone_scores_["tiny"] == max(alone.layer_scores_.values())
+    scores = advisor.backbone_scores_
+    assert advisor.best_backbone_ == max(scores, key=scores.get)
 
 
 def make_backbone(name):
@@ -224,6 +285,10 @@ def test_classes_and_values_are_refused_where_they_make_no_sense(
 ):
     with pytest.raises(ValueError, match="Unknown label type: continuous"):
         TransferClassifier(make_transformer()).fit(*measured)
+    with pytest.raises(ValueError, match="has classes, not labels"):
+        recommend_strategy(100, 3, "contained", targets="labels")
+    with pytest.raises(ValueError, match="set task='regression'"):
+        StrategyAdvisor(make_transformer()).fit(measured[0], [*np.arange(89) % 2, 7])
     pretrained = PretrainedCNNClassifier(
         "tiny", class_map="learn", image_shape=(8, 8), image_size=32
     )
