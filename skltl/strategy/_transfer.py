@@ -69,7 +69,7 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         the evaluation; see `recommend_strategy`.
     cv : int, default=5
         Number of cross-validation folds, at least 2. It is reduced to the number of
-        images in the smallest class.
+        images, or groups, in the smallest class.
     random_state : int, RandomState instance or None, default=None
         Controls the folds, the sampling of images and the linear classifiers. Where
         that of the transformer is ``None``, it also controls random weights and the
