@@ -9,7 +9,7 @@ from inspect import signature
 from numbers import Integral
 from os import PathLike, fspath
 
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
@@ -207,6 +207,23 @@ def _current_format(state, class_name):
             f"{STATE_FORMAT}. Load it with that version, or fit it again."
         )
     return state
+
+
+def for_file(state, name):
+    """Return the state of a fitted estimator for a file.
+
+    The parameter `name` is another estimator, whose settings that are left out of files
+    are left out of it, too.
+    """
+    estimator = state.get(name)
+    if estimator is None or not _has_fitted_attributes(state):
+        return state
+    left_out = {
+        path: LEFT_OUT_OF_FILES[path.rpartition("__")[2]]
+        for path in estimator.get_params()
+        if path.rpartition("__")[2] in LEFT_OUT_OF_FILES
+    }
+    return {**state, name: clone(estimator).set_params(**left_out)}
 
 
 def is_fitted(estimator):

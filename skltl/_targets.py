@@ -8,12 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.utils.multiclass import type_of_target
+from sklearn.utils.validation import column_or_1d
 
 
 def is_multilabel(y: Any) -> bool:
     """Return whether targets are an indicator matrix of several labels."""
-    n_dimensions = y.ndim if issparse(y) else np.asarray(y).ndim
+    try:
+        n_dimensions = y.ndim if issparse(y) else np.asarray(y).ndim
+    except ValueError:  # lists of labels, to which scikit-learn has an answer
+        n_dimensions = 2
     return n_dimensions == 2 and type_of_target(y) == "multilabel-indicator"
+
+
+def check_groups(groups: Any) -> NDArray[Any]:
+    """Return groups as an array (n,); refuse those that cannot be sorted."""
+    groups = column_or_1d(groups)
+    try:
+        np.unique(groups)
+    except TypeError as error:
+        raise ValueError(
+            f"groups must be of one type, without missing values: {error}."
+        ) from error
+    return np.asarray(groups)
 
 
 def check_indicators(y: NDArray[Any]) -> None:

@@ -7,6 +7,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._estimator import for_file
 from skltl._sklearn import AT_LEAST_ONE, fit_context
 from skltl.curation._features import check_readable, unit_features
 from skltl.features import CNNFeatureTransformer
@@ -110,6 +111,9 @@ class ImageNeighbors(BaseEstimator):
             check_readable(features)
         distances, indices = self.index_.kneighbors(features, n_neighbors)
         return distances, np.asarray(indices)
+
+    def __getstate__(self):
+        return for_file(super().__getstate__(), "transformer")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from skltl._estimator import for_file
 from skltl._sklearn import StrOptions, fit_context
 from skltl.exceptions import (
     ImageReadError,
@@ -18,6 +19,7 @@ from skltl.exceptions import (
     shorten,
 )
 from skltl.features._transformer import CNNFeatureTransformer
+from skltl.images import is_tensor
 
 AGGREGATES: dict[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max}
 
@@ -166,6 +168,9 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
             return sample[0]
         return AGGREGATES[self.aggregate](readable, axis=0)
 
+    def __getstate__(self):
+        return for_file(super().__getstate__(), "transformer")
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
@@ -182,7 +187,9 @@ def _flatten(X):
             )
         X = X.iloc[:, 0]
     images, sizes = [], []
-    for position, sample in enumerate(X):
+    for position, sample in enumerate(_items(X)):
+        if hasattr(sample, "as_py"):  # of pyarrow
+            sample = sample.as_py()
         if not _is_sequence(sample):
             raise TypeError(
                 f"Sample {position} must be a sequence of images, got "
@@ -191,7 +198,7 @@ def _flatten(X):
             )
         if not len(sample):
             raise ValueError(f"Sample {position} has no image.")
-        images += [*sample]
+        images += _items(sample)
         sizes.append(len(sample))
     if not sizes:
         raise ValueError("X has no sample.")
@@ -206,9 +213,19 @@ def _is_sequence(sample):
     if n_dims is None:
         return hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
     if n_dims == 1:
-        is_series = hasattr(sample, "iloc")
-        return is_series or not np.issubdtype(sample.dtype, np.number)
+        is_row = isinstance(sample, np.ndarray) and sample.dtype.kind in "buifc"
+        return not (is_row or is_tensor(sample))
     return n_dims >= 4
+
+
+def _items(values):
+    """Return a list of the items of a sequence, by its length, or of an iterable.
+
+    Lazy sequences need not raise an error at their end.
+    """
+    if hasattr(values, "__len__") and not hasattr(values, "dtype"):
+        return [values[index] for index in range(len(values))]
+    return list(values)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from sklearn.utils import check_consistent_length
 
 from skltl._sklearn import Interval, StrOptions, fit_context
 from skltl._targets import is_multilabel
+from skltl.exceptions import shorten
 from skltl.features import NetworkClassifier
 from skltl.finetuning._conversion import check_same_classes, is_multilabel_classifier
 from skltl.finetuning._data import (
@@ -408,16 +409,16 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         if not self.multilabel_:
             try:
                 targets = columns_of(self.classes_, y)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"y_val: {error}") from error
             check_consistent_length(range(n_images), targets)
             return targets
-        indicators = encode_indicators(y, n_images)
-        if indicators.shape[1] != len(self.classes_):
+        if not is_multilabel(y) or y.shape[1] != len(self.classes_):
             raise ValueError(
-                f"y_val has {indicators.shape[1]} labels, and y {len(self.classes_)}."
+                f"y_val must be an indicator matrix of {len(self.classes_)} labels, as "
+                f"y is; got {shorten(repr(y))}."
             )
-        return indicators
+        return encode_indicators(y, n_images)
 
     def _image_weights(self, sample_weight, targets):
         if not self.multilabel_:

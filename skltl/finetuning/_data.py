@@ -34,7 +34,7 @@ from skltl._large_arrays import new_array
 from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl._sklearn import check_sample_weight
-from skltl._targets import check_indicators
+from skltl._targets import check_groups, check_indicators
 from skltl.exceptions import NonFiniteFeaturesError, PersistenceWarning, nearest
 from skltl.features import cache_folder, extract_features, extraction_config
 from skltl.finetuning._network import SplitNetwork
@@ -175,6 +175,13 @@ def _is_missing(label: Any) -> bool:
 def columns_of(classes: NDArray[Any], labels: Any) -> NDArray[np.int64]:
     """Return the position of each label among a classifier's sorted classes."""
     labels = column_or_1d(labels)
+    if any(map(_is_missing, labels)):
+        raise ValueError("The labels contain NaN or None.")
+    if (labels.dtype.kind in "buif") != (classes.dtype.kind in "buif"):
+        raise ValueError(
+            f"{reprlib.repr(labels.tolist()[0])} is none of the classes of this "
+            f"classifier, such as {reprlib.repr(classes.tolist()[0])}."
+        )
     columns = np.searchsorted(classes, labels) if len(labels) else np.zeros(0, int)
     columns = np.minimum(columns, len(classes) - 1)
     wrong = np.flatnonzero(classes[columns] != labels)
@@ -257,10 +264,11 @@ def hold_out(
     everything = np.arange(len(targets))
     if groups is not None:
         check_consistent_length(targets, groups)
+        groups = check_groups(groups)
     if fraction is None:
         return everything, everything[:0]
     if groups is not None:
-        return _hold_out_groups(targets, column_or_1d(groups), fraction, seed)
+        return _hold_out_groups(targets, groups, fraction, seed)
     if targets.ndim > 1:
         # At least two, since R² is not defined for one.
         n_held_out = min(max(round(fraction * len(targets)), 2), len(targets) - 1)

@@ -246,8 +246,7 @@ class StageTrainer:
         if self._estimator.early_stopping:
             self.n_epochs_since_best += 1
             self.keep_if_best(metrics)
-        if self._estimator.keep_on_interrupt:
-            self._result.update(self.best_weights, self.best_score)
+        self._update_result()
         progress.set_postfix(
             {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
         )
@@ -255,6 +254,10 @@ class StageTrainer:
         self.is_stopped = task.subtask("epoch").begin().end()
         if checkpoint is not None:
             checkpoint.save(self._state())
+
+    def _update_result(self) -> None:
+        if self._estimator.keep_on_interrupt:
+            self._result.update(self.best_weights, self.best_score)
 
     def _is_done(self) -> bool:
         estimator = self._estimator
@@ -405,6 +408,7 @@ class StageTrainer:
         self._schedule.load_state_dict(state["schedule"])
         self._estimator.history_[:] = state["history"]
         vars(self).update({name: state[name] for name in PROGRESS})
+        self._update_result()
 
 
 class Task:

@@ -111,6 +111,12 @@ class Candidate:
             start = time.perf_counter()
             columns = np.asarray(self.fitted.transform(images.X))
             self._seconds += time.perf_counter() - start
+        bad = np.flatnonzero(np.isnan(columns).any(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"Image {images.positions[bad[0]]} could not be read, and has no "
+                "features. Leave it out: drop_bad drops such images and their labels."
+            )
         ends = np.cumsum(n_features_by_layer(self.fitted))
         by_layer = np.split(columns, ends[:-1], axis=1)
         for layer, new in zip(self.layers, by_layer, strict=True):

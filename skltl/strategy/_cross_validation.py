@@ -15,11 +15,11 @@ from sklearn import config_context
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
-from sklearn.utils.validation import column_or_1d
 from tqdm import tqdm
 
 from skltl._estimator import read_images_of
 from skltl._sklearn import check_sample_weight, take
+from skltl._targets import check_groups
 from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
 from skltl.features import make_feature_pipeline
 from skltl.strategy._tasks import Task
@@ -89,7 +89,7 @@ def label_images(
     positions = np.arange(len(read_images_of(estimator, X, reset=True)))
     targets = task.encode(y, len(positions))
     if groups is not None:
-        groups = column_or_1d(groups)
+        groups = check_groups(groups)
         check_consistent_length(positions, groups)
     weights = None
     if sample_weight is not None:

@@ -155,7 +155,7 @@ class Regression(Task):
         values = encode_values(y, n_images)
         self.classes = np.arange(values.shape[1])
         self.variances = values.var(axis=0)
-        if not self.variances.all():
+        if n_images > 1 and not self.variances.any():
             raise ValueError("y has the same value for all images.")
         return values[:, 0] if np.asarray(y).ndim == 1 else values
 
@@ -169,7 +169,8 @@ class Regression(Task):
         """
         errors = (y - predicted).reshape(len(y), -1) ** 2
         mean_errors = np.average(errors, axis=0, weights=sample_weight)
-        return float(np.mean(1 - mean_errors / self.variances))
+        varies = self.variances > 0  # of others, nothing is to be learned
+        return float(np.mean(1 - mean_errors[varies] / self.variances[varies]))
 
 
 def task_of(y: Any, kind: str = "auto") -> Task:

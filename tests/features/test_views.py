@@ -1,7 +1,10 @@
 """Features of several views of an image, and of several images of a sample."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import torchvision.models as models
@@ -11,6 +14,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torchvision.transforms import functional
 
 from skltl import (
@@ -188,7 +192,12 @@ def test_samples_of_a_table(images, image_files, samples):
     expected = transformer.fit_transform(samples)
     groups = [group["path"] for _, group in table.groupby("plant")]
     lists = table.groupby("plant")["path"].agg(list)
-    for X in (groups, lists, lists.to_frame(), (group for group in groups)):
+    arrays = [group.unique() for group in groups]  # of pandas, not numpy
+    arrow = pa.array(lists.tolist())
+    for X in (
+        *(groups, lists, lists.to_frame(), (group for group in groups)),
+        *(arrays, [pd.Index(array) for array in arrays], arrow),
+    ):
         features = transformer.transform(X)
         np.testing.assert_array_equal(features, expected)
     rows = ImageSetTransformer(
@@ -200,6 +209,38 @@ def test_samples_of_a_table(images, image_files, samples):
     np.testing.assert_array_equal(features, [expected[0], expected[1:].mean(axis=0)])
     with pytest.raises(TypeError, match="got 'tiny'"):
         ImageSetTransformer("tiny").fit(samples)
+
+
+class Frames:
+    """A lazy sequence that has its last item again after its end."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[min(index, len(self.items) - 1)]
+
+
+def test_lazy_samples_end_at_their_length(samples):
+    transformer = ImageSetTransformer(CNNFeatureTransformer("tiny"))
+    expected = transformer.fit_transform(samples)
+    lazy = Frames([Frames(sample) for sample in samples])
+    np.testing.assert_array_equal(transformer.transform(lazy), expected)
+
+
+def test_a_file_of_image_sets_writes_nowhere(samples, tmp_path):
+    inner = CNNFeatureTransformer("tiny", cache=tmp_path / "cache", verbose=1)
+    pipeline = make_pipeline(inner, StandardScaler())
+    for transformer in (inner, pipeline):
+        fitted = ImageSetTransformer(transformer).fit(samples)
+        loaded = pickle.loads(pickle.dumps(fitted))
+        params = loaded.get_params()
+        left_out = [params[name] for name in params if name.endswith(("cache", "bose"))]
+        assert set(left_out) <= {None, 0}
+        assert fitted.get_params()["transformer"] is transformer
 
 
 def test_samples_are_cross_validated(images, samples):

@@ -340,3 +340,21 @@ def test_a_fit_that_was_kept_can_be_resumed(data, tmp_path, monkeypatch):
     kept.fit(*data)
     assert losses(kept) == losses(expected)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_fit_that_resumes_keeps_what_it_had(data, tmp_path, monkeypatch):
+    """It is interrupted again before its first new epoch."""
+    expected = classifier().fit(*data)
+    resumed = classifier(checkpoint=tmp_path, keep_on_interrupt=True)
+    interrupt(resumed, *data, after=4)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_train_epoch", interrupted)
+        with pytest.warns(InterruptionWarning, match="first 4 epochs"):
+            resumed.fit(*data)
+    assert losses(resumed) == losses(expected)[:4]
+    resumed.fit(*data)
+    assert losses(resumed) == losses(expected)

@@ -108,7 +108,7 @@ def test_of_labels(data, more):
     found = classifier().fit(data[0], labels(data[1]), X_val=X_val, y_val=y_val)
     score = (found.predict(X_val) == y_val).all(axis=1).mean()
     assert found.history_[-1]["validation_score"] == score
-    with pytest.raises(ValueError, match="y_val has 1 labels, and y 2"):
+    with pytest.raises(ValueError, match="an indicator matrix of 2 labels"):
         found.fit(data[0], labels(data[1]), X_val=X_val, y_val=y_val[:, :1])
 
 
@@ -149,6 +149,8 @@ def test_errors_name_the_image_and_the_set(images, image_files, tmp_path):
         ({"sample_weight_val": 1}, "sample_weight_val is given without"),
         ({"X_val": 1, "y_val": [0] * 39}, "inconsistent numbers of samples"),
         ({"X_val": 1, "y_val": [10] * 40}, "y_val: 10 is none of the classes"),
+        ({"X_val": 1, "y_val": [None] * 40}, "y_val: .* NaN or None"),
+        ({"X_val": 1, "y_val": ["1"] * 40}, "y_val: '1' is none .* such as 0"),
         ({"X_val": 1, "y_val": 1, "sample_weight_val": [1]}, "weight"),
     ],
     ids=str,

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from skltl import (
+    CNNFeatureTransformer,
     FineTunedCNNRegressor,
     PretrainedCNNClassifier,
     StrategyAdvisor,
@@ -190,6 +191,24 @@ def test_few_values_have_scores_that_can_be_compared(make_transformer, measured)
         assert all(-2 < score < 1 for score in scores)
     with pytest.raises(ValueError, match="same value for all"):
         advisor.fit(X, np.full(N_IMAGES, 0.5))
+
+
+def test_a_value_that_does_not_vary_is_ignored(make_transformer, measured):
+    X, y = measured
+    fitted = [
+        StrategyAdvisor(make_transformer(), cv=2, random_state=0).fit(X, targets)
+        for targets in (y, np.column_stack([y, np.full(N_IMAGES, 0.5)]))
+    ]
+    for layer, score in fitted[0].layer_scores_.items():
+        assert_allclose(fitted[1].layer_scores_[layer], score, rtol=1e-5)
+
+
+def test_images_that_cannot_be_read_are_named(image_files, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    advisor = StrategyAdvisor(CNNFeatureTransformer("tiny", on_error="nan"))
+    with pytest.raises(ValueError, match="Image 5 could not be read.*drop_bad"):
+        advisor.fit([*image_files[:5], bad], [0, 1] * 3)
 
 
 def test_a_label_that_all_images_have_is_ignored(labeled, make_transformer):
