@@ -33,6 +33,19 @@ from skltl.finetuning._data import (
     draw_views,
     stored_inputs,
 )
+from skltl.finetuning._distributed import (
+    add_up,
+    broadcast,
+    broadcast_weights,
+    deferred_interrupts,
+    gather_parts,
+    gather_rows,
+    in_step,
+    own_seed,
+    rank,
+    share,
+    shares,
+)
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
 from skltl.finetuning._objective import Objective
 from skltl.networks import uses_layer_norm
@@ -105,6 +118,7 @@ def train_network(
         head_inputs = pooled_inputs(estimator, network, inputs, len(examples.targets))
     if is_new_head:
         initialize_head(estimator, network.head, head_inputs, examples, objective, seed)
+    broadcast_weights(network)
     state = None if checkpoint is None else checkpoint.state_for(len(stages))
     for number, stage in enumerate(stages):
         if state is not None and number < state["stage"]:
@@ -194,8 +208,10 @@ class StageTrainer:
             disable=not self._estimator.verbose,
         ) as progress:
             try:
-                while not self._is_done():
-                    self._run_epoch(checkpoint, task, progress)
+                with deferred_interrupts():
+                    while not self._is_done():
+                        with in_step():
+                            self._run_epoch(checkpoint, task, progress)
             except KeyboardInterrupt:
                 if not self._keep_snapshot():
                     raise
@@ -218,7 +234,7 @@ class StageTrainer:
             {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
         )
         progress.update()
-        self.is_stopped = task.subtask("epoch").begin().end()
+        self.is_stopped = broadcast(task.subtask("epoch").begin().end())
         if checkpoint is not None:
             checkpoint.save(self._state())
 
@@ -257,7 +273,7 @@ class StageTrainer:
         seed = derived_seed(self._seed, "epoch", self._number, self.n_epochs)
         rng = np.random.default_rng(seed)
         order = rng.permutation(examples.training)
-        torch_seed = int(rng.integers(2**31))
+        torch_seed = own_seed(int(rng.integers(2**31)))
         views = draw_views(rng, len(order), self._inputs.n_views)
         learning_rates = self._learning_rates()
         self._model.train()
@@ -266,11 +282,12 @@ class StageTrainer:
                 self._train_step(order[batch], views[batch])
                 for batch in batches(len(order), batch_size)
             ]
+        broadcast_weights(self._model)  # rounding may differ between machines
         self.n_epochs += 1
         if self.n_epochs == self._stage.n_epochs:
             self._check_last_step(order[:batch_size])
         loss, score = self._loss_and_score(order, results)
-        return {
+        metrics = {
             "stage": self._stage.name,
             "epoch": self.n_epochs,
             "loss": loss,
@@ -279,13 +296,15 @@ class StageTrainer:
             **learning_rates,
             "seconds": time.perf_counter() - start,
         }
+        return broadcast(metrics)
 
     def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Result:
         """Update the parameters; return the losses and the outputs."""
         loss, result = self._run(positions, views)
-        self._check_finite(loss, self.n_epochs + 1)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        loss = add_up(loss, self._model.parameters())
+        self._check_finite(loss, self.n_epochs + 1)
         nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._schedule.step()
@@ -294,9 +313,20 @@ class StageTrainer:
     def _run(
         self, positions: Positions, views: NDArray[np.int64]
     ) -> tuple[Tensor, Result]:
-        """Return the loss, and the losses and outputs by image."""
+        """Return the loss, and the losses and outputs by image.
+
+        They are those of the images of this process; their loss is its summand of that
+        of the batch.
+        """
+        part = share(len(positions))
+        fraction = (part.stop - part.start) / len(positions)
+        positions, views = positions[part], views[part]
+        if len(positions) == 0:  # the batch has fewer images than there are processes
+            nothing = torch.zeros(0, self._objective.n_outputs, device=self._device)
+            return nothing.sum().requires_grad_(), (nothing[:, 0], nothing)
         targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
-        weights = torch.from_numpy(self._examples.weights[positions]).to(self._device)
+        weights = torch.from_numpy(self._examples.weights[positions] * fraction)
+        weights = weights.to(self._device)
         batch = self._inputs.batch(positions, views)
         with autocast(self._device, self._estimator.precision_):
             outputs = self._model(batch)
@@ -309,8 +339,9 @@ class StageTrainer:
         self, positions: Positions, results: Sequence[Result]
     ) -> tuple[float, float]:
         """Return the mean loss and the score of images, from those of batches."""
+        slices = batches(len(positions), self._estimator.batch_size)
         losses, outputs = (
-            torch.cat(parts).double().cpu().numpy()
+            gather_parts(torch.cat(parts).double().cpu().numpy(), slices)
             for parts in zip(*results, strict=True)
         )
         targets, weights = (
@@ -333,14 +364,14 @@ class StageTrainer:
             for batch in batches(len(validation), self._estimator.batch_size)
         ]
         loss, score = self._loss_and_score(validation, results)
-        return {"validation_loss": loss, "validation_score": score}
+        return broadcast({"validation_loss": loss, "validation_score": score})
 
     @torch.no_grad()
     def _check_last_step(self, positions: Positions) -> None:
         """Raise if the last step, after which no loss is computed, has diverged."""
         self._model.eval()
         loss, _ = self._run(positions, np.zeros_like(positions))
-        self._check_finite(loss, self.n_epochs)
+        self._check_finite(add_up(loss), self.n_epochs)
 
     def _check_finite(self, loss: Tensor, epoch: int) -> None:
         """Raise if the loss is infinite or NaN."""
@@ -441,7 +472,7 @@ def begin_fit(
 ) -> Task:
     """Return the task of a fit; `fitted` is as in `Task`."""
     context = None
-    if hasattr(estimator, "_init_callback_context"):
+    if hasattr(estimator, "_init_callback_context") and rank() == 0:
         context = estimator._init_callback_context(max_subtasks=n_stages)
     metadata = {name: value for name, value in metadata.items() if value is not None}
     arguments = {"estimator": estimator, "X": X, "y": y, "metadata": metadata or None}
@@ -504,6 +535,8 @@ def initialize_head(
         batches(len(positions), estimator.batch_size),
         len(positions),
     )
+    if rank() > 0:
+        return  # process 0 sends the weights
     scaler.fit(features, objective.least_scale)
     linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
     is_linear = not hidden and not before
@@ -519,14 +552,22 @@ def initialize_head(
 def _collect(
     run: Callable[[slice], Tensor], slices: Sequence[slice], n: int
 ) -> NDArray[np.float32]:
-    """Run consecutive batches, and return the outputs of all `n` items as one array."""
+    """Run consecutive batches, and return the outputs of all `n` items as one array.
+
+    Each process runs its share of the batches.
+    """
     array = None
-    for batch in slices:
+    for batch in slices[share(len(slices))]:
         outputs = run(batch).float().cpu().numpy()
         if array is None:
             array = new_array((n, *outputs.shape[1:]), np.float32)
         array[batch] = outputs
-    assert array is not None  # there is at least one image
+    # The first process always has a batch.
+    shape = broadcast(None if array is None else array.shape)
+    assert shape is not None
+    if array is None:
+        array = new_array(shape, np.float32)
+    gather_rows(array, [slices[part] for part in shares(len(slices))])
     return array
 
 
