@@ -77,11 +77,10 @@ def fitting_together() -> Iterator[None]:
         try:
             with in_step():
                 yield
+        except _SettledInterrupt:
+            raise KeyboardInterrupt from None
         except _Settled as settled:
-            error = settled.error
-        else:
-            return
-        raise error from error.__cause__
+            raise settled.error from settled.error.__cause__
 
 
 @contextmanager
