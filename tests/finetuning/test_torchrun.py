@@ -24,7 +24,14 @@ def torchrun(script, *arguments, cwd=None, options=(), seconds=300):
     """Run a script in two processes on this machine; return what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", *options, str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        # Processes that restart would read the addresses of those that have ended
+        # (issue 135712 of pytorch).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     process = subprocess.Popen(
         command,
         cwd=cwd,
