@@ -104,7 +104,7 @@ def test_each_image_is_read_by_one_process(name, outcomes):
 
 
 ERRORS = {
-    "an unreadable image": ("ImageReadError", "Image 45 "),
+    "an unreadable image": ("ImageReadError", "Image 35 "),
     "other labels": ("ValueError", "other y in process 1"),
     "other numbers": ("ValueError", "other numbers of images in process 1"),
     "other parameters": ("ValueError", "other batch_size in process 1"),
