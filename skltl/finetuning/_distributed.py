@@ -301,7 +301,7 @@ def _agree(error: BaseException | None = None) -> None:
     first = next(number for number, one in enumerate(errors) if one is not None)
     raised = error if first == rank() else errors[first]
     assert raised is not None
-    if first != rank():
+    if error is None:
         raised.add_note(f"It was raised in process {first} of {n_processes()}.")
     raise _Settled(raised)
 

@@ -322,7 +322,8 @@ class StageTrainer:
         fraction = (part.stop - part.start) / len(positions)
         positions, views = positions[part], views[part]
         if len(positions) == 0:  # the batch has fewer images than there are processes
-            nothing = torch.zeros(0, self._objective.n_outputs, device=self._device)
+            options: Any = {"dtype": torch.float32, "device": self._device}
+            nothing = torch.zeros(0, self._objective.n_outputs, **options)
             return nothing.sum().requires_grad_(), (nothing[:, 0], nothing)
         targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
         weights = torch.from_numpy(self._examples.weights[positions] * fraction)
