@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from numpy.testing import assert_allclose
 from torchrun_cases import EQUAL, SEEDED, outcome
 
@@ -52,6 +53,15 @@ def torchrun(script, *arguments, cwd=None, options=(), seconds=300):
 
 def results(folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Let fits in this process use one thread, as those of the other processes do."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")
