@@ -155,7 +155,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._has_warned = False
         self.saved = self._read() if path.exists() else None
 
@@ -173,15 +173,15 @@ class Checkpoint:
         """
         content = io.BytesIO()
         torch.save(state, content)
-        unfinished = _unfinished_path(self._path)
+        unfinished = _unfinished_path(self.path)
         try:
             with unfinished.open("wb") as file:
                 file.write(MAGIC + digest_of(content.getbuffer()))
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(self._path)
-            _sync_folder(self._path.parent)
+            unfinished.replace(self.path)
+            _sync_folder(self.path.parent)
         except OSError as error:
             with suppress(OSError):
                 unfinished.unlink()
@@ -199,7 +199,7 @@ class Checkpoint:
         except TORCH_FILE_ERRORS as error:
             # torch's own message advises to load unsafe files nevertheless.
             raise ValueError(
-                f"The checkpoint {str(self._path)!r} cannot be read: it is damaged, "
+                f"The checkpoint {str(self.path)!r} cannot be read: it is damaged, "
                 "was written by another version, or contains code. Delete it to start "
                 "over."
             ) from error
@@ -207,12 +207,12 @@ class Checkpoint:
     def clear(self) -> None:
         """Delete the file of a finished fit, and what killed fits have left."""
         try:
-            self._path.unlink(missing_ok=True)
-            for file in self._path.parent.glob(f"{self._path.stem}.*.unfinished"):
+            self.path.unlink(missing_ok=True)
+            for file in self.path.parent.glob(f"{self.path.stem}.*.unfinished"):
                 file.unlink(missing_ok=True)
         except OSError as error:
             warnings.warn(
-                f"The fit is finished, but its checkpoint {str(self._path)!r} cannot "
+                f"The fit is finished, but its checkpoint {str(self.path)!r} cannot "
                 f"be deleted ({error.strerror}). Delete it: the same fit would resume "
                 "from it.",
                 CheckpointWarning,
@@ -222,7 +222,7 @@ class Checkpoint:
     def _read(self) -> dict[str, Any]:
         """Return the saved state; no code in the file is executed."""
         with self.reading():
-            whole = self._path.read_bytes()
+            whole = self.path.read_bytes()
             start = len(MAGIC) + DIGEST_BYTES
             content = memoryview(whole)[start:]
             if whole[:start] != MAGIC + digest_of(content):
@@ -237,13 +237,27 @@ class Checkpoint:
 
     def _warn(self, error: OSError) -> None:
         warnings.warn(
-            f"The state of this fit could not be saved to {str(self._path)!r} "
+            f"The state of this fit could not be saved to {str(self.path)!r} "
             f"({error.strerror}). The fit goes on; if it is interrupted, it resumes "
             "from the last saved state, if any. Free disk space or choose another "
             "folder.",
             CheckpointWarning,
             stacklevel=user_stacklevel(),
         )
+
+
+class SharedCheckpoint(Checkpoint):
+    """The checkpoint that process 0 reads and writes, in another process."""
+
+    def __init__(self, path: Path, saved: dict[str, Any] | None) -> None:
+        self.path = path
+        self.saved = saved
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def clear(self) -> None:
+        """Do nothing."""
 
 
 def _lock_file(folder: Path, name: str) -> tuple[Path, FileLock | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,10 +38,12 @@ from skltl._sklearn import check_sample_weight
 from skltl._targets import check_groups, check_indicators
 from skltl.exceptions import NonFiniteFeaturesError, PersistenceWarning, nearest
 from skltl.features import cache_folder, extract_features, extraction_config
+from skltl.finetuning._distributed import gather, gather_rows, n_processes, rank, shares
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
     ImageSource,
     JoinedSource,
+    PartOfSource,
     PixelRanges,
     Preprocessing,
     as_float,
@@ -103,6 +106,27 @@ class TrainingData:
             return weights
         more = example_weights(self.validation_weight, validation)
         return np.concatenate([weights, more])
+
+    def digests(self) -> dict[str, Any]:
+        """Return what is known of the data, to compare with those of other processes.
+
+        Images are compared by the names of their files, whose folders may differ.
+        """
+        paths = [self.source.path(position) for position in range(len(self.source))]
+        values = {
+            "y": self.targets,
+            "sample_weight": self.sample_weight,
+            "groups": self.groups,
+            "sample_weight_val": self.validation_weight,
+            "names of files": [path and Path(path).name for path in paths],
+        }
+        sizes = {"numbers of images": (len(paths), self.n_validation)}
+        return {**sizes, **{name: _digest(one) for name, one in values.items()}}
+
+
+def _digest(values: Any) -> str:
+    content = None if values is None else np.asarray(values).tolist()
+    return blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -345,6 +369,32 @@ def decode_crops(
     return array
 
 
+def _decode_together(
+    source: ImageSource, preprocessing: Preprocessing, n_threads: int
+) -> NDArray[Any]:
+    """Return the crops of all images, of which each process decodes a share."""
+    if n_processes() == 1:
+        return decode_crops(source, preprocessing, n_threads)
+    parts = shares(len(source))
+    rows = parts[rank()]
+    own = decode_crops(PartOfSource(source, rows), preprocessing, n_threads)
+    is_float = any(gather(own.dtype != np.uint8))
+    shape = len(source), *own.shape[1:]
+    crops = new_array(shape, np.float32 if is_float else np.uint8)
+    crops[rows] = as_float(own) if is_float else own
+    gather_rows(crops, [[part] for part in parts])
+    _warn_together(source)
+    return crops
+
+
+def _warn_together(source: ImageSource) -> None:
+    """Warn of the range of the images that all processes have read."""
+    for found in gather(source.ranges.found()):
+        for kind, values in found.items():
+            source.ranges.add(kind, *values)
+    source.warn_of_odd_range()
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Inputs of the trainable blocks or the head, for views of the images.
@@ -524,7 +574,8 @@ def build_inputs(
     n_views = 0 if augment is None else estimator.n_views
     if estimator.decode == "fast":
         source = source.reduced_to(2 * max(preprocessing.size_before_crop))
-    crops = decode_crops(source, preprocessing, resolve_threads(estimator.n_jobs))
+    threads = resolve_threads(estimator.n_jobs)
+    crops = _decode_together(source, preprocessing, threads)
     views = AugmentedViews(source, crops, augment, n_views, seed)
     if config is not None:
         # The crops are not resized again.
@@ -564,12 +615,39 @@ def _compute_activations(
     blocks, threads = config.blocks, resolve_threads(estimator.n_jobs)
     verbose = bool(estimator.verbose)
     try:
-        outputs = extract_features(source, config, blocks, threads, verbose, cache)
+        outputs = _extract_together(source, config, blocks, threads, verbose, cache)
     except NonFiniteFeaturesError as error:  # of a view
         image = error.index // (1 + n_views)
         raise NonFiniteFeaturesError(image, error.path) from error
     shape = _output_shape(config)
     return stored_inputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
+
+
+def _extract_together(
+    source: ImageSource,
+    config: ExtractionConfig,
+    blocks: Sequence[str],
+    threads: int,
+    verbose: bool,
+    cache: Path | None,
+) -> NDArray[Any]:
+    """Return the features of all images, of which each process computes a share."""
+    options = config, blocks, threads, verbose, cache
+    if n_processes() == 1:
+        return extract_features(source, *options)
+    features = new_array((len(source), sum(config.widths())), np.float32)
+    parts = shares(len(source))
+    rows = parts[rank()]
+    if rows.start < rows.stop:
+        part = PartOfSource(source, rows)
+        try:
+            extract_features(part, *options, out=features[rows])
+        except NonFiniteFeaturesError as error:
+            index = rows.start + error.index
+            raise NonFiniteFeaturesError(index, *error.args[1:]) from error.__cause__
+    gather_rows(features, [[one] for one in parts])
+    _warn_together(source)
+    return features
 
 
 def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]:

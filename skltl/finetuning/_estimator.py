@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from numbers import Integral, Real
 from os import PathLike, fspath
+from typing import Any
 
 import torch
 from sklearn.base import ClassifierMixin
@@ -43,7 +44,13 @@ from skltl.features import (
     fitted_transformer,
     output_layout,
 )
-from skltl.finetuning._checkpoint import check_folder, fingerprint, open_checkpoint
+from skltl.finetuning._callbacks import CallbackSupportMixin, begin_fit
+from skltl.finetuning._checkpoint import (
+    SharedCheckpoint,
+    check_folder,
+    fingerprint,
+    open_checkpoint,
+)
 from skltl.finetuning._conversion import (
     head_of_pipeline,
     linear_head,
@@ -55,6 +62,13 @@ from skltl.finetuning._data import (
     check_picklable,
     example_weights,
     split_examples,
+)
+from skltl.finetuning._distributed import (
+    broadcast,
+    check_same,
+    fitting_together,
+    n_processes,
+    rank,
 )
 from skltl.finetuning._network import (
     Pool,
@@ -71,9 +85,7 @@ from skltl.finetuning._network import (
 )
 from skltl.finetuning._training import (
     OPTIMIZERS,
-    CallbackSupportMixin,
     Stage,
-    begin_fit,
     plan_stages,
     train_network,
     training_context,
@@ -83,6 +95,11 @@ from skltl.networks import Backbone, resolve_layer, resolve_network
 
 # Private attributes of a fit, which are saved.
 PRIVATE_ATTRIBUTES = ("_fitted_image_shape", "_target_ndim")
+
+# Parameters that processes of one fit may have of their own, and the types of others
+# whose values are compared.
+MAY_DIFFER = {"cache", "device", "n_jobs", "random_state", "reader", "verbose"}
+PLAIN = (Real, str, tuple, list, dict)
 
 
 class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
@@ -152,20 +169,30 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
 
         `validation` are the images, targets and weights of a validation set.
         """
+        with fitting_together():
+            attributes = self._train(X, y, sample_weight, groups, validation)
+        kept = vars(self).keys() - set(INPUT_ATTRIBUTES)  # those are of an earlier fit
+        # Replaced at once, for threads that predict meanwhile.
+        self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
+        return self
+
+    def _train(self, X, y, sample_weight, groups, validation):
+        """Return the attributes of the fit."""
         check_widths("conv_channels", self.conv_channels)
         check_widths("hidden_units", self.hidden_units)
         check_picklable(self.augment)
         # A fit that fails leaves `self` unchanged. Meanwhile, `self` holds the previous
         # fit, and the context of scikit-learn's callbacks.
         new = type(self)(**self.get_params())
+        new.verbose = self.verbose if rank() == 0 else 0
         data = new._read(X, y, sample_weight, groups, *validation)
+        new._check_same_fit(data)
         weights = data.join_weights(new._image_weights)
         with (
             training_context(resolve_device(self.device)),
             naming_validation_images(data),
         ):
-            requested_seed = draw_seed(self.random_state)
-            seed = fresh_seed() if requested_seed is None else requested_seed
+            requested_seed, seed = self._draw_seed()
             split_examples(new, data, weights, seed)  # before it takes long
             new._load_network(seed)
             with self._open_checkpoint(new, data, requested_seed) as checkpoint:
@@ -188,10 +215,24 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
                 )
         attributes = fitted()
         task.end()
-        kept = vars(self).keys() - set(INPUT_ATTRIBUTES)  # those are of an earlier fit
-        # Replaced at once, for threads that predict meanwhile.
-        self.__dict__ = {name: getattr(self, name) for name in kept} | attributes
-        return self
+        return attributes
+
+    def _check_same_fit(self, data):
+        """Raise if the processes have other data or parameters."""
+        if n_processes() == 1:
+            return
+        parameters = {
+            name: repr(value) if isinstance(value, PLAIN) else type(value).__name__
+            for name, value in self.get_params().items()
+            if name not in MAY_DIFFER
+        }
+        check_same(data.digests() | parameters)
+
+    def _draw_seed(self):
+        """Return the seed that the user determines, if any, and that of the fit."""
+        requested = draw_seed(self.random_state)
+        seed = fresh_seed() if requested is None else requested
+        return broadcast((requested, seed))
 
     def _read(self, X, y, sample_weight, groups, X_val, y_val, sample_weight_val):
         """Return what was passed to `fit`; no image is decoded yet."""
@@ -310,16 +351,24 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         cloned.augment = copy.deepcopy(self.augment)
         return cloned
 
+    @contextmanager
     def _open_checkpoint(self, new, data, requested_seed):
-        """Return the checkpoint of the fit, or a context without one."""
+        """Open the checkpoint of the fit, if any, inside the block."""
         if self.checkpoint is None:
-            return nullcontext()
+            yield None
+            return
+        if rank() > 0:
+            sent: Any = broadcast(None)
+            yield SharedCheckpoint(*sent)
+            return
         folder = fspath(self.checkpoint)
         check_folder(folder)  # before all images are hashed
         arrays = [new._targets()[1], data.targets, data.sample_weight, data.groups]
         arrays += [data.validation_weight, data.n_validation]
         name = fingerprint(self, new, data.source, arrays, requested_seed)
-        return open_checkpoint(folder, name)
+        with open_checkpoint(folder, name) as checkpoint:
+            broadcast((checkpoint.path, checkpoint.saved))
+            yield checkpoint
 
     def _load_network(self, seed):
         """Set the attributes of the pretrained network up to `layer`."""
@@ -367,6 +416,12 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
         groups = group_blocks(new.backbone_, blocks, layer, size)
         network = SplitNetwork(blocks, groups, n_frozen, head)
         is_from_scratch = self.weights is None and has_batch_norms([network.trainable])
+        if is_from_scratch and n_processes() > 1:
+            raise ValueError(
+                "weights=None: batch-norms that are trained from scratch need whole "
+                "batches, and in several processes each has a part of them. Fit in one "
+                "process, or with pretrained weights."
+            )
         if is_from_scratch and self.batch_size == 1:
             raise ValueError(
                 "batch_size=1: batch-norms that are trained from scratch need at least "

@@ -115,7 +115,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         shape, in the terms of ``numpy.reshape``: ``(8, 8)``, ``(32, 32, 3)``, ``(1,
         -1)``.
     batch_size : int, default=32
-        Number of images per step.
+        Number of images per step, of all processes under ``torchrun`` together.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
         is one.

@@ -25,6 +25,7 @@ from skltl._large_arrays import new_array
 from skltl._parameters import DTYPES, resolve_device
 from skltl._random import derived_seed, own_random_state
 from skltl.exceptions import InterruptionWarning, TrainingError
+from skltl.finetuning._callbacks import Task
 from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._data import (
     Examples,
@@ -33,17 +34,22 @@ from skltl.finetuning._data import (
     draw_views,
     stored_inputs,
 )
+from skltl.finetuning._distributed import (
+    add_up,
+    broadcast,
+    broadcast_weights,
+    deferred_interrupts,
+    gather_parts,
+    gather_rows,
+    in_step,
+    own_seed,
+    rank,
+    share,
+    shares,
+)
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
 from skltl.finetuning._objective import Objective
 from skltl.networks import uses_layer_norm
-
-try:
-    from sklearn.callback import CallbackSupportMixin as CallbackSupportMixin
-except ImportError:  # before scikit-learn 1.9
-
-    class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Stand-in where scikit-learn has no callbacks."""
-
 
 # Peak learning rates of head and backbone. The user guide has the sources and what was
 # measured.
@@ -98,39 +104,58 @@ def train_network(
     `estimator` has the parameters, the planned `stages_` and the `precision_`. Returns
     the score that early stopping has kept, if any.
     """
-    stages, score = estimator.stages_, None
     network.to(resolve_device(estimator.device))
     head_inputs = inputs
-    if is_new_head or any(stage.name == "head" for stage in stages):
+    if is_new_head or any(stage.name == "head" for stage in estimator.stages_):
         head_inputs = pooled_inputs(estimator, network, inputs, len(examples.targets))
     if is_new_head:
         initialize_head(estimator, network.head, head_inputs, examples, objective, seed)
-    state = None if checkpoint is None else checkpoint.state_for(len(stages))
+    broadcast_weights(network)
     result = Result(network, estimator.history_)
+    # While the backbone is frozen, only the head runs.
+    by_stage = {"head": head_inputs, "fine-tuning": inputs}
+    arguments = estimator, network, by_stage, examples, objective, seed
     try:
-        for number, stage in enumerate(stages):
-            if state is not None and number < state["stage"]:
-                task.subtask(stage.name, stage.n_epochs)  # done before an interruption
-                continue
-            # While the backbone is frozen, only the head runs.
-            stage_inputs = head_inputs if stage.name == "head" else inputs
-            trainer = StageTrainer(
-                *(estimator, network, stage_inputs, examples, objective, seed, number),
-                result,
-            )
-            if checkpoint is not None and state is not None:
-                with checkpoint.reading():
-                    trainer.restore(state)
-                state = None
-            elif estimator.early_stopping:
-                trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
-            score = trainer.train(checkpoint, task)
+        with deferred_interrupts(), in_step():
+            score = _train_stages(*arguments, checkpoint, task, result)
     except KeyboardInterrupt:
         if not (estimator.keep_on_interrupt and result.n_epochs):
             raise
         return result.restore()  # a checkpoint stays, for the same call to resume
     if checkpoint is not None:
         checkpoint.clear()
+    return score
+
+
+def _train_stages(
+    estimator: Any,
+    network: SplitNetwork,
+    inputs: dict[str, Inputs],
+    examples: Examples,
+    objective: Objective,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    task: Task,
+    result: Result,
+) -> float | None:
+    """Train all stages, or those after the state of a checkpoint."""
+    stages, score = estimator.stages_, None
+    state = None if checkpoint is None else checkpoint.state_for(len(stages))
+    for number, stage in enumerate(stages):
+        if state is not None and number < state["stage"]:
+            task.subtask(stage.name, stage.n_epochs)  # done before an interruption
+            continue
+        trainer = StageTrainer(
+            *(estimator, network, inputs[stage.name], examples, objective, seed),
+            *(number, result),
+        )
+        if checkpoint is not None and state is not None:
+            with checkpoint.reading():
+                trainer.restore(state)
+            state = None
+        elif estimator.early_stopping:
+            trainer.keep_if_best(trainer.evaluate())  # a stage may only do harm
+        score = trainer.train(checkpoint, task)
     return score
 
 
@@ -251,7 +276,7 @@ class StageTrainer:
             {key: metrics[key] for key in SHOWN_IN_PROGRESS if key in metrics}
         )
         progress.update()
-        self.is_stopped = task.subtask("epoch").begin().end()
+        self.is_stopped = broadcast(task.subtask("epoch").begin().end())
         if checkpoint is not None:
             checkpoint.save(self._state())
 
@@ -272,7 +297,7 @@ class StageTrainer:
         seed = derived_seed(self._seed, "epoch", self._number, self.n_epochs)
         rng = np.random.default_rng(seed)
         order = rng.permutation(examples.training)
-        torch_seed = int(rng.integers(2**31))
+        torch_seed = own_seed(int(rng.integers(2**31)))
         views = draw_views(rng, len(order), self._inputs.n_views)
         learning_rates = self._learning_rates()
         self._model.train()
@@ -281,11 +306,12 @@ class StageTrainer:
                 self._train_step(order[batch], views[batch])
                 for batch in batches(len(order), batch_size)
             ]
+        broadcast_weights(self._model)  # rounding may differ between machines
         self.n_epochs += 1
         if self.n_epochs == self._stage.n_epochs:
             self._check_last_step(order[:batch_size])
         loss, score = self._loss_and_score(order, results)
-        return {
+        metrics = {
             "stage": self._stage.name,
             "epoch": self.n_epochs,
             "loss": loss,
@@ -294,13 +320,15 @@ class StageTrainer:
             **learning_rates,
             "seconds": time.perf_counter() - start,
         }
+        return broadcast(metrics)
 
     def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Outputs:
         """Update the parameters; return the losses and the outputs."""
         loss, result = self._run(positions, views)
-        self._check_finite(loss, self.n_epochs + 1)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        loss = add_up(loss, self._model.parameters())
+        self._check_finite(loss, self.n_epochs + 1)
         nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._schedule.step()
@@ -309,9 +337,21 @@ class StageTrainer:
     def _run(
         self, positions: Positions, views: NDArray[np.int64]
     ) -> tuple[Tensor, Outputs]:
-        """Return the loss, and the losses and outputs by image."""
+        """Return the loss, and the losses and outputs by image.
+
+        They are those of the images of this process; their loss is its summand of that
+        of the batch.
+        """
+        part = share(len(positions))
+        fraction = (part.stop - part.start) / len(positions)
+        positions, views = positions[part], views[part]
+        if len(positions) == 0:  # the batch has fewer images than there are processes
+            options: Any = {"dtype": torch.float32, "device": self._device}
+            nothing = torch.zeros(0, self._objective.n_outputs, **options)
+            return nothing.sum().requires_grad_(), (nothing[:, 0], nothing)
         targets = torch.from_numpy(self._examples.targets[positions]).to(self._device)
-        weights = torch.from_numpy(self._examples.weights[positions]).to(self._device)
+        weights = torch.from_numpy(self._examples.weights[positions] * fraction)
+        weights = weights.to(self._device)
         batch = self._inputs.batch(positions, views)
         with autocast(self._device, self._estimator.precision_):
             outputs = self._model(batch)
@@ -324,8 +364,9 @@ class StageTrainer:
         self, positions: Positions, results: Sequence[Outputs]
     ) -> tuple[float, float]:
         """Return the mean loss and the score of images, from those of batches."""
+        slices = batches(len(positions), self._estimator.batch_size)
         losses, outputs = (
-            torch.cat(parts).double().cpu().numpy()
+            gather_parts(torch.cat(parts).double().cpu().numpy(), slices)
             for parts in zip(*results, strict=True)
         )
         targets, weights = (
@@ -348,14 +389,14 @@ class StageTrainer:
             for batch in batches(len(validation), self._estimator.batch_size)
         ]
         loss, score = self._loss_and_score(validation, results)
-        return {"validation_loss": loss, "validation_score": score}
+        return broadcast({"validation_loss": loss, "validation_score": score})
 
     @torch.no_grad()
     def _check_last_step(self, positions: Positions) -> None:
         """Raise if the last step, after which no loss is computed, has diverged."""
         self._model.eval()
         loss, _ = self._run(positions, np.zeros_like(positions))
-        self._check_finite(loss, self.n_epochs)
+        self._check_finite(add_up(loss), self.n_epochs)
 
     def _check_finite(self, loss: Tensor, epoch: int) -> None:
         """Raise if the loss is infinite or NaN."""
@@ -409,59 +450,6 @@ class StageTrainer:
         self._estimator.history_[:] = state["history"]
         vars(self).update({name: state[name] for name in PROGRESS})
         self._update_result()
-
-
-class Task:
-    """A fit, stage or epoch as a task of scikit-learn's callbacks.
-
-    Without a context, as before scikit-learn 1.9, it has no effect. `arguments` are
-    those of all callbacks, and `fitted` returns the attributes of the estimator as if
-    the fit had ended now.
-    """
-
-    def __init__(
-        self, context: Any, arguments: dict[str, Any], fitted: Callable[[], Any]
-    ) -> None:
-        self._context = context
-        self._arguments = arguments
-        self._fitted = fitted
-
-    def begin(self) -> Task:
-        """Begin the task, and return it."""
-        if self._context is not None:
-            self._context.call_on_fit_task_begin(**self._arguments)
-        return self
-
-    def subtask(self, name: str, n_subtasks: int = 0) -> Task:
-        """Return the next subtask, which counts even if it never begins."""
-        context = self._context
-        if context is not None:
-            context = context.subcontext(name, max_subtasks=n_subtasks)
-        return Task(context, self._arguments, self._fitted)
-
-    def end(self) -> bool:
-        """End the task; return whether a callback stops the task that contains it."""
-        if self._context is None:
-            return False
-        arguments = {**self._arguments, "reconstruction_attributes": self._fitted}
-        return bool(self._context.call_on_fit_task_end(**arguments))
-
-
-def begin_fit(
-    estimator: Any,
-    X: Any,
-    y: Any,
-    metadata: dict[str, Any],
-    n_stages: int,
-    fitted: Callable[[], dict[str, Any]],
-) -> Task:
-    """Return the task of a fit; `fitted` is as in `Task`."""
-    context = None
-    if hasattr(estimator, "_init_callback_context"):
-        context = estimator._init_callback_context(max_subtasks=n_stages)
-    metadata = {name: value for name, value in metadata.items() if value is not None}
-    arguments = {"estimator": estimator, "X": X, "y": y, "metadata": metadata or None}
-    return Task(context, arguments, fitted).begin()
 
 
 def pooled_inputs(
@@ -520,6 +508,8 @@ def initialize_head(
         batches(len(positions), estimator.batch_size),
         len(positions),
     )
+    if rank() > 0:
+        return  # process 0 sends the weights
     scaler.fit(features, objective.least_scale)
     linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
     is_linear = not hidden and not before
@@ -535,14 +525,22 @@ def initialize_head(
 def _collect(
     run: Callable[[slice], Tensor], slices: Sequence[slice], n: int
 ) -> NDArray[np.float32]:
-    """Run consecutive batches, and return the outputs of all `n` items as one array."""
+    """Run consecutive batches, and return the outputs of all `n` items as one array.
+
+    Each process runs its share of the batches.
+    """
     array = None
-    for batch in slices:
+    for batch in slices[share(len(slices))]:
         outputs = run(batch).float().cpu().numpy()
         if array is None:
             array = new_array((n, *outputs.shape[1:]), np.float32)
         array[batch] = outputs
-    assert array is not None  # there is at least one image
+    # The first process always has a batch.
+    shape = broadcast(None if array is None else array.shape)
+    assert shape is not None
+    if array is None:
+        array = new_array(shape, np.float32)
+    gather_rows(array, [slices[part] for part in shares(len(slices))])
     return array
 
 

@@ -24,6 +24,7 @@ from skltl.images._ranges import PixelRanges
 from skltl.images._source import (
     ImageSource,
     JoinedSource,
+    PartOfSource,
     check_reader,
     check_value_range,
     read_images,
@@ -37,6 +38,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "JoinedSource",
+    "PartOfSource",
     "PixelRanges",
     "Preprocessing",
     "as_float",

@@ -65,6 +65,11 @@ class PixelRanges:
             known_low, known_high = self._ranges.get(kind, (low, high))
             self._ranges[kind] = (min(low, known_low), max(high, known_high))
 
+    def found(self) -> dict[str, tuple[float, float]]:
+        """Return the ranges so far, by kind."""
+        with self._lock:
+            return dict(self._ranges)
+
     def warn_if_odd(self) -> None:
         """Warn about unusual ranges, once with each advice."""
         low, high = self._ranges.get("floats", (0, 1))

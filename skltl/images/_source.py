@@ -306,6 +306,49 @@ class JoinedSource(ImageSource):
             raise type(error)(int(index), *error.args[1:]) from error.__cause__
 
 
+class PartOfSource(ImageSource):
+    """Consecutive images of a source; errors have the index in the whole."""
+
+    def __init__(self, whole: ImageSource, rows: slice) -> None:
+        super().__init__((), decoding=whole.decoding, reader=whole._reader)
+        self._whole = whole
+        self._rows = rows
+        self.ranges = whole.ranges
+        self._reads_other_files = whole._reads_other_files
+
+    def reduced_to(self, least_side: int) -> ImageSource:
+        """Return the same images, decoded at a smaller scale where possible."""
+        return PartOfSource(self._whole.reduced_to(least_side), self._rows)
+
+    def __len__(self) -> int:
+        return int(self._rows.stop - self._rows.start)
+
+    def fetch(self, index: int) -> Any:
+        """Return an item of the whole."""
+        return self._whole.fetch(self._rows.start + index)
+
+    def decode_item(self, index: int, item: Any) -> Decoded:
+        """Decode an item of the whole."""
+        return self._whole.decode_item(self._rows.start + index, item)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether fetching an item may take as long as decoding it."""
+        return self._whole.is_lazy
+
+    def file_of(self, item: Any) -> str | None:
+        """Return the path of an item that is a file, or ``None``."""
+        return self._whole.file_of(item)
+
+    def path(self, index: int) -> str | None:
+        """Return the path of an image, or ``None`` if it is not a file."""
+        return self._whole.path(self._rows.start + index)
+
+    def is_array(self, index: int) -> bool:
+        """Return whether an image is an array or tensor, which is not decoded."""
+        return self._whole.is_array(self._rows.start + index)
+
+
 def read_images(
     X: Any,
     image_shape: tuple[int, ...] | None = None,

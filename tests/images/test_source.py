@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from skltl.images import read_images
+from skltl.exceptions import ImageReadError
+from skltl.images import JoinedSource, PartOfSource, read_images
 
 KINDS = {
     "list of paths": lambda arrays, paths: paths,
@@ -187,3 +188,37 @@ def test_rows_may_be_color_images(image_shape):
 def test_an_image_shape_that_does_not_fit_is_refused(image_shape, words):
     with pytest.raises(ValueError, match=words):
         read_images(np.zeros((2, 63)), image_shape=image_shape)
+
+
+@pytest.mark.parametrize("kind", ["list of paths", "array", "mixed", "joined"])
+def test_a_part_of_a_source_holds_some_of_its_images(images, image_files, kind):
+    if kind == "joined":
+        parts = read_images(images[:4]), read_images(image_files[4:])
+        whole = JoinedSource(*parts)
+    else:
+        whole = read_images(KINDS[kind](images, image_files))
+
+    part = PartOfSource(whole, slice(3, 7))
+
+    np.testing.assert_array_equal(list(part), images[3:7])
+    np.testing.assert_array_equal(list(part.reduced_to(8)), images[3:7])
+    for index in range(4):
+        assert part.path(index) == whole.path(3 + index)
+        assert part.is_array(index) == whole.is_array(3 + index)
+
+
+def test_an_error_in_a_part_of_a_source_has_the_index_in_the_whole(image_files):
+    image_files[5].write_bytes(b"no image")
+    part = PartOfSource(read_images(image_files), slice(3, 7))
+
+    with pytest.raises(ImageReadError, match="Image 5 "):
+        part[2]
+
+
+def test_values_of_a_part_of_a_source_are_those_of_the_whole(images):
+    whole = read_images(images.astype(np.float32))
+
+    list(PartOfSource(whole, slice(3, 7)))
+
+    low, high = images[3:7].min(), images[3:7].max()
+    assert whole.ranges.found() == {"floats": (low, high)}
