@@ -162,7 +162,8 @@ def test_a_file_without_weights_is_small_and_loads_them_by_name(images):
         loaded.transform(images), transformer.transform(images)
     )
     assert loaded.get_params() == transformer.get_params()
-    assert len(pickle.dumps(loaded.set_params(store_weights=True))) == len(whole)
+    whole_again = pickle.dumps(loaded.set_params(store_weights=True))
+    assert abs(len(whole_again) - len(whole)) < 100
 
 
 @pytest.mark.parametrize("writer", ["joblib", "skops"])
