@@ -116,11 +116,7 @@ class ImageEstimator(BaseEstimator):
             state["_versions"] = versions()
             _leave_out(state)
         if "network_" in state:
-            by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
-            size = self.preprocessing_.size
-            state["network_"] = prefix_state(
-                self.backbone_, self.network_, size, by_name
-            )
+            state["network_"] = self._network_state()
             state["layers_"] = [list(point) for point in self.layers_]
             state["preprocessing_"] = asdict(self.preprocessing_)
             del state["backbone_"]  # part of the state of the network
@@ -130,6 +126,12 @@ class ImageEstimator(BaseEstimator):
             if isinstance(state.get(name), PathLike):  # path classes are per system
                 state[name] = fspath(state[name])
         return state
+
+    def _network_state(self):
+        """Return the network as plain data; subclasses may leave out its weights."""
+        by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
+        size = self.preprocessing_.size
+        return prefix_state(self.backbone_, self.network_, size, by_name)
 
     def __setstate__(self, state):
         state = dict(state)

@@ -36,6 +36,7 @@ from skltl.inference import (
     POOLINGS,
     can_pool,
     load_prefix,
+    prefix_reference,
     recorded_blocks,
     resolve_engine,
 )
@@ -152,6 +153,12 @@ class CNNFeatureTransformer(FeatureEstimator):
         ``False`` store nothing. One forward pass per image then serves all main
         layers, clones, folds, processes and later runs; see
         :ref:`the user guide <caching>`.
+    store_weights : bool, default=True
+        Whether pickles and files of the fitted transformer hold the weights of the
+        network. If ``False``, they hold the name of the weights and a digest, which is
+        compared when they are loaded: they are small, as for other processes of a
+        cluster, but need the same weights where they are loaded. Not for a `Backbone`
+        that holds its weights, or random weights.
     n_jobs : int, default=None
         Number of decoding threads. ``None`` is torch's number of threads, -1 the number
         of cores.
@@ -234,6 +241,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
         "on_error": [StrOptions({"raise", "nan"})],
         "cache": ["boolean", str, PathLike, None],
+        "store_weights": ["boolean"],
     }
 
     def __init__(
@@ -256,6 +264,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         value_range=None,
         on_error="raise",
         cache=None,
+        store_weights=True,
         n_jobs=None,
         random_state=None,
         verbose=0,
@@ -277,6 +286,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.value_range = value_range
         self.on_error = on_error
         self.cache = cache
+        self.store_weights = store_weights
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
@@ -377,6 +387,12 @@ class CNNFeatureTransformer(FeatureEstimator):
         if unreadable is not None:
             self.bad_images_ = bad_images(unreadable)
         return features
+
+    def _network_state(self):
+        if self.store_weights:
+            return super()._network_state()
+        size, weights = self.preprocessing_.size, self._fitted_weights
+        return prefix_reference(self.backbone_, self.network_, size, weights)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -23,6 +23,7 @@ from skltl.inference._state import (
     head_from_state,
     head_state,
     prefix_from_state,
+    prefix_reference,
     prefix_state,
 )
 from skltl.inference._torch import (
@@ -60,6 +61,7 @@ __all__ = [
     "n_pooled",
     "pool",
     "prefix_from_state",
+    "prefix_reference",
     "prefix_state",
     "recorded_blocks",
     "release_memory",

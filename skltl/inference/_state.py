@@ -7,8 +7,9 @@ into another network of the same name is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skltl.exceptions import WeightsError
-from skltl.inference._frozen import FrozenPrefix
+from skltl.inference._frozen import FrozenPrefix, load_prefix
 from skltl.networks import (
     Backbone,
     Block,
@@ -26,6 +27,7 @@ from skltl.networks import (
     build_skeleton,
     get_backbone,
     layouts,
+    resolve_weights,
     skeleton,
     state_of,
     structure,
@@ -63,8 +65,56 @@ def prefix_state(
     }
 
 
+def prefix_reference(
+    backbone: Backbone, prefix: FrozenPrefix, image_size: ImageSize, weights: str | None
+) -> State:
+    """Return the name of the weights of a prefix, and their digest, as a state."""
+    if weights is None or backbone.own_state is not None:
+        raise ValueError(
+            "store_weights=False requires weights with a name or in a file, and a "
+            "backbone of torchvision, timm or skltl. Set store_weights=True to save "
+            f"{'random weights' if weights is None else repr(backbone.name)}."
+        )
+    state = prefix_state(backbone, prefix, image_size, by_name=True)
+    digest = digest_of(prefix.blocks.values())
+    return {**state, "weights": None, "reference": [weights, digest]}
+
+
+def _prefix_from_reference(state: State) -> tuple[Backbone, FrozenPrefix]:
+    """Load the weights that a state names; refuse others."""
+    backbone = get_backbone(state["backbone"])
+    image_size, last = tuple(state["image_size"]), state["last_block"]
+    name, digest = state["reference"]
+    saved = (
+        f"The estimator was saved with store_weights=False, with the weights {name!r} "
+        f"of {backbone.name!r} by {_as_text(state['versions'])}"
+    )
+    try:
+        weights = resolve_weights(backbone, name)
+        if last not in skeleton(backbone, image_size).blocks:
+            raise _another_network(backbone, f"it has no block {last!r}", state)
+        prefix = load_prefix(backbone, weights, None, image_size, [last])
+    except WeightsError as error:
+        raise type(error)(f"{saved}. {error}") from error
+    _check_structure(backbone, prefix.blocks.values(), state)
+    if digest_of(prefix.blocks.values()) != digest:
+        raise WeightsError(f"{saved}. The weights of this name are others here.")
+    return backbone, prefix
+
+
+def digest_of(blocks: Iterable[Block]) -> str:
+    """Return a digest of the names, shapes and values of the weights of blocks."""
+    digest = blake2b(digest_size=16)
+    for key, tensor in sorted(state_of(blocks).items()):
+        digest.update(f"{(key, str(tensor.dtype), tuple(tensor.shape))}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def prefix_from_state(state: State) -> tuple[Backbone, FrozenPrefix]:
     """Build the backbone and the frozen prefix of a state; refuse another network."""
+    if "reference" in state:
+        return _prefix_from_reference(state)
     backbone = get_backbone(state["backbone"])
     image_size, last = tuple(state["image_size"]), state["last_block"]
     is_by_value = "structure" in state and state["structure"] is None

@@ -1,5 +1,6 @@
 """A saved transformer holds plain arrays, is small, and extracts the same features."""
 
+import copy
 import io
 import pickle
 from pathlib import Path
@@ -8,10 +9,19 @@ import joblib
 import numpy as np
 import pytest
 import skops.io
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
 from torchvision.models import squeezenet1_1
 
 import skltl
-from skltl import CNNFeatureTransformer, make_feature_pipeline
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    Preprocessing,
+    make_feature_pipeline,
+)
+from skltl.exceptions import WeightsError, WeightsNotFoundError
 
 NETWORKS = {
     "ConvNet": {"backbone": "tiny", "layer": ["stem", "block2"], "image_size": 16},
@@ -128,3 +138,77 @@ def test_a_saved_transformer_keeps_its_network_when_parameters_change(
     loaded = pickle.loads(pickle.dumps(transformer))
 
     np.testing.assert_array_equal(loaded.transform(images), expected)
+
+
+# Files without weights
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = squeezenet1_1(weights=None).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def test_a_file_without_weights_is_small_and_loads_them_by_name(images):
+    transformer = CNNFeatureTransformer("tiny", store_weights=False).fit(images)
+    whole = pickle.dumps(transformer.set_params(store_weights=True))
+    small = pickle.dumps(transformer.set_params(store_weights=False))
+    loaded = pickle.loads(small)
+    assert len(small) < 20_000 < len(whole)
+    np.testing.assert_array_equal(
+        loaded.transform(images), transformer.transform(images)
+    )
+    assert loaded.get_params() == transformer.get_params()
+    whole_again = pickle.dumps(loaded.set_params(store_weights=True))
+    assert abs(len(whole_again) - len(whole)) < 100
+
+
+@pytest.mark.parametrize("writer", ["joblib", "skops"])
+def test_pipelines_without_weights_are_saved(writer, images, weights_file, tmp_path):
+    pipeline = make_feature_pipeline(
+        "squeezenet1_1", "softmax", weights=weights_file, store_weights=False
+    ).fit(images, [0, 1, 2] * 3)
+    expected = pipeline.predict_proba(images)
+    path = tmp_path / "pipeline"
+    if writer == "joblib":
+        joblib.dump(pipeline, path)
+        loaded = joblib.load(path)
+    else:
+        skops.io.dump(pipeline, path)
+        loaded = skops.io.load(path, trusted=skltl.SKOPS_TRUSTED)
+    np.testing.assert_array_equal(loaded.predict_proba(images), expected)
+    assert path.stat().st_size < weights_file.stat().st_size / 10
+
+
+def test_other_and_missing_weights_are_refused(images, weights_file):
+    transformer = CNNFeatureTransformer(
+        "squeezenet1_1", weights=weights_file, store_weights=False
+    )
+    saved = pickle.dumps(transformer.fit(images))
+    state = load_file(weights_file)
+    state["features.0.weight"] += 1
+    save_file(state, weights_file)
+    with pytest.raises(WeightsError, match=r"store_weights=False.*are others here"):
+        pickle.loads(saved)
+    weights_file.unlink()
+    with pytest.raises(WeightsNotFoundError, match=r"store_weights=False.*safetensors"):
+        pickle.loads(saved)
+
+
+def test_what_has_no_name_is_not_saved_without_weights(images):
+    random = CNNFeatureTransformer(
+        "tiny", weights=None, random_state=0, store_weights=False
+    )
+    with pytest.raises(ValueError, match="random weights"):
+        pickle.dumps(random.fit(images))
+    module = torch.nn.Conv2d(3, 4, 3)
+    backbone = Backbone.from_module("own", module, preprocessing=Preprocessing(32))
+    own = CNNFeatureTransformer(backbone, store_weights=False).fit(images)
+    with pytest.raises(ValueError, match="'own'"):
+        pickle.dumps(own)
+    copied = copy.deepcopy(own)  # in memory, nothing is left out
+    np.testing.assert_array_equal(copied.transform(images), own.transform(images))
+    clone(own).fit(images)
