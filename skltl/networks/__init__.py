@@ -45,6 +45,7 @@ from skltl.networks._network import (
 )
 from skltl.networks._registry import (
     get_backbone,
+    is_included,
     is_registered,
     list_backbones,
     register_backbone,
@@ -90,6 +91,7 @@ __all__ = [
     "imagenet_names",
     "is_customized",
     "is_known_code",
+    "is_included",
     "is_module",
     "is_registered",
     "largest_map",
