@@ -62,6 +62,8 @@ class BatchFunction:
         column: str = "path",
         output: str = "features",
     ) -> None:
+        if isinstance(estimator, BatchFunction):  # it keeps all parameters
+            estimator = estimator.estimator
         if isinstance(estimator, Shipped):
             estimator = estimator.estimator
         check_is_fitted(estimator)
@@ -106,7 +108,8 @@ class BatchFunction:
         )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        shipped = Shipped(self.estimator)
+        # The token is fixed: Hugging Face compares pickles to find earlier results.
+        shipped = Shipped(self.estimator, token="batch")
         return BatchFunction, (shipped, self.method, self.column, self.output)
 
     def _images(self, batch: Any) -> Any:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
@@ -163,10 +163,10 @@ def test_another_fit_does_not_change_what_is_not_computed_yet(
     proba = apply(pipeline, X, "predict_proba")
     lazy = transformer.fit(X).transform(X)
 
-    pipeline.fit(paths, labels[::-1] // 1 == (np.arange(9) < 4))
+    pipeline.fit(paths, np.arange(9) < 4)
     transformer.set_params(layer="block1").fit(X)
 
-    assert_array_equal(proba.compute(), expected)
+    assert_allclose(proba.compute(), expected, atol=1e-6)
     assert_array_equal(lazy.compute(), features)
 
 
@@ -211,7 +211,11 @@ def test_apply_runs_whole_pipelines(collection, paths, computed, method, labels)
     assert not computed
     assert lazy.dtype == expected.dtype
     assert lazy.shape[1:] == expected.shape[1:]
-    assert_array_equal(lazy.compute(), expected)
+    found = lazy.compute()
+    if expected.dtype.kind == "f":  # products depend on the number of rows
+        assert_allclose(found, expected, atol=1e-6)
+    else:
+        assert_array_equal(found, expected)
 
 
 def test_apply_runs_regressors_and_transforming_pipelines(paths, images):
@@ -221,7 +225,9 @@ def test_apply_runs_regressors_and_transforming_pipelines(paths, images):
     scaling = make_pipeline(CNNFeatureTransformer("tiny"), StandardScaler())
     scaling.fit(paths)
 
-    assert_array_equal(apply(regressor, X).compute(), regressor.predict(paths))
+    assert_allclose(
+        apply(regressor, X).compute(), regressor.predict(paths), atol=1e-6
+    )
     lazy = apply(scaling, X, "transform")
     assert lazy.dtype == np.float32
     assert_array_equal(lazy.compute(), scaling.transform(paths))
@@ -244,7 +250,7 @@ def test_apply_returns_data_frames_if_the_pipeline_does(paths, output):
 
 def test_apply_runs_networks(paths):
     X, y = da.from_array(paths, chunks=4), np.array(["a", "b", "c"])[np.arange(9) % 3]
-    options = {"max_epochs": 1, "random_state": 0}
+    options = {"head_epochs": 1, "finetune_epochs": 1, "random_state": 0}
     classifier = skltl.FineTunedCNNClassifier("tiny", **options).fit(paths, y)
     regressor = skltl.FineTunedCNNRegressor("tiny", **options).fit(paths, np.arange(9))
     pretrained = skltl.PretrainedCNNClassifier("tiny").fit(paths[:1])
@@ -259,7 +265,10 @@ def test_apply_runs_networks(paths):
         lazy = apply(estimator, X, method)
         expected = getattr(estimator, method)(paths)
         assert lazy.dtype == expected.dtype
-        assert_array_equal(lazy.compute(), expected)
+        if expected.dtype.kind == "f":
+            assert_allclose(lazy.compute(), expected, atol=1e-6)
+        else:
+            assert_array_equal(lazy.compute(), expected)
     assert_array_equal(classifier.transform(X).compute(), classifier.transform(paths))
     with pytest.raises(TypeError, match="Dask Array.*skltl.distributed.apply"):
         classifier.predict(X)
@@ -278,8 +287,8 @@ def test_apply_takes_tables_of_several_columns_and_the_result_for_no_rows(paths)
         apply(model, X)
     lazy = apply(model, X, "predict_proba", meta=np.empty((0, 2)))
 
-    assert_array_equal(lazy.compute(), model.predict_proba(table))
-    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \('n', 3\)"):
+    assert_allclose(lazy.compute(), model.predict_proba(table), atol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(., 2\), expected \('n', 3\)"):
         apply(model, X, "predict_proba", meta=np.empty((0, 3))).compute()
 
 
@@ -332,7 +341,7 @@ def test_lengths_and_types_are_checked_in_fit(transformer, paths):
         transformer.fit(frame_of(paths).assign(other="x"))
     with pytest.raises(ValueError, match="shape"):
         transformer.fit(da.zeros(9))
-    for single in (dask.delayed(paths), X.sum(), frame_of(paths).index):
+    for single in (dask.delayed(paths), X[0], frame_of(paths)["path"].size):
         with pytest.raises(TypeError, match="expected an array, a data frame"):
             transformer.fit(single)
     with pytest.raises(ValueError, match="compute_chunk_sizes"):
@@ -363,7 +372,7 @@ REFUSING = {
         X, np.arange(9)
     ),
     "PretrainedCNNClassifier": lambda X: skltl.PretrainedCNNClassifier("tiny").fit(X),
-    "ImageGridDisplay": lambda X: skltl.ImageGridDisplay.from_indices(X),
+    "ImageGridDisplay": lambda X: skltl.ImageGridDisplay.from_images(X),
 }
 
 
