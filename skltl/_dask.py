@@ -97,7 +97,8 @@ def kind_of(X: Any) -> str:
     modules = {base.__module__ for base in type(X).__mro__}
     for kind, name in (("array", "array"), ("bag", "bag"), ("frame", "dataframe")):
         is_kind = any(module.startswith(f"dask.{name}") for module in modules)
-        if is_kind and hasattr(X, "npartitions") and getattr(X, "ndim", 1):
+        is_single = getattr(X, "ndim", None) == 0
+        if is_kind and hasattr(X, "npartitions") and not is_single:
             return kind
     raise TypeError(
         f"X is a Dask {type(X).__name__}; expected an array, a data frame, a series or "
@@ -107,17 +108,15 @@ def kind_of(X: Any) -> str:
 
 def check_lengths(X: Any, y: Any) -> None:
     """Raise an error if `y` has another length than a collection, if both are known."""
-    n = X.shape[0] if kind_of(X) == "array" else math.nan
-    m = getattr(y, "shape", (math.nan,))[0] if hasattr(y, "shape") else _length(y)
-    is_known = all(isinstance(one, int) for one in (n, m))
-    if is_known and n != m:
+    if kind_of(X) != "array" or not hasattr(y, "__len__"):
+        return
+    shape = getattr(y, "shape", None) or (len(y),)
+    lengths = [X.shape[0], shape[0]]
+    is_known = all(isinstance(length, int) for length in lengths)
+    if is_known and lengths[0] != lengths[1]:
         raise ValueError(
-            f"Found input variables with inconsistent numbers of samples: {[n, m]}"
+            f"Found input variables with inconsistent numbers of samples: {lengths}"
         )
-
-
-def _length(y: Any) -> Any:
-    return len(y) if hasattr(y, "__len__") else math.nan
 
 
 def map_blocks(estimator: Any, X: Any, method: str, empty: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from inspect import signature
 from numbers import Integral
 from os import PathLike, fspath
+from typing import Any
 
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length
@@ -21,6 +22,7 @@ from skltl._sklearn import IMAGE_SIZES, InvalidParameterError, StrOptions
 from skltl.exceptions import shorten
 from skltl.images import (
     MODES,
+    ImageSource,
     Preprocessing,
     check_not_masked,
     check_reader,
@@ -168,7 +170,9 @@ class ImageEstimator(BaseEstimator):
         super().__setstate__(state)
 
 
-def read_images_of(estimator, X, y=None, *, reset=False):
+def read_images_of(
+    estimator: Any, X: Any, y: Any = None, *, reset: bool = False
+) -> ImageSource:
     """Return ``X`` as an image source; no image is decoded.
 
     With `reset`, as in `fit`, the attributes that describe ``X`` are set.

@@ -22,8 +22,9 @@ class BatchFunction:
 
     Parameters
     ----------
-    estimator : estimator
-        Fitted transformer, pipeline, classifier or regressor.
+    estimator : estimator or BatchFunction
+        Fitted transformer, pipeline, classifier or regressor; or a function that has
+        one, for engines that construct the function in their processes, such as Ray.
     method : str, default="transform"
         Method of the estimator, such as ``"predict"`` or ``"predict_proba"``.
     column : str, default="path"
@@ -62,16 +63,14 @@ class BatchFunction:
         column: str = "path",
         output: str = "features",
     ) -> None:
-        if isinstance(estimator, BatchFunction):  # it keeps all parameters
-            estimator = estimator.estimator
-        if isinstance(estimator, Shipped):
+        if isinstance(estimator, (BatchFunction, Shipped)):
             estimator = estimator.estimator
         check_is_fitted(estimator)
         if not callable(getattr(estimator, method, None)):
             raise AttributeError(
                 f"{type(estimator).__name__} has no method {shorten(repr(method))}."
             )
-        self.estimator = estimator
+        self.estimator: Any = estimator
         self.method = method
         self.column = column
         self.output = output

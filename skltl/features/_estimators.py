@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from typing import Any
 
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
@@ -86,7 +87,7 @@ def _without_wrapper_for_dask(fit_transform):
     return wrapped
 
 
-def no_features(estimator):
+def no_features(estimator: Any) -> Any:
     """Return the features of no images, in the container that `set_output` sets."""
     n_features = sum(n_features_by_layer(estimator))
     empty = np.empty((0, n_features), dtype=np.float32)
@@ -103,7 +104,7 @@ def no_features(estimator):
     return pd.DataFrame(empty, columns=estimator.get_feature_names_out())
 
 
-def n_features_by_layer(estimator):
+def n_features_by_layer(estimator: Any) -> list[int]:
     """Return the number of features of each layer of a fitted estimator."""
     blocks = tuple(layer.block for layer in estimator.layers_)
     found = layouts(estimator.backbone_, estimator.preprocessing_.size, blocks)

@@ -41,7 +41,7 @@ def start_cluster():
         cluster = distributed.LocalCluster(
             n_workers=n_workers,
             threads_per_worker=threads_per_worker,
-            dashboard_address=None,
+            dashboard_address=":0",
             memory_limit=0,
         )
         started.append(cluster)

@@ -225,9 +225,7 @@ def test_apply_runs_regressors_and_transforming_pipelines(paths, images):
     scaling = make_pipeline(CNNFeatureTransformer("tiny"), StandardScaler())
     scaling.fit(paths)
 
-    assert_allclose(
-        apply(regressor, X).compute(), regressor.predict(paths), atol=1e-6
-    )
+    assert_allclose(apply(regressor, X).compute(), regressor.predict(paths), atol=1e-6)
     lazy = apply(scaling, X, "transform")
     assert lazy.dtype == np.float32
     assert_array_equal(lazy.compute(), scaling.transform(paths))
@@ -344,9 +342,10 @@ def test_lengths_and_types_are_checked_in_fit(transformer, paths):
     for single in (dask.delayed(paths), X[0], frame_of(paths)["path"].size):
         with pytest.raises(TypeError, match="expected an array, a data frame"):
             transformer.fit(single)
+    images = da.zeros((9, 8, 8, 3))
+    of_unknown_height = images[:, images[0, :, 0, 0] == 0]
     with pytest.raises(ValueError, match="compute_chunk_sizes"):
-        images = da.zeros((9, 8, 8, 3))
-        transformer.fit(images[:, images[0, :, 0, 0] == 0])
+        transformer.fit(of_unknown_height)
 
 
 REFUSING = {
@@ -357,14 +356,12 @@ REFUSING = {
         X, np.arange(9) % 2, CNNFeatureTransformer("tiny")
     ),
     "find_outliers": lambda X: skltl.find_outliers(X, CNNFeatureTransformer("tiny")),
-    "ImageNeighbors": lambda X: skltl.ImageNeighbors(
-        CNNFeatureTransformer("tiny")
-    ).fit(X),
+    "ImageNeighbors": lambda X: skltl.ImageNeighbors(CNNFeatureTransformer("tiny")).fit(
+        X
+    ),
     "ImageSetTransformer": lambda X: skltl.ImageSetTransformer().fit(X),
     "StrategyAdvisor": lambda X: skltl.StrategyAdvisor().fit(X, np.arange(9) % 2),
-    "TransferClassifier": lambda X: skltl.TransferClassifier().fit(
-        X, np.arange(9) % 2
-    ),
+    "TransferClassifier": lambda X: skltl.TransferClassifier().fit(X, np.arange(9) % 2),
     "FineTunedCNNClassifier": lambda X: skltl.FineTunedCNNClassifier("tiny").fit(
         X, np.arange(9) % 2
     ),
