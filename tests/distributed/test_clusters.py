@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from threading import Thread
 
 import joblib
 import numpy as np
@@ -180,16 +181,14 @@ def test_a_search_has_the_scores_of_one_process(
     client, many_paths, tmp_path, is_killed, one_thread
 ):
     paths = np.asarray(many_paths)
+    pids = set(client.run(os.getpid).values())
     expected = searching(tmp_path / "serial").set_params(n_jobs=None).fit(paths, LABELS)
 
     with joblib.parallel_config("dask", wait_for_workers_timeout=60):
         search = searching(tmp_path / "cache")
         if is_killed:
-            with joblib.parallel_config("dask"):
-                timer = client.loop.asyncio_loop  # the search runs in this thread
-                timer.call_soon_threadsafe(
-                    timer.call_later, 1.0, kill_in_the_background, client
-                )
+            killing = Thread(target=kill_a_worker, args=(client,))
+            killing.start()
         search.fit(paths, LABELS)
 
     assert_allclose(
@@ -198,12 +197,8 @@ def test_a_search_has_the_scores_of_one_process(
         atol=1e-12,
     )
     assert search.best_params_ == expected.best_params_
-
-
-def kill_in_the_background(client):
-    import threading
-
-    threading.Thread(target=kill_a_worker, args=(client,)).start()
+    client.wait_for_workers(2)
+    assert (pids == {*client.run(os.getpid).values()}) is not is_killed
 
 
 def test_an_unreadable_image_is_named(client, transformer, many_paths):

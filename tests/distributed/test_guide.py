@@ -7,6 +7,7 @@ from guide_code import GUIDE, blocks_of, create_photographs, run
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from worker_code import FATAL, read_or_die
 
 from skltl import CNNFeatureTransformer, make_feature_pipeline
 
@@ -14,6 +15,8 @@ for package in ("dask", "distributed", "datasets", "ray", "zarr"):
     pytest.importorskip(package, reason="needs skltl[distributed]")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
+
+BLOCKS = blocks_of((GUIDE / "distributed.rst").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +26,9 @@ def found(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        names = run(blocks_of((GUIDE / "distributed.rst").read_text()), {})
+        names = run(BLOCKS, {})
         names["parquet"] = pd.read_parquet("features.parquet")
-        return names
+        yield names
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_predictions_are_those_of_one_process(found):
 
 
 def test_workers_have_the_threads_that_were_configured(found):
-    assert found["n_threads"].result() == 2
+    assert found["n_threads"] == 2
 
 
 def test_classifiers_are_fitted_to_stored_features(found, features):
@@ -64,6 +67,28 @@ def test_classifiers_are_fitted_to_stored_features(found, features):
 
     assert_array_equal(found["logistic"].predict(features), expected.predict(features))
     assert found["sgd"].score(features, found["y"]) > 0.8
+
+
+def test_a_store_continues_where_it_was_killed(found, features):
+    stored, lazy = found["stored"], found["lazy"]
+    rows = found["blocks"][2]
+    assert found["missing"] == found["blocks"]
+    stored[rows] = np.nan  # as if this block had not been written
+    stored[found["blocks"][0]] = 7  # this one is not computed again
+    (store_code,) = [one for one in BLOCKS if "zarr.open_array" in one]
+
+    names = run([store_code], found | {"lazy": lazy})
+
+    assert names["missing"] == [rows]
+    assert_allclose(stored[rows], features[rows], atol=1e-6)
+    assert (stored[found["blocks"][0]] == 7).all()
+
+
+def test_images_that_end_the_process_are_found(found):
+    paths = [str(found["paths"][0]), FATAL, str(found["paths"][1])]
+    transformer = CNNFeatureTransformer("tiny", reader=read_or_die).fit(paths)
+
+    assert found["find_fatal_images"](transformer, paths) == [FATAL]
 
 
 def test_the_search_has_the_scores_of_one_process(found):
