@@ -56,8 +56,9 @@ from distributed import Client, LocalCluster
 from distributed.protocol import pickle
 def main():
     shape = {"n_workers": 2, "threads_per_worker": 1}
-    name = "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS"
-    with dask.config.set({name: n_threads}):
+    environ = "distributed.nanny.pre-spawn-environ"
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+    with dask.config.set({f"{environ}.{name}": n_threads for name in names}):
         cluster = LocalCluster(**shape, dashboard_address=":0")
     with cluster, Client(cluster) as client:
         transformer.fit(paths)
