@@ -75,16 +75,31 @@ def _lazy_for_dask(transform):
     return wrapped
 
 
-def _without_wrapper_for_dask(fit_transform):
+def _without_wrapper_for_dask(of_sklearn):
     """Return a method `fit_transform` that leaves Dask collections to `transform`."""
 
-    @wraps(fit_transform)
-    def wrapped(self, X, y=None, **fit_params):
+    def fit_transform(self, X, y=None, **fit_params):
+        """Fit to images, and return their features.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+        y : array of shape (n,), default=None
+            Targets, as in `fit`.
+        **fit_params
+            Further parameters of `fit`.
+
+        Returns
+        -------
+        array of shape (n, n_features), float32
+            Features, as those of `transform`.
+        """
         if is_dask(X):
             return self.fit(X, y, **fit_params).transform(X)
-        return fit_transform(self, X, y, **fit_params)
+        return of_sklearn(self, X, y, **fit_params)
 
-    return wrapped
+    return fit_transform
 
 
 def no_features(estimator: Any) -> Any:
