@@ -132,6 +132,7 @@ __all__ = [
     "adapt_channels",
     "cache_info",
     "clear_cache",
+    "distributed",
     "drop_bad",
     "exceptions",
     "find_bad_images",
@@ -149,8 +150,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "exceptions":
-        return import_module("skltl.exceptions")
+    if name in {"distributed", "exceptions"}:
+        return import_module(f"skltl.{name}")
     if name in _SUBPACKAGES:
         return getattr(import_module(f"skltl.{_SUBPACKAGES[name]}"), name)
     raise AttributeError(f"module 'skltl' has no attribute {name!r}")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from inspect import signature
 from numbers import Integral
 from os import PathLike, fspath
+from typing import Any
 
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 
+from skltl._collections import check_not_dask
 from skltl._parameters import DTYPES
 from skltl._sklearn import IMAGE_SIZES, InvalidParameterError, StrOptions
 from skltl.exceptions import shorten
 from skltl.images import (
     MODES,
+    ImageSource,
     Preprocessing,
     check_not_masked,
     check_reader,
@@ -31,6 +36,7 @@ from skltl.networks import (
     Backbone,
     ResolvedLayer,
     get_backbone,
+    is_included,
     is_module,
     is_registered,
     versions,
@@ -47,6 +53,24 @@ INPUT_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "_fitted_image_shape"
 LEFT_OUT_OF_FILES = {"cache": None, "checkpoint": None, "verbose": 0}
 
 MAX_MESSAGE_LENGTH = 400
+
+# Whether estimators are pickled for another process of the same computation.
+_IN_TRANSIT = ContextVar("in transit", default=False)
+
+
+@contextmanager
+def in_transit() -> Iterator[None]:
+    """Pickle or unpickle estimators for other processes of the same computation.
+
+    Unlike a file, the pickle keeps the parameters, `cache` included, and a backbone
+    that was registered in this process. Both sides must be in transit: a file cannot
+    ask for it.
+    """
+    token = _IN_TRANSIT.set(True)
+    try:
+        yield
+    finally:
+        _IN_TRANSIT.reset(token)
 
 
 class ImageEstimator(BaseEstimator):
@@ -129,7 +153,8 @@ class ImageEstimator(BaseEstimator):
 
     def _network_state(self):
         """Return the network as plain data; subclasses may leave out its weights."""
-        by_name = isinstance(self.backbone, str) and is_registered(self.backbone_)
+        is_known = is_included if _IN_TRANSIT.get() else is_registered
+        by_name = isinstance(self.backbone, str) and is_known(self.backbone_)
         size = self.preprocessing_.size
         return prefix_state(self.backbone_, self.network_, size, by_name)
 
@@ -147,7 +172,9 @@ class ImageEstimator(BaseEstimator):
         super().__setstate__(state)
 
 
-def read_images_of(estimator, X, y=None, *, reset=False):
+def read_images_of(
+    estimator: Any, X: Any, y: Any = None, *, reset: bool = False
+) -> ImageSource:
     """Return ``X`` as an image source; no image is decoded.
 
     With `reset`, as in `fit`, the attributes that describe ``X`` are set.
@@ -157,6 +184,7 @@ def read_images_of(estimator, X, y=None, *, reset=False):
             vars(estimator).pop(name, None)
         shape = estimator.image_shape  # a list belongs to the user, who may change it
         estimator._fitted_image_shape = None if shape is None else tuple(shape)
+    check_not_dask(X)
     image_shape = estimator._fitted_image_shape
     if image_shape is None:
         is_strict = getattr(estimator, "on_error", "raise") == "raise"
@@ -192,6 +220,8 @@ def _defaults(kind):
 
 
 def _leave_out(state):
+    if _IN_TRANSIT.get():
+        return
     left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
     state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
 
@@ -218,7 +248,7 @@ def for_file(state, name):
     are left out of it, too.
     """
     estimator = state.get(name)
-    if estimator is None or not _has_fitted_attributes(state):
+    if estimator is None or _IN_TRANSIT.get() or not _has_fitted_attributes(state):
         return state
     left_out = {
         path: LEFT_OUT_OF_FILES[path.rpartition("__")[2]]

@@ -11,6 +11,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._collections import check_not_dask
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer
 
@@ -48,6 +49,7 @@ def check_readable(features: NDArray[Any]) -> None:
 
 def fitted_to(X: Any, transformer: Any) -> Any:
     """Return a fitted transformer unchanged, or a clone that is fitted to images."""
+    check_not_dask(X)
     default: Any = CNNFeatureTransformer
     transformer = default() if transformer is None else transformer
     if not hasattr(transformer, "transform"):

@@ -5,6 +5,7 @@ from skltl.features._estimators import (
     HeadEstimator,
     NetworkClassifier,
     n_features_by_layer,
+    no_features,
     output_layout,
 )
 from skltl.features._extraction import (
@@ -50,6 +51,7 @@ __all__ = [
     "fitted_transformer",
     "make_feature_pipeline",
     "n_features_by_layer",
+    "no_features",
     "output_layout",
     "transformer_config",
 ]

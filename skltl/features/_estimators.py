@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._collections import is_dask
+from skltl._dask import map_blocks, one_row
 from skltl._estimator import ImageEstimator, read_images_of
 from skltl._parameters import resolve_threads
-from skltl._sklearn import check_feature_names_in
+from skltl._sklearn import check_feature_names_in, output_config
 from skltl.features._extraction import extract_features, extraction_config
 from skltl.inference import n_pooled
 from skltl.networks import layouts
 
 
 class FeatureEstimator(TransformerMixin, ImageEstimator):
-    """Base class of the estimators whose `transform` returns features of layers."""
+    """Base class of the estimators whose `transform` returns features of layers.
+
+    `transform` of a Dask collection is lazy.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "transform" in vars(cls):
+            # Outside scikit-learn's wrappers, which would compute a lazy array.
+            cls.transform = _lazy_for_dask(cls.transform)
+            cls.fit_transform = _without_wrapper_for_dask(cls.fit_transform)
 
     def get_feature_names_out(self, input_features=None):
         """Get output feature names: backbone, layer and index.
@@ -46,7 +61,65 @@ class FeatureEstimator(TransformerMixin, ImageEstimator):
         return tags
 
 
-def n_features_by_layer(estimator):
+def _lazy_for_dask(transform):
+    """Return a method `transform` that is lazy for Dask collections."""
+
+    @wraps(transform)
+    def wrapped(self, X):
+        if not is_dask(X):
+            return transform(self, X)
+        check_is_fitted(self)
+        read_images_of(self, one_row(X))
+        return map_blocks(self, X, "transform", no_features(self))
+
+    return wrapped
+
+
+def _without_wrapper_for_dask(of_sklearn):
+    """Return a method `fit_transform` that leaves Dask collections to `transform`."""
+
+    def fit_transform(self, X, y=None, **fit_params):
+        """Fit to images, and return their features.
+
+        Parameters
+        ----------
+        X : sequence of n images, or array of shape (n, d) with `image_shape`
+            Images of any kind that `fit` supports.
+        y : array of shape (n,), default=None
+            Targets, as in `fit`.
+        **fit_params
+            Further parameters of `fit`.
+
+        Returns
+        -------
+        array of shape (n, n_features), float32
+            Features, as those of `transform`.
+        """
+        if is_dask(X):
+            return self.fit(X, y, **fit_params).transform(X)
+        return of_sklearn(self, X, y, **fit_params)
+
+    return fit_transform
+
+
+def no_features(estimator: Any) -> Any:
+    """Return the features of no images, in the container that `set_output` sets."""
+    n_features = sum(n_features_by_layer(estimator))
+    empty = np.empty((0, n_features), dtype=np.float32)
+    container = output_config("transform", estimator)["dense"]
+    if container == "default":
+        return empty
+    if container != "pandas":
+        raise ValueError(
+            f"set_output(transform={container!r}) is not available for Dask "
+            "collections; 'default' and 'pandas' are."
+        )
+    import pandas as pd
+
+    return pd.DataFrame(empty, columns=estimator.get_feature_names_out())
+
+
+def n_features_by_layer(estimator: Any) -> list[int]:
     """Return the number of features of each layer of a fitted estimator."""
     blocks = tuple(layer.block for layer in estimator.layers_)
     found = layouts(estimator.backbone_, estimator.preprocessing_.size, blocks)

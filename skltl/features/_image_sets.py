@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from skltl._collections import check_not_dask
 from skltl._estimator import for_file
 from skltl._sklearn import StrOptions, fit_context
 from skltl.exceptions import (
@@ -180,6 +181,7 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
 
 def _flatten(X):
     """Return the images of all samples, and how many each of them has."""
+    check_not_dask(X)
     if hasattr(X, "iloc") and X.ndim == 2:  # iterated by columns
         if X.shape[1] != 1:
             raise ValueError(

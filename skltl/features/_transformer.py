@@ -8,6 +8,8 @@ from os import PathLike, fspath
 
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._collections import is_dask
+from skltl._dask import check_lengths, one_row
 from skltl._estimator import INPUT_ATTRIBUTES, ImageEstimator, read_images_of
 from skltl._parameters import (
     name_of_dtype,
@@ -322,6 +324,9 @@ class CNNFeatureTransformer(FeatureEstimator):
         return self
 
     def _fit(self, X, y):
+        if is_dask(X):
+            check_lengths(X, y)
+            X, y = one_row(X), None
         read_images_of(self, X, y, reset=True)
         device = resolve_device(self.device)
         resolve_threads(self.n_jobs)

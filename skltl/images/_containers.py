@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from skltl._collections import check_not_dask
 from skltl.exceptions import quote, shorten
 from skltl.images._decode import is_tensor, lock_of
 from skltl.images._descriptions import describe_text
@@ -81,6 +82,7 @@ def unwrap(X: Any) -> Any:
     The result is a list, a tuple, an array, a tensor, or `LazyItems`.
     """
     _check_not_single(X)
+    check_not_dask(X)
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
         raise TypeError("Sparse data cannot be images; pass a dense array.")
     check_not_masked(X)

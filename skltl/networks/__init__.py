@@ -45,6 +45,7 @@ from skltl.networks._network import (
 )
 from skltl.networks._registry import (
     get_backbone,
+    is_included,
     is_registered,
     list_backbones,
     register_backbone,
@@ -89,6 +90,7 @@ __all__ = [
     "graph_of",
     "imagenet_names",
     "is_customized",
+    "is_included",
     "is_known_code",
     "is_module",
     "is_registered",

@@ -1,0 +1,154 @@
+"""
+Features by Dask on two workers and by a plain transform
+========================================================
+
+Throughput, peak memory of the client and of the workers, and size of the graph for
+10,000 and 100,000 small JPEG files, which are generated (1,000 of them, repeated).
+Each measurement is made in a new process. The network is loaded, and the workers have
+imported torch, before time is taken.
+
+    python bench_distributed.py --images 10000 100000 --chunk 1000
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from reporting import print_table, write_json
+
+N_FILES = 1000
+SIDE = 64
+
+# Code that is run in a new process and prints JSON.
+COMMON = """
+import json, resource, sys, time
+import numpy as np
+from skltl import CNNFeatureTransformer
+backbone, n_threads, chunk = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if __name__ == "__main__":  # workers of Dask import this script
+    paths = np.array(json.loads(sys.stdin.read()), dtype=object)
+transformer = CNNFeatureTransformer(backbone, weights=sys.argv[4], random_state=0)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+"""
+PLAIN = (
+    COMMON
+    + """
+import torch
+torch.set_num_threads(n_threads)
+transformer.fit(paths).transform(paths[:100])
+start = time.perf_counter()
+features = transformer.transform(paths)
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, peak(), 0, 0, float(features.sum(dtype=float))]))
+"""
+)
+DASK = (
+    COMMON
+    + """
+import dask, dask.array as da
+from distributed import Client, LocalCluster
+from distributed.protocol import pickle
+def main():
+    shape = {"n_workers": 2, "threads_per_worker": 1}
+    environ = "distributed.nanny.pre-spawn-environ"
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+    with dask.config.set({f"{environ}.{name}": n_threads for name in names}):
+        cluster = LocalCluster(**shape, dashboard_address=":0")
+    with cluster, Client(cluster) as client:
+        transformer.fit(paths)
+        first = da.from_array(paths[:200], chunks=100)
+        transformer.transform(first).compute()
+        start = time.perf_counter()
+        lazy = transformer.transform(da.from_array(paths, chunks=chunk))
+        features = lazy.compute()
+        seconds = time.perf_counter() - start
+        of_workers = max(client.run(peak).values())
+        of_client = peak()
+        (graph,) = dask.optimize(lazy)
+        size = len(pickle.dumps(dict(graph.__dask_graph__()))) / 2**20
+    figures = [seconds, of_client, of_workers, size, float(features.sum(dtype=float))]
+    print(json.dumps(figures))
+if __name__ == "__main__":
+    main()
+"""
+)
+WAYS = {
+    "plain, 1 thread": (PLAIN, 1),
+    "plain, 2 threads": (PLAIN, 2),
+    "Dask, 2 x 1 thread": (DASK, 1),
+    "Dask, 2 x 2 threads": (DASK, 2),
+}
+
+
+def create_files(folder):
+    """Create small JPEG files of smooth noise, and return their paths."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(N_FILES):
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        path = Path(folder) / f"{number:04}.jpg"
+        Image.fromarray(coarse).resize((SIDE, SIDE)).save(path, quality=90)
+        paths.append(str(path))
+    return paths
+
+
+def measure(code, folder, paths, *arguments):
+    """Run code as a script in a new process; return what it prints."""
+    script = Path(folder) / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        input=json.dumps(paths),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    """Measure each way and number of images, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--chunk", type=int, default=1000)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--weights", default="pretrained")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rows, sums = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = create_files(folder)
+        for n_images in args.images:
+            paths = [files[index % N_FILES] for index in range(n_images)]
+            for way in args.ways:
+                code, n_threads = WAYS[way]
+                arguments = (args.backbone, n_threads, args.chunk, args.weights)
+                seconds, client, workers, graph, total = measure(
+                    code, folder, paths, *arguments
+                )
+                sums.setdefault(n_images, total)
+                assert np.isclose(total, sums[n_images], rtol=1e-6), "other features"
+                row = {
+                    "": way,
+                    "images": n_images,
+                    "images/s": round(n_images / seconds),
+                    "client (MiB)": round(client),
+                    "worker (MiB)": round(workers),
+                    "graph (MiB)": graph,
+                }
+                print(row, flush=True)
+                rows.append(row)
+    print_table(rows)
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
