@@ -251,6 +251,7 @@ def test_searches_fine_tuning_and_saved_files(multispectral, tmp_path):
     assert not torch.equal(first.state_dict()["stem.0.weight"], trained)
 
 
+@pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
 def test_fine_tuning_augments_all_channels(multispectral):
     seen = []
 
