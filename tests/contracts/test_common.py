@@ -187,7 +187,13 @@ def test_check_estimator(name):
         estimator, expected_failed_checks=excuses, on_skip=None, on_fail=None
     )
 
-    assert unexpected_results(results) == {}
+    unexpected = unexpected_results(results)
+    if name == "transfer, recommended strategy":  # a support vector machine
+        status, _ = unexpected.pop(
+            "check_classifiers_multilabel_output_format_predict_proba"
+        )
+        assert status == "skipped"
+    assert unexpected == {}
     assert sum(result["expected_to_fail"] for result in results) == len(excuses)
     assert len(results) > n_checks
 
