@@ -4,13 +4,13 @@ from skltl.finetuning._classifier import FineTunedCNNClassifier
 from skltl.finetuning._conversion import head_of_pipeline, parts_of_pipeline, unwrapped
 from skltl.finetuning._data import (
     columns_of,
-    decode_crops,
     encode_indicators,
     encode_labels,
     encode_values,
     example_weights,
 )
 from skltl.finetuning._estimator import FineTunedCNN
+from skltl.finetuning._inputs import decode_crops
 from skltl.finetuning._regressor import FineTunedCNNRegressor
 
 __all__ = [

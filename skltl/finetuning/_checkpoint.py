@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from skltl._caller import user_stacklevel
 from skltl._code import description
 from skltl.exceptions import CheckpointWarning
-from skltl.finetuning._data import AugmentedViews, resolve_augment
+from skltl.finetuning._inputs import AugmentedViews, resolve_augment
 from skltl.images import ImageSource, Preprocessing, content_key, file_digest
 from skltl.networks import TORCH_FILE_ERRORS, prefix_digests, structure, versions
 

@@ -56,13 +56,7 @@ from skltl.finetuning._conversion import (
     linear_head,
     parts_of_pipeline,
 )
-from skltl.finetuning._data import (
-    TrainingData,
-    build_inputs,
-    check_picklable,
-    example_weights,
-    split_examples,
-)
+from skltl.finetuning._data import TrainingData, example_weights, split_examples
 from skltl.finetuning._distributed import (
     broadcast,
     check_same,
@@ -70,6 +64,7 @@ from skltl.finetuning._distributed import (
     n_processes,
     rank,
 )
+from skltl.finetuning._inputs import build_inputs, check_picklable
 from skltl.finetuning._network import (
     Pool,
     SplitNetwork,

@@ -27,13 +27,7 @@ from skltl._random import derived_seed, own_random_state
 from skltl.exceptions import InterruptionWarning, TrainingError
 from skltl.finetuning._callbacks import Task
 from skltl.finetuning._checkpoint import Checkpoint
-from skltl.finetuning._data import (
-    Examples,
-    Inputs,
-    Positions,
-    draw_views,
-    stored_inputs,
-)
+from skltl.finetuning._data import Examples, Positions
 from skltl.finetuning._distributed import (
     add_up,
     broadcast,
@@ -47,6 +41,7 @@ from skltl.finetuning._distributed import (
     share,
     shares,
 )
+from skltl.finetuning._inputs import Inputs, draw_views, stored_inputs
 from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
 from skltl.finetuning._objective import Objective
 from skltl.networks import uses_layer_norm

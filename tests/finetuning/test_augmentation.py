@@ -18,7 +18,7 @@ from skltl.exceptions import (
     NonFiniteFeaturesError,
     PersistenceWarning,
 )
-from skltl.finetuning._data import resolve_augment
+from skltl.finetuning._inputs import resolve_augment
 
 # Functions that only these tests know cannot be pickled, of which `fit` warns.
 pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")
