@@ -90,8 +90,8 @@ class PredictionGridDisplay:
     >>> y_true = ["cat", "dog", "cat"]
     >>> proba = [[0.3, 0.7], [0.4, 0.6], [0.8, 0.2]]  # of cat and dog
     >>> display = PredictionGridDisplay.from_predictions(y_true, proba, images)
-    >>> display.summary, display.indices[0]
-    ('1 of 3 wrong', np.int64(0))
+    >>> display.summary, display.indices.tolist()
+    ('1 of 3 wrong', [0, 1, 2])
     """
 
     __module__ = "skltl"
