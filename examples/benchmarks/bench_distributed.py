@@ -4,8 +4,9 @@ Features by Dask on two workers and by a plain transform
 
 Throughput, peak memory of the client and of the workers, and size of the graph for
 10,000 and 100,000 small JPEG files, which are generated (1,000 of them, repeated).
-Each measurement is made in a new process. The network is loaded, and the workers have
-imported torch, before time is taken.
+Features are written to disk, as those of more images than memory holds: by Dask block
+by block, by the plain way at once. Each measurement is made in a new process. The
+network is loaded, and the workers have imported torch, before time is taken.
 
     python bench_distributed.py --images 10000 100000 --chunk 1000
 """
@@ -28,11 +29,13 @@ SIDE = 64
 COMMON = """
 import json, resource, sys, time
 import numpy as np
+from pathlib import Path
 from skltl import CNNFeatureTransformer
-backbone, n_threads, chunk = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+backbone, chunk, n_threads, malloc = sys.argv[1], *map(int, sys.argv[2:5])
+store = Path(sys.argv[6])
 if __name__ == "__main__":  # workers of Dask import this script
     paths = np.array(json.loads(sys.stdin.read()), dtype=object)
-transformer = CNNFeatureTransformer(backbone, weights=sys.argv[4], random_state=0)
+transformer = CNNFeatureTransformer(backbone, weights=sys.argv[5], random_state=0)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 """
@@ -43,9 +46,10 @@ import torch
 torch.set_num_threads(n_threads)
 transformer.fit(paths).transform(paths[:100])
 start = time.perf_counter()
-features = transformer.transform(paths)
+np.save(store / "features.npy", transformer.transform(paths))
 seconds = time.perf_counter() - start
-print(json.dumps([seconds, peak(), 0, 0, float(features.sum(dtype=float))]))
+total = np.load(store / "features.npy", mmap_mode="r").sum(dtype=float)
+print(json.dumps([seconds, peak(), 0, 0, float(total)]))
 """
 )
 DASK = (
@@ -57,8 +61,11 @@ from distributed.protocol import pickle
 def main():
     shape = {"n_workers": 2, "threads_per_worker": 1}
     environ = "distributed.nanny.pre-spawn-environ"
-    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"]
-    with dask.config.set({f"{environ}.{name}": n_threads for name in names}):
+    variables = {"OMP_NUM_THREADS": n_threads, "MKL_NUM_THREADS": n_threads}
+    if malloc:
+        variables["MALLOC_TRIM_THRESHOLD_"] = malloc << 20
+        variables["MALLOC_MMAP_THRESHOLD_"] = 32 << 20  # the most that glibc takes
+    with dask.config.set({f"{environ}.{name}": variables[name] for name in variables}):
         cluster = LocalCluster(**shape, dashboard_address=":0")
     with cluster, Client(cluster) as client:
         transformer.fit(paths)
@@ -66,23 +73,25 @@ def main():
         transformer.transform(first).compute()
         start = time.perf_counter()
         lazy = transformer.transform(da.from_array(paths, chunks=chunk))
-        features = lazy.compute()
+        da.to_npy_stack(store, lazy)
         seconds = time.perf_counter() - start
         of_workers = max(client.run(peak).values())
         of_client = peak()
         (graph,) = dask.optimize(lazy)
         size = len(pickle.dumps(dict(graph.__dask_graph__()))) / 2**20
-    figures = [seconds, of_client, of_workers, size, float(features.sum(dtype=float))]
-    print(json.dumps(figures))
+    total = sum(np.load(path).sum(dtype=float) for path in store.glob("*.npy"))
+    print(json.dumps([seconds, of_client, of_workers, size, float(total)]))
 if __name__ == "__main__":
     main()
 """
 )
+# Code, number of threads, and MiB that the C library keeps instead of returning them.
 WAYS = {
-    "plain, 1 thread": (PLAIN, 1),
-    "plain, 2 threads": (PLAIN, 2),
-    "Dask, 2 x 1 thread": (DASK, 1),
-    "Dask, 2 x 2 threads": (DASK, 2),
+    "plain, 1 thread": (PLAIN, 1, 0),
+    "plain, 2 threads": (PLAIN, 2, 0),
+    "Dask, 2 x 1 thread": (DASK, 1, 0),
+    "Dask, 2 x 1 thread, memory kept": (DASK, 1, 1024),
+    "Dask, 2 x 2 threads": (DASK, 2, 0),
 }
 
 
@@ -128,11 +137,12 @@ def main():
         for n_images in args.images:
             paths = [files[index % N_FILES] for index in range(n_images)]
             for way in args.ways:
-                code, n_threads = WAYS[way]
-                arguments = (args.backbone, n_threads, args.chunk, args.weights)
-                seconds, client, workers, graph, total = measure(
-                    code, folder, paths, *arguments
-                )
+                code, n_threads, malloc = WAYS[way]
+                arguments = (args.backbone, args.chunk, n_threads, malloc, args.weights)
+                with tempfile.TemporaryDirectory() as store:
+                    seconds, client, workers, graph, total = measure(
+                        code, folder, paths, *arguments, store
+                    )
                 sums.setdefault(n_images, total)
                 assert np.isclose(total, sums[n_images], rtol=1e-6), "other features"
                 row = {
