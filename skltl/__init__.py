@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TrainingHistoryDisplay,
         TransferGainDisplay,
     )
+    from skltl.export import export_onnx, export_openvino, to_torch
     from skltl.features import (
         CNNFeatureTransformer,
         ImageSetTransformer,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from skltl.finetuning import FineTunedCNNClassifier, FineTunedCNNRegressor
     from skltl.images import (
         Preprocessing,
+        crop_images,
         drop_bad,
         find_bad_images,
         load_image_folder,
@@ -93,7 +95,10 @@ _SUBPACKAGES = {
     "adapt_channels": "networks",
     "cache_info": "cache",
     "clear_cache": "cache",
+    "crop_images": "images",
     "drop_bad": "images",
+    "export_onnx": "export",
+    "export_openvino": "export",
     "find_bad_images": "images",
     "find_duplicates": "curation",
     "find_label_errors": "curation",
@@ -105,6 +110,7 @@ _SUBPACKAGES = {
     "recommend_strategy": "strategy",
     "register_backbone": "networks",
     "release_memory": "inference",
+    "to_torch": "export",
 }
 
 __all__ = [
@@ -132,9 +138,12 @@ __all__ = [
     "adapt_channels",
     "cache_info",
     "clear_cache",
+    "crop_images",
     "distributed",
     "drop_bad",
     "exceptions",
+    "export_onnx",
+    "export_openvino",
     "find_bad_images",
     "find_duplicates",
     "find_label_errors",
@@ -146,6 +155,7 @@ __all__ = [
     "recommend_strategy",
     "register_backbone",
     "release_memory",
+    "to_torch",
 ]
 
 

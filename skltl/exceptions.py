@@ -5,6 +5,7 @@
     Exception
     ├── ValueError
     │   ├── EngineError           the engine cannot run on this machine
+    │   ├── ExportError           an estimator cannot be exported, or its export differs
     │   ├── ImageReadError        an item of X cannot be read as an image
     │   ├── NonFiniteFeaturesError   the features of an image are NaN or infinite
     │   ├── TrainingError         the loss is NaN or infinite
@@ -41,6 +42,7 @@ __all__ = [
     "CheckpointWarning",
     "EngineError",
     "EngineWarning",
+    "ExportError",
     "ImageFolderWarning",
     "ImageRangeWarning",
     "ImageReadError",
@@ -114,6 +116,10 @@ class EngineWarning(UserWarning):
 
     Features differ in the last digits.
     """
+
+
+class ExportError(ValueError):
+    """An estimator cannot be exported, or its export computes something else."""
 
 
 class ImageFolderWarning(UserWarning):

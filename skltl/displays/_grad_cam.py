@@ -32,12 +32,11 @@ from skltl.features import extract_features, extraction_config, output_layout
 from skltl.finetuning import (
     FineTunedCNNClassifier,
     columns_of,
-    decode_crops,
     head_of_pipeline,
     parts_of_pipeline,
     unwrapped,
 )
-from skltl.images import ImageSource
+from skltl.images import ImageSource, decode_crops
 from skltl.networks import Block, Layout, is_known_code, skeleton
 from skltl.pretrained import PretrainedCNNClassifier
 

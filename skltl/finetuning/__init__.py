@@ -1,7 +1,15 @@
 """Fine-tuning in two stages."""
 
 from skltl.finetuning._classifier import FineTunedCNNClassifier
-from skltl.finetuning._conversion import head_of_pipeline, parts_of_pipeline, unwrapped
+from skltl.finetuning._conversion import (
+    head_of_pipeline,
+    is_multilabel_classifier,
+    linear_function_of,
+    parts_of_pipeline,
+    steps_of,
+    unwrapped,
+    without_names,
+)
 from skltl.finetuning._data import (
     columns_of,
     encode_indicators,
@@ -10,7 +18,6 @@ from skltl.finetuning._data import (
     example_weights,
 )
 from skltl.finetuning._estimator import FineTunedCNN
-from skltl.finetuning._inputs import decode_crops
 from skltl.finetuning._regressor import FineTunedCNNRegressor
 
 __all__ = [
@@ -18,12 +25,15 @@ __all__ = [
     "FineTunedCNNClassifier",
     "FineTunedCNNRegressor",
     "columns_of",
-    "decode_crops",
     "encode_indicators",
     "encode_labels",
     "encode_values",
     "example_weights",
     "head_of_pipeline",
+    "is_multilabel_classifier",
+    "linear_function_of",
     "parts_of_pipeline",
+    "steps_of",
     "unwrapped",
+    "without_names",
 ]

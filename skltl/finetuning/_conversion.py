@@ -34,7 +34,7 @@ def unwrapped(estimator: Any) -> Any:
     if inner is None and isinstance(estimator, FrozenEstimator):
         inner = estimator.estimator
     if inner is None and isinstance(estimator, Pipeline):
-        steps = _steps(estimator)
+        steps = steps_of(estimator)
         inner = steps[0] if len(steps) == 1 else None
     return estimator if inner is None else unwrapped(inner)
 
@@ -47,7 +47,7 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "pass its best_estimator_."
         )
     check_is_fitted(pipeline)
-    steps = _steps(pipeline)
+    steps = steps_of(pipeline)
     first, *between, last = steps if len(steps) > 1 else (*steps, None, None)[:2]
     is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     is_known = isinstance(first, CNNFeatureTransformer) and last is not None
@@ -72,7 +72,7 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     return first, between[0] if between else None, unwrapped(last)
 
 
-def _steps(pipeline: Pipeline) -> list[Any]:
+def steps_of(pipeline: Pipeline) -> list[Any]:
     """Return the steps of a pipeline, without those that pass their input through."""
     steps = [step for _, step in pipeline.steps]
     return [step for step in steps if step is not None and step != "passthrough"]
@@ -82,14 +82,10 @@ def head_of_pipeline(
     pooling: str | int, layout: Layout, scaler: Any, model: Any
 ) -> nn.Sequential:
     """Build the head that is equivalent to a scaler and a linear model."""
-    coef, intercept = _coefficients(model)
+    coef, intercept = linear_function_of(model)
     n_features, n_outputs = coef.shape[1], len(coef)
-    if is_classifier(model):
-        _check_decisions(model, coef, intercept)
-        if not is_multilabel_classifier(model):
-            n_outputs = max(2, n_outputs)
-    else:
-        _check_predictions(model, coef, intercept)
+    if is_classifier(model) and not is_multilabel_classifier(model):
+        n_outputs = max(2, n_outputs)
     with torch_defaults():
         standardize = Standardize(n_features).double()
         # On the meta device: initial weights would advance torch's generator.
@@ -140,6 +136,17 @@ def is_multilabel_classifier(classifier: Any) -> bool:
     return bool(getattr(classifier, "multilabel_", False))
 
 
+def linear_function_of(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the coefficients (n_outputs or 1, d) and intercepts of a linear model.
+
+    A model that decides or predicts in another way than by them is an error.
+    """
+    coef, intercept = _coefficients(model)
+    check = _check_decisions if is_classifier(model) else _check_predictions
+    check(model, coef, intercept)
+    return coef, intercept
+
+
 def _coefficients(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the coefficients (n_outputs or 1, d) and intercepts of a linear model."""
     several = getattr(model, "estimators_", None)
@@ -169,7 +176,7 @@ def _check_decisions(
     points = np.random.default_rng(0).normal(size=(64, coef.shape[1]))
     points[32:] *= 1e3
     expected = np.asarray(points @ coef.T + intercept)
-    bare = _without_names(classifier)
+    bare = without_names(classifier)
     decide = getattr(bare, "decision_function", None)
     decisions = np.zeros((64, 0)) if decide is None else np.asarray(decide(points))
     decisions = decisions.reshape(64, -1)
@@ -203,7 +210,7 @@ def _is_same(classifier: Any, points: NDArray[Any], predicted: NDArray[Any]) -> 
 def _check_predictions(model: Any, coef: NDArray[Any], intercept: NDArray[Any]) -> None:
     """Raise if predictions are not those of one linear function for each output."""
     points = np.random.default_rng(0).normal(size=(64, coef.shape[1]))
-    predicted = np.asarray(_without_names(model).predict(points)).reshape(64, -1)
+    predicted = np.asarray(without_names(model).predict(points)).reshape(64, -1)
     expected = points @ coef.T + intercept
     if predicted.shape != expected.shape or not np.allclose(predicted, expected):
         raise ValueError(
@@ -215,10 +222,10 @@ def _check_predictions(model: Any, coef: NDArray[Any], intercept: NDArray[Any]) 
 
 def n_dimensions_of(model: Any, n_features: int) -> int:
     """Return the number of dimensions of the predictions of a fitted regressor."""
-    return int(np.ndim(_without_names(model).predict(np.zeros((1, n_features)))))
+    return int(np.ndim(without_names(model).predict(np.zeros((1, n_features)))))
 
 
-def _without_names(classifier: Any) -> Any:
+def without_names(classifier: Any) -> Any:
     """Return a shallow copy that does not require feature names.
 
     With ``set_output(transform="pandas")`` it was fitted on named columns.
@@ -226,5 +233,5 @@ def _without_names(classifier: Any) -> Any:
     bare = copy.copy(classifier)
     vars(bare).pop("feature_names_in_", None)
     if hasattr(bare, "estimators_"):
-        bare.estimators_ = [_without_names(part) for part in bare.estimators_]
+        bare.estimators_ = [without_names(part) for part in bare.estimators_]
     return bare

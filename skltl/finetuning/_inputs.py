@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -31,32 +30,12 @@ from skltl.images import (
     PixelRanges,
     Preprocessing,
     as_float,
-    iter_crops,
+    decode_crops,
     normalize,
 )
 from skltl.inference import ExtractionConfig, FrozenPrefix
 
 Positions: TypeAlias = NDArray[np.int64]
-
-
-def decode_crops(
-    source: ImageSource, preprocessing: Preprocessing, n_threads: int
-) -> NDArray[Any]:
-    """Decode, resize and crop all images: (n, h, w, c), uint8 if all of them are."""
-    everything = range(len(source))
-    shape = (len(source), *preprocessing.size, preprocessing.n_channels)
-    array = new_array(shape, np.uint8)
-    with closing(iter_crops(source, everything, preprocessing, 8, n_threads)) as crops:
-        for crop in crops:
-            if crop.pixels.dtype != array.dtype and array.dtype == np.uint8:
-                decoded = array
-                array = new_array(array.shape, np.float32)
-                for position, pixels in enumerate(decoded[: crop.position]):
-                    array[position] = as_float(pixels)
-            is_float = array.dtype != np.uint8
-            array[crop.position] = as_float(crop.pixels) if is_float else crop.pixels
-    source.warn_of_odd_range()
-    return array
 
 
 def _decode_together(

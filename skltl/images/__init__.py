@@ -1,4 +1,11 @@
-"""Read ``X`` and turn it into batches of RGB images."""
+"""Read ``X`` and turn it into batches of RGB images.
+
+Programs that only run exported models use this package without scikit-learn and torch:
+the modules that need scikit-learn are imported when their functions are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from skltl.images._batches import (
     Batch,
@@ -8,10 +15,9 @@ from skltl.images._batches import (
     iter_crops,
     prefetch,
 )
-from skltl.images._check import bad_images, drop_bad, find_bad_images
 from skltl.images._containers import check_not_masked
+from skltl.images._crops import crop_images, decode_crops
 from skltl.images._decode import is_tensor, tensor_to_array
-from skltl.images._folder import load_image_folder
 from skltl.images._identity import (
     FILE_STATE_BYTES,
     content_key,
@@ -30,6 +36,17 @@ from skltl.images._source import (
     read_images,
 )
 
+if TYPE_CHECKING:
+    from skltl.images._check import bad_images, drop_bad, find_bad_images
+    from skltl.images._folder import load_image_folder
+
+_NEED_SKLEARN = {
+    "bad_images": "_check",
+    "drop_bad": "_check",
+    "find_bad_images": "_check",
+    "load_image_folder": "_folder",
+}
+
 __all__ = [
     "FILE_STATE_BYTES",
     "MODES",
@@ -47,6 +64,8 @@ __all__ = [
     "check_reader",
     "check_value_range",
     "content_key",
+    "crop_images",
+    "decode_crops",
     "drop_bad",
     "file_digest",
     "file_identity",
@@ -61,3 +80,9 @@ __all__ = [
     "read_images",
     "tensor_to_array",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_SKLEARN:
+        return getattr(import_module(f"skltl.images.{_NEED_SKLEARN[name]}"), name)
+    raise AttributeError(f"module 'skltl.images' has no attribute {name!r}")

@@ -12,11 +12,18 @@ from skltl.inference._config import (
 from skltl.inference._frozen import (
     FrozenPrefix,
     Runner,
+    build_segments,
     load_prefix,
     load_with_head,
     release_memory,
 )
-from skltl.inference._openvino import ENGINES, can_run, resolve_engine
+from skltl.inference._openvino import (
+    ENGINES,
+    can_run,
+    convert_to_openvino,
+    openvino_core,
+    resolve_engine,
+)
 from skltl.inference._state import (
     as_tensor,
     from_format_2,
@@ -47,8 +54,10 @@ __all__ = [
     "InFlight",
     "Runner",
     "as_tensor",
+    "build_segments",
     "can_pool",
     "can_run",
+    "convert_to_openvino",
     "describe",
     "fingerprints",
     "from_format_2",
@@ -59,6 +68,7 @@ __all__ = [
     "main_layouts",
     "n_in_flight",
     "n_pooled",
+    "openvino_core",
     "pool",
     "prefix_from_state",
     "prefix_reference",

@@ -156,11 +156,6 @@ class OpenVINOEngine:
         self, shape: Sequence[int], pooling: str | int
     ) -> tuple[list[str], Any]:
         """Return the names of the outputs, and a request that computes them."""
-        from openvino.frontend import FrontEndManager, OpConversionFailure
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-        global _process_of_openvino
-        _process_of_openvino = os.getpid()
         is_large = pooling == "flatten"
         names = [
             name
@@ -170,23 +165,13 @@ class OpenVINOEngine:
         ]
         named = {name: self._layouts[name] for name in names}
         network = _PooledNetwork(self._segments, named, pooling)
-        # Not `openvino.convert_model`, which would ask for consent to telemetry.
-        frontend = FrontEndManager().load_by_framework("pytorch")
         example = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
         try:
-            with (
-                torch.device("cpu"),  # not the user's default device
-                warnings.catch_warnings(),
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):
-                warnings.simplefilter("ignore")  # of torch.jit.trace, which they use
-                decoder = TorchScriptPythonDecoder(network, example_input=(example,))
-                model = frontend.convert(frontend.load(decoder))
-        except (RuntimeError, OpConversionFailure) as error:
+            model = convert_to_openvino(network, example)
+        except EngineError as error:
             raise EngineError(
-                "engine='openvino' cannot convert this network; engine='torch' runs "
-                f"all of them. {_summary(error)}"
+                f"engine='openvino' cannot run: {error} engine='torch' runs all "
+                "networks."
             ) from error
         model.reshape(list(shape))
         settings = {
@@ -194,7 +179,7 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        compiled = _core().compile_model(model, "CPU", settings)
+        compiled = openvino_core().compile_model(model, "CPU", settings)
         return names, compiled.create_infer_request()
 
 
@@ -222,6 +207,31 @@ class _PooledNetwork(nn.Module):
         return tuple(features)
 
 
+def convert_to_openvino(module: nn.Module, example: Tensor) -> Any:
+    """Return the OpenVINO model of a module with one input."""
+    from openvino.frontend import FrontEndManager, OpConversionFailure
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    global _process_of_openvino
+    _process_of_openvino = os.getpid()
+    # Not `openvino.convert_model`, which would ask for consent to telemetry.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    try:
+        with (
+            torch.device("cpu"),  # not the user's default device
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")  # of torch.jit.trace, which they use
+            decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+            return frontend.convert(frontend.load(decoder))
+    except (RuntimeError, OpConversionFailure) as error:
+        raise EngineError(
+            f"OpenVINO cannot convert the network. {_summary(error)}"
+        ) from error
+
+
 def _summary(error: Exception) -> str:
     """Return the lines of OpenVINO's message that name what it cannot convert."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -230,7 +240,8 @@ def _summary(error: Exception) -> str:
 
 
 @cache
-def _core() -> Any:
+def openvino_core() -> Any:
+    """Return the interface to OpenVINO's devices."""
     from openvino import Core
 
     return Core()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -63,19 +63,20 @@ def pool(output: Tensor, pooling: str | int, layout: Layout) -> Tensor:
     if pooling == "cls+avg":
         parts = [pool(output, part, layout) for part in ("cls", "avg")]
         return torch.cat(parts, dim=1)
-    chunks = torch.split(output, _images_per_chunk(output))
-    return torch.cat([_pool_chunk(layout.as_map(one), pooling) for one in chunks])
+    pooled = [_pool_chunk(layout.as_map(one), pooling) for one in _chunks(output)]
+    return torch.cat(pooled)
 
 
-def _images_per_chunk(output: Tensor) -> int:
-    """Return the number of images to pool at once, which is small on a CPU.
+def _chunks(output: Tensor) -> Sequence[Tensor]:
+    """Divide an output into few images each on a CPU, which are pooled at once.
 
     The memory of a float32 copy of all of a large feature map would be new to the
-    process, and to get it takes ten times as long as the arithmetic.
+    process, and to get it takes ten times as long as the arithmetic. An exported
+    network has no fixed number of images to divide.
     """
-    if output.device.type != "cpu":
-        return len(output)
-    return max(1, CHUNK // output[0].numel())
+    if output.device.type != "cpu" or torch.compiler.is_compiling():
+        return [output]
+    return torch.split(output, max(1, CHUNK // output[0].numel()))
 
 
 def _pool_chunk(feature_map: Tensor, pooling: str | int) -> Tensor:

@@ -1,0 +1,124 @@
+"""Export to OpenVINO."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from skltl.export._module import metadata_of, module_of
+from skltl.export._parts import split
+from skltl.export._verification import random_crops, verify
+from skltl.inference import convert_to_openvino, openvino_core
+
+# Name of the input, as in files of ONNX.
+INPUT = "images"
+
+
+def export_openvino(
+    estimator: BaseEstimator, path: str | os.PathLike[str], *, X: Any = None
+) -> None:
+    """Export a fitted estimator to files for OpenVINO.
+
+    The files have all that :func:`~skltl.to_torch` converts: its input are crops of
+    images, and its outputs are predictions. OpenVINO predicts from them without torch,
+    scikit-learn and the estimator. They are run once, and compared with the estimator.
+
+    Parameters
+    ----------
+    estimator : estimator
+        A fitted estimator, as for :func:`~skltl.to_torch`.
+    path : str or path-like
+        File to write, which ends with ``.xml``; the weights are written to a file of
+        the same name that ends with ``.bin``. Existing ones are replaced.
+    X : sequence of n images, default=None
+        Images with which the files are compared, of any kind that the estimator
+        supports. ``None`` is eight random images.
+
+    Raises
+    ------
+    ImportError
+        If OpenVINO is not installed.
+    ExportError
+        If a step cannot be converted; or if a label differs from that of the estimator,
+        or a score by more than 0.001 times the largest one. No file is written then.
+
+    See Also
+    --------
+    export_onnx : Export to a file for ONNX Runtime.
+    to_torch : Convert to a torch module.
+    crop_images : Make crops of images, without torch.
+
+    Notes
+    -----
+    The input ``"images"`` is uint8, of shape (n, height, width, n_channels). Outputs
+    are those of :class:`~skltl.export.ExportedNetwork`. The metadata, the section
+    ``"skltl"`` of ``model.get_rt_info``, are the JSON of ``"classes"``,
+    ``"preprocessing"`` (the parameters of `Preprocessing`), ``"backbone"`` and
+    ``"versions"``.
+
+    Weights are stored in float32. OpenVINO may compute in bfloat16 where the processor
+    supports it, unless ``INFERENCE_PRECISION_HINT`` is ``"f32"``, as it is when the
+    files are compared.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skltl import PretrainedCNNClassifier, export_openvino
+    >>> images = np.zeros((2, 80, 80, 3), dtype=np.uint8)
+    >>> classifier = PretrainedCNNClassifier("tiny").fit(images)
+    >>> export_openvino(classifier, "tiny.xml")  # doctest: +SKIP
+    """
+    if find_spec("openvino") is None:
+        raise ImportError(
+            "export_openvino needs openvino. Install it with: pip install "
+            "'skltl[openvino]'"
+        )
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise ValueError(f"path={str(path)!r} must end with .xml.")
+    parts = split(estimator)
+    model = _converted(parts)
+    import openvino
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        openvino.save_model(model, written, compress_to_fp16=False)
+        verify(parts, _runner(written), X, "OpenVINO model")
+        for file in (written.with_suffix(".bin"), written):
+            file.replace(path.parent / file.name)
+
+
+def _converted(parts: Any) -> Any:
+    """Return the OpenVINO model of an estimator."""
+    module = module_of(parts)
+    example = torch.from_numpy(random_crops(parts)[:2])
+    with torch.inference_mode():
+        names = list(module(example))
+    model = convert_to_openvino(module, example)
+    model.inputs[0].set_names({INPUT})
+    for output, name in zip(model.outputs, names, strict=True):
+        output.set_names({name})
+    model.reshape([-1, *example.shape[1:]])
+    for name, text in metadata_of(parts).items():
+        model.set_rt_info(text, ["skltl", name])
+    return model
+
+
+def _runner(path: Path) -> Any:
+    """Return a function that runs a model of OpenVINO."""
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino_core().compile_model(path, "CPU", settings)
+
+    def run(crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        outputs = compiled([crops])
+        return {output.any_name: outputs[output] for output in compiled.outputs}
+
+    return run

@@ -1,0 +1,111 @@
+"""What a fitted estimator consists of, and what it predicts for crops of images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
+
+from skltl.exceptions import ExportError
+from skltl.features import CNNFeatureTransformer, HeadEstimator
+from skltl.finetuning import steps_of, unwrapped
+from skltl.images import Preprocessing, crop_images
+
+# Views that a module can make of a single crop: the crop itself, and its mirror image.
+MAX_VIEWS = 2
+
+# How an exported estimator computes, whatever the estimator itself was set to.
+EXPORTED = {
+    "device": "cpu",
+    "precision": "float32",
+    "engine": "torch",
+    "decode": "exact",
+    "reader": None,
+    "value_range": None,
+    "cache": None,
+    "on_error": "raise",
+    "verbose": 0,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A fitted estimator: what reads the images, and the steps of a pipeline after it.
+
+    `reader` is a `CNNFeatureTransformer`, or a network with a head, which no steps
+    follow. `model` is the estimator itself, without searches and wrappers.
+    """
+
+    reader: Any
+    steps: list[tuple[str, Any]]
+    model: Any
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing of the images."""
+        found: Preprocessing = self.reader.preprocessing_
+        return found
+
+    @property
+    def classes(self) -> NDArray[Any] | None:
+        """The class labels, or ``None`` of a regressor."""
+        return getattr(self.model, "classes_", None)
+
+    def crops(self, X: Any) -> NDArray[np.uint8]:
+        """Return the crops of images, as the estimator reads them; 8 bits only."""
+        reader = self.reader
+        crops = crop_images(
+            X,
+            reader.preprocessing_,
+            image_shape=reader._fitted_image_shape,
+            reader=reader.reader,
+            value_range=reader.value_range,
+        )
+        return crops
+
+    def on_crops(self) -> Any:
+        """Return a copy of the estimator that predicts for crops, as an export does."""
+        reader = copy.copy(self.reader)
+        names = reader.get_params(deep=False).keys() & EXPORTED.keys()
+        reader.set_params(**{name: EXPORTED[name] for name in names})
+        whole = replace(reader.preprocessing_, resize_size=None, mode="center")
+        reader.preprocessing_ = whole
+        reader._fitted_image_shape = None
+        if not self.steps:
+            return reader
+        return Pipeline([("reader", reader), *self.steps])
+
+
+def split(estimator: Any) -> Parts:
+    """Return the parts of a fitted estimator; refuse one that cannot be exported."""
+    check_is_fitted(estimator)
+    model = unwrapped(estimator)
+    if isinstance(model, HeadEstimator):
+        return Parts(model, [], model)
+    if not isinstance(model, Pipeline):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported. Pass a fitted network of "
+            "skltl, or a Pipeline of a CNNFeatureTransformer and a model."
+        )
+    passed = steps_of(model)
+    steps = [(name, step) for name, step in model.steps if step in passed]
+    names = ", ".join(type(step).__name__ for step in passed) or "none"
+    if len(steps) < 2 or not isinstance(passed[0], CNNFeatureTransformer):
+        raise ExportError(
+            "The first step of the pipeline must be a CNNFeatureTransformer, and the "
+            f"last one a model; its steps are {names}."
+        )
+    if not hasattr(passed[-1], "predict"):
+        raise ExportError(f"The last step of the pipeline does not predict: {names}.")
+    n_views = passed[0].n_views
+    if n_views > MAX_VIEWS:
+        raise ExportError(
+            f"The transformer averages n_views={n_views} views of five crops of each "
+            "image, and an exported model takes one crop. Use n_views=1 or 2."
+        )
+    return Parts(passed[0], steps[1:], model)
