@@ -113,7 +113,8 @@ def layer_of(step: Any) -> nn.Module:
 
 @layer_of.register
 def _(step: StandardScaler) -> nn.Module:
-    return Affine(step.mean_, step.scale_)
+    mean = step.mean_ if step.with_mean else None
+    return Affine(mean, step.scale_)
 
 
 @layer_of.register
@@ -163,7 +164,7 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _one_vs_rest(scores: Tensor) -> Tensor:
-    """Return the probabilities of one-vs-rest models, which are scaled to a sum of 1."""
+    """Return the probabilities of one-vs-rest models, scaled to a sum of 1."""
     proba = scores.sigmoid()
     return proba / proba.sum(dim=1, keepdim=True)
 

@@ -92,8 +92,7 @@ def export_onnx(
     >>> classifier = PretrainedCNNClassifier("tiny").fit(images)
     >>> export_onnx(classifier, "tiny.onnx")  # doctest: +SKIP
     """
-    onnx = _import("onnx")
-    runtime = _import("onnxruntime")
+    onnx, runtime, _ = map(_import, ("onnx", "onnxruntime", "onnxscript"))
     parts = split(estimator)
     try:
         model = _converted(module_of(parts), parts)

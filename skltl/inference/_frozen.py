@@ -169,8 +169,11 @@ def build_segments(
         parts.append(block)
         if name in ends:
             graph, layers, constants = parts_of(parts)
-            layers = copy.deepcopy(fold_batch_norms(graph, layers))
-            segment = Block(graph, _with_short_names(graph, layers), constants)
+            folded = fold_batch_norms(graph, layers)
+            new = [one for name, one in folded.items() if one is not layers[name]]
+            # What is new need not be copied: weights have some 100 MB.
+            copies = copy.deepcopy(folded, {id(one): one for one in new})
+            segment = Block(graph, _with_short_names(graph, copies), constants)
             freeze([segment])  # the folded convolutions are new
             segments[name] = _with_dtype(segment.to(device), dtype)
             parts = []

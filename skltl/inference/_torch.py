@@ -74,7 +74,9 @@ def _chunks(output: Tensor) -> Sequence[Tensor]:
     process, and to get it takes ten times as long as the arithmetic. An exported
     network has no fixed number of images to divide.
     """
-    if output.device.type != "cpu" or torch.compiler.is_compiling():
+    jit: Any = torch.jit
+    is_exported = torch.compiler.is_compiling() or jit.is_tracing()
+    if output.device.type != "cpu" or is_exported:
         return [output]
     return torch.split(output, max(1, CHUNK // output[0].numel()))
 

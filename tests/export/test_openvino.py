@@ -1,0 +1,130 @@
+"""A model of OpenVINO predicts what the estimator predicts."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from small_pipeline import pipeline
+
+from skltl import (
+    FineTunedCNNClassifier,
+    Preprocessing,
+    crop_images,
+    export_openvino,
+)
+from skltl.exceptions import ExportError
+
+openvino = pytest.importorskip("openvino")
+
+
+def run(path, images):
+    """Run a model as a program without torch would; return its outputs and facts."""
+    core = openvino.Core()
+    model = core.read_model(path)
+    facts = {
+        name: json.loads(model.get_rt_info(["skltl", name]).value)
+        for name in ("classes", "preprocessing", "backbone", "versions")
+    }
+    crops = crop_images(images, Preprocessing(**facts["preprocessing"]))
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(model, "CPU", settings)
+    outputs = compiled([crops])
+    return {one.any_name: outputs[one] for one in compiled.outputs}, facts
+
+
+def assert_same_predictions(estimator, images, path):
+    export_openvino(estimator, path)
+    for n_images in (len(images), 1):
+        found, facts = run(path, images[:n_images])
+        predicted = estimator.predict(images[:n_images])
+        if "values" in found:
+            np.testing.assert_allclose(found.pop("values"), predicted, rtol=1e-3)
+        elif "labels" in found:
+            np.testing.assert_array_equal(found.pop("labels"), predicted)
+        else:
+            classes = np.array(facts["classes"])
+            np.testing.assert_array_equal(classes[found.pop("index")], predicted)
+        if "scores" in found:
+            scores = estimator.decision_function(images[:n_images])
+            atol = 1e-3 * abs(scores).max()
+            np.testing.assert_allclose(found.pop("scores"), scores, atol=atol)
+        if "probabilities" in found:
+            proba = estimator.predict_proba(images[:n_images])
+            np.testing.assert_allclose(found.pop("probabilities"), proba, atol=1e-3)
+        assert not found
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [StandardScaler(), LogisticRegression()],
+        [CalibratedClassifierCV(LinearSVC(C=0.01), cv=2)],
+        [StandardScaler(), Ridge(10)],
+    ],
+    ids=lambda steps: type(steps[-1]).__name__,
+)
+def test_pipelines(steps, training_images, labels, images, tmp_path):
+    is_regression = isinstance(steps[-1], Ridge)
+    y = np.arange(40.0) + 1 if is_regression else labels
+    fitted = pipeline(*steps).fit(training_images, y)
+    assert_same_predictions(fitted, images, tmp_path / "model.xml")
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["model.bin", "model.xml"]
+
+
+def test_networks_with_heads(training_images, indicators, images, tmp_path):
+    tuned = FineTunedCNNClassifier(
+        "tiny",
+        conv_channels=[4],
+        head_epochs=1,
+        finetune_epochs=1,
+        random_state=0,
+        engine="torch",
+        precision="float32",
+    )
+    tuned.fit(training_images, indicators)
+    assert_same_predictions(tuned, images, tmp_path / "model.xml")
+
+
+@pytest.mark.parametrize("n_images", [1, 40])
+def test_large_feature_maps_are_pooled_for_any_number_of_images(
+    n_images, training_images, labels, tmp_path
+):
+    # At their first layer, few images are pooled at once.
+    fitted = pipeline(LogisticRegression(C=1e-3), layer="stem", image_size=160)
+    fitted.fit(training_images, labels)
+    export_openvino(fitted, tmp_path / "model.xml", X=training_images[:2])
+    found, _ = run(tmp_path / "model.xml", training_images[:n_images])
+    expected = fitted.decision_function(training_images[:n_images])
+    np.testing.assert_allclose(found["scores"], expected, atol=1e-3)
+
+
+class Doubled(StandardScaler):
+    """A scaler whose results are other than those of its class."""
+
+    def transform(self, X, copy=None):
+        return 2 * super().transform(X, copy)
+
+
+def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
+    wrong = pipeline(Doubled(), LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(ExportError, match=r"scores of the OpenVINO model .* by \d"):
+        export_openvino(wrong, tmp_path / "model.xml")
+    kernel = pipeline(StandardScaler(), SVC()).fit(training_images, labels)
+    with pytest.raises(ExportError, match="'svc' cannot be exported"):
+        export_openvino(kernel, tmp_path / "model.xml")
+    with pytest.raises(ValueError, match=r"must end with \.xml"):
+        export_openvino(wrong, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package(training_images, labels, tmp_path, monkeypatch):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"'skltl\[openvino\]'"):
+        export_openvino(fitted, tmp_path / "model.xml")

@@ -1,0 +1,331 @@
+"""A torch module predicts what the estimator predicts."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.feature_selection import SelectKBest
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import (
+    MaxAbsScaler,
+    MinMaxScaler,
+    Normalizer,
+    QuantileTransformer,
+    RobustScaler,
+    StandardScaler,
+)
+from sklearn.svm import SVC, LinearSVC
+from small_pipeline import pipeline, transformer
+
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
+    Preprocessing,
+    PretrainedCNNClassifier,
+    TransferClassifier,
+    crop_images,
+    make_feature_pipeline,
+    to_torch,
+)
+from skltl.exceptions import ExportError
+
+
+def outputs_of(module, images):
+    """Run a module on crops of images."""
+    crops = crop_images(images, module.preprocessing_)
+    with torch.inference_mode():
+        outputs = module(torch.from_numpy(crops))
+    return {name: output.numpy() for name, output in outputs.items()}
+
+
+def assert_same_predictions(estimator, images):
+    """Compare a module with the methods of its estimator."""
+    module = to_torch(estimator)
+    found = outputs_of(module, images)
+    if hasattr(estimator, "decision_function"):
+        scores = estimator.decision_function(images)
+        atol = 1e-4 * abs(scores).max()
+        np.testing.assert_allclose(found.pop("scores"), scores, atol=atol)
+    if hasattr(estimator, "predict_proba"):
+        proba = estimator.predict_proba(images)
+        np.testing.assert_allclose(found.pop("probabilities"), proba, atol=1e-4)
+    predicted = estimator.predict(images)
+    if "labels" in found:
+        np.testing.assert_array_equal(found.pop("labels"), predicted)
+    elif "index" in found:
+        np.testing.assert_array_equal(module.classes_[found.pop("index")], predicted)
+    else:
+        np.testing.assert_allclose(found.pop("values"), predicted, rtol=1e-4, atol=1e-4)
+    assert not found
+    return module
+
+
+@pytest.mark.parametrize("classifier", ["svm", "softmax", "ovr"])
+@pytest.mark.parametrize("targets", ["four classes", "two classes", "labels"])
+def test_linear_classifiers(
+    classifier, targets, training_images, labels, indicators, images
+):
+    y = {
+        "four classes": labels,
+        "two classes": np.arange(40) % 4 < 2,
+        "labels": indicators,
+    }
+    fitted = make_feature_pipeline("tiny", classifier, layer="block2", engine="torch")
+    fitted.set_params(feat__precision="float32").fit(training_images, y[targets])
+    assert_same_predictions(fitted, images)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [LinearSVC(C=0.01)],
+        [StandardScaler(with_mean=False), RidgeClassifier(100)],
+        [MinMaxScaler(clip=True), LogisticRegression()],
+        [MinMaxScaler((-1, 2)), LogisticRegression()],
+        [MaxAbsScaler(), LogisticRegression()],
+        [RobustScaler(), OneVsRestClassifier(LogisticRegression(C=0.01))],
+        [Normalizer("l1"), LogisticRegression(C=1000)],
+        [Normalizer("max"), LogisticRegression()],
+        [StandardScaler(), PCA(5, whiten=True), LinearDiscriminantAnalysis()],
+        [TruncatedSVD(5, random_state=0), Normalizer(), LinearSVC()],
+        [SelectKBest(k=20), "passthrough", LogisticRegression()],
+        [StandardScaler(), CalibratedClassifierCV(LinearSVC(C=0.01), cv=3)],
+        [CalibratedClassifierCV(RidgeClassifier(100), cv=2, ensemble=False)],
+        [StandardScaler(), Ridge(10)],
+    ],
+    ids=lambda steps: "-".join(str(step).partition("(")[0] for step in steps),
+)
+def test_scalers_and_linear_models(steps, training_images, labels, images):
+    y = np.arange(40.0) % 4 if isinstance(steps[-1], Ridge) else labels
+    fitted = pipeline(*steps).fit(training_images, y)
+    assert_same_predictions(fitted, images)
+
+
+def test_calibration_of_two_classes(training_images, labels, images):
+    calibrated = CalibratedClassifierCV(LinearSVC(C=0.01), cv=2)
+    fitted = pipeline(calibrated).fit(training_images, labels == "red")
+    assert_same_predictions(fitted, images)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"layer": ["block3", "block1"]},
+        {"pooling": "avgmax"},
+        {"pooling": 2},
+        {"pooling": "flatten", "layer": "block4"},
+        {"n_views": 2},
+        {"image_size": (64, 48), "crop": "pad"},
+    ],
+    ids=str,
+)
+def test_parameters_of_the_transformer(parameters, training_images, labels, images):
+    classifier = LogisticRegression(C=1e-3)
+    fitted = pipeline(classifier, **parameters).fit(training_images, labels)
+    assert_same_predictions(fitted, images)
+
+
+def test_several_values(training_images, images):
+    y = np.random.default_rng(0).normal(size=(40, 3))
+    fitted = pipeline(StandardScaler(), Ridge(10)).fit(training_images, y)
+    assert_same_predictions(fitted, images)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"conv_channels": [4]}, {"hidden_units": [8], "dropout": 0.5, "pooling": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("targets", ["four classes", "two classes", "labels"])
+def test_fine_tuned_classifiers(
+    parameters, targets, training_images, labels, indicators, images
+):
+    y = {"four classes": labels, "two classes": labels == "red", "labels": indicators}
+    classifier = FineTunedCNNClassifier(
+        "tiny",
+        head_epochs=1,
+        finetune_epochs=1,
+        random_state=0,
+        engine="torch",
+        precision="float32",
+        **parameters,
+    )
+    assert_same_predictions(classifier.fit(training_images, y[targets]), images)
+
+
+def test_fine_tuned_regressor(training_images, images):
+    regressor = FineTunedCNNRegressor(
+        "tiny",
+        head_epochs=1,
+        finetune_epochs=1,
+        random_state=0,
+        engine="torch",
+        precision="float32",
+    )
+    regressor.fit(training_images, np.arange(40) * 100.0)
+    assert_same_predictions(regressor, images)
+
+
+@pytest.mark.parametrize("class_map", [None, "dict", "learn"])
+def test_pretrained_classifiers(class_map, training_images, labels, images):
+    classifier = PretrainedCNNClassifier("tiny", engine="torch", precision="float32")
+    if class_map == "dict":
+        names = classifier.fit(training_images).categories_
+        class_map = {"few": names[:3].tolist(), "many": names[3:150].tolist()}
+    classifier.set_params(class_map=class_map).fit(training_images, labels)
+    assert_same_predictions(classifier, images)
+
+
+def test_searches_and_wrappers(training_images, labels, images):
+    grid = {"logisticregression__C": [0.01, 0.1]}
+    search = GridSearchCV(pipeline(LogisticRegression()), grid, cv=2)
+    assert_same_predictions(search.fit(training_images, labels), images)
+    transfer = TransferClassifier(
+        strategy="extract", transformer=transformer(layer="last"), random_state=0
+    )
+    assert_same_predictions(transfer.fit(training_images, labels), images)
+
+
+def test_feature_names_do_not_matter(training_images, labels, images):
+    pytest.importorskip("pandas")
+    fitted = pipeline(StandardScaler(), LogisticRegression())
+    fitted.set_output(transform="pandas").fit(training_images, labels)
+    assert_same_predictions(fitted, images)
+
+
+def test_files_of_any_size(training_images, labels, tmp_path):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    paths = [tmp_path / "wide.png", tmp_path / "gray.png"]
+    Image.fromarray(training_images[0]).resize((300, 100)).save(paths[0])
+    Image.fromarray(training_images[1]).convert("L").save(paths[1])
+    assert_same_predictions(fitted, paths)
+
+
+def test_rows_of_pixels(digits):
+    rows, y = digits[0][:40], digits[1][:40] % 2
+    fitted = pipeline(LogisticRegression(), image_shape=(8, 8)).fit(rows, y)
+    module = to_torch(fitted)
+    crops = crop_images(rows[:9], module.preprocessing_, image_shape=(8, 8))
+    assert crops.dtype == np.float32
+    scores = module(torch.from_numpy(crops))["scores"].numpy()
+    np.testing.assert_allclose(scores, fitted.decision_function(rows[:9]), atol=1e-4)
+
+
+@pytest.mark.real_data
+def test_imagenet_weights(squeezenet_weights, flowers):
+    paths = flowers[0][::40]
+    classifier = PretrainedCNNClassifier("squeezenet1_0", weights=squeezenet_weights)
+    classifier.set_params(engine="torch", precision="float32").fit(paths)
+    assert_same_predictions(classifier, paths)
+
+
+def test_the_module_describes_itself(training_images, labels):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    module = to_torch(fitted)
+    metadata = {name: json.loads(text) for name, text in module.metadata_.items()}
+    assert metadata["classes"] == ["blue", "green", "red", "yellow"]
+    assert Preprocessing(**metadata["preprocessing"]) == module.preprocessing_
+    assert metadata["backbone"] == "tiny"
+    assert {"skltl", "torch", "scikit-learn"} <= metadata["versions"].keys()
+
+
+def test_the_module_is_independent_of_the_estimator(training_images, labels, images):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    expected = fitted.decision_function(images)
+    module = to_torch(fitted)
+    fitted.fit(training_images[:, ::-1], labels[::-1])
+    np.testing.assert_allclose(
+        outputs_of(module, images)["scores"], expected, atol=1e-3
+    )
+    assert not any(weights.requires_grad for weights in module.parameters())
+
+
+# About kernels in the order of memory that is fast on a CPU.
+@pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")
+def test_an_exported_program_takes_any_number_of_images(
+    training_images, labels, images
+):
+    fitted = pipeline(StandardScaler(), LogisticRegression())
+    fitted.fit(training_images, labels)
+    module = to_torch(fitted)
+    crops = torch.from_numpy(crop_images(images, module.preprocessing_))
+    program = torch.export.export(
+        module, (crops[:2],), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=module.metadata_)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    expected = fitted.decision_function(images)
+    for n_images in (1, 9):
+        scores = loaded(crops[:n_images])["scores"].numpy()
+        np.testing.assert_allclose(scores, expected[:n_images], atol=1e-4)
+
+
+class Doubled(StandardScaler):
+    """A scaler whose results are other than those of its class."""
+
+    def transform(self, X, copy=None):
+        return 2 * super().transform(X, copy)
+
+
+def test_a_wrong_module_is_refused(training_images, labels):
+    fitted = pipeline(Doubled(), LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(ExportError, match=r"scores of the torch module .* by \d"):
+        to_torch(fitted)
+
+
+class Reversed(LogisticRegression):
+    """A classifier that predicts other classes than those with the highest scores."""
+
+    def predict_proba(self, X):
+        return super().predict_proba(X)[:, ::-1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([KNeighborsClassifier()], "'kneighborsclassifier' .* no coef_"),
+        ([SVC()], "'svc' .* no coef_"),
+        ([QuantileTransformer(n_quantiles=5), LinearSVC()], "'quantiletransformer'"),
+        ([Reversed()], "'reversed' .* neither the softmax nor"),
+        (
+            [CalibratedClassifierCV(LinearSVC(), method="isotonic", cv=2)],
+            "'calibratedclassifiercv' .*'isotonic'",
+        ),
+        ([StandardScaler()], "does not predict"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors_name_the_step(steps, message, training_images, labels):
+    fitted = pipeline(*steps).fit(training_images, labels)
+    with pytest.raises(ExportError, match=message):
+        to_torch(fitted)
+
+
+def test_other_estimators_are_refused(training_images, labels):
+    with pytest.raises(ExportError, match="CNNFeatureTransformer cannot be exported"):
+        to_torch(transformer().fit(training_images))
+    views = pipeline(LogisticRegression(), n_views=10).fit(training_images, labels)
+    with pytest.raises(ExportError, match="n_views=10 views"):
+        to_torch(views)
+    features = CNNFeatureTransformer("tiny").fit_transform(training_images)
+    with pytest.raises(ExportError, match="LogisticRegression cannot be exported"):
+        to_torch(LogisticRegression().fit(features, labels))
+
+
+def test_images_of_the_user_are_compared(training_images, labels):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    to_torch(fitted, X=training_images[:3])
+    with pytest.raises(ExportError, match="other than 8 bits"):
+        to_torch(fitted, X=training_images[:3] / 255)
