@@ -5,8 +5,8 @@ Exports of pipelines: agreement with the pipeline, and throughput
 For each network, a pipeline of features and logistic regression is exported as a torch
 module, to ONNX and to OpenVINO. The table has the largest difference between the scores
 of the export and those of the pipeline, in units of the largest score; whether all
-labels are equal; and images per second, on crops that are decoded already, beside those
-of the pipeline, which decodes them. The images are photographs of flowers, if
+labels are equal; and the throughput of each, from image files to predictions, for all
+images at once and for a single one. The images are photographs of flowers, if
 SKLTL_TEST_DATA is set, or random ones.
 
     SKLTL_TEST_DATA=... python bench_export.py --images 50
@@ -117,48 +117,50 @@ def exports_of(fitted, folder):
     }
 
 
-def rate(function, n_images, n_repeats):
-    """Return images per second, the best of several runs."""
+def seconds_of(function, n_repeats):
+    """Return the time that a function takes, the least of several runs."""
     seconds = []
     for _ in range(n_repeats):
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
-    return round(n_images / min(seconds), 1)
+    return min(seconds)
 
 
 def measure(name, paths, labels, folder, n_repeats):
-    """Return a row of the table for each export of a network."""
+    """Return a row of the table for the pipeline and for each of its exports."""
     weights = weights_of(name)
     fitted = make_feature_pipeline(
         name, "softmax", weights=weights, engine="torch", random_state=0
     )
     fitted.set_params(feat__precision="float32").fit(paths, labels)
-    crops = crop_images(paths, fitted[0].preprocessing_)
-    scores, predicted = fitted.decision_function(crops), fitted.predict(crops)
-    n = len(paths)
+    scores, predicted = fitted.decision_function(paths), fitted.predict(paths)
+    n_threads = torch.get_num_threads()
     rows = []
-    ways = {"pipeline": None, **exports_of(fitted, folder)}
-    for way, run in ways.items():
-        row = {"network": f"{name}{'' if weights else ' (random)'}", "": way}
-        if run is None:
-            row |= {"difference": "", "labels": ""}
-            row["images/s"] = rate(lambda: fitted.predict(crops), n, n_repeats)
-            row["one image (ms)"] = 1000 / rate(
-                lambda: fitted.predict(crops[:1]), 1, n_repeats
-            )
-        else:
-            found = run(crops)
-            difference = np.abs(found["scores"] - scores).max() / np.abs(scores).max()
-            is_equal = (fitted.classes_[found["index"]] == predicted).all()
-            row |= {"difference": f"{difference:.0e}"}
-            row |= {"labels": "equal" if is_equal else "different"}
-            row["images/s"] = rate(lambda run=run: run(crops), n, n_repeats)
-            row["one image (ms)"] = 1000 / rate(
-                lambda run=run: run(crops[:1]), 1, n_repeats
-            )
+
+    def add(way, predict, difference="", agreement=""):
+        throughput = len(paths) / seconds_of(lambda: predict(paths), n_repeats)
+        row = {
+            "network": name if weights else f"{name} (random)",
+            "": way,
+            "difference": difference,
+            "labels": agreement,
+            "images/s": f"{throughput:.1f}",
+            "one image (ms)": round(1000 * seconds_of(lambda: predict(paths[:1]), 3)),
+        }
         print(row, flush=True)
         rows.append(row)
+
+    add("pipeline", fitted.predict)
+    for way, run in exports_of(fitted, folder).items():
+
+        def predict(images, run=run):
+            return run(crop_images(images, fitted[0].preprocessing_, n_jobs=n_threads))
+
+        found = predict(paths)
+        difference = np.abs(found["scores"] - scores).max() / np.abs(scores).max()
+        is_equal = (fitted.classes_[found["index"]] == predicted).all()
+        add(way, predict, f"{difference:.0e}", "equal" if is_equal else "different")
     return rows
 
 
