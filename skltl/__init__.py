@@ -142,6 +142,7 @@ __all__ = [
     "distributed",
     "drop_bad",
     "exceptions",
+    "export",
     "export_onnx",
     "export_openvino",
     "find_bad_images",
@@ -160,7 +161,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"distributed", "exceptions"}:
+    if name in {"distributed", "exceptions", "export"}:
         return import_module(f"skltl.{name}")
     if name in _SUBPACKAGES:
         return getattr(import_module(f"skltl.{_SUBPACKAGES[name]}"), name)

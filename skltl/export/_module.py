@@ -50,6 +50,8 @@ class ExportedNetwork(nn.Module):
         packages.
     """
 
+    __module__ = "skltl.export"
+
     def __init__(
         self,
         features: nn.Module,

@@ -60,7 +60,7 @@ def test_neither_torch_nor_sklearn_is_needed(image_files):
     code = """
     import sys
 
-    for name in ("torch", "torchvision", "sklearn", "scipy", "joblib", "pandas", "tqdm"):
+    for name in ("torch", "torchvision", "sklearn", "scipy", "joblib", "tqdm"):
         sys.modules[name] = None  # an import raises ImportError
     from skltl import Preprocessing, crop_images
     from skltl.exceptions import ImageReadError
