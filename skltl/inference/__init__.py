@@ -19,6 +19,7 @@ from skltl.inference._frozen import (
 from skltl.inference._openvino import ENGINES, can_run, resolve_engine
 from skltl.inference._state import (
     as_tensor,
+    digest_of,
     from_format_2,
     head_from_state,
     head_state,
@@ -50,6 +51,7 @@ __all__ = [
     "can_pool",
     "can_run",
     "describe",
+    "digest_of",
     "fingerprints",
     "from_format_2",
     "head_from_state",
