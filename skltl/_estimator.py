@@ -196,7 +196,7 @@ def read_images_of(
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
         X = validate_data(estimator, X, reset=reset, dtype="numeric")
         options = {"image_shape": image_shape}
-    options["n_channels"] = _n_channels(estimator, reset)
+    options["n_channels"] = n_channels_of(estimator, reset)
     value_range = estimator.value_range
     if value_range is not None:
         options["value_range"] = tuple(map(float, value_range))
@@ -206,7 +206,7 @@ def read_images_of(
     return source
 
 
-def _n_channels(estimator, reset):
+def n_channels_of(estimator: Any, reset: bool = False) -> int:
     """Return the number of channels that the network takes; in `fit`, the next one."""
     if reset or not hasattr(estimator, "preprocessing_"):
         return get_backbone(estimator.backbone).n_channels
