@@ -73,6 +73,11 @@ def in_transit() -> Iterator[None]:
         _IN_TRANSIT.reset(token)
 
 
+def is_in_transit() -> bool:
+    """Return whether `in_transit` is active, so that nothing is left out."""
+    return _IN_TRANSIT.get()
+
+
 class ImageEstimator(BaseEstimator):
     """Base class of the estimators whose ``X`` is images.
 
@@ -153,10 +158,15 @@ class ImageEstimator(BaseEstimator):
 
     def _network_state(self):
         """Return the network as plain data; subclasses may leave out its weights."""
-        is_known = is_included if _IN_TRANSIT.get() else is_registered
-        by_name = isinstance(self.backbone, str) and is_known(self.backbone_)
         size = self.preprocessing_.size
-        return prefix_state(self.backbone_, self.network_, size, by_name)
+        return prefix_state(
+            self.backbone_, self.network_, size, self._has_known_backbone()
+        )
+
+    def _has_known_backbone(self):
+        """Return whether the name of the backbone is enough where this is loaded."""
+        is_known = is_included if is_in_transit() else is_registered
+        return isinstance(self.backbone, str) and is_known(self.backbone_)
 
     def __setstate__(self, state):
         state = dict(state)
@@ -220,7 +230,7 @@ def _defaults(kind):
 
 
 def _leave_out(state):
-    if _IN_TRANSIT.get():
+    if is_in_transit():
         return
     left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
     state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
@@ -248,7 +258,7 @@ def for_file(state, name):
     are left out of it, too.
     """
     estimator = state.get(name)
-    if estimator is None or _IN_TRANSIT.get() or not _has_fitted_attributes(state):
+    if estimator is None or is_in_transit() or not _has_fitted_attributes(state):
         return state
     left_out = {
         path: LEFT_OUT_OF_FILES[path.rpartition("__")[2]]
