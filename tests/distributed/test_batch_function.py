@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    TransferClassifier,
     cache_info,
     make_feature_pipeline,
 )
@@ -176,6 +177,19 @@ def test_pickles_are_equal_and_keep_the_cache(transformer, paths, features, tmp_
     again = BatchFunction(pickle.loads(pickled))
     assert again.estimator.cache == str(tmp_path / "cache")
     assert pickle.loads(pickle.dumps(transformer)).cache is None  # unlike a file
+
+
+def test_pickles_of_a_strategy_keep_the_cache_that_was_set_since(paths, tmp_path):
+    classifier = TransferClassifier(CNNFeatureTransformer("tiny"), strategy="extract")
+    classifier.fit(paths, np.arange(9) % 2)
+    classifier.set_params(transformer__cache=tmp_path)
+
+    sent = pickle.loads(pickle.dumps(BatchFunction(classifier, "predict"))).estimator
+
+    assert str(sent.transformer.cache) == str(tmp_path)
+    sent.predict(paths)
+    assert {one.n_images for one in cache_info(tmp_path).entries} == {9}
+    assert pickle.loads(pickle.dumps(classifier)).transformer.cache is None
 
 
 def test_errors_say_what_was_expected(transformer, paths):
