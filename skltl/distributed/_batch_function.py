@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ class BatchFunction:
     Notes
     -----
     A `BatchFunction` is pickled with all parameters of the estimator, `cache` included,
-    which a pickle of the estimator itself omits.
+    which a pickle of the estimator itself omits. The estimator is copied, so that
+    another `fit` does not change what an engine computes later.
 
     Examples
     --------
@@ -65,6 +67,8 @@ class BatchFunction:
     ) -> None:
         if isinstance(estimator, (BatchFunction, Shipped)):
             estimator = estimator.estimator
+        else:
+            estimator = copy.deepcopy(estimator)
         check_is_fitted(estimator)
         if not callable(getattr(estimator, method, None)):
             raise AttributeError(
@@ -80,7 +84,7 @@ class BatchFunction:
 
         Parameters
         ----------
-        batch : dict, pandas.DataFrame or pyarrow.Table
+        batch : dict, pandas.DataFrame, pyarrow.Table or RecordBatch
             Columns; in a dict, lists or arrays.
 
         Returns

@@ -192,6 +192,14 @@ def test_pickles_of_a_strategy_keep_the_cache_that_was_set_since(paths, tmp_path
     assert pickle.loads(pickle.dumps(classifier)).transformer.cache is None
 
 
+def test_another_fit_does_not_change_the_function(transformer, paths, features):
+    function = BatchFunction(transformer)
+
+    transformer.set_params(layer="block1").fit(paths)
+
+    assert_array_equal(function({"path": paths})["features"], features)
+
+
 def test_errors_say_what_was_expected(transformer, paths):
     function = BatchFunction(transformer, column="image")
 
