@@ -300,6 +300,11 @@ def _with_numpy_types(X):
 
     scikit-learn converts extension types to float, which would lose the range of uint8.
     """
-    types = set(getattr(X, "dtypes", ())) if hasattr(X, "iloc") else set()
+    if hasattr(X, "iloc") and X.ndim == 1:
+        raise ValueError(
+            "Expected 2D array, got 1D array instead: with image_shape, X has a column "
+            "for each value of a pixel. Pass np.stack(X) if its items are rows."
+        )
+    types = set(X.dtypes) if hasattr(X, "iloc") else set()
     numpy_type = getattr(next(iter(types)), "numpy_dtype", None) if types else None
     return X.astype(numpy_type) if len(types) == 1 and numpy_type is not None else X
