@@ -86,10 +86,11 @@ def one_row(X: Any) -> Any:
 
 def _one_of(dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
     """Return an array of one item, zeros or ``UNKNOWN_ITEM``."""
-    is_number = isinstance(dtype, np.dtype) and dtype.kind not in "OUT"
-    if not is_number and not hasattr(dtype, "numpy_dtype"):
+    numpy_type = getattr(dtype, "numpy_dtype", dtype)  # of pandas' and Arrow's types
+    is_number = isinstance(numpy_type, np.dtype) and numpy_type.kind not in "OUT"
+    if not is_number:
         return np.full((1, *shape), UNKNOWN_ITEM, dtype=object)
-    return np.zeros((1, *shape), getattr(dtype, "numpy_dtype", dtype))
+    return np.zeros((1, *shape), numpy_type)
 
 
 def kind_of(X: Any) -> str:
@@ -198,7 +199,7 @@ def _run_block(
 ) -> Any:
     start = starts[block_id[0]]
     place = block_id[0], None if math.isnan(start) else int(start)
-    return np.asarray(_run(block, shipped, method, empty, place))
+    return _run(block, shipped, method, empty, place)
 
 
 def _run_partition(
@@ -210,13 +211,16 @@ def _run_partition(
 ) -> Any:
     number = (partition_info or {}).get("number", 0)
     result = _run(partition, shipped, method, empty, (number, None))
-    return np.asarray(result) if isinstance(empty, np.ndarray) else result
+    if isinstance(result, np.ndarray) and not isinstance(empty, np.ndarray):
+        columns = {} if result.ndim == 1 else {"columns": empty.columns}
+        return type(empty)(result, index=partition.index, **columns)
+    return result
 
 
 def _run_partition_of_bag(
     partition: Any, shipped: Shipped, method: str, empty: NDArray[Any], number: int
 ) -> Any:
-    return np.asarray(_run(list(partition), shipped, method, empty, (number, None)))
+    return _run(list(partition), shipped, method, empty, (number, None))
 
 
 def _run(
@@ -229,13 +233,28 @@ def _run(
         result = getattr(shipped.estimator, method)(images)
     except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
         raise _with_place(error, *place) from error.__cause__
-    if result.shape[1:] != empty.shape[1:]:
-        raise ValueError(
-            f"{method} returned an array of shape {result.shape}, expected "
-            f"{('n', *empty.shape[1:])}. Pass an array of the right shape, without "
-            "rows, as meta of skltl.distributed.apply."
-        )
+    if isinstance(empty, np.ndarray) or not hasattr(result, "iloc"):
+        result = np.asarray(result)
+    _check_like(result, empty, method)
     return result
+
+
+def _check_like(result: Any, empty: Any, method: str) -> None:
+    """Raise an error if results have another shape or kind of type than expected."""
+    is_like = result.shape[1:] == empty.shape[1:]
+    found, expected = f"shape {result.shape}", f"{('n', *empty.shape[1:])}"
+    if isinstance(empty, np.ndarray):
+        is_like = is_like and np.can_cast(result.dtype, empty.dtype, "same_kind")
+        found, expected = (
+            f"{found} and {result.dtype}",
+            f"{expected} and {empty.dtype}",
+        )
+    if not is_like:
+        raise ValueError(
+            f"{method} returned an array of {found}, expected {expected}. Pass an "
+            "array of the right shape and dtype, without rows, as meta of "
+            "skltl.distributed.apply."
+        )
 
 
 def _with_place(error: Any, number: int, start: int | None) -> Exception:

@@ -73,6 +73,11 @@ def in_transit() -> Iterator[None]:
         _IN_TRANSIT.reset(token)
 
 
+def is_in_transit() -> bool:
+    """Return whether `in_transit` is active, so that nothing is left out."""
+    return _IN_TRANSIT.get()
+
+
 class ImageEstimator(BaseEstimator):
     """Base class of the estimators whose ``X`` is images.
 
@@ -153,10 +158,15 @@ class ImageEstimator(BaseEstimator):
 
     def _network_state(self):
         """Return the network as plain data; subclasses may leave out its weights."""
-        is_known = is_included if _IN_TRANSIT.get() else is_registered
-        by_name = isinstance(self.backbone, str) and is_known(self.backbone_)
         size = self.preprocessing_.size
-        return prefix_state(self.backbone_, self.network_, size, by_name)
+        return prefix_state(
+            self.backbone_, self.network_, size, self._has_known_backbone()
+        )
+
+    def _has_known_backbone(self):
+        """Return whether the name of the backbone is enough where this is loaded."""
+        is_known = is_included if is_in_transit() else is_registered
+        return isinstance(self.backbone, str) and is_known(self.backbone_)
 
     def __setstate__(self, state):
         state = dict(state)
@@ -196,7 +206,7 @@ def read_images_of(
         X = tensor_to_array(X) if is_tensor(X) else _with_numpy_types(X)
         X = validate_data(estimator, X, reset=reset, dtype="numeric")
         options = {"image_shape": image_shape}
-    options["n_channels"] = _n_channels(estimator, reset)
+    options["n_channels"] = n_channels_of(estimator, reset)
     value_range = estimator.value_range
     if value_range is not None:
         options["value_range"] = tuple(map(float, value_range))
@@ -206,7 +216,7 @@ def read_images_of(
     return source
 
 
-def _n_channels(estimator, reset):
+def n_channels_of(estimator: Any, reset: bool = False) -> int:
     """Return the number of channels that the network takes; in `fit`, the next one."""
     if reset or not hasattr(estimator, "preprocessing_"):
         return get_backbone(estimator.backbone).n_channels
@@ -220,7 +230,7 @@ def _defaults(kind):
 
 
 def _leave_out(state):
-    if _IN_TRANSIT.get():
+    if is_in_transit():
         return
     left_out = LEFT_OUT_OF_FILES.keys() & state.keys()
     state.update({name: LEFT_OUT_OF_FILES[name] for name in left_out})
@@ -248,7 +258,7 @@ def for_file(state, name):
     are left out of it, too.
     """
     estimator = state.get(name)
-    if estimator is None or _IN_TRANSIT.get() or not _has_fitted_attributes(state):
+    if estimator is None or is_in_transit() or not _has_fitted_attributes(state):
         return state
     left_out = {
         path: LEFT_OUT_OF_FILES[path.rpartition("__")[2]]
@@ -290,6 +300,11 @@ def _with_numpy_types(X):
 
     scikit-learn converts extension types to float, which would lose the range of uint8.
     """
-    types = set(getattr(X, "dtypes", ())) if hasattr(X, "iloc") else set()
+    if hasattr(X, "iloc") and X.ndim == 1:
+        raise ValueError(
+            "Expected 2D array, got 1D array instead: with image_shape, X has a column "
+            "for each value of a pixel. Pass np.stack(X) if its items are rows."
+        )
+    types = set(X.dtypes) if hasattr(X, "iloc") else set()
     numpy_type = getattr(next(iter(types)), "numpy_dtype", None) if types else None
     return X.astype(numpy_type) if len(types) == 1 and numpy_type is not None else X

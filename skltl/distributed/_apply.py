@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import is_dask
@@ -88,9 +89,13 @@ def apply(estimator: Any, X: Any, method: str = "predict", *, meta: Any = None) 
     check_is_fitted(estimator)
     if not hasattr(estimator, method):
         raise AttributeError(f"{type(estimator).__name__} has no method {method!r}.")
-    row = None
     if isinstance(estimator, ImageEstimator):
-        row = one_row(X)
-        read_images_of(estimator, row)  # of the right kind
-    empty = no_results(estimator, method, row) if meta is None else meta[:0]
-    return map_blocks(estimator, X, method, empty)
+        read_images_of(estimator, one_row(X))  # of the right kind
+    if meta is None:
+        return map_blocks(estimator, X, method, no_results(estimator, method))
+    if not isinstance(meta, np.ndarray) and not hasattr(meta, "iloc"):
+        raise TypeError(
+            f"meta is a {type(meta).__name__}; expected an array of numpy or a data "
+            "frame of pandas, such as np.empty((0, 3))."
+        )
+    return map_blocks(estimator, X, method, meta[:0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._dask import Shipped
-from skltl.distributed._results import no_results
+from skltl.distributed._results import result_of_one
 from skltl.exceptions import shorten
 
 
@@ -39,7 +40,8 @@ class BatchFunction:
     Notes
     -----
     A `BatchFunction` is pickled with all parameters of the estimator, `cache` included,
-    which a pickle of the estimator itself omits.
+    which a pickle of the estimator itself omits. The estimator is copied, so that
+    another `fit` does not change what an engine computes later.
 
     Examples
     --------
@@ -65,6 +67,8 @@ class BatchFunction:
     ) -> None:
         if isinstance(estimator, (BatchFunction, Shipped)):
             estimator = estimator.estimator
+        else:
+            estimator = copy.deepcopy(estimator)
         check_is_fitted(estimator)
         if not callable(getattr(estimator, method, None)):
             raise AttributeError(
@@ -80,7 +84,7 @@ class BatchFunction:
 
         Parameters
         ----------
-        batch : dict, pandas.DataFrame or pyarrow.Table
+        batch : dict, pandas.DataFrame, pyarrow.Table or RecordBatch
             Columns; in a dict, lists or arrays.
 
         Returns
@@ -90,14 +94,15 @@ class BatchFunction:
             data frame, and a column of lists of fixed size in a table. It is a column
             of numbers or text if there is one result per image.
         """
-        results = self._results(self._images(batch))
+        images = self._images(batch)
+        results, n = self._results(images), len(images)
         if isinstance(batch, Mapping):
             added: Any = batch.copy()  # type: ignore[attr-defined]
-            added[self.output] = results
+            added[self.output] = results[:n]
             return added
         if hasattr(batch, "append_column"):
             return self._add_to_arrow(batch, results)
-        column = results if results.ndim == 1 else [*results]
+        column = results[:n] if results.ndim == 1 else [*results[:n]]
         return batch.assign(**{self.output: column})
 
     def __repr__(self) -> str:
@@ -128,10 +133,18 @@ class BatchFunction:
         return batch[self.column]
 
     def _results(self, images: Any) -> NDArray[Any]:
-        """Return the results for images, of which there may be none."""
+        """Return the results for images; if there are none, that for a blank one."""
         if len(images):
-            return np.asarray(getattr(self.estimator, self.method)(images))
-        return np.asarray(no_results(self.estimator, self.method, images))
+            found = getattr(self.estimator, self.method)(images)
+        else:
+            found = result_of_one(self.estimator, self.method)
+        results = np.asarray(found)
+        if results.shape[:1] != (max(len(images), 1),):
+            raise TypeError(
+                f"{type(self.estimator).__name__}.{self.method} returns a "
+                f"{type(found).__name__}, not an array with a row for each image."
+            )
+        return results
 
     def _add_to_arrow(self, table: Any, results: NDArray[Any]) -> Any:
         """Return a table with one more column, or a new one for that of its name."""
@@ -143,6 +156,7 @@ class BatchFunction:
             values = pa.array(results.reshape(-1))
             width = int(np.prod(results.shape[1:]))
             column = pa.FixedSizeListArray.from_arrays(values, width)
+        column = column[: table.num_rows]
         if self.output in table.column_names:
             index = table.column_names.index(self.output)
             return table.set_column(index, self.output, column)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 from sklearn.pipeline import Pipeline
 
-from skltl._estimator import ImageEstimator
+from skltl._estimator import ImageEstimator, n_channels_of
+from skltl._sklearn import output_config
 from skltl.exceptions import shorten
 from skltl.features import FeatureEstimator, n_features_by_layer, no_features
 
@@ -15,33 +17,40 @@ from skltl.features import FeatureEstimator, n_features_by_layer, no_features
 SIDE = 32
 
 
-def no_results(estimator: Any, method: str, row: Any = None) -> Any:
-    """Return the results of a method for no images, by those for a blank one.
-
-    Of a pipeline, only the steps behind the features run. `row` is a row of pixels, for
-    estimators with an `image_shape`.
-    """
+def no_results(estimator: Any, method: str) -> Any:
+    """Return the results of a method for no images: an array, or pandas' data frame."""
     if isinstance(estimator, FeatureEstimator) and method == "transform":
         return no_features(estimator)
+    result = result_of_one(estimator, method)
+    if not isinstance(result, np.ndarray) and not hasattr(result, "iloc"):
+        raise TypeError(
+            f"{type(estimator).__name__}.{method} returns a {type(result).__name__}, "
+            "not an array or a data frame of pandas."
+        )
+    return result[:0]
+
+
+def result_of_one(estimator: Any, method: str) -> Any:
+    """Return the result of a method for a blank image.
+
+    Of a pipeline, only the steps behind the features run.
+    """
+    if isinstance(estimator, FeatureEstimator) and method == "transform":
+        return _features_of_one(estimator)
     try:
         if _begins_with_features(estimator):
-            head, row = estimator[1:], _features_of_one(estimator[0])
-            result = getattr(head, method)(row)
-        else:
-            is_row = getattr(estimator, "image_shape", None) is not None
-            result = getattr(estimator, method)(row if is_row else _blank(estimator))
+            row = _features_of_one(estimator[0])
+            return getattr(estimator[1:], method)(row)
+        if isinstance(estimator, ImageEstimator):
+            return getattr(_for_blank(estimator), method)(_blank(estimator))
+        blank = np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8)
+        return getattr(estimator, method)(blank)
     except Exception as error:
         raise ValueError(
             f"The shape of the results of {type(estimator).__name__}.{method} is "
             "unknown, because it failed for a blank image. Pass an array of this "
             f"shape, without rows, as meta. ({shorten(str(error), 200)})"
         ) from error
-    if not hasattr(result, "shape"):
-        raise TypeError(
-            f"{type(estimator).__name__}.{method} returns a {type(result).__name__}, "
-            "not an array."
-        )
-    return result[:0]
 
 
 def _begins_with_features(estimator: Any) -> bool:
@@ -50,18 +59,40 @@ def _begins_with_features(estimator: Any) -> bool:
 
 
 def _features_of_one(transformer: Any) -> Any:
-    """Return features of one image, zeros."""
-    empty = no_features(transformer)
-    n_features = sum(n_features_by_layer(transformer))
-    row = np.zeros((1, n_features), dtype=np.float32)
-    if isinstance(empty, np.ndarray):
+    """Return features of one image, zeros; with names, if `set_output` gives some."""
+    row = np.zeros((1, sum(n_features_by_layer(transformer))), dtype=np.float32)
+    if output_config("transform", transformer)["dense"] == "default":
         return row
-    return type(empty)(row, columns=empty.columns)
+    return _table(row, transformer.get_feature_names_out())
+
+
+def _for_blank(estimator: Any) -> Any:
+    """Return an estimator that takes an array, whatever its `reader` takes.
+
+    It stores nothing, and shows no progress.
+    """
+    plain = {"reader": None, "cache": None, "verbose": 0}
+    parameters = {
+        f"{prefix}{name}": value
+        for prefix in ("", "transformer__")
+        for name, value in plain.items()
+    }
+    known = estimator.get_params().keys() & parameters.keys()
+    changed = {name: parameters[name] for name in known}
+    return copy.deepcopy(estimator).set_params(**changed)
 
 
 def _blank(estimator: Any) -> Any:
-    """Return one black image."""
-    n_channels = 3
-    if isinstance(estimator, ImageEstimator):
-        n_channels = vars(estimator)["preprocessing_"].n_channels
-    return np.zeros((1, SIDE, SIDE, n_channels), dtype=np.uint8)
+    """Return one black image, or a row of black pixels."""
+    n_columns = getattr(estimator, "n_features_in_", None)
+    if n_columns is None:
+        return np.zeros((1, SIDE, SIDE, n_channels_of(estimator)), dtype=np.uint8)
+    row = np.zeros((1, n_columns))
+    names = getattr(estimator, "feature_names_in_", None)
+    return row if names is None else _table(row, names)
+
+
+def _table(row: Any, names: Any) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(row, columns=names)

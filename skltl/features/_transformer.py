@@ -397,7 +397,8 @@ class CNNFeatureTransformer(FeatureEstimator):
         if self.store_weights:
             return super()._network_state()
         size, weights = self.preprocessing_.size, self._fitted_weights
-        return prefix_reference(self.backbone_, self.network_, size, weights)
+        by_name = self._has_known_backbone()
+        return prefix_reference(self.backbone_, self.network_, size, weights, by_name)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

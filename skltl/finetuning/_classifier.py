@@ -18,6 +18,7 @@ from skltl.finetuning._data import (
     encode_labels,
     example_weights,
 )
+from skltl.finetuning._distributed import fitted_together
 from skltl.finetuning._estimator import FineTunedCNN
 from skltl.finetuning._objective import Multilabel, SingleLabel
 
@@ -315,6 +316,7 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fitted_together
     @fit_context
     def fit(
         self,

@@ -13,10 +13,11 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from skltl._random import as_int, derived_seed
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Rows are sent in pieces of this size, so that large arrays are not copied as a whole.
 BYTES_AT_ONCE = 2**26
@@ -81,6 +83,17 @@ def fitting_together() -> Iterator[None]:
             raise KeyboardInterrupt from None
         except _Settled as settled:
             raise settled.error from settled.error.__cause__
+
+
+def fitted_together(fit: F) -> F:
+    """Return a method `fit` that all processes leave alike."""
+
+    @wraps(fit)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with fitting_together():
+            return fit(*args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 @contextmanager

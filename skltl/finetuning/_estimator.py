@@ -60,7 +60,7 @@ from skltl.finetuning._data import TrainingData, example_weights, split_examples
 from skltl.finetuning._distributed import (
     broadcast,
     check_same,
-    fitting_together,
+    in_step,
     n_processes,
     rank,
 )
@@ -85,7 +85,7 @@ from skltl.finetuning._training import (
     train_network,
     training_context,
 )
-from skltl.inference import POOLINGS, load_prefix, resolve_engine
+from skltl.inference import POOLINGS, digest_of, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 
 # Private attributes of a fit, which are saved.
@@ -164,7 +164,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
 
         `validation` are the images, targets and weights of a validation set.
         """
-        with fitting_together():
+        with in_step():
             attributes = self._train(X, y, sample_weight, groups, validation)
         kept = vars(self).keys() - set(INPUT_ATTRIBUTES)  # those are of an earlier fit
         # Replaced at once, for threads that predict meanwhile.
@@ -198,6 +198,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
                 objective = new._objective(examples)
                 examples = replace(examples, targets=objective.encode(data.targets))
                 network = self._build_network(new, objective, seed)
+                self._check_same_network_everywhere(new)
                 new.history_, new.best_validation_score_ = [], None
                 metadata = {"sample_weight": sample_weight, "groups": groups}
                 fitted = partial(new._fitted_attributes, network, objective)
@@ -221,7 +222,16 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             for name, value in self.get_params().items()
             if name not in MAY_DIFFER
         }
-        check_same(data.digests() | parameters)
+        check_same(data.digests() | parameters | dict([self._targets()]))
+
+    def _check_same_network_everywhere(self, new):
+        """Raise if the processes begin with other networks.
+
+        Only what is trained is sent by the first one.
+        """
+        if n_processes() > 1:
+            weights = digest_of(new.network_.blocks.values())
+            check_same({"previous fits": self._is_warm(), "weights": weights})
 
     def _draw_seed(self):
         """Return the seed that the user determines, if any, and that of the fit."""

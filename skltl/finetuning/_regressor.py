@@ -9,6 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 from skltl._sklearn import StrOptions, fit_context
 from skltl.finetuning._conversion import n_dimensions_of
 from skltl.finetuning._data import encode_values
+from skltl.finetuning._distributed import fitted_together
 from skltl.finetuning._estimator import FineTunedCNN
 from skltl.finetuning._objective import LOSSES, Regression
 
@@ -303,6 +304,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fitted_together
     @fit_context
     def fit(
         self,

@@ -161,6 +161,10 @@ def _only_column(X: Any, names: list[str]) -> Any:
 def _unwrap_arrow(X: Any) -> Any:
     """Return the paths, or the encoded images, of an Arrow array."""
     kind = str(getattr(X, "type", ""))
+    if kind == "null":  # all of them are missing
+        return X.to_pylist()
+    if kind.startswith("dictionary<"):
+        return _unwrap_arrow(X.cast(X.type.value_type))
     if kind.endswith(("string", "string_view")):
         return X.to_pylist()
     if kind.endswith(("binary", "binary_view")) or kind.startswith("struct<"):

@@ -26,6 +26,7 @@ from skltl.inference._openvino import (
 )
 from skltl.inference._state import (
     as_tensor,
+    digest_of,
     from_format_2,
     head_from_state,
     head_state,
@@ -59,6 +60,7 @@ __all__ = [
     "can_run",
     "convert_to_openvino",
     "describe",
+    "digest_of",
     "fingerprints",
     "from_format_2",
     "head_from_state",

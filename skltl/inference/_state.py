@@ -66,16 +66,23 @@ def prefix_state(
 
 
 def prefix_reference(
-    backbone: Backbone, prefix: FrozenPrefix, image_size: ImageSize, weights: str | None
+    backbone: Backbone,
+    prefix: FrozenPrefix,
+    image_size: ImageSize,
+    weights: str | None,
+    by_name: bool,
 ) -> State:
-    """Return the name of the weights of a prefix, and their digest, as a state."""
+    """Return the name of the weights of a prefix, and their digest, as a state.
+
+    The backbone itself is part of it, unless it is known `by_name`.
+    """
     if weights is None or backbone.own_state is not None:
         raise ValueError(
             "store_weights=False requires weights with a name or in a file, and a "
-            "backbone of torchvision, timm or skltl. Set store_weights=True to save "
+            "backbone that does not hold them. Set store_weights=True to save "
             f"{'random weights' if weights is None else repr(backbone.name)}."
         )
-    state = prefix_state(backbone, prefix, image_size, by_name=True)
+    state = prefix_state(backbone, prefix, image_size, by_name)
     digest = digest_of(prefix.blocks.values())
     return {**state, "weights": None, "reference": [weights, digest]}
 

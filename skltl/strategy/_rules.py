@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.base import MetaEstimatorMixin, clone, is_regressor
 from sklearn.pipeline import Pipeline
 
-from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator
+from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator, is_in_transit
 from skltl._random import draw_seed
 from skltl._sklearn import Interval
 from skltl.exceptions import shorten
@@ -506,7 +506,7 @@ class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):
 
 def _for_file(state):
     """Return a state that, once loaded, writes nowhere and prints nothing."""
-    if "strategy_" not in state:  # not fitted
+    if "strategy_" not in state or is_in_transit():  # not fitted, or no file
         return state
     strategy, transformer = state["strategy_"], state["transformer"]
     estimator = clone(strategy.estimator)

@@ -10,8 +10,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.ensemble import RandomTreesEmbedding
+from sklearn.pipeline import make_pipeline
 
-from skltl import CNNFeatureTransformer, cache_info, make_feature_pipeline
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    TransferClassifier,
+    cache_info,
+    make_feature_pipeline,
+)
 from skltl.distributed import BatchFunction
 
 
@@ -96,6 +104,51 @@ def test_empty_batches_have_no_features(transformer, kind):
     assert len(found["features"]) == 0
 
 
+@pytest.mark.parametrize("dtype", [str, object])
+def test_empty_tables_have_the_types_of_others(paths, dtype):
+    labels = np.array(["no", "yes"])[np.arange(9) % 2].astype(dtype)
+    pipeline = make_feature_pipeline("tiny", "softmax").fit(paths, labels)
+    function, table = BatchFunction(pipeline, "predict"), pa.table({"path": paths})
+
+    assert function(table[:0]).schema == function(table).schema
+
+
+@pytest.mark.parametrize("output", ["pandas", "polars"])
+def test_empty_batches_do_not_depend_on_the_output(transformer, output):
+    function = BatchFunction(transformer.set_output(transform=output))
+
+    assert function({"path": []})["features"].shape == (0, 96)
+
+
+def test_empty_batches_of_rows_have_no_predictions(images):
+    rows = images.reshape(9, -1)
+    options = {"image_shape": (40, 48, 3), "head_epochs": 1, "finetune_epochs": 0}
+    classifier = FineTunedCNNClassifier("tiny", **options).fit(rows, np.arange(9) % 2)
+    function = BatchFunction(classifier, "predict_proba", column="row")
+
+    assert function({"row": rows[:0]})["features"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("is_missing", [False, True], ids=["dictionary", "null"])
+def test_arrow_columns_of_other_encodings(transformer, paths, features, is_missing):
+    function = BatchFunction(transformer.set_params(on_error="nan"))
+    column = pa.nulls(9) if is_missing else pa.array(paths).dictionary_encode()
+
+    found = features_in(function(pa.table({"path": column})))
+
+    assert_array_equal(found, np.full((9, 96), np.nan) if is_missing else features)
+
+
+def test_results_must_be_an_array_with_a_row_for_each_image(transformer, paths):
+    trees = RandomTreesEmbedding(3, random_state=0)
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny"), trees).fit(paths)
+
+    with pytest.raises(TypeError, match="Pipeline.transform returns a cs"):
+        BatchFunction(pipeline)({"path": paths})
+    with pytest.raises(TypeError, match=r"Transformer.get_params returns a dict"):
+        BatchFunction(transformer, "get_params")({"path": paths})
+
+
 def test_images_of_all_kinds_are_accepted(transformer, images, paths, features):
     function = BatchFunction(transformer, column="image")
     encoded = [Path(path).read_bytes() for path in paths]
@@ -124,6 +177,27 @@ def test_pickles_are_equal_and_keep_the_cache(transformer, paths, features, tmp_
     again = BatchFunction(pickle.loads(pickled))
     assert again.estimator.cache == str(tmp_path / "cache")
     assert pickle.loads(pickle.dumps(transformer)).cache is None  # unlike a file
+
+
+def test_pickles_of_a_strategy_keep_the_cache_that_was_set_since(paths, tmp_path):
+    classifier = TransferClassifier(CNNFeatureTransformer("tiny"), strategy="extract")
+    classifier.fit(paths, np.arange(9) % 2)
+    classifier.set_params(transformer__cache=tmp_path)
+
+    sent = pickle.loads(pickle.dumps(BatchFunction(classifier, "predict"))).estimator
+
+    assert str(sent.transformer.cache) == str(tmp_path)
+    sent.predict(paths)
+    assert {one.n_images for one in cache_info(tmp_path).entries} == {9}
+    assert pickle.loads(pickle.dumps(classifier)).transformer.cache is None
+
+
+def test_another_fit_does_not_change_the_function(transformer, paths, features):
+    function = BatchFunction(transformer)
+
+    transformer.set_params(layer="block1").fit(paths)
+
+    assert_array_equal(function({"path": paths})["features"], features)
 
 
 def test_errors_say_what_was_expected(transformer, paths):

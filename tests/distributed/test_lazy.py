@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import RandomTreesEmbedding
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -92,6 +94,19 @@ def test_features_are_lazy_and_equal(transformer, collection, features, computed
     assert lazy.shape[1] == features.shape[1]
     assert_array_equal(lazy.compute(), features)
     assert computed
+
+
+@pytest.mark.parametrize("kind", ["binary", "dictionary"])
+def test_columns_of_arrow_are_images(transformer, paths, features, kind):
+    arrow = pytest.importorskip("pyarrow")
+    values, dtype = paths, arrow.dictionary(arrow.int32(), arrow.string())
+    if kind == "binary":
+        values, dtype = [Path(path).read_bytes() for path in paths], arrow.binary()
+    series = pd.Series(values).astype(pd.ArrowDtype(dtype))
+
+    lazy = transformer.fit_transform(dd.from_pandas(series, npartitions=2))
+
+    assert_array_equal(lazy.compute(), features)
 
 
 def test_chunks_are_those_of_the_array(transformer, paths):
@@ -288,8 +303,73 @@ def test_apply_takes_tables_of_several_columns_and_the_result_for_no_rows(paths)
     lazy = apply(model, X, "predict_proba", meta=np.empty((0, 2)))
 
     assert_allclose(lazy.compute(), model.predict_proba(table), atol=1e-6)
-    with pytest.raises(ValueError, match=r"shape \(., 2\), expected \('n', 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(., 2\).*expected \('n', 3\)"):
         apply(model, X, "predict_proba", meta=np.empty((0, 3))).compute()
+
+
+def test_meta_must_be_like_the_results(paths):
+    labels = np.array(["no", "yes", "perhaps"])[np.arange(9) % 3]
+    pipeline = make_feature_pipeline("tiny", "softmax").fit(paths, labels)
+    X, frame = da.from_array(paths, chunks=4), frame_of(paths)
+
+    with pytest.raises(TypeError, match="meta is a tuple"):
+        apply(pipeline, X, meta=(0,))
+    with pytest.raises(ValueError, match="<U7, expected.*float64"):
+        apply(pipeline, X, meta=np.empty(0)).compute()
+    meta = pd.DataFrame(columns=pipeline.classes_, dtype=float)
+    found = apply(pipeline, frame, "predict_proba", meta=meta).compute()
+    assert_allclose(found, pipeline.predict_proba(paths), atol=1e-6)
+    assert_array_equal(found.index, np.arange(9) * 10)
+    assert_array_equal(found.columns, pipeline.classes_)
+
+
+def test_apply_takes_dense_results_only(paths):
+    trees = RandomTreesEmbedding(3, random_state=0)
+    pipeline = make_pipeline(CNNFeatureTransformer("tiny"), trees).fit(paths)
+
+    with pytest.raises(TypeError, match="Pipeline.transform returns a cs"):
+        apply(pipeline, da.from_array(paths, chunks=4), "transform")
+
+
+def test_apply_predicts_with_output_that_is_not_lazy(paths):
+    pipeline = make_feature_pipeline("tiny", "softmax").set_output(transform="polars")
+    pipeline.fit(paths, np.arange(9) % 2)
+    X = da.from_array(paths, chunks=4)
+
+    assert_array_equal(apply(pipeline, X).compute(), pipeline.predict(paths))
+
+
+class ReadFrom:
+    """A reader of images that are named by numbers."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __call__(self, number):
+        return self.paths[int(number)]
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["", "reader"])
+@pytest.mark.parametrize("name", ["fine-tuned", "pretrained", "strategy"])
+def test_apply_runs_classifiers_of_images_with_and_without_a_reader(
+    name, is_read, paths
+):
+    y = np.array(["a", "b", "c"])[np.arange(9) % 3]
+    items = np.arange(9) if is_read else paths
+    reader = ReadFrom(paths.tolist()) if is_read else None
+    transformer = CNNFeatureTransformer("tiny", reader=reader)
+    classifier = {
+        "fine-tuned": skltl.FineTunedCNNClassifier(
+            "tiny", head_epochs=1, finetune_epochs=0, reader=reader, random_state=0
+        ),
+        "pretrained": skltl.PretrainedCNNClassifier("tiny", reader=reader),
+        "strategy": skltl.TransferClassifier(
+            transformer, strategy="extract", random_state=0
+        ),
+    }[name].fit(list(items), y)
+    X = da.from_array(items, chunks=4)
+
+    assert_array_equal(apply(classifier, X).compute(), classifier.predict(list(items)))
 
 
 def test_an_unreadable_image_is_named_by_its_position_in_the_collection(

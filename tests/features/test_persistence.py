@@ -3,6 +3,9 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -21,7 +24,9 @@ from skltl import (
     Preprocessing,
     make_feature_pipeline,
 )
+from skltl._dask import Shipped
 from skltl.exceptions import WeightsError, WeightsNotFoundError
+from skltl.networks import get_backbone
 
 NETWORKS = {
     "ConvNet": {"backbone": "tiny", "layer": ["stem", "block2"], "image_size": 16},
@@ -196,6 +201,35 @@ def test_other_and_missing_weights_are_refused(images, weights_file):
     weights_file.unlink()
     with pytest.raises(WeightsNotFoundError, match=r"store_weights=False.*safetensors"):
         pickle.loads(saved)
+
+
+@pytest.mark.parametrize("is_registered", [False, True], ids=["", "registered"])
+def test_a_backbone_that_others_do_not_know_is_saved_without_weights(
+    images, tmp_path, is_registered
+):
+    backbone = replace(get_backbone("tiny"), name="of_this_process")
+    if is_registered:
+        skltl.register_backbone(backbone)
+    transformer = CNNFeatureTransformer(
+        backbone.name if is_registered else backbone, store_weights=False
+    ).fit(images)
+    # A file holds the name of a registered one, unlike what is sent to a worker.
+    saved = pickle.dumps(Shipped(transformer) if is_registered else transformer)
+    code = (
+        "import pickle, sys, numpy as np;"
+        "loaded = pickle.loads(sys.stdin.buffer.read());"
+        "images = np.load(sys.argv[1]);"
+        "loaded = getattr(loaded, 'estimator', loaded);"
+        "np.save(sys.argv[2], loaded.transform(images))"
+    )
+    files = str(tmp_path / "images.npy"), str(tmp_path / "features.npy")
+    np.save(files[0], images)
+
+    command = [sys.executable, "-c", code, *files]
+    subprocess.run(command, input=saved, check=True)
+
+    np.testing.assert_array_equal(np.load(files[1]), transformer.transform(images))
+    assert len(saved) < 20_000
 
 
 def test_what_has_no_name_is_not_saved_without_weights(images):

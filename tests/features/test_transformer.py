@@ -237,6 +237,13 @@ def test_rows_have_the_features_of_the_images_in_them():
     )
 
 
+def test_a_series_of_rows_is_refused_as_by_scikit_learn():
+    rows = pd.Series([*np.zeros((2, 64))])
+
+    with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
+        CNNFeatureTransformer("tiny", image_shape=(8, 8)).fit(rows)
+
+
 @pytest.mark.parametrize("kind", ["UInt8", "uint8[pyarrow]", "uint8"])
 def test_a_data_frame_of_bytes_is_read_as_bytes(kind):
     rows = np.random.default_rng(0).integers(256, size=(3, 64)).astype(np.uint8)

@@ -14,9 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tiny_classifier import classifier, regressor
 from torchvision.transforms import v2
+
+import skltl.networks
+
+TINY = Path(skltl.networks.__file__).with_name("tiny.safetensors")
 
 
 def this_rank():
@@ -145,9 +150,32 @@ def other_labels(_):
     return classifier().fit(X, np.roll(y, this_rank()))
 
 
+def other_classes(_):
+    X, y = digits()
+    return classifier().fit(X, y + this_rank())
+
+
 def other_numbers(_):
     X, y = digits(stop=60 - this_rank())
     return classifier().fit(X, y)
+
+
+def only_one_is_warm(_):
+    fitted = classifier(warm_start=True)
+    first = classifier().fit(*digits())
+    if this_rank() == 1:
+        vars(fitted).update(vars(first), warm_start=True)
+    return fitted.fit(*digits())
+
+
+def other_weights(folder):
+    # The same relative name is another file in each folder.
+    own = folder / str(this_rank())
+    weights = load_file(TINY)
+    weights = {name: (1 + this_rank()) * one for name, one in weights.items()}
+    save_file(weights, own / "weights.safetensors")
+    with contextlib.chdir(own):
+        return of_classes(folder, weights="weights.safetensors")
 
 
 class Sends:
@@ -196,6 +224,10 @@ EVENTS = {
     "an unreadable image": an_unreadable_image,
     "other labels": other_labels,
     "other numbers": other_numbers,
+    "other classes": other_classes,
+    "only one is warm": only_one_is_warm,
+    "other weights": other_weights,
+    "invalid parameters": lambda folder: of_classes(folder, batch_size=1 - this_rank()),
     "other parameters": lambda folder: of_classes(folder, batch_size=7 + this_rank()),
     "an error": lambda _: disturbed(fail),
     "divergence": lambda folder: of_classes(folder, head_lr=1e30, head_init="random"),
