@@ -200,7 +200,6 @@ def add_up(loss: Tensor, parameters: Iterable[nn.Parameter] = ()) -> Tensor:
     """
     if n_processes() == 1:
         return loss
-    _agree()
     trainable = [one for one in parameters if one.requires_grad]
     # A parameter that no process uses has no gradient, and no weight decay.
     is_used = [float(one.grad is not None) for one in trainable]
@@ -215,6 +214,7 @@ def add_up(loss: Tensor, parameters: Iterable[nn.Parameter] = ()) -> Tensor:
         ]
     )
     total = flat.to(_device())
+    _agree()  # now that nothing more can fail for lack of memory
     with _communication():
         dist.all_reduce(total)
     total = total.to(loss.device)
