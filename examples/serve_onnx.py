@@ -298,6 +298,7 @@ def main():
         host=arguments.host,
         port=arguments.port,
         http="h11",
+        # It limits the uploads in memory, and responds with a 503 in plain text.
         limit_concurrency=arguments.max_connections,
     )
 
