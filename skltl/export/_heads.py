@@ -1,4 +1,4 @@
-"""What comes after the features, as torch modules.
+"""Torch modules of what comes after the features.
 
 The steps of a pipeline become layers, and what the last one predicts becomes a
 dictionary of outputs. All of them compute in float32, which every runtime supports.

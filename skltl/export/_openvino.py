@@ -65,8 +65,8 @@ def export_openvino(
     ``"versions"``.
 
     Weights are stored in float32. OpenVINO may compute in bfloat16 where the processor
-    supports it, unless ``INFERENCE_PRECISION_HINT`` is ``"f32"``, as it is when the
-    files are compared.
+    supports it, unless ``INFERENCE_PRECISION_HINT`` is ``"f32"``. The files are
+    compared with this setting.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a fitted estimator consists of, and what it predicts for crops of images."""
+"""Parts of a fitted estimator, and its predictions for crops of images."""
 
 from __future__ import annotations
 

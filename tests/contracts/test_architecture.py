@@ -33,6 +33,7 @@ SUBPACKAGES = [
     "pretrained",
     "strategy",
     "curation",
+    "export",
     "displays",
 ]
 MEANINGLESS = {"utils", "helpers", "common", "misc", "core", "base"}

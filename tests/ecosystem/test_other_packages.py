@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skltl import CNNFeatureTransformer
+from skltl import CNNFeatureTransformer, load_image_folder, make_feature_pipeline
 
 # Other packages warn, for instance of what will change in those that they use.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -152,6 +152,18 @@ def test_ensembles_of_imbalanced_learn_take_a_column_of_paths(names, features):
     assert_allclose(found, np.mean(expected, axis=0), rtol=1e-3)
     with pytest.raises(ValueError, match="2D"):
         ensemble.fit([*names["X"]], is_sky)
+
+
+def test_mlflow_logs_a_pipeline_for_data_frames_of_paths(names):
+    pytest.importorskip("mlflow")
+    images = load_image_folder("photographs")
+    y = np.array(images.target_names)[images.target]
+    classifier = make_feature_pipeline("tiny", "softmax").fit(images.data, y)
+
+    section = sections_of(GUIDE / "deployment.rst")["MLflow"]
+    found = run(blocks_of(section), {"classifier": classifier, "images": images})
+
+    assert_array_equal(found["by_mlflow"], classifier.predict(images.data))
 
 
 def test_mlflow_saves_and_loads_without_pickle(run_section):

@@ -14,7 +14,8 @@ def test_all_ways_predict_what_the_pipeline_predicts(tmp_path, monkeypatch):
     create_photographs(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    found = run(blocks_of((GUIDE / "deployment.rst").read_text()), {})
+    blocks = blocks_of((GUIDE / "deployment.rst").read_text())
+    found = run([block for block in blocks if "mlflow" not in block], {})
 
     classifier, paths = found["classifier"], found["images"].data
     np.testing.assert_array_equal(found["predicted"], classifier.predict(paths))
