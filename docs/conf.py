@@ -37,7 +37,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"[/\\]plot_",
-    "ignore_pattern": r"(^|[/\\])(train_\w+|flowers)\.py$|benchmarks",
+    "ignore_pattern": r"(^|[/\\])(train_\w+|flowers|serve_\w+)\.py$|benchmarks",
     "download_all_examples": False,
     "write_computation_times": False,
 }

@@ -170,8 +170,7 @@ class OpenVINOEngine:
             model = convert_to_openvino(network, example)
         except EngineError as error:
             raise EngineError(
-                f"engine='openvino' cannot run: {error} engine='torch' runs all "
-                "networks."
+                f"engine='openvino' cannot run; engine='torch' runs all networks. {error}"
             ) from error
         model.reshape(list(shape))
         settings = {
