@@ -170,7 +170,8 @@ class OpenVINOEngine:
             model = convert_to_openvino(network, example)
         except EngineError as error:
             raise EngineError(
-                f"engine='openvino' cannot run; engine='torch' runs all networks. {error}"
+                "engine='openvino' cannot run; engine='torch' runs all networks. "
+                f"{error}"
             ) from error
         model.reshape(list(shape))
         settings = {
