@@ -7,7 +7,11 @@ from guide_code import GUIDE, blocks_of, create_photographs, run
 for name in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(name)
 
-pytestmark = pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")
+# Of releases of torch that save and load exported programs.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+]
 
 
 def test_all_ways_predict_what_the_pipeline_predicts(tmp_path, monkeypatch):

@@ -252,6 +252,7 @@ def test_the_module_is_independent_of_the_estimator(training_images, labels, ima
 
 # About kernels in the order of memory that is fast on a CPU.
 @pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 def test_an_exported_program_takes_any_number_of_images(
     training_images, labels, images
 ):
