@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.pipeline import Pipeline
+from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from skltl.exceptions import ExportError, shorten
@@ -207,9 +208,10 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     else:
         has_proba = hasattr(last, "predict_proba")
         column = 1 if not has_proba and len(last.classes_) == 2 else None
-        options = {"zipmap": False} | ({} if has_proba else {"raw_scores": True})
-        last = copy.copy(last)  # of which the classes are the positions of its classes
-        last.classes_ = np.arange(len(last.classes_))
+        options = {} if has_proba else {"raw_scores": True}
+        if not isinstance(last, LinearSVC):  # its converter knows no such option
+            options["zipmap"] = False
+        last = _with_positions(name, last)
         second = "probabilities" if has_proba else "scores"
         outputs = [("index", types.Int64TensorType([None])), (second, real)]
     try:
@@ -230,6 +232,19 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     if column is not None:
         _take_column(model.graph, outputs[-1][0], column)
     return model
+
+
+def _with_positions(name: str, classifier: Any) -> Any:
+    """Return a copy of a classifier, of which the classes are their positions."""
+    classifier = copy.copy(classifier)
+    try:
+        classifier.classes_ = np.arange(len(classifier.classes_))
+    except AttributeError as error:  # a property: the classes of another classifier
+        raise ExportError(
+            f"Step {name!r} ({type(classifier).__name__}) has no equivalent in torch, "
+            "nor in ONNX."
+        ) from error
+    return classifier
 
 
 def _zeros(model: Any) -> NDArray[np.float32]:

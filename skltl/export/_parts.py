@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skltl.exceptions import ExportError
 from skltl.features import CNNFeatureTransformer, HeadEstimator
-from skltl.finetuning import steps_of, unwrapped
+from skltl.finetuning import unwrapped
 from skltl.images import Preprocessing, crop_images
 
 # Views that a module can make of a single crop: the crop itself, and its mirror image.
@@ -92,8 +92,8 @@ def split(estimator: Any) -> Parts:
             f"{type(model).__name__} cannot be exported. Pass a fitted network of "
             "skltl, or a Pipeline of a CNNFeatureTransformer and a model."
         )
-    passed = steps_of(model)
-    steps = [(name, step) for name, step in model.steps if step in passed]
+    steps = _flat_steps(model)
+    passed = [step for _, step in steps]
     names = ", ".join(type(step).__name__ for step in passed) or "none"
     if len(steps) < 2 or not isinstance(passed[0], CNNFeatureTransformer):
         raise ExportError(
@@ -109,3 +109,18 @@ def split(estimator: Any) -> Parts:
             "image, and an exported model takes one crop. Use n_views=1 or 2."
         )
     return Parts(passed[0], steps[1:], model)
+
+
+def _flat_steps(pipeline: Pipeline) -> list[tuple[str, Any]]:
+    """Return the steps of a pipeline and of those in it, without wrappers."""
+    steps = []
+    for name, step in pipeline.steps:
+        if step is None or step == "passthrough":
+            continue
+        step = unwrapped(step)
+        if isinstance(step, Pipeline):
+            inner = _flat_steps(step)
+            steps.extend((f"{name}.{inner_name}", one) for inner_name, one in inner)
+        else:
+            steps.append((name, step))
+    return steps

@@ -6,7 +6,6 @@ from skltl.finetuning._conversion import (
     is_multilabel_classifier,
     linear_function_of,
     parts_of_pipeline,
-    steps_of,
     unwrapped,
     without_names,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "is_multilabel_classifier",
     "linear_function_of",
     "parts_of_pipeline",
-    "steps_of",
     "unwrapped",
     "without_names",
 ]

@@ -10,7 +10,9 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from small_pipeline import pipeline
@@ -90,6 +92,10 @@ def test_pipelines(classifier, training_images, labels, images, tmp_path):
         ([RandomForestClassifier(11, random_state=0)], "four classes"),
         ([StandardScaler(), PCA(5), KNeighborsClassifier(3)], "two classes"),
         ([PowerTransformer(), LogisticRegression()], "four classes"),
+        ([PowerTransformer(), LinearSVC()], "two classes"),
+        ([PowerTransformer(), LinearSVC()], "four classes"),
+        ([make_pipeline(StandardScaler(), SVC())], "four classes"),
+        ([GridSearchCV(SVC(), {"C": [1, 10]}, cv=2)], "four classes"),
         ([StandardScaler(), SVR()], "values"),
         ([RandomForestRegressor(11, random_state=0)], "several values"),
     ],
@@ -166,6 +172,10 @@ def test_errors_name_the_step(training_images, labels, indicators, tmp_path):
     forest = RandomForestClassifier(3, random_state=0)
     fitted = pipeline(forest).fit(training_images, indicators)
     with pytest.raises(ExportError, match="'randomforestclassifier' .* several labels"):
+        export_onnx(fitted, tmp_path / "model.onnx")
+    threshold = FixedThresholdClassifier(LogisticRegression(), threshold=0.1)
+    fitted = pipeline(threshold).fit(training_images, labels == "red")
+    with pytest.raises(ExportError, match=r"'fixedthresholdclassifier' .* nor in ONNX"):
         export_onnx(fitted, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,10 +11,17 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import SelectKBest
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import (
+    LogisticRegression,
+    Ridge,
+    RidgeClassifier,
+    SGDClassifier,
+)
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
     MaxAbsScaler,
     MinMaxScaler,
@@ -117,6 +124,45 @@ def test_calibration_of_two_classes(training_images, labels, images):
     assert_same_predictions(fitted, images)
 
 
+def test_one_vs_rest_with_negative_intercepts(training_images, labels):
+    # Scaled sigmoids of scores near -30 are their softmax, up to rounding.
+    fitted = pipeline(OneVsRestClassifier(LogisticRegression(C=1e-3)))
+    fitted.fit(training_images, labels)
+    for part in fitted[-1].estimators_:
+        part.intercept_ -= 30
+    module = to_torch(fitted)
+    coef = np.vstack([part.coef_ for part in fitted[-1].estimators_])
+    scores = [[40, 45, 0, 0], [35, 32, 30, 0]]  # before the intercepts
+    features = (np.array(scores) @ np.linalg.pinv(coef).T).astype(np.float32)
+    expected = fitted[-1].predict_proba(features)
+    found = module.outputs(torch.from_numpy(features))["probabilities"].numpy()
+    assert abs(expected[0, :2] - 0.5).max() < 0.1  # a softmax has 0.007
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_probabilities_that_are_all_zero(training_images, labels, images):
+    # Features that are not scaled have scores of -1e4; probabilities are then 1/4.
+    steep = SGDClassifier(loss="log_loss", alpha=1e-8, random_state=0)
+    fitted = pipeline(steep).fit(training_images, labels)
+    assert fitted.predict_proba(images).max(axis=1).min() == 0.25
+    assert_same_predictions(fitted, images)
+    calibrated = CalibratedClassifierCV(LinearSVC(C=0.01), cv=2)
+    fitted = pipeline(calibrated).fit(training_images, labels)
+    for part in fitted[-1].calibrated_classifiers_:
+        for calibrator in part.calibrators:
+            calibrator.b_ = 2000.0
+    assert_same_predictions(fitted, images)
+
+
+def test_whitening_of_constant_components(training_images, labels, images):
+    whitened = PCA(6, whiten=True, svd_solver="full")
+    fitted = pipeline(whitened, LogisticRegression())
+    fitted.fit(training_images[:4].repeat(3, axis=0), labels[:4].repeat(3))
+    whitened.explained_variance_[-1] = 0
+    fitted[-1].coef_[:, 3:] = 0  # they multiply rounding errors
+    assert_same_predictions(fitted, images)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -194,6 +240,14 @@ def test_searches_and_wrappers(training_images, labels, images):
         strategy="extract", transformer=transformer(layer="last"), random_state=0
     )
     assert_same_predictions(transfer.fit(training_images, labels), images)
+
+
+def test_pipelines_in_pipelines(training_images, labels, images):
+    frozen = FrozenEstimator(make_pipeline(transformer()).fit(training_images))
+    search = GridSearchCV(LogisticRegression(), {"C": [0.01, 0.1]}, cv=2)
+    inner = make_pipeline(StandardScaler(), None, make_pipeline(PCA(5), search))
+    fitted = make_pipeline(frozen, inner).fit(training_images, labels)
+    assert_same_predictions(fitted, images)
 
 
 def test_feature_names_do_not_matter(training_images, labels, images):
