@@ -23,10 +23,11 @@ from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+from skltl._locks import Lock
 from skltl.exceptions import ExportError, shorten
 from skltl.export._heads import layer_of
 from skltl.export._module import Network, metadata_of, module_of
-from skltl.export._parts import Parts, split
+from skltl.export._parts import Parts, check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
 
 # The version of ONNX's operators. ONNX Runtime reads it since 1.17 (2024), and skl2onnx
@@ -38,6 +39,8 @@ OPSET_OF_MODELS = 3
 
 # Name of the input.
 INPUT = "images"
+
+_LOCK = Lock()
 
 
 def export_onnx(
@@ -94,16 +97,14 @@ def export_onnx(
     >>> export_onnx(classifier, "tiny.onnx")  # doctest: +SKIP
     """
     onnx, runtime, _ = map(_import, ("onnx", "onnxruntime", "onnxscript"))
+    path = check_path(path)
     parts = split(estimator)
-    try:
-        model = _converted(module_of(parts), parts)
-    except ExportError:
-        if not parts.steps:
-            raise
-        model = _with_foreign_steps(parts)
-    onnx.helper.set_model_props(model, metadata_of(parts))
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with (
+        own_settings(),
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        model = _model_of(parts)
+        onnx.helper.set_model_props(model, metadata_of(parts))
         written = Path(folder) / "model.onnx"
         try:
             onnx.save(model, written)
@@ -111,6 +112,17 @@ def export_onnx(
             raise ExportError(f"The model cannot be written: {error}") from error
         verify(parts, _runner(runtime, written), X, "ONNX file")
         written.replace(path)
+
+
+def _model_of(parts: Parts) -> Any:
+    """Return the ONNX model of an estimator."""
+    try:
+        module = module_of(parts)
+    except ExportError:
+        if not parts.steps:
+            raise
+        return _with_foreign_steps(parts)
+    return _converted(module, parts)
 
 
 def _runner(runtime: Any, path: Path) -> Any:
@@ -127,18 +139,25 @@ def _runner(runtime: Any, path: Path) -> Any:
 def _converted(module: nn.Module, parts: Parts) -> Any:
     """Return the ONNX model of a module from crops to a dictionary of outputs."""
     example = torch.from_numpy(random_crops(parts)[:2])
-    with torch.inference_mode(), _quiet():
-        names = list(module(example))
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            opset_version=OPSET,
-            verbose=False,
-        )
+    names = list(module(example))
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error.__cause__ or error
+        raise ExportError(
+            "torch.onnx.export cannot convert the network: "
+            f"{shorten(' '.join(str(cause).split()), 200)}"
+        ) from error
     return cast(Any, program).model_proto
 
 
@@ -164,8 +183,7 @@ def _with_foreign_steps(parts: Parts) -> Any:
     scaled = _Scaled(parts.reader, layers).eval()
     network = _converted(scaled, parts)
     example = torch.from_numpy(random_crops(parts)[:1])
-    with torch.inference_mode():
-        n_features = scaled(example)["features"].shape[1]
+    n_features = scaled(example)["features"].shape[1]
     model = _by_skl2onnx(steps, n_features)
     # skl2onnx declares the oldest versions that have its operators.
     model.ir_version = network.ir_version
@@ -265,16 +283,21 @@ def _take_column(graph: Any, name: str, column: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the exporter prints and logs about its own progress."""
+    """Hide what the exporters print and log about their own progress.
+
+    One thread at a time: all of it belongs to the process, as do states of the
+    exporters.
+    """
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with _LOCK:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def _import(name: str) -> Any:

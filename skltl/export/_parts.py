@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._random import torch_defaults
 from skltl.exceptions import ExportError
 from skltl.features import CNNFeatureTransformer, HeadEstimator
 from skltl.finetuning import unwrapped
@@ -113,7 +119,7 @@ def split(estimator: Any) -> Parts:
 
 def _flat_steps(pipeline: Pipeline) -> list[tuple[str, Any]]:
     """Return the steps of a pipeline and of those in it, without wrappers."""
-    steps = []
+    steps: list[tuple[str, Any]] = []
     for name, step in pipeline.steps:
         if step is None or step == "passthrough":
             continue
@@ -124,3 +130,25 @@ def _flat_steps(pipeline: Pipeline) -> list[tuple[str, Any]]:
         else:
             steps.append((name, step))
     return steps
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute in float32 on the CPU, whatever the user has set for this thread."""
+    with (
+        torch_defaults(),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),  # its tensors could not be used outside of it
+        torch.no_grad(),
+    ):
+        yield
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path to which a file can be written; refuse it before the work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder, not a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}.")
+    return path

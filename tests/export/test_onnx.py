@@ -2,6 +2,8 @@
 
 import json
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -159,6 +161,23 @@ def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
     with pytest.raises(ExportError):
         export_onnx(wrong, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+
+
+def test_paths_are_checked_before_the_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing'"):
+        export_onnx(pipeline(SVC()), tmp_path / "missing" / "model.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder, not a file"):
+        export_onnx(pipeline(SVC()), tmp_path)
+
+
+def test_threads_export_at_once(training_images, labels, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    paths = [tmp_path / f"{number}.onnx" for number in range(3)]
+    before = sys.stdout, list(warnings.filters)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda path: export_onnx(fitted, path), paths))
+    assert (sys.stdout, list(warnings.filters)) == before
+    assert sorted(tmp_path.iterdir()) == paths
 
 
 class Unknown(KNeighborsClassifier):

@@ -1,10 +1,12 @@
 """A model of OpenVINO predicts what the estimator predicts."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
+import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
@@ -121,6 +123,30 @@ def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
     with pytest.raises(ValueError, match=r"must end with \.xml"):
         export_openvino(wrong, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_checked_before_the_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing'"):
+        export_openvino(pipeline(SVC()), tmp_path / "missing" / "model.xml")
+    (tmp_path / "model.bin").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"model\.bin' is a folder"):
+        export_openvino(pipeline(SVC()), tmp_path / "model.xml")
+
+
+def test_settings_of_the_user_do_not_matter(training_images, labels, images, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        export_openvino(fitted, tmp_path / "model.xml")
+    found, _ = run(tmp_path / "model.xml", images)
+    expected = fitted.decision_function(images)
+    np.testing.assert_allclose(found["scores"], expected, atol=1e-3)
+
+
+def test_a_forked_child_is_refused(training_images, labels, tmp_path, monkeypatch):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    monkeypatch.setattr("skltl.inference._openvino._process_of_openvino", os.getppid())
+    with pytest.raises(ExportError, match="forked child"):
+        export_openvino(fitted, tmp_path / "model.xml")
 
 
 def test_a_missing_package(training_images, labels, tmp_path, monkeypatch):

@@ -326,6 +326,28 @@ def test_an_exported_program_takes_any_number_of_images(
         np.testing.assert_allclose(scores, expected[:n_images], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.device("meta"),
+    ],
+    ids=["autocast", "inference", "device"],
+)
+def test_settings_of_the_user_do_not_matter(settings, training_images, labels, images):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    with settings:
+        module = to_torch(fitted)
+    tensors = [*module.parameters(), *module.buffers()]
+    assert {(one.device.type, one.dtype) for one in tensors} == {("cpu", torch.float32)}
+    assert not any(one.is_inference() for one in tensors)
+    expected = fitted.decision_function(images)
+    np.testing.assert_allclose(
+        outputs_of(module, images)["scores"], expected, atol=1e-3
+    )
+
+
 class Doubled(StandardScaler):
     """A scaler whose results are other than those of its class."""
 
