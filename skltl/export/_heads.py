@@ -31,6 +31,7 @@ from skltl.finetuning import (
     FineTunedCNN,
     is_multilabel_classifier,
     linear_function_of,
+    n_dimensions_of,
     unwrapped,
     without_names,
 )
@@ -293,8 +294,7 @@ def outputs_of_model(model: Any) -> nn.Module:
         return _outputs_of_calibrated(model)
     linear = _linear_layer(model)
     if not hasattr(model, "classes_"):
-        points = np.zeros((1, linear.in_features))
-        return ValueOutputs(linear, np.ndim(without_names(model).predict(points)))
+        return ValueOutputs(linear, n_dimensions_of(model, linear.in_features))
     is_multilabel = is_multilabel_classifier(model)
     return ClassOutputs(linear, _probabilities_of(model, linear), is_multilabel)
 

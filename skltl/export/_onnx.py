@@ -29,6 +29,7 @@ from skltl.export._heads import layer_of
 from skltl.export._module import Network, metadata_of, module_of
 from skltl.export._parts import Parts, check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
+from skltl.finetuning import n_dimensions_of
 
 # The version of ONNX's operators. ONNX Runtime reads it since 1.17 (2024), and skl2onnx
 # converts to it.
@@ -83,8 +84,8 @@ def export_onnx(
     -----
     The input ``"images"`` is uint8, of shape (n, height, width, n_channels). Outputs
     are those of :class:`~skltl.export.ExportedNetwork`. The metadata of the file are
-    the JSON of ``"classes"``, ``"preprocessing"`` (the parameters of `Preprocessing`)
-    and ``"versions"``. Networks of more than 2 GB are refused.
+    the JSON of ``"classes"``, ``"preprocessing"`` (the parameters of `Preprocessing`),
+    ``"backbone"`` and ``"versions"``. Networks of more than 2 GB are refused.
 
     It uses ``torch.onnx.export(dynamo=True)``, with operators of version 20.
 
@@ -215,10 +216,11 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     types = import_module("skl2onnx.common.data_types")
     *between, (name, last) = steps
     real = types.FloatTensorType([None, None])
+    n_dimensions = n_dimensions_of(last, last.n_features_in_)
     if not is_classifier(last):
-        column = 0 if np.ndim(last.predict(_zeros(last))) == 1 else None
+        column = 0 if n_dimensions == 1 else None
         options, outputs = {}, [("values", real)]
-    elif np.ndim(last.predict(_zeros(last))) > 1:
+    elif n_dimensions > 1:
         raise ExportError(
             f"Step {name!r} ({type(last).__name__}) predicts several labels, and has "
             "no equivalent in torch."
@@ -263,10 +265,6 @@ def _with_positions(name: str, classifier: Any) -> Any:
             "nor in ONNX."
         ) from error
     return classifier
-
-
-def _zeros(model: Any) -> NDArray[np.float32]:
-    return np.zeros((1, model.n_features_in_), dtype=np.float32)
 
 
 def _take_column(graph: Any, name: str, column: int) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
@@ -18,8 +19,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from small_pipeline import pipeline
+from torch import nn
 
 from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     PretrainedCNNClassifier,
@@ -142,6 +146,15 @@ def test_files_and_metadata(training_images, labels, tmp_path):
     assert inputs.shape[1:] == [height, width, 3]
 
 
+def test_feature_names_do_not_matter(training_images, labels, images, tmp_path):
+    pytest.importorskip("pandas")
+    fitted = pipeline(StandardScaler(), SVC()).set_output(transform="pandas")
+    fitted.fit(training_images, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_onnx(fitted, tmp_path / "model.onnx")
+
+
 class Doubled(StandardScaler):
     """A scaler whose results are other than those of its class."""
 
@@ -178,6 +191,25 @@ def test_threads_export_at_once(training_images, labels, tmp_path):
         list(threads.map(lambda path: export_onnx(fitted, path), paths))
     assert (sys.stdout, list(warnings.filters)) == before
     assert sorted(tmp_path.iterdir()) == paths
+
+
+class Unusual(nn.Module):
+    """A layer that neither format has."""
+
+    def forward(self, batch):
+        return torch.special.i0(batch.clamp(-1, 1))
+
+
+def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
+    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
+    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
+    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(
+        ExportError, match=r"torch\.onnx\.export cannot convert .*bessel_i0"
+    ):
+        export_onnx(fitted, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Unknown(KNeighborsClassifier):

@@ -9,11 +9,15 @@ import pytest
 import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from small_pipeline import pipeline
+from torch import nn
 
 from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     crop_images,
@@ -147,6 +151,25 @@ def test_a_forked_child_is_refused(training_images, labels, tmp_path, monkeypatc
     monkeypatch.setattr("skltl.inference._openvino._process_of_openvino", os.getppid())
     with pytest.raises(ExportError, match="forked child"):
         export_openvino(fitted, tmp_path / "model.xml")
+
+
+class Unusual(nn.Module):
+    """A layer that neither format has."""
+
+    def forward(self, batch):
+        return torch.special.i0(batch.clamp(-1, 1))
+
+
+def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
+    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
+    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
+    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(
+        ExportError, match="OpenVINO cannot convert .* aten::special_i0"
+    ):
+        export_openvino(fitted, tmp_path / "model.xml")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package(training_images, labels, tmp_path, monkeypatch):

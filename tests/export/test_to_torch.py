@@ -20,6 +20,7 @@ from sklearn.linear_model import (
 )
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import RegressorChain
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
@@ -386,6 +387,13 @@ class Reversed(LogisticRegression):
 def test_errors_name_the_step(steps, message, training_images, labels):
     fitted = pipeline(*steps).fit(training_images, labels)
     with pytest.raises(ExportError, match=message):
+        to_torch(fitted)
+
+
+def test_chains_are_refused(training_images):
+    y = np.random.default_rng(0).normal(size=(40, 2))
+    fitted = pipeline(RegressorChain(Ridge())).fit(training_images, y)
+    with pytest.raises(ExportError, match="in RegressorChain have different numbers"):
         to_torch(fitted)
 
 
