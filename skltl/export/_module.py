@@ -221,8 +221,11 @@ def module_of(parts: Parts) -> ExportedNetwork:
 
 def metadata_of(parts: Parts) -> dict[str, str]:
     """Return what a program must know of an export, as JSON."""
+    classes = parts.classes
+    if classes is not None and classes.dtype.kind in "mM":
+        classes = classes.astype(str)  # nanoseconds would become integers
     facts = {
-        "classes": None if parts.classes is None else parts.classes.tolist(),
+        "classes": None if classes is None else classes.tolist(),
         "preprocessing": asdict(parts.preprocessing),
         "backbone": parts.reader.backbone_.name,
         "versions": versions() | {"scikit-learn": sklearn.__version__},

@@ -23,7 +23,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from skltl._locks import Lock
+from skltl._locks import CONVERSIONS
 from skltl.exceptions import ExportError, shorten
 from skltl.export._heads import layer_of
 from skltl.export._module import Network, metadata_of, module_of
@@ -40,8 +40,6 @@ OPSET_OF_MODELS = 3
 
 # Name of the input.
 INPUT = "images"
-
-_LOCK = Lock()
 
 
 def export_onnx(
@@ -287,7 +285,7 @@ def _quiet() -> Iterator[None]:
     exporters.
     """
     logger = logging.getLogger("torch.onnx")
-    with _LOCK:
+    with CONVERSIONS:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:

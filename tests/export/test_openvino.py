@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -144,6 +146,16 @@ def test_settings_of_the_user_do_not_matter(training_images, labels, images, tmp
     found, _ = run(tmp_path / "model.xml", images)
     expected = fitted.decision_function(images)
     np.testing.assert_allclose(found["scores"], expected, atol=1e-3)
+
+
+def test_threads_export_at_once(training_images, labels, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    paths = [tmp_path / f"{number}.xml" for number in range(8)]
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda path: export_openvino(fitted, path), paths))
+    assert list(warnings.filters) == before
+    assert sorted(tmp_path.glob("*.xml")) == paths
 
 
 def test_a_forked_child_is_refused(training_images, labels, tmp_path, monkeypatch):

@@ -294,6 +294,14 @@ def test_the_module_describes_itself(training_images, labels):
     assert {"skltl", "torch", "scikit-learn"} <= metadata["versions"].keys()
 
 
+def test_classes_that_are_dates(training_images):
+    days = np.array(["2020-01-01", "2021-01-01"], dtype="datetime64[ns]")
+    fitted = pipeline(LogisticRegression())
+    fitted.fit(training_images, days[np.arange(40) % 2])
+    classes = json.loads(to_torch(fitted).metadata_["classes"])
+    np.testing.assert_array_equal(np.array(classes, dtype=days.dtype), days)
+
+
 def test_the_module_is_independent_of_the_estimator(training_images, labels, images):
     fitted = pipeline(LogisticRegression()).fit(training_images, labels)
     expected = fitted.decision_function(images)
