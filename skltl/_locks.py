@@ -50,3 +50,7 @@ def _renew_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all)
+
+# Tracing and exporting change states of torch and of warnings that belong to the
+# process: one thread at a time.
+CONVERSIONS = Lock()

@@ -53,7 +53,7 @@ def find_images(n_images, folder):
     data = os.environ.get("SKLTL_TEST_DATA")
     if data:
         paths = sorted((Path(data) / "flowers17").glob("*/*.jpg"))
-        paths = paths[:: len(paths) // n_images][:n_images]
+        paths = paths[:: max(1, len(paths) // n_images)][:n_images]
         return paths, [path.parent.name for path in paths]
     rng = np.random.default_rng(0)
     paths = [Path(folder) / f"{number}.jpg" for number in range(n_images)]

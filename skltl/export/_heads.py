@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_selection import SelectorMixin
@@ -30,6 +31,7 @@ from skltl.finetuning import (
     FineTunedCNN,
     is_multilabel_classifier,
     linear_function_of,
+    n_dimensions_of,
     unwrapped,
     without_names,
 )
@@ -141,8 +143,11 @@ def _(step: Normalizer) -> nn.Module:
 
 @layer_of.register
 def _(step: PCA) -> nn.Module:
-    deviations = np.sqrt(step.explained_variance_) if step.whiten else 1.0
-    return Project(step.mean_, step.components_ / np.reshape(deviations, (-1, 1)))
+    if not step.whiten:
+        return Project(step.mean_, step.components_)
+    variances = step.explained_variance_[:, None]
+    least = np.finfo(variances.dtype).eps  # as in scikit-learn: some are 0
+    return Project(step.mean_, step.components_ / np.maximum(np.sqrt(variances), least))
 
 
 @layer_of.register
@@ -164,8 +169,13 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _one_vs_rest(scores: Tensor) -> Tensor:
-    """Return the probabilities of one-vs-rest models, scaled to a sum of 1."""
+    """Return the probabilities of one-vs-rest models, scaled to a sum of 1.
+
+    Where all of them are 0, classes are equally probable, as in scikit-learn.
+    """
     proba = scores.sigmoid()
+    total = proba.sum(dim=1, keepdim=True)
+    proba = torch.where(total == 0, torch.ones_like(proba), proba)
     return proba / proba.sum(dim=1, keepdim=True)
 
 
@@ -280,13 +290,11 @@ class OfClasses(nn.Module):
 
 def outputs_of_model(model: Any) -> nn.Module:
     """Return the layers for the last step of a pipeline: a fitted linear model."""
-    model = unwrapped(model)
     if isinstance(model, CalibratedClassifierCV):
         return _outputs_of_calibrated(model)
     linear = _linear_layer(model)
     if not hasattr(model, "classes_"):
-        points = np.zeros((1, linear.in_features))
-        return ValueOutputs(linear, np.ndim(without_names(model).predict(points)))
+        return ValueOutputs(linear, n_dimensions_of(model, linear.in_features))
     is_multilabel = is_multilabel_classifier(model)
     return ClassOutputs(linear, _probabilities_of(model, linear), is_multilabel)
 
@@ -325,9 +333,7 @@ def _probabilities_of(model: Any, linear: nn.Linear) -> str | None:
     bare = without_names(model)
     if not hasattr(bare, "predict_proba"):
         return None
-    points = np.random.default_rng(0).normal(size=(64, linear.in_features))
-    largest = np.abs(points @ linear.weight.numpy().T).max()
-    points /= max(1.0, largest / 4)  # where probabilities are neither 0 nor 1
+    points = _points_of_scores_near_0(linear)
     expected = bare.predict_proba(points)
     scores = torch.from_numpy(bare.decision_function(points).reshape(64, -1))
     for name, function in PROBABILITIES.items():
@@ -338,6 +344,19 @@ def _probabilities_of(model: Any, linear: nn.Linear) -> str | None:
         f"The probabilities of {type(model).__name__} are neither the softmax nor "
         "sigmoids of its scores."
     )
+
+
+def _points_of_scores_near_0(linear: nn.Linear) -> NDArray[np.float64]:
+    """Return features (64, d) for which no probabilities are close to 0 or 1.
+
+    Far from there, different functions of scores are equal up to rounding: sigmoids of
+    negative scores, scaled to a sum of 1, are their softmax.
+    """
+    coef = linear.weight.numpy().astype(np.float64)
+    intercept = linear.bias.numpy()
+    scores = np.random.default_rng(0).normal(scale=2, size=(64, len(coef)))
+    weights = np.linalg.lstsq(coef @ coef.T, (scores - intercept).T, rcond=None)[0]
+    return np.asarray(weights.T @ coef)
 
 
 def _outputs_of_calibrated(model: CalibratedClassifierCV) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skltl.exceptions import ExportError
 from skltl.export._heads import Outputs, layer_of, outputs_of_model, outputs_of_network
-from skltl.export._parts import Parts, split
+from skltl.export._parts import Parts, own_settings, split
 from skltl.export._verification import verify
 from skltl.features import CNNFeatureTransformer
 from skltl.images import normalize
@@ -195,14 +195,14 @@ def to_torch(estimator: BaseEstimator, *, X: Any = None) -> ExportedNetwork:
     (['index', 'probabilities', 'scores'], torch.Size([2]))
     """
     parts = split(estimator)
-    module = module_of(parts)
+    with own_settings():
+        module = module_of(parts)
 
-    def run(crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        with torch.inference_mode():
+        def run(crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
             outputs = module(torch.from_numpy(crops))
-        return {name: output.numpy() for name, output in outputs.items()}
+            return {name: output.numpy() for name, output in outputs.items()}
 
-    verify(parts, run, X, "torch module")
+        verify(parts, run, X, "torch module")
     return module
 
 
@@ -221,8 +221,11 @@ def module_of(parts: Parts) -> ExportedNetwork:
 
 def metadata_of(parts: Parts) -> dict[str, str]:
     """Return what a program must know of an export, as JSON."""
+    classes = parts.classes
+    if classes is not None and classes.dtype.kind in "mM":
+        classes = classes.astype(str)  # nanoseconds would become integers
     facts = {
-        "classes": None if parts.classes is None else parts.classes.tolist(),
+        "classes": None if classes is None else classes.tolist(),
         "preprocessing": asdict(parts.preprocessing),
         "backbone": parts.reader.backbone_.name,
         "versions": versions() | {"scikit-learn": sklearn.__version__},

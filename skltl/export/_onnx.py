@@ -20,13 +20,16 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.pipeline import Pipeline
+from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+from skltl._locks import CONVERSIONS
 from skltl.exceptions import ExportError, shorten
 from skltl.export._heads import layer_of
 from skltl.export._module import Network, metadata_of, module_of
-from skltl.export._parts import Parts, split
+from skltl.export._parts import Parts, check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
+from skltl.finetuning import n_dimensions_of
 
 # The version of ONNX's operators. ONNX Runtime reads it since 1.17 (2024), and skl2onnx
 # converts to it.
@@ -79,8 +82,8 @@ def export_onnx(
     -----
     The input ``"images"`` is uint8, of shape (n, height, width, n_channels). Outputs
     are those of :class:`~skltl.export.ExportedNetwork`. The metadata of the file are
-    the JSON of ``"classes"``, ``"preprocessing"`` (the parameters of `Preprocessing`)
-    and ``"versions"``. Networks of more than 2 GB are refused.
+    the JSON of ``"classes"``, ``"preprocessing"`` (the parameters of `Preprocessing`),
+    ``"backbone"`` and ``"versions"``. Networks of more than 2 GB are refused.
 
     It uses ``torch.onnx.export(dynamo=True)``, with operators of version 20.
 
@@ -93,16 +96,14 @@ def export_onnx(
     >>> export_onnx(classifier, "tiny.onnx")  # doctest: +SKIP
     """
     onnx, runtime, _ = map(_import, ("onnx", "onnxruntime", "onnxscript"))
+    path = check_path(path)
     parts = split(estimator)
-    try:
-        model = _converted(module_of(parts), parts)
-    except ExportError:
-        if not parts.steps:
-            raise
-        model = _with_foreign_steps(parts)
-    onnx.helper.set_model_props(model, metadata_of(parts))
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with (
+        own_settings(),
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        model = _model_of(parts)
+        onnx.helper.set_model_props(model, metadata_of(parts))
         written = Path(folder) / "model.onnx"
         try:
             onnx.save(model, written)
@@ -110,6 +111,17 @@ def export_onnx(
             raise ExportError(f"The model cannot be written: {error}") from error
         verify(parts, _runner(runtime, written), X, "ONNX file")
         written.replace(path)
+
+
+def _model_of(parts: Parts) -> Any:
+    """Return the ONNX model of an estimator."""
+    try:
+        module = module_of(parts)
+    except ExportError:
+        if not parts.steps:
+            raise
+        return _with_foreign_steps(parts)
+    return _converted(module, parts)
 
 
 def _runner(runtime: Any, path: Path) -> Any:
@@ -126,18 +138,25 @@ def _runner(runtime: Any, path: Path) -> Any:
 def _converted(module: nn.Module, parts: Parts) -> Any:
     """Return the ONNX model of a module from crops to a dictionary of outputs."""
     example = torch.from_numpy(random_crops(parts)[:2])
-    with torch.inference_mode(), _quiet():
-        names = list(module(example))
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            opset_version=OPSET,
-            verbose=False,
-        )
+    names = list(module(example))
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error.__cause__ or error
+        raise ExportError(
+            "torch.onnx.export cannot convert the network: "
+            f"{shorten(' '.join(str(cause).split()), 200)}"
+        ) from error
     return cast(Any, program).model_proto
 
 
@@ -163,8 +182,7 @@ def _with_foreign_steps(parts: Parts) -> Any:
     scaled = _Scaled(parts.reader, layers).eval()
     network = _converted(scaled, parts)
     example = torch.from_numpy(random_crops(parts)[:1])
-    with torch.inference_mode():
-        n_features = scaled(example)["features"].shape[1]
+    n_features = scaled(example)["features"].shape[1]
     model = _by_skl2onnx(steps, n_features)
     # skl2onnx declares the oldest versions that have its operators.
     model.ir_version = network.ir_version
@@ -196,10 +214,11 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     types = import_module("skl2onnx.common.data_types")
     *between, (name, last) = steps
     real = types.FloatTensorType([None, None])
+    n_dimensions = n_dimensions_of(last, last.n_features_in_)
     if not is_classifier(last):
-        column = 0 if np.ndim(last.predict(_zeros(last))) == 1 else None
+        column = 0 if n_dimensions == 1 else None
         options, outputs = {}, [("values", real)]
-    elif np.ndim(last.predict(_zeros(last))) > 1:
+    elif n_dimensions > 1:
         raise ExportError(
             f"Step {name!r} ({type(last).__name__}) predicts several labels, and has "
             "no equivalent in torch."
@@ -207,9 +226,10 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     else:
         has_proba = hasattr(last, "predict_proba")
         column = 1 if not has_proba and len(last.classes_) == 2 else None
-        options = {"zipmap": False} | ({} if has_proba else {"raw_scores": True})
-        last = copy.copy(last)  # of which the classes are the positions of its classes
-        last.classes_ = np.arange(len(last.classes_))
+        options = {} if has_proba else {"raw_scores": True}
+        if not isinstance(last, LinearSVC):  # its converter knows no such option
+            options["zipmap"] = False
+        last = _with_positions(name, last)
         second = "probabilities" if has_proba else "scores"
         outputs = [("index", types.Int64TensorType([None])), (second, real)]
     try:
@@ -232,8 +252,17 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     return model
 
 
-def _zeros(model: Any) -> NDArray[np.float32]:
-    return np.zeros((1, model.n_features_in_), dtype=np.float32)
+def _with_positions(name: str, classifier: Any) -> Any:
+    """Return a copy of a classifier, of which the classes are their positions."""
+    classifier = copy.copy(classifier)
+    try:
+        classifier.classes_ = np.arange(len(classifier.classes_))
+    except AttributeError as error:  # a property: the classes of another classifier
+        raise ExportError(
+            f"Step {name!r} ({type(classifier).__name__}) has no equivalent in torch, "
+            "nor in ONNX."
+        ) from error
+    return classifier
 
 
 def _take_column(graph: Any, name: str, column: int) -> None:
@@ -250,16 +279,21 @@ def _take_column(graph: Any, name: str, column: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the exporter prints and logs about its own progress."""
+    """Hide what the exporters print and log about their own progress.
+
+    One thread at a time: all of it belongs to the process, as do states of the
+    exporters.
+    """
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with CONVERSIONS:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def _import(name: str) -> Any:

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from skltl.exceptions import EngineError, ExportError
 from skltl.export._module import metadata_of, module_of
-from skltl.export._parts import split
+from skltl.export._parts import check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
-from skltl.inference import convert_to_openvino, openvino_core
+from skltl.inference import can_run, convert_to_openvino, openvino_core
 
 # Name of the input, as in files of ONNX.
 INPUT = "images"
@@ -81,14 +82,23 @@ def export_openvino(
             "export_openvino needs openvino. Install it with: pip install "
             "'skltl[openvino]'"
         )
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise ValueError(f"path={str(path)!r} must end with .xml.")
+    if Path(path).suffix != ".xml":
+        raise ValueError(f"path={os.fspath(path)!r} must end with .xml.")
+    path = check_path(path)
+    check_path(path.with_suffix(".bin"))
+    if not can_run("openvino", torch.device("cpu")):
+        raise ExportError(
+            "This process is a forked child of one that has used OpenVINO, whose "
+            "threads do not exist here. Export from another process."
+        )
     parts = split(estimator)
-    model = _converted(parts)
     import openvino
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with (
+        own_settings(),
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        model = _converted(parts)
         written = Path(folder) / path.name
         openvino.save_model(model, written, compress_to_fp16=False)
         verify(parts, _runner(written), X, "OpenVINO model")
@@ -100,9 +110,11 @@ def _converted(parts: Any) -> Any:
     """Return the OpenVINO model of an estimator."""
     module = module_of(parts)
     example = torch.from_numpy(random_crops(parts)[:2])
-    with torch.inference_mode():
-        names = list(module(example))
-    model = convert_to_openvino(module, example)
+    names = list(module(example))
+    try:
+        model = convert_to_openvino(module, example)
+    except EngineError as error:
+        raise ExportError(str(error)) from error
     model.inputs[0].set_names({INPUT})
     for output, name in zip(model.outputs, names, strict=True):
         output.set_names({name})

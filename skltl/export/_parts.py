@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._random import torch_defaults
 from skltl.exceptions import ExportError
 from skltl.features import CNNFeatureTransformer, HeadEstimator
-from skltl.finetuning import steps_of, unwrapped
+from skltl.finetuning import unwrapped
 from skltl.images import Preprocessing, crop_images
 
 # Views that a module can make of a single crop: the crop itself, and its mirror image.
@@ -92,8 +98,8 @@ def split(estimator: Any) -> Parts:
             f"{type(model).__name__} cannot be exported. Pass a fitted network of "
             "skltl, or a Pipeline of a CNNFeatureTransformer and a model."
         )
-    passed = steps_of(model)
-    steps = [(name, step) for name, step in model.steps if step in passed]
+    steps = _flat_steps(model)
+    passed = [step for _, step in steps]
     names = ", ".join(type(step).__name__ for step in passed) or "none"
     if len(steps) < 2 or not isinstance(passed[0], CNNFeatureTransformer):
         raise ExportError(
@@ -109,3 +115,40 @@ def split(estimator: Any) -> Parts:
             "image, and an exported model takes one crop. Use n_views=1 or 2."
         )
     return Parts(passed[0], steps[1:], model)
+
+
+def _flat_steps(pipeline: Pipeline) -> list[tuple[str, Any]]:
+    """Return the steps of a pipeline and of those in it, without wrappers."""
+    steps: list[tuple[str, Any]] = []
+    for name, step in pipeline.steps:
+        if step is None or step == "passthrough":
+            continue
+        step = unwrapped(step)
+        if isinstance(step, Pipeline):
+            inner = _flat_steps(step)
+            steps.extend((f"{name}.{inner_name}", one) for inner_name, one in inner)
+        else:
+            steps.append((name, step))
+    return steps
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute in float32 on the CPU, whatever the user has set for this thread."""
+    with (
+        torch_defaults(),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),  # its tensors could not be used outside of it
+        torch.no_grad(),
+    ):
+        yield
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path to which a file can be written; refuse it before the work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder, not a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}.")
+    return path

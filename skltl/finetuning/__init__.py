@@ -5,8 +5,8 @@ from skltl.finetuning._conversion import (
     head_of_pipeline,
     is_multilabel_classifier,
     linear_function_of,
+    n_dimensions_of,
     parts_of_pipeline,
-    steps_of,
     unwrapped,
     without_names,
 )
@@ -32,8 +32,8 @@ __all__ = [
     "head_of_pipeline",
     "is_multilabel_classifier",
     "linear_function_of",
+    "n_dimensions_of",
     "parts_of_pipeline",
-    "steps_of",
     "unwrapped",
     "without_names",
 ]

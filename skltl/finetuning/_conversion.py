@@ -157,6 +157,11 @@ def _coefficients(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
             f"{type(model).__name__} is not a linear model: it has no coef_."
         )
     coefs = [np.atleast_2d(part.coef_) for part in parts]
+    if len({coef.shape[1] for coef in coefs}) > 1:
+        raise ValueError(
+            f"The models in {type(model).__name__} have different numbers of "
+            "coefficients: some take more than the features."
+        )
     intercepts = [
         np.broadcast_to(part.intercept_, len(coef))
         for part, coef in zip(parts, coefs, strict=True)
@@ -221,7 +226,7 @@ def _check_predictions(model: Any, coef: NDArray[Any], intercept: NDArray[Any]) 
 
 
 def n_dimensions_of(model: Any, n_features: int) -> int:
-    """Return the number of dimensions of the predictions of a fitted regressor."""
+    """Return the number of dimensions of the predictions of a fitted model."""
     return int(np.ndim(without_names(model).predict(np.zeros((1, n_features)))))
 
 

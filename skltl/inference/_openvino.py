@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from skltl._caller import user_stacklevel
-from skltl._locks import Lock
+from skltl._locks import CONVERSIONS, Lock
 from skltl.exceptions import EngineError, EngineWarning
 from skltl.inference._torch import can_pool, pool
 from skltl.networks import Block, Layout, function_names, is_known_code, layers_of
@@ -218,6 +218,7 @@ def convert_to_openvino(module: nn.Module, example: Tensor) -> Any:
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
         with (
+            CONVERSIONS,
             torch.device("cpu"),  # not the user's default device
             warnings.catch_warnings(),
             torch.inference_mode(False),

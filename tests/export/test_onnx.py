@@ -2,20 +2,28 @@
 
 import json
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from small_pipeline import pipeline
+from torch import nn
 
 from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     PretrainedCNNClassifier,
@@ -90,6 +98,10 @@ def test_pipelines(classifier, training_images, labels, images, tmp_path):
         ([RandomForestClassifier(11, random_state=0)], "four classes"),
         ([StandardScaler(), PCA(5), KNeighborsClassifier(3)], "two classes"),
         ([PowerTransformer(), LogisticRegression()], "four classes"),
+        ([PowerTransformer(), LinearSVC()], "two classes"),
+        ([PowerTransformer(), LinearSVC()], "four classes"),
+        ([make_pipeline(StandardScaler(), SVC())], "four classes"),
+        ([GridSearchCV(SVC(), {"C": [1, 10]}, cv=2)], "four classes"),
         ([StandardScaler(), SVR()], "values"),
         ([RandomForestRegressor(11, random_state=0)], "several values"),
     ],
@@ -134,6 +146,15 @@ def test_files_and_metadata(training_images, labels, tmp_path):
     assert inputs.shape[1:] == [height, width, 3]
 
 
+def test_feature_names_do_not_matter(training_images, labels, images, tmp_path):
+    pytest.importorskip("pandas")
+    fitted = pipeline(StandardScaler(), SVC()).set_output(transform="pandas")
+    fitted.fit(training_images, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_onnx(fitted, tmp_path / "model.onnx")
+
+
 class Doubled(StandardScaler):
     """A scaler whose results are other than those of its class."""
 
@@ -155,6 +176,42 @@ def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
+def test_paths_are_checked_before_the_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing'"):
+        export_onnx(pipeline(SVC()), tmp_path / "missing" / "model.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder, not a file"):
+        export_onnx(pipeline(SVC()), tmp_path)
+
+
+def test_threads_export_at_once(training_images, labels, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    paths = [tmp_path / f"{number}.onnx" for number in range(3)]
+    before = sys.stdout, list(warnings.filters)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda path: export_onnx(fitted, path), paths))
+    assert (sys.stdout, list(warnings.filters)) == before
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+class Unusual(nn.Module):
+    """A layer that neither format has."""
+
+    def forward(self, batch):
+        return torch.special.i0(batch.clamp(-1, 1))
+
+
+def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
+    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
+    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
+    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(
+        ExportError, match=r"torch\.onnx\.export cannot convert .*bessel_i0"
+    ):
+        export_onnx(fitted, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Unknown(KNeighborsClassifier):
     """A classifier that nothing converts."""
 
@@ -166,6 +223,10 @@ def test_errors_name_the_step(training_images, labels, indicators, tmp_path):
     forest = RandomForestClassifier(3, random_state=0)
     fitted = pipeline(forest).fit(training_images, indicators)
     with pytest.raises(ExportError, match="'randomforestclassifier' .* several labels"):
+        export_onnx(fitted, tmp_path / "model.onnx")
+    threshold = FixedThresholdClassifier(LogisticRegression(), threshold=0.1)
+    fitted = pipeline(threshold).fit(training_images, labels == "red")
+    with pytest.raises(ExportError, match=r"'fixedthresholdclassifier' .* nor in ONNX"):
         export_onnx(fitted, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,17 +1,25 @@
 """A model of OpenVINO predicts what the estimator predicts."""
 
 import json
+import os
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from small_pipeline import pipeline
+from torch import nn
 
 from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     crop_images,
@@ -120,6 +128,59 @@ def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
         export_openvino(kernel, tmp_path / "model.xml")
     with pytest.raises(ValueError, match=r"must end with \.xml"):
         export_openvino(wrong, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_checked_before_the_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing'"):
+        export_openvino(pipeline(SVC()), tmp_path / "missing" / "model.xml")
+    (tmp_path / "model.bin").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"model\.bin' is a folder"):
+        export_openvino(pipeline(SVC()), tmp_path / "model.xml")
+
+
+def test_settings_of_the_user_do_not_matter(training_images, labels, images, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        export_openvino(fitted, tmp_path / "model.xml")
+    found, _ = run(tmp_path / "model.xml", images)
+    expected = fitted.decision_function(images)
+    np.testing.assert_allclose(found["scores"], expected, atol=1e-3)
+
+
+def test_threads_export_at_once(training_images, labels, tmp_path):
+    fitted = pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels)
+    paths = [tmp_path / f"{number}.xml" for number in range(8)]
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda path: export_openvino(fitted, path), paths))
+    assert list(warnings.filters) == before
+    assert sorted(tmp_path.glob("*.xml")) == paths
+
+
+def test_a_forked_child_is_refused(training_images, labels, tmp_path, monkeypatch):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    monkeypatch.setattr("skltl.inference._openvino._process_of_openvino", os.getppid())
+    with pytest.raises(ExportError, match="forked child"):
+        export_openvino(fitted, tmp_path / "model.xml")
+
+
+class Unusual(nn.Module):
+    """A layer that neither format has."""
+
+    def forward(self, batch):
+        return torch.special.i0(batch.clamp(-1, 1))
+
+
+def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
+    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
+    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
+    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    with pytest.raises(
+        ExportError, match="OpenVINO cannot convert .* aten::special_i0"
+    ):
+        export_openvino(fitted, tmp_path / "model.xml")
     assert list(tmp_path.iterdir()) == []
 
 

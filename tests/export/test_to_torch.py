@@ -11,10 +11,18 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import SelectKBest
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import (
+    LogisticRegression,
+    Ridge,
+    RidgeClassifier,
+    SGDClassifier,
+)
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import RegressorChain
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
     MaxAbsScaler,
     MinMaxScaler,
@@ -117,6 +125,45 @@ def test_calibration_of_two_classes(training_images, labels, images):
     assert_same_predictions(fitted, images)
 
 
+def test_one_vs_rest_with_negative_intercepts(training_images, labels):
+    # Scaled sigmoids of scores near -30 are their softmax, up to rounding.
+    fitted = pipeline(OneVsRestClassifier(LogisticRegression(C=1e-3)))
+    fitted.fit(training_images, labels)
+    for part in fitted[-1].estimators_:
+        part.intercept_ -= 30
+    module = to_torch(fitted)
+    coef = np.vstack([part.coef_ for part in fitted[-1].estimators_])
+    scores = [[40, 45, 0, 0], [35, 32, 30, 0]]  # before the intercepts
+    features = (np.array(scores) @ np.linalg.pinv(coef).T).astype(np.float32)
+    expected = fitted[-1].predict_proba(features)
+    found = module.outputs(torch.from_numpy(features))["probabilities"].numpy()
+    assert abs(expected[0, :2] - 0.5).max() < 0.1  # a softmax has 0.007
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_probabilities_that_are_all_zero(training_images, labels, images):
+    # Features that are not scaled have scores of -1e4; probabilities are then 1/4.
+    steep = SGDClassifier(loss="log_loss", alpha=1e-8, random_state=0)
+    fitted = pipeline(steep).fit(training_images, labels)
+    assert fitted.predict_proba(images).max(axis=1).min() == 0.25
+    assert_same_predictions(fitted, images)
+    calibrated = CalibratedClassifierCV(LinearSVC(C=0.01), cv=2)
+    fitted = pipeline(calibrated).fit(training_images, labels)
+    for part in fitted[-1].calibrated_classifiers_:
+        for calibrator in part.calibrators:
+            calibrator.b_ = 2000.0
+    assert_same_predictions(fitted, images)
+
+
+def test_whitening_of_constant_components(training_images, labels, images):
+    whitened = PCA(6, whiten=True, svd_solver="full")
+    fitted = pipeline(whitened, LogisticRegression())
+    fitted.fit(training_images[:4].repeat(3, axis=0), labels[:4].repeat(3))
+    whitened.explained_variance_[-1] = 0
+    fitted[-1].coef_[:, 3:] = 0  # they multiply rounding errors
+    assert_same_predictions(fitted, images)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -196,6 +243,14 @@ def test_searches_and_wrappers(training_images, labels, images):
     assert_same_predictions(transfer.fit(training_images, labels), images)
 
 
+def test_pipelines_in_pipelines(training_images, labels, images):
+    frozen = FrozenEstimator(make_pipeline(transformer()).fit(training_images))
+    search = GridSearchCV(LogisticRegression(), {"C": [0.01, 0.1]}, cv=2)
+    inner = make_pipeline(StandardScaler(), None, make_pipeline(PCA(5), search))
+    fitted = make_pipeline(frozen, inner).fit(training_images, labels)
+    assert_same_predictions(fitted, images)
+
+
 def test_feature_names_do_not_matter(training_images, labels, images):
     pytest.importorskip("pandas")
     fitted = pipeline(StandardScaler(), LogisticRegression())
@@ -239,6 +294,14 @@ def test_the_module_describes_itself(training_images, labels):
     assert {"skltl", "torch", "scikit-learn"} <= metadata["versions"].keys()
 
 
+def test_classes_that_are_dates(training_images):
+    days = np.array(["2020-01-01", "2021-01-01"], dtype="datetime64[ns]")
+    fitted = pipeline(LogisticRegression())
+    fitted.fit(training_images, days[np.arange(40) % 2])
+    classes = json.loads(to_torch(fitted).metadata_["classes"])
+    np.testing.assert_array_equal(np.array(classes, dtype=days.dtype), days)
+
+
 def test_the_module_is_independent_of_the_estimator(training_images, labels, images):
     fitted = pipeline(LogisticRegression()).fit(training_images, labels)
     expected = fitted.decision_function(images)
@@ -271,6 +334,28 @@ def test_an_exported_program_takes_any_number_of_images(
     for n_images in (1, 9):
         scores = loaded(crops[:n_images])["scores"].numpy()
         np.testing.assert_allclose(scores, expected[:n_images], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.device("meta"),
+    ],
+    ids=["autocast", "inference", "device"],
+)
+def test_settings_of_the_user_do_not_matter(settings, training_images, labels, images):
+    fitted = pipeline(LogisticRegression()).fit(training_images, labels)
+    with settings:
+        module = to_torch(fitted)
+    tensors = [*module.parameters(), *module.buffers()]
+    assert {(one.device.type, one.dtype) for one in tensors} == {("cpu", torch.float32)}
+    assert not any(one.is_inference() for one in tensors)
+    expected = fitted.decision_function(images)
+    np.testing.assert_allclose(
+        outputs_of(module, images)["scores"], expected, atol=1e-3
+    )
 
 
 class Doubled(StandardScaler):
@@ -311,6 +396,13 @@ class Reversed(LogisticRegression):
 def test_errors_name_the_step(steps, message, training_images, labels):
     fitted = pipeline(*steps).fit(training_images, labels)
     with pytest.raises(ExportError, match=message):
+        to_torch(fitted)
+
+
+def test_chains_are_refused(training_images):
+    y = np.random.default_rng(0).normal(size=(40, 2))
+    fitted = pipeline(RegressorChain(Ridge())).fit(training_images, y)
+    with pytest.raises(ExportError, match="in RegressorChain have different numbers"):
         to_torch(fitted)
 
 
