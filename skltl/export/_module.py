@@ -23,6 +23,9 @@ from skltl.images import normalize
 from skltl.inference import build_segments, pool
 from skltl.networks import layouts, truncate, versions
 
+# Name of the input of an exported file.
+INPUT = "images"
+
 
 class ExportedNetwork(nn.Module):
     """A fitted estimator as one torch module, from crops of images to predictions.

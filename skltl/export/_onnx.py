@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from skltl._locks import CONVERSIONS
 from skltl.exceptions import ExportError, shorten
 from skltl.export._heads import layer_of
-from skltl.export._module import Network, metadata_of, module_of
+from skltl.export._module import INPUT, Network, metadata_of, module_of
 from skltl.export._parts import Parts, check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
 from skltl.finetuning import n_dimensions_of
@@ -37,9 +37,6 @@ OPSET = 20
 
 # Of the domain ai.onnx.ml.
 OPSET_OF_MODELS = 3
-
-# Name of the input.
-INPUT = "images"
 
 
 def export_onnx(

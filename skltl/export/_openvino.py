@@ -14,13 +14,10 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
 from skltl.exceptions import EngineError, ExportError
-from skltl.export._module import metadata_of, module_of
-from skltl.export._parts import check_path, own_settings, split
+from skltl.export._module import INPUT, metadata_of, module_of
+from skltl.export._parts import Parts, check_path, own_settings, split
 from skltl.export._verification import random_crops, verify
 from skltl.inference import can_run, convert_to_openvino, openvino_core
-
-# Name of the input, as in files of ONNX.
-INPUT = "images"
 
 
 def export_openvino(
@@ -106,7 +103,7 @@ def export_openvino(
             file.replace(path.parent / file.name)
 
 
-def _converted(parts: Any) -> Any:
+def _converted(parts: Parts) -> Any:
     """Return the OpenVINO model of an estimator."""
     module = module_of(parts)
     example = torch.from_numpy(random_crops(parts)[:2])

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
-from small_pipeline import pipeline
+from small_pipeline import Doubled, assert_outputs, pipeline
 from torch import nn
 
 from skltl import (
@@ -57,24 +57,8 @@ def assert_same_predictions(estimator, images, path):
     """Compare a file with the methods of its estimator, for several batch sizes."""
     export_onnx(estimator, path)
     exported = Exported(path)
-    for n_images in (len(images), 1):
-        found = exported(images[:n_images])
-        predicted = estimator.predict(images[:n_images])
-        if "values" in found:
-            np.testing.assert_allclose(found.pop("values"), predicted, rtol=1e-3)
-        elif "labels" in found:
-            np.testing.assert_array_equal(found.pop("labels"), predicted)
-        else:
-            classes = np.array(exported.metadata["classes"])
-            np.testing.assert_array_equal(classes[found.pop("index")], predicted)
-        if "scores" in found:
-            scores = estimator.decision_function(images[:n_images])
-            atol = 1e-3 * abs(scores).max()
-            np.testing.assert_allclose(found.pop("scores"), scores, atol=atol)
-        if "probabilities" in found:
-            proba = estimator.predict_proba(images[:n_images])
-            np.testing.assert_allclose(found.pop("probabilities"), proba, atol=1e-3)
-        assert not found
+    for some in (images, images[:1]):
+        assert_outputs(exported(some), estimator, some, exported.metadata["classes"])
     return exported
 
 
@@ -153,13 +137,6 @@ def test_feature_names_do_not_matter(training_images, labels, images, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         export_onnx(fitted, tmp_path / "model.onnx")
-
-
-class Doubled(StandardScaler):
-    """A scaler whose results are other than those of its class."""
-
-    def transform(self, X, copy=None):
-        return 2 * super().transform(X, copy)
 
 
 def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):

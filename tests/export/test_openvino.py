@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
-from small_pipeline import pipeline
+from small_pipeline import Doubled, assert_outputs, pipeline
 from torch import nn
 
 from skltl import (
@@ -46,25 +46,11 @@ def run(path, images):
 
 
 def assert_same_predictions(estimator, images, path):
+    """Compare a model with the methods of its estimator, for several batch sizes."""
     export_openvino(estimator, path)
-    for n_images in (len(images), 1):
-        found, facts = run(path, images[:n_images])
-        predicted = estimator.predict(images[:n_images])
-        if "values" in found:
-            np.testing.assert_allclose(found.pop("values"), predicted, rtol=1e-3)
-        elif "labels" in found:
-            np.testing.assert_array_equal(found.pop("labels"), predicted)
-        else:
-            classes = np.array(facts["classes"])
-            np.testing.assert_array_equal(classes[found.pop("index")], predicted)
-        if "scores" in found:
-            scores = estimator.decision_function(images[:n_images])
-            atol = 1e-3 * abs(scores).max()
-            np.testing.assert_allclose(found.pop("scores"), scores, atol=atol)
-        if "probabilities" in found:
-            proba = estimator.predict_proba(images[:n_images])
-            np.testing.assert_allclose(found.pop("probabilities"), proba, atol=1e-3)
-        assert not found
+    for some in (images, images[:1]):
+        found, facts = run(path, some)
+        assert_outputs(found, estimator, some, facts["classes"])
 
 
 @pytest.mark.parametrize(
@@ -110,13 +96,6 @@ def test_large_feature_maps_are_pooled_for_any_number_of_images(
     found, _ = run(tmp_path / "model.xml", training_images[:n_images])
     expected = fitted.decision_function(training_images[:n_images])
     np.testing.assert_allclose(found["scores"], expected, atol=1e-3)
-
-
-class Doubled(StandardScaler):
-    """A scaler whose results are other than those of its class."""
-
-    def transform(self, X, copy=None):
-        return 2 * super().transform(X, copy)
 
 
 def test_a_wrong_export_leaves_no_file(training_images, labels, tmp_path):
