@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
@@ -62,17 +61,16 @@ class Parts:
         """The class labels, or ``None`` of a regressor."""
         return getattr(self.model, "classes_", None)
 
-    def crops(self, X: Any) -> NDArray[np.uint8]:
-        """Return the crops of images, as the estimator reads them; 8 bits only."""
+    def crops(self, X: Any) -> NDArray[Any]:
+        """Return the crops of images, as the estimator reads them."""
         reader = self.reader
-        crops = crop_images(
+        return crop_images(
             X,
             reader.preprocessing_,
             image_shape=reader._fitted_image_shape,
             reader=reader.reader,
             value_range=reader.value_range,
         )
-        return crops
 
     def on_crops(self) -> Any:
         """Return a copy of the estimator that predicts for crops, as an export does."""
