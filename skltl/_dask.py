@@ -214,6 +214,8 @@ def _run_partition(
     if isinstance(result, np.ndarray) and not isinstance(empty, np.ndarray):
         columns = {} if result.ndim == 1 else {"columns": empty.columns}
         return type(empty)(result, index=partition.index, **columns)
+    if hasattr(result, "iloc"):  # older scikit-learn drops the index of a series
+        return result.set_axis(partition.index, axis="index")
     return result
 
 

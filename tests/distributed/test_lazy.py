@@ -15,9 +15,15 @@ from sklearn.ensemble import RandomTreesEmbedding
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 import skltl
-from skltl import CNNFeatureTransformer, make_feature_pipeline
+from skltl import (
+    Backbone,
+    CNNFeatureTransformer,
+    Preprocessing,
+    make_feature_pipeline,
+)
 from skltl._dask import Shipped
 from skltl.distributed import apply
 from skltl.exceptions import ImageReadError, NonFiniteFeaturesError
@@ -399,12 +405,28 @@ def test_images_that_may_be_unreadable_have_features_of_nan(
     assert np.isnan(found[7]).all()
 
 
-def test_features_that_are_not_finite_are_named(transformer, images):
-    X = images.astype(np.float32) / 255
-    X[5] = 1e38
-    lazy = transformer.fit_transform(da.from_array(X, chunks=2))
+class Reciprocal(nn.Module):
+    """A network whose outputs for black images are infinite."""
 
-    with pytest.raises((NonFiniteFeaturesError, ImageReadError)) as info:
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1, bias=False)
+
+    def forward(self, batch):
+        return 1 / self.conv(batch)
+
+
+def test_features_that_are_not_finite_are_named(images):
+    backbone = Backbone.from_module(
+        "reciprocal",
+        Reciprocal(),
+        preprocessing=Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1)),
+    )
+    images[5] = 0
+    transformer = CNNFeatureTransformer(backbone, engine="torch")
+    lazy = transformer.fit_transform(da.from_array(images, chunks=2))
+
+    with pytest.raises(NonFiniteFeaturesError) as info:
         lazy.compute()
 
     assert info.value.index == 5
