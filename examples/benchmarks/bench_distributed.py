@@ -31,11 +31,11 @@ import json, resource, sys, time
 import numpy as np
 from pathlib import Path
 from skltl import CNNFeatureTransformer
-backbone, chunk, n_threads, malloc = sys.argv[1], *map(int, sys.argv[2:5])
-store = Path(sys.argv[6])
+backbone, weights, store = *sys.argv[1:3], Path(sys.argv[3])
+chunk, n_workers, n_threads, malloc = map(int, sys.argv[4:])
 if __name__ == "__main__":  # workers of Dask import this script
     paths = np.array(json.loads(sys.stdin.read()), dtype=object)
-transformer = CNNFeatureTransformer(backbone, weights=sys.argv[5], random_state=0)
+transformer = CNNFeatureTransformer(backbone, weights=weights, random_state=0)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 """
@@ -59,7 +59,7 @@ import dask, dask.array as da
 from distributed import Client, LocalCluster
 from distributed.protocol import pickle
 def main():
-    shape = {"n_workers": 2, "threads_per_worker": 1}
+    shape = {"n_workers": n_workers, "threads_per_worker": 1}
     environ = "distributed.nanny.pre-spawn-environ"
     variables = {"OMP_NUM_THREADS": n_threads, "MKL_NUM_THREADS": n_threads}
     if malloc:
@@ -85,13 +85,16 @@ if __name__ == "__main__":
     main()
 """
 )
-# Code, number of threads, and MiB that the C library keeps instead of returning them.
+# Code, numbers of workers and of threads of each, and MiB that the C library keeps
+# instead of returning them.
 WAYS = {
-    "plain, 1 thread": (PLAIN, 1, 0),
-    "plain, 2 threads": (PLAIN, 2, 0),
-    "Dask, 2 x 1 thread": (DASK, 1, 0),
-    "Dask, 2 x 1 thread, memory kept": (DASK, 1, 1024),
-    "Dask, 2 x 2 threads": (DASK, 2, 0),
+    "plain, 1 thread": (PLAIN, 1, 1, 0),
+    "plain, 2 threads": (PLAIN, 1, 2, 0),
+    "Dask, 1 x 1 thread": (DASK, 1, 1, 0),
+    "Dask, 1 x 2 threads": (DASK, 1, 2, 0),
+    "Dask, 2 x 1 thread": (DASK, 2, 1, 0),
+    "Dask, 2 x 1 thread, memory kept": (DASK, 2, 1, 1024),
+    "Dask, 2 x 2 threads": (DASK, 2, 2, 0),
 }
 
 
@@ -137,11 +140,11 @@ def main():
         for n_images in args.images:
             paths = [files[index % N_FILES] for index in range(n_images)]
             for way in args.ways:
-                code, n_threads, malloc = WAYS[way]
-                arguments = (args.backbone, args.chunk, n_threads, malloc, args.weights)
+                code, *numbers = WAYS[way]
                 with tempfile.TemporaryDirectory() as store:
+                    arguments = args.backbone, args.weights, store, args.chunk
                     seconds, client, workers, graph, total = measure(
-                        code, folder, paths, *arguments, store
+                        code, folder, paths, *arguments, *numbers
                     )
                 sums.setdefault(n_images, total)
                 assert np.isclose(total, sums[n_images], rtol=1e-6), "other features"
