@@ -1,10 +1,21 @@
 """Pipelines with a small, fast network, and the predictions of their exports."""
 
 import numpy as np
+import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
-from skltl import CNNFeatureTransformer
+from skltl import Backbone, CNNFeatureTransformer, Preprocessing
+
+# Parameters of a short fit, whose results are the same on all machines.
+SHORT = {
+    "head_epochs": 1,
+    "finetune_epochs": 1,
+    "random_state": 0,
+    "engine": "torch",
+    "precision": "float32",
+}
 
 
 def transformer(**parameters):
@@ -16,6 +27,20 @@ def transformer(**parameters):
 def pipeline(*steps, **parameters):
     """A pipeline of the transformer and further steps."""
     return make_pipeline(transformer(**parameters), *steps)
+
+
+class Unusual(nn.Module):
+    """A layer that neither format has."""
+
+    def forward(self, batch):
+        return torch.special.i0(batch.clamp(-1, 1))
+
+
+def unusual_transformer():
+    """A transformer whose network cannot be exported to a file."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
+    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
+    return CNNFeatureTransformer(backbone, layer="1", engine="torch")
 
 
 class Doubled(StandardScaler):

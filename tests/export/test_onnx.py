@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
@@ -18,12 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
-from small_pipeline import Doubled, assert_outputs, pipeline
-from torch import nn
+from small_pipeline import Doubled, assert_outputs, pipeline, unusual_transformer
 
 from skltl import (
-    Backbone,
-    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     PretrainedCNNClassifier,
@@ -170,18 +166,9 @@ def test_threads_export_at_once(training_images, labels, tmp_path):
     assert sorted(tmp_path.iterdir()) == paths
 
 
-class Unusual(nn.Module):
-    """A layer that neither format has."""
-
-    def forward(self, batch):
-        return torch.special.i0(batch.clamp(-1, 1))
-
-
 def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
-    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
-    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
-    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    fitted = make_pipeline(unusual_transformer(), LogisticRegression())
+    fitted.fit(training_images, labels)
     with pytest.raises(
         ExportError, match=r"torch\.onnx\.export cannot convert .*bessel_i0"
     ):

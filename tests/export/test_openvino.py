@@ -14,12 +14,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
-from small_pipeline import Doubled, assert_outputs, pipeline
-from torch import nn
+from small_pipeline import Doubled, assert_outputs, pipeline, unusual_transformer
 
 from skltl import (
-    Backbone,
-    CNNFeatureTransformer,
     FineTunedCNNClassifier,
     Preprocessing,
     crop_images,
@@ -144,18 +141,9 @@ def test_a_forked_child_is_refused(training_images, labels, tmp_path, monkeypatc
         export_openvino(fitted, tmp_path / "model.xml")
 
 
-class Unusual(nn.Module):
-    """A layer that neither format has."""
-
-    def forward(self, batch):
-        return torch.special.i0(batch.clamp(-1, 1))
-
-
 def test_networks_that_cannot_be_converted(training_images, labels, tmp_path):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Unusual(), nn.Identity())
-    backbone = Backbone.from_module("own", network, preprocessing=Preprocessing(16))
-    feat = CNNFeatureTransformer(backbone, layer="1", engine="torch")
-    fitted = make_pipeline(feat, LogisticRegression()).fit(training_images, labels)
+    fitted = make_pipeline(unusual_transformer(), LogisticRegression())
+    fitted.fit(training_images, labels)
     with pytest.raises(
         ExportError, match="OpenVINO cannot convert .* aten::special_i0"
     ):

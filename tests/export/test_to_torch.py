@@ -16,7 +16,6 @@ from sklearn.linear_model import (
     LogisticRegression,
     Ridge,
     RidgeClassifier,
-    SGDClassifier,
 )
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
@@ -32,7 +31,13 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from sklearn.svm import SVC, LinearSVC
-from small_pipeline import Doubled, assert_outputs, pipeline, transformer
+from small_pipeline import (
+    SHORT,
+    Doubled,
+    assert_outputs,
+    pipeline,
+    transformer,
+)
 
 from skltl import (
     CNNFeatureTransformer,
@@ -130,18 +135,7 @@ def test_one_vs_rest_with_negative_intercepts(training_images, labels):
 
 
 def test_probabilities_that_are_all_zero(training_images, labels, images):
-    # Features that are not scaled have scores of -1e4; probabilities are then 1/4.
-    steep = SGDClassifier(loss="log_loss", alpha=1e-8, random_state=0)
-    fitted = pipeline(steep).fit(training_images, labels)
-    with np.errstate(invalid="ignore"):
-        least = fitted.predict_proba(images).max(axis=1).min()
-    if np.isnan(least):
-        pytest.skip("NaN in this release of scikit-learn")
-    assert least == 0.25
-    assert_same_predictions(fitted, images)
-
-
-def test_calibrated_probabilities_that_are_all_zero(training_images, labels, images):
+    # They are then 1/4 of four classes.
     calibrated = CalibratedClassifierCV(LinearSVC(C=0.01), cv=2)
     fitted = pipeline(calibrated).fit(training_images, labels)
     for part in fitted[-1].calibrated_classifiers_:
@@ -193,27 +187,12 @@ def test_fine_tuned_classifiers(
     parameters, targets, training_images, labels, indicators, images
 ):
     y = {"four classes": labels, "two classes": labels == "red", "labels": indicators}
-    classifier = FineTunedCNNClassifier(
-        "tiny",
-        head_epochs=1,
-        finetune_epochs=1,
-        random_state=0,
-        engine="torch",
-        precision="float32",
-        **parameters,
-    )
+    classifier = FineTunedCNNClassifier("tiny", **SHORT, **parameters)
     assert_same_predictions(classifier.fit(training_images, y[targets]), images)
 
 
 def test_fine_tuned_regressor(training_images, images):
-    regressor = FineTunedCNNRegressor(
-        "tiny",
-        head_epochs=1,
-        finetune_epochs=1,
-        random_state=0,
-        engine="torch",
-        precision="float32",
-    )
+    regressor = FineTunedCNNRegressor("tiny", **SHORT)
     regressor.fit(training_images, np.arange(40) * 100.0)
     assert_same_predictions(regressor, images)
 
