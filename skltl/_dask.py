@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -18,8 +19,9 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from skltl._estimator import in_transit
+from skltl._estimator import ImageEstimator, in_transit, n_channels_of
 from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
+from skltl.images import check_not_fatal
 
 # Item of a collection whose own items are not known yet.
 UNKNOWN_ITEM = "image.png"
@@ -232,6 +234,8 @@ def _run(
     if not len(images):
         return empty
     try:
+        if _was_begun():
+            _check_not_fatal(shipped.estimator, images)
         result = getattr(shipped.estimator, method)(images)
     except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
         raise _with_place(error, *place) from error.__cause__
@@ -239,6 +243,50 @@ def _run(
         result = np.asarray(result)
     _check_like(result, empty, method)
     return result
+
+
+def _was_begun() -> bool:
+    """Return whether a worker has begun this task before, and note that it was begun.
+
+    Dask repeats the tasks of a worker that ended. The note is kept by the scheduler as
+    long as the task.
+    """
+    if "distributed" not in sys.modules:
+        return False
+    from distributed import get_client, get_worker
+
+    try:
+        key = [get_worker().get_current_task()]
+        client = get_client()
+        was_begun: bool = client.get_metadata(key, default=False)
+        client.set_metadata(key, True)
+    except (ValueError, OSError):  # no worker, or no answer
+        return False
+    return was_begun
+
+
+def _check_not_fatal(estimator: Any, images: Any) -> None:
+    """Raise an error for an image that ended the worker in an earlier attempt."""
+    reader = _reader_of(estimator)
+    if reader is not None and reader._fitted_image_shape is None:
+        check_not_fatal(
+            images,
+            reader=reader.reader,
+            value_range=reader.value_range,
+            n_channels=n_channels_of(reader),
+        )
+
+
+def _reader_of(estimator: Any) -> Any:
+    """Return the fitted estimator that reads the images, if it is known."""
+    while not isinstance(estimator, ImageEstimator):
+        steps = getattr(estimator, "steps", None)
+        estimator = (
+            steps[0][1] if steps else getattr(estimator, "best_estimator_", None)
+        )
+        if estimator is None:
+            return None
+    return estimator
 
 
 def _check_like(result: Any, empty: Any, method: str) -> None:

@@ -18,6 +18,7 @@ from skltl.images._batches import (
 from skltl.images._containers import check_not_masked
 from skltl.images._crops import crop_images, decode_crops
 from skltl.images._decode import is_tensor, tensor_to_array
+from skltl.images._fatal import check_not_fatal
 from skltl.images._identity import (
     FILE_STATE_BYTES,
     content_key,
@@ -60,6 +61,7 @@ __all__ = [
     "Preprocessing",
     "as_float",
     "bad_images",
+    "check_not_fatal",
     "check_not_masked",
     "check_reader",
     "check_value_range",

@@ -8,9 +8,12 @@ from threading import Thread
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 from worker_code import (
     FATAL,
     count_arrivals,
@@ -32,6 +35,7 @@ from skltl.distributed import apply
 from skltl.exceptions import ImageReadError
 
 da = pytest.importorskip("dask.array", reason="needs skltl[dask]")
+dd = pytest.importorskip("dask.dataframe")
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 
@@ -211,18 +215,25 @@ def test_an_unreadable_image_is_named(client, transformer, many_paths):
     assert "block 2 of the Dask collection" in info.value.__notes__[0]
 
 
-def test_a_fatal_image_ends_with_the_name_of_a_block(transformer, many_paths):
+@pytest.mark.parametrize("kind", ["array", "frame"])
+def test_an_image_that_ends_its_worker_is_named(client, transformer, many_paths, kind):
+    pipeline = make_pipeline(transformer, LogisticRegression())
+    pipeline.fit(many_paths, LABELS)
+    transformer.set_params(reader=read_or_die)
     X = many_paths.copy()
     X[20] = FATAL
-    transformer.set_params(reader=read_or_die, n_jobs=1).fit(X)
-    with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0"
-        ) as cluster,
-        distributed.Client(cluster),
-    ):
-        lazy = transformer.transform(da.from_array(X, chunks=1))
-        # With several tasks at a worker, it may be that of another one.
-        with pytest.raises(distributed.KilledWorker, match="skltl-transform"):
-            lazy.compute()
+    if kind == "array":
+        lazy = transformer.transform(da.from_array(X, chunks=6))
+        place = "block 3 of"
+    else:
+        frame = dd.from_pandas(pd.DataFrame({"path": X}), npartitions=4)
+        lazy = apply(pipeline, frame)
+        place = "block 2 of"
+
+    with pytest.raises(ImageReadError, match="ends the process .SIGKILL.") as info:
+        lazy.compute()
+
+    assert info.value.path == FATAL
+    assert info.value.index == (20 if kind == "array" else 0)
+    assert place in info.value.__notes__[0]
+    client.wait_for_workers(2)

@@ -13,7 +13,6 @@ from guide_code import GUIDE, blocks_of, create_photographs, run
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from worker_code import FATAL, read_or_die
 
 from skltl import CNNFeatureTransformer, make_feature_pipeline
 
@@ -106,13 +105,6 @@ def test_a_store_continues_where_it_was_killed(found, features):
     n_missing = len(names["missing"])
     assert 0 < n_missing < len(names["blocks"]) == 5
     assert_allclose(names["stored"][:], features, atol=1e-6)
-
-
-def test_images_that_end_the_process_are_found(found):
-    paths = [str(found["paths"][0]), FATAL, str(found["paths"][1])]
-    transformer = CNNFeatureTransformer("tiny", reader=read_or_die).fit(paths)
-
-    assert found["find_fatal_images"](transformer, paths) == [FATAL]
 
 
 def test_the_search_has_the_scores_of_one_process(found):
