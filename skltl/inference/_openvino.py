@@ -9,8 +9,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, inf, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from skltl._caller import user_stacklevel
@@ -47,6 +48,10 @@ USUAL_FUNCTIONS = frozenset(
         *("transpose", "type_as", "unbind", "unfold", "unsqueeze", "zero_", "zeros"),
     )
 )
+
+# OpenVINO's maximum of NaN and 0 is 0, so that the features of an image that overflows
+# may be finite. The squares of larger values, of which norms are computed, overflow.
+MAX_INPUT = torch.finfo(torch.float32).max ** 0.5
 
 # OpenVINO's threads do not exist in a forked child, which would wait for them forever.
 _process_of_openvino: int | None = None
@@ -141,7 +146,7 @@ class OpenVINOEngine:
         self._lock = Lock()
 
     def __call__(self, batch: Tensor, pooling: str | int) -> dict[str, Tensor]:
-        """Return the float32 features of the wanted blocks."""
+        """Return the float32 features of the wanted blocks, NaN for huge inputs."""
         key = (tuple(batch.shape), pooling)
         array = batch.float().contiguous().numpy()
         with self._lock:  # a request serves one thread at a time
@@ -150,6 +155,9 @@ class OpenVINOEngine:
             names, request = self._models[key]
             outputs = request.infer([array], share_inputs=True)
             features = {name: outputs[n].copy() for n, name in enumerate(names)}
+        is_huge = torch.linalg.vector_norm(batch.flatten(1), ord=inf, dim=1) > MAX_INPUT
+        for name in self._wanted:
+            features[name][is_huge.numpy()] = np.nan
         return {name: torch.from_numpy(features[name]) for name in self._wanted}
 
     def _convert(

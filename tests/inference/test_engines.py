@@ -21,7 +21,7 @@ from skltl import (
     PretrainedCNNClassifier,
     cache_info,
 )
-from skltl.exceptions import EngineError, EngineWarning
+from skltl.exceptions import EngineError, EngineWarning, NonFiniteFeaturesError
 from skltl.inference import can_run
 
 CPU = torch.device("cpu")
@@ -172,6 +172,20 @@ def test_classifiers_run_on_openvino(images):
 
 
 @openvino
+@pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=openvino)])
+@both_networks
+def test_an_image_that_overflows_is_named(network, engine, images):
+    images = images / np.float32(255)
+    spoiled = images.copy()
+    spoiled[4] *= np.float32(1e38)
+    made = transformer(engine, network, image_shape=None, on_error="nan").fit(images)
+    expected = made.transform(images)
+
+    with pytest.raises(NonFiniteFeaturesError, match="image 4 are NaN or infinite"):
+        made.transform(spoiled)
+    assert_allclose(made.transform(spoiled[:4]), expected[:4], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forked children")
 def test_forked_children_do_not_wait_for_missing_threads():
     code = """

@@ -512,8 +512,10 @@ def test_predictions_do_not_change_the_fitted_estimator(
 def test_threads_predict_after_parameters_were_set(fitted, fewer_digits):
     X, _ = fewer_digits
     classifier = pickle.loads(pickle.dumps(fitted["extract"]))
-    expected = classifier.predict_proba(X)
-    classifier.set_params(transformer__n_jobs=2, transformer__engine="torch")
+    alone = pickle.loads(pickle.dumps(fitted["extract"]))
+    settings = {"transformer__n_jobs": 2, "transformer__engine": "torch"}
+    expected = alone.set_params(**settings).predict_proba(X)
+    classifier.set_params(**settings)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: classifier.predict_proba(X), range(8)))
