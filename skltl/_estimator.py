@@ -260,12 +260,17 @@ def for_file(state, name):
     estimator = state.get(name)
     if estimator is None or is_in_transit() or not _has_fitted_attributes(state):
         return state
-    left_out = {
-        path: LEFT_OUT_OF_FILES[path.rpartition("__")[2]]
-        for path in estimator.get_params()
-        if path.rpartition("__")[2] in LEFT_OUT_OF_FILES
-    }
-    return {**state, name: clone(estimator).set_params(**left_out)}
+    return {**state, name: clone_for_file(estimator)}
+
+
+def clone_for_file(estimator):
+    """Return a clone, also of a pipeline, that writes nowhere and prints nothing."""
+    cloned = clone(estimator)
+    for part in (cloned, *cloned.get_params().values()):
+        if isinstance(part, ImageEstimator):
+            names = LEFT_OUT_OF_FILES.keys() & part.get_params(deep=False).keys()
+            part.set_params(**{name: LEFT_OUT_OF_FILES[name] for name in names})
+    return cloned
 
 
 def is_fitted(estimator):

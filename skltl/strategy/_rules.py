@@ -14,7 +14,12 @@ import numpy as np
 from sklearn.base import MetaEstimatorMixin, clone, is_regressor
 from sklearn.pipeline import Pipeline
 
-from skltl._estimator import LEFT_OUT_OF_FILES, ImageEstimator, is_in_transit
+from skltl._estimator import (
+    ImageEstimator,
+    clone_for_file,
+    for_file,
+    is_in_transit,
+)
 from skltl._random import draw_seed
 from skltl._sklearn import Interval
 from skltl.exceptions import shorten
@@ -508,17 +513,9 @@ def _for_file(state):
     """Return a state that, once loaded, writes nowhere and prints nothing."""
     if "strategy_" not in state or is_in_transit():  # not fitted, or no file
         return state
-    strategy, transformer = state["strategy_"], state["transformer"]
-    estimator = clone(strategy.estimator)
-    readers = [reader_of(estimator)]
-    if transformer is not None:
-        transformer = clone(transformer)
-        readers.append(transformer)
-    for reader in readers:
-        names = LEFT_OUT_OF_FILES.keys() & reader.get_params(deep=False).keys()
-        reader.set_params(**{name: LEFT_OUT_OF_FILES[name] for name in names})
-    strategy = replace(strategy, estimator=estimator)
-    return {**state, "strategy_": strategy, "transformer": transformer}
+    strategy = state["strategy_"]
+    strategy = replace(strategy, estimator=clone_for_file(strategy.estimator))
+    return for_file({**state, "strategy_": strategy}, "transformer")
 
 
 def reader_of(estimator: Any) -> Any:
