@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_selection import SelectorMixin
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import (
     MaxAbsScaler,
     MinMaxScaler,
@@ -32,6 +33,7 @@ from skltl.finetuning import (
     is_multilabel_classifier,
     linear_function_of,
     n_dimensions_of,
+    steps_of,
     unwrapped,
     without_names,
 )
@@ -316,6 +318,15 @@ def outputs_of_network(estimator: Any) -> nn.Module:
     return ClassOutputs(nn.Sequential(*layers), "softmax")
 
 
+def _scores_of(model: Any) -> nn.Module:
+    """Return the layers from features to scores, also of a pipeline."""
+    model = unwrapped(model)
+    if not isinstance(model, Pipeline):
+        return _linear_layer(model)
+    *between, last = steps_of(model)
+    return nn.Sequential(*map(layer_of, between), _scores_of(last))
+
+
 def _linear_layer(model: Any) -> nn.Linear:
     """Return the linear layer of a linear model."""
     try:
@@ -368,7 +379,7 @@ def _outputs_of_calibrated(model: CalibratedClassifierCV) -> nn.Module:
         )
     parts = []
     for calibrated in model.calibrated_classifiers_:
-        one = unwrapped(calibrated.estimator)
+        one = calibrated.estimator
         if not np.array_equal(one.classes_, model.classes_):
             raise ExportError(
                 "A classifier of CalibratedClassifierCV was fitted without some of the "
@@ -376,7 +387,7 @@ def _outputs_of_calibrated(model: CalibratedClassifierCV) -> nn.Module:
             )
         slopes = [calibrator.a_ for calibrator in calibrated.calibrators]
         intercepts = [calibrator.b_ for calibrator in calibrated.calibrators]
-        parts.append((_linear_layer(one), slopes, intercepts))
+        parts.append((_scores_of(one), slopes, intercepts))
     return CalibratedOutputs(parts)
 
 

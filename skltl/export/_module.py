@@ -154,7 +154,8 @@ def to_torch(estimator: BaseEstimator, *, X: Any = None) -> ExportedNetwork:
         `CNNFeatureTransformer`, any scalers, ``Normalizer``, ``PCA``, ``TruncatedSVD``
         and feature selection, and a linear classifier or regressor,
         ``OneVsRestClassifier`` or ``CalibratedClassifierCV(method="sigmoid")`` of
-        these. Of a fitted search, it is the best estimator.
+        these; or ``CalibratedClassifierCV`` of such pipelines. Of a fitted search, it
+        is the best estimator.
     X : sequence of n images, default=None
         Images with which the module is compared, of any kind that the estimator
         supports. ``None`` is eight random images.

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._random import torch_defaults
 from skltl.exceptions import ExportError
-from skltl.features import CNNFeatureTransformer, HeadEstimator
+from skltl.features import CNNFeatureTransformer, HeadEstimator, n_features_by_layer
 from skltl.finetuning import unwrapped
 from skltl.images import Preprocessing, crop_images
+from skltl.networks import prefix_digests
 
 # Views that a module can make of a single crop: the crop itself, and its mirror image.
 MAX_VIEWS = 2
@@ -91,12 +93,13 @@ def split(estimator: Any) -> Parts:
     model = unwrapped(estimator)
     if isinstance(model, HeadEstimator):
         return Parts(model, [], model)
-    if not isinstance(model, Pipeline):
+    pipeline = _calibrated_last(model)
+    if not isinstance(pipeline, Pipeline):
         raise ExportError(
             f"{type(model).__name__} cannot be exported. Pass a fitted network of "
             "skltl, or a Pipeline of a CNNFeatureTransformer and a model."
         )
-    steps = _flat_steps(model)
+    steps = _flat_steps(pipeline)
     passed = [step for _, step in steps]
     names = ", ".join(type(step).__name__ for step in passed) or "none"
     if len(steps) < 2 or not isinstance(passed[0], CNNFeatureTransformer):
@@ -113,6 +116,44 @@ def split(estimator: Any) -> Parts:
             "image, and an exported model takes one crop. Use n_views=1 or 2."
         )
     return Parts(passed[0], steps[1:], model)
+
+
+def _calibrated_last(model: Any) -> Any:
+    """Return a calibrated pipeline as a pipeline whose last step is calibrated.
+
+    ``CalibratedClassifierCV`` of a whole pipeline has one for each fold, each with its
+    own transformer; if all of them are equal, one is sufficient.
+    """
+    if not isinstance(model, CalibratedClassifierCV):
+        return model
+    pipelines = [unwrapped(one.estimator) for one in model.calibrated_classifiers_]
+    if not all(isinstance(one, Pipeline) for one in pipelines):
+        return model
+    steps = [_flat_steps(one) for one in pipelines]
+    transformers = [transformer for (_, transformer), *_ in steps]
+    if not all(isinstance(one, CNNFeatureTransformer) for one in transformers):
+        return model
+    if len({*map(_identity, transformers)}) > 1:
+        raise ExportError(
+            "The transformers of the calibrated pipelines differ. Set random_state if "
+            "their weights are random."
+        )
+    last = copy.copy(model)
+    last.calibrated_classifiers_ = [*map(copy.copy, model.calibrated_classifiers_)]
+    for calibrated, (_, *after) in zip(
+        last.calibrated_classifiers_, steps, strict=True
+    ):
+        calibrated.estimator = Pipeline(after)
+    last.n_features_in_ = sum(n_features_by_layer(transformers[0]))
+    return Pipeline([("reader", transformers[0]), ("calibrated", last)])
+
+
+def _identity(transformer: CNNFeatureTransformer) -> tuple[Any, ...]:
+    """Return all of a transformer that features of an export depend on."""
+    layers = tuple(layer.block for layer in transformer.layers_)
+    digests = prefix_digests(transformer.backbone_, transformer.network_.blocks)
+    settings = transformer.preprocessing_, transformer.pooling_, transformer.n_views
+    return tuple(digests[layer] for layer in layers), *settings
 
 
 def _flat_steps(pipeline: Pipeline) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from skltl.finetuning._conversion import (
     linear_function_of,
     n_dimensions_of,
     parts_of_pipeline,
+    steps_of,
     unwrapped,
     without_names,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "linear_function_of",
     "n_dimensions_of",
     "parts_of_pipeline",
+    "steps_of",
     "unwrapped",
     "without_names",
 ]

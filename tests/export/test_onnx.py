@@ -101,6 +101,15 @@ def test_steps_of_scikit_learn(
     assert_same_predictions(fitted, images, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    "model", [LinearSVC(C=0.01), SVC(), make_pipeline(StandardScaler(), SVC())]
+)
+def test_calibrated_pipelines(model, training_images, labels, images, tmp_path):
+    calibrated = CalibratedClassifierCV(pipeline(model), cv=2)
+    fitted = calibrated.fit(training_images, labels)
+    assert_same_predictions(fitted, images, tmp_path / "model.onnx")
+
+
 def test_networks_with_heads(training_images, labels, indicators, images, tmp_path):
     options = {"engine": "torch", "precision": "float32"}
     pretrained = PretrainedCNNClassifier("tiny", **options).fit(images)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -110,6 +111,44 @@ def test_scalers_and_linear_models(steps, training_images, labels, images):
     y = np.arange(40.0) % 4 if isinstance(steps[-1], Ridge) else labels
     fitted = pipeline(*steps).fit(training_images, y)
     assert_same_predictions(fitted, images)
+
+
+@pytest.mark.parametrize(
+    "calibrated",
+    [
+        CalibratedClassifierCV(pipeline(LinearSVC(C=0.01)), cv=2),
+        CalibratedClassifierCV(pipeline(StandardScaler(), RidgeClassifier(100)), cv=3),
+        CalibratedClassifierCV(
+            pipeline("passthrough", LogisticRegression()), cv=2, ensemble=False
+        ),
+        pipeline(
+            CalibratedClassifierCV(make_pipeline(MinMaxScaler(), LinearSVC()), cv=2)
+        ),
+    ],
+)
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_calibrated_pipelines(calibrated, n_classes, training_images, images):
+    fitted = clone(calibrated).fit(training_images, np.arange(40) % n_classes)
+    assert_same_predictions(fitted, images)
+
+
+def test_calibration_of_a_fitted_pipeline(training_images, labels, images):
+    fitted = pipeline(LinearSVC(C=0.01)).fit(training_images[:20], labels[:20])
+    calibrated = CalibratedClassifierCV(FrozenEstimator(fitted), cv=2)
+    assert_same_predictions(calibrated.fit(training_images[20:], labels[20:]), images)
+
+
+def test_calibrated_pipelines_of_different_networks_are_refused(
+    training_images, labels
+):
+    random = pipeline(LinearSVC(), weights=None, random_state=None)
+    fitted = CalibratedClassifierCV(random, cv=2).fit(training_images, labels)
+    with pytest.raises(ExportError, match="transformers .* differ. Set random_state"):
+        to_torch(fitted)
+    fine_tuned = FineTunedCNNClassifier("tiny", **SHORT)
+    fitted = CalibratedClassifierCV(fine_tuned, cv=2).fit(training_images, labels)
+    with pytest.raises(ExportError, match="CalibratedClassifierCV cannot be exported"):
+        to_torch(fitted)
 
 
 def test_calibration_of_two_classes(training_images, labels, images):
