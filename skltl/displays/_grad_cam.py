@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import is_classifier
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, column_or_1d
@@ -48,8 +49,8 @@ MAX_IMAGES = 12
 
 
 @dataclass(frozen=True)
-class Target:
-    """A place in a network from which the class activation maps are computed.
+class CamLayer:
+    """A layer of a network from whose output class activation maps are computed.
 
     `head` maps an output of the block, whose axes are those of `layout`, to the logits.
     """
@@ -69,10 +70,13 @@ def grad_cam(
     estimator = unwrapped(estimator)
     check_is_fitted(estimator)
     network, head = _split(estimator)
-    targets = _targets(network, head)
     source = read_images_of(network, X)
     y_pred, predicted, is_proba = predict(estimator, X)
-    if labels is None and y_pred.ndim == 2:  # the most probable label of several
+    is_multilabel = y_pred.ndim == 2
+    if len(estimator.classes_) == 2 and not is_multilabel:
+        head = partial(_log_odds, head)
+    layers = _cam_layers(network, head)
+    if labels is None and is_multilabel:  # the most probable one of each image
         labels = estimator.classes_[predicted.argmax(axis=1)]
     labels = y_pred if labels is None else np.asarray(labels)
     is_single = labels.ndim == 0
@@ -81,15 +85,15 @@ def grad_cam(
     columns = columns_of(estimator.classes_, labels)
 
     threads = resolve_threads(network.n_jobs)
-    for target in targets:
-        outputs = _outputs(network, target, source, threads)
+    for layer in layers:
+        outputs = _outputs(network, layer, source, threads)
         pairs = [
-            _map_and_score(output, target, column)
+            _map_and_score(output, layer, column)
             for output, column in zip(outputs, columns, strict=True)
         ]
         if any(activation is not None for activation, _ in pairs):
             break
-    empty = torch.zeros(target.layout.map_shape[1:], dtype=torch.float64)
+    empty = torch.zeros(layer.layout.map_shape[1:], dtype=torch.float64)
     activations = [empty if found is None else found for found, _ in pairs]
     coarse = torch.stack(activations)[:, None].float()  # (n, 1, h', w')
     size = network.preprocessing_.size
@@ -102,7 +106,7 @@ def grad_cam(
 
 def _split(estimator: Any) -> tuple[Any, Head]:
     """Return the estimator with the network, and what follows the network."""
-    if isinstance(estimator, Pipeline):
+    if isinstance(estimator, Pipeline) and is_classifier(estimator):
         transformer, scaler, classifier = parts_of_pipeline(estimator)
         pooling, layout = transformer.pooling_, output_layout(transformer)
         head = head_of_pipeline(pooling, layout, scaler, classifier)
@@ -111,17 +115,17 @@ def _split(estimator: Any) -> tuple[Any, Head]:
         return estimator, estimator.head_
     if isinstance(estimator, PretrainedCNNClassifier):
         return estimator, partial(_pretrained_logits, estimator)
+    last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
     raise ValueError(
         "Grad-CAM needs a classifier of skltl, or a pipeline of a "
-        "CNNFeatureTransformer and a linear classifier; got "
-        f"{type(estimator).__name__}."
+        f"CNNFeatureTransformer and a linear classifier; got {type(last).__name__}."
     )
 
 
-def _targets(network: Any, head: Head) -> list[Target]:
-    """Return the places that maps may be computed from, the last one first.
+def _cam_layers(network: Any, head: Head) -> list[CamLayer]:
+    """Return the layers that maps may be computed from, the last one first.
 
-    These are the layer of the network, and the main layers before it.
+    These are the layer of the estimator, and the main layers before it.
     """
     whole = skeleton(network.backbone_, network.preprocessing_.size)
     # Modules of the user may change when they run, and must stay as they were fitted.
@@ -130,7 +134,7 @@ def _targets(network: Any, head: Head) -> list[Target]:
         for name, block in network.network_.blocks.items()
     }
     own = {layer.block for layer in network.layers_}
-    targets = []
+    layers = []
     for name in reversed(blocks):
         grid = whole.layouts[name].grid
         is_main = name in whole.layers.values() and grid not in (None, (1, 1))
@@ -138,13 +142,13 @@ def _targets(network: Any, head: Head) -> list[Target]:
             following = list(blocks)[list(blocks).index(name) + 1 :]
             rest = [blocks[other] for other in following]
             logits = partial(_run_rest, rest, head)
-            targets.append(Target(name, whole.layouts[name], logits))
-    if not targets:
+            layers.append(CamLayer(name, whole.layouts[name], logits))
+    if not layers:
         raise ValueError(
             "Grad-CAM needs a spatial feature map, but no layer up to "
             f"{network.layers_[0].name!r} of {network.backbone_.name!r} returns one."
         )
-    return targets
+    return layers
 
 
 def _run_rest(rest: Sequence[Block], head: Head, output: torch.Tensor) -> torch.Tensor:
@@ -155,6 +159,12 @@ def _run_rest(rest: Sequence[Block], head: Head, output: torch.Tensor) -> torch.
             output = block(output)
         output = output.double()
     return head(output)
+
+
+def _log_odds(head: Head, output: torch.Tensor) -> torch.Tensor:
+    """Return the log odds (n, 2) of two classes: of 1 the `decision_function`."""
+    logits = head(output)
+    return logits - logits.flip(1)
 
 
 def _pretrained_logits(
@@ -173,23 +183,23 @@ def _pretrained_logits(
 
 
 def _outputs(
-    network: Any, target: Target, source: ImageSource, n_threads: int
+    network: Any, layer: CamLayer, source: ImageSource, n_threads: int
 ) -> torch.Tensor:
-    """Return the outputs (n, ...) of the network at a place."""
+    """Return the outputs (n, ...) of a layer of the network."""
     config = extraction_config(
         network,
         network.backbone_,
         network.network_,
-        (target.block,),
+        (layer.block,),
         network.preprocessing_,
         "flatten",
     )
-    features = extract_features(source, config, [target.block], n_threads)
-    return torch.from_numpy(features).reshape(-1, *target.layout.shape)
+    features = extract_features(source, config, [layer.block], n_threads)
+    return torch.from_numpy(features).reshape(-1, *layer.layout.shape)
 
 
 def _map_and_score(
-    output: torch.Tensor, target: Target, column: int
+    output: torch.Tensor, layer: CamLayer, column: int
 ) -> tuple[torch.Tensor | None, float]:
     """Return the map (h', w') of a class, with maximum 1 or 0, and its score.
 
@@ -198,17 +208,13 @@ def _map_and_score(
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = output[None].double().requires_grad_(True)
-        logits = target.head(leaf)[0]
-        if len(logits) == 2:  # the decision function of two classes
-            score = logits[column] - logits[1 - column]
-        else:
-            score = logits[column]
+        score = layer.head(leaf)[0, column]
         (gradient,) = torch.autograd.grad(score, leaf)
-    gradient = target.layout.as_map(gradient)  # (1, c, h', w')
-    if target.layout.n_prefix and not gradient.any():
+    gradient = layer.layout.as_map(gradient)  # (1, c, h', w')
+    if layer.layout.n_prefix and not gradient.any():
         return None, score.item()
     weights = gradient.mean(dim=(2, 3), keepdim=True)  # (1, c, 1, 1)
-    feature_map = target.layout.as_map(leaf.detach())
+    feature_map = layer.layout.as_map(leaf.detach())
     activation = (weights * feature_map).sum(dim=1)[0].clamp(min=0)  # (h', w')
     return activation / activation.max().clamp(min=1e-300), score.item()
 

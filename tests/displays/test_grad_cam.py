@@ -406,16 +406,22 @@ def test_classifiers_without_a_feature_map_are_refused(squares):
         grad_cam(forest, squares[:2])
     with pytest.raises(ValueError, match="classifier; got RandomForestClassifier"):
         grad_cam(forest[-1], squares[:2])
+    regressor = make_feature_pipeline("tiny", regressor="ridge", image_size=32)
+    with pytest.raises(ValueError, match="classifier; got Ridge"):
+        grad_cam(regressor.fit(squares, np.arange(24.0)), squares[:2])
 
 
 PAIRWISE = {"kernel": "linear", "decision_function_shape": "ovo"}
 
 
+@pytest.mark.parametrize("n_labels", [2, 3])
 @pytest.mark.parametrize("last", ["ovr", "softmax", "fine-tuned"])
-def test_maps_of_a_label_are_those_of_a_classifier_of_this_label(last, squares):
+def test_maps_of_a_label_are_those_of_a_classifier_of_this_label(
+    last, n_labels, squares
+):
     """Its score is the log odds of the label."""
     kind = np.arange(24) % 3
-    y = np.column_stack([kind > 0, kind == 2, kind == 0]).astype(int)
+    y = np.column_stack([kind > 0, kind == 2, kind == 0]).astype(int)[:, :n_labels]
     name = "softmax" if last == "fine-tuned" else last
     settings = {"image_size": 32, "precision": "float32"}
     pipeline = make_feature_pipeline("tiny", name, **settings)
