@@ -19,7 +19,8 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from skltl._estimator import ImageEstimator, in_transit, n_channels_of
+from skltl._estimator import in_transit, n_channels_of
+from skltl._nested import image_estimator_of
 from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
 from skltl.images import check_not_fatal
 
@@ -267,26 +268,14 @@ def _was_begun() -> bool:
 
 def _check_not_fatal(estimator: Any, images: Any) -> None:
     """Raise an error for an image that ended the worker in an earlier attempt."""
-    reader = _reader_of(estimator)
-    if reader is not None and reader._fitted_image_shape is None:
+    fitted = image_estimator_of(estimator)
+    if fitted is not None and fitted.image_shape is None:
         check_not_fatal(
             images,
-            reader=reader.reader,
-            value_range=reader.value_range,
-            n_channels=n_channels_of(reader),
+            reader=fitted.reader,
+            value_range=fitted.value_range,
+            n_channels=n_channels_of(fitted),
         )
-
-
-def _reader_of(estimator: Any) -> Any:
-    """Return the fitted estimator that reads the images, if it is known."""
-    while not isinstance(estimator, ImageEstimator):
-        steps = getattr(estimator, "steps", None)
-        estimator = (
-            steps[0][1] if steps else getattr(estimator, "best_estimator_", None)
-        )
-        if estimator is None:
-            return None
-    return estimator
 
 
 def _check_like(result: Any, empty: Any, method: str) -> None:

@@ -273,7 +273,7 @@ def clone_for_file(estimator):
     return cloned
 
 
-def is_fitted(estimator):
+def is_fitted(estimator: Any) -> bool:
     """Return whether an estimator is fitted."""
     return _has_fitted_attributes(vars(estimator))
 

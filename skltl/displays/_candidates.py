@@ -102,11 +102,11 @@ def _drop_losers(searches, X, y):
     splitter = check_cv(searches[0].cv, y, classifier=has_classes)
     splits = list(splitter.split(X, y))
     n_folds = 1 + fmean(len(train) / len(test) for train, test in splits)
-    strata = np.zeros(len(y), np.int64)
-    if has_classes:
-        strata[:] = np.unique(y, return_inverse=True)[1]
+    task = task_of(y, "classification" if has_classes else "regression")
+    targets = task.encode(y, len(y))
+    strata = task.strata(targets)
     rows = subset_rows(strata, round(n_folds), seed=0)
-    parts = restrict_splits(splits, rows, task_of(y), np.asarray(y))
+    parts = restrict_splits(splits, rows, task, targets)
     losers = [False] * len(searches)
     if len(rows) < len(strata) and len(parts) > 1:
         subset = take(X, rows), take(y, rows)

@@ -14,11 +14,12 @@ from sklearn.utils.validation import (
     column_or_1d,
 )
 
+from skltl._nested import unwrapped
 from skltl.curation import check_readable, fitted_to
 from skltl.displays._images import read_as, read_plainly
 from skltl.displays._layout import as_title, import_pyplot, resolve_ax, to_rgb_pixels
 from skltl.exceptions import shorten
-from skltl.finetuning import FineTunedCNN, unwrapped
+from skltl.finetuning import FineTunedCNN
 
 # Classes that have a color of their own and are in the legend.
 MAX_CLASSES = 20

@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch.nn.functional import interpolate
 
 from skltl._estimator import read_images_of
+from skltl._nested import unwrapped
 from skltl._parameters import resolve_threads
 from skltl._sklearn import take
 from skltl.displays._images import check_n_images
@@ -35,7 +36,6 @@ from skltl.finetuning import (
     columns_of,
     head_of_pipeline,
     parts_of_pipeline,
-    unwrapped,
 )
 from skltl.images import ImageSource, decode_crops
 from skltl.networks import Block, Layout, is_known_code, skeleton

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from sklearn.frozen import FrozenEstimator
 
-from skltl._estimator import ImageEstimator, is_fitted, read_images_of
+from skltl._estimator import read_images_of
+from skltl._nested import image_estimator_of, unwrapped
 from skltl.features import CNNFeatureTransformer
-from skltl.finetuning import unwrapped
 
 
 def read_as(estimator, X, image_shape=None):
@@ -15,9 +15,9 @@ def read_as(estimator, X, image_shape=None):
 
     None of them is decoded yet.
     """
-    reader = _find_reader(estimator)
-    if image_shape is None and reader is not None:
-        return read_images_of(reader, X)
+    fitted = image_estimator_of(estimator)
+    if image_shape is None and fitted is not None:
+        return read_images_of(fitted, X)
     shape = _image_shape(estimator) if image_shape is None else image_shape
     return read_plainly(X, image_shape=shape)
 
@@ -62,20 +62,6 @@ def check_n_images(n_images, name="n_images"):
     """Raise an error for a number of images that is not positive."""
     if n_images < 1:
         raise ValueError(f"{name}={n_images} must be at least 1.")
-
-
-def _find_reader(estimator):
-    """Return the first fitted part of an estimator that reads images, or ``None``."""
-    if isinstance(estimator, ImageEstimator):
-        return estimator if is_fitted(estimator) else None
-    names = ("best_estimator_", "estimator_", "estimator")
-    parts = [
-        *(step for _, step in getattr(estimator, "steps", [])),
-        *(getattr(estimator, name, None) for name in names),
-        *getattr(estimator, "calibrated_classifiers_", [])[:1],
-    ]
-    readers = [_find_reader(part) for part in parts if hasattr(part, "__dict__")]
-    return next((reader for reader in readers if reader is not None), None)
 
 
 def _image_shape(estimator):

@@ -12,8 +12,9 @@ from sklearn.base import is_classifier, is_regressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from skltl._nested import unwrapped
 from skltl.features import NetworkClassifier
-from skltl.finetuning import columns_of, unwrapped
+from skltl.finetuning import columns_of
 
 # Of probabilities, in float32.
 ROUNDING = 1e-4

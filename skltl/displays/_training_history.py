@@ -6,8 +6,9 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._nested import unwrapped
 from skltl.displays._layout import import_pyplot, line_style, resolve_axes
-from skltl.finetuning import FineTunedCNN, unwrapped
+from skltl.finetuning import FineTunedCNN
 
 # Keys of the history in each panel, with their labels.
 PANELS = {
@@ -66,12 +67,12 @@ class TrainingHistoryDisplay:
 
     @classmethod
     def from_estimator(cls, estimator, *, learning_rates=False, axes=None, **kwargs):
-        """Plot the history of a fitted classifier.
+        """Plot the history of a fitted classifier or regressor.
 
         Parameters
         ----------
-        estimator : FineTunedCNNClassifier
-            Fitted classifier; or a fitted pipeline, search or `TransferClassifier`
+        estimator : FineTunedCNNClassifier or FineTunedCNNRegressor
+            Fitted estimator; or a fitted pipeline, search or `TransferClassifier`
             that contains one.
         learning_rates : bool, default=False
             Whether to plot the learning rates as well.
@@ -169,16 +170,16 @@ class TrainingHistoryDisplay:
 
 
 def trained_in(estimator):
-    """Return the fine-tuned classifier that a fitted estimator contains."""
+    """Return the fine-tuned classifier or regressor inside of a fitted estimator."""
     check_is_fitted(estimator)
-    classifier = unwrapped(estimator)
-    if isinstance(classifier, Pipeline):
-        classifier = unwrapped(classifier[-1])
-    if not isinstance(classifier, FineTunedCNN):
+    tuned = unwrapped(estimator)
+    if isinstance(tuned, Pipeline):
+        tuned = unwrapped(tuned[-1])
+    if not isinstance(tuned, FineTunedCNN):
         raise ValueError(
             "Only FineTunedCNNClassifier and FineTunedCNNRegressor have a training "
             "history; got "
-            f"{type(classifier).__name__}."
+            f"{type(tuned).__name__}."
         )
-    check_is_fitted(classifier, "history_")
-    return classifier
+    check_is_fitted(tuned, "history_")
+    return tuned

@@ -8,7 +8,7 @@ from sklearn.model_selection import learning_curve
 from skltl.displays._layout import import_pyplot, resolve_ax
 from skltl.displays._training_history import trained_in
 
-# The slope of a curve is taken up to this fraction of its final score.
+# The slope of a curve is taken up to this fraction of its rise to the final score.
 RISE_FRACTION = 0.9
 
 
@@ -73,26 +73,26 @@ class TransferGainDisplay:
         random_state=0,
         ax=None,
     ):
-        """Plot the learning curves of two classifiers.
+        """Plot the learning curves of two classifiers or regressors.
 
         Parameters
         ----------
-        with_transfer, from_scratch : FineTunedCNNClassifier
-            Fitted classifiers, for scores by epoch: those on the validation set if both
+        with_transfer, from_scratch : FineTunedCNNClassifier or FineTunedCNNRegressor
+            Fitted estimators, for scores by epoch: those on the validation set if both
             have one, otherwise those of training. They may be in a pipeline, a search
-            or a `TransferClassifier`. With `X`, any classifiers; they are fitted for
+            or a `TransferClassifier`. With `X`, any estimators; they are fitted for
             scores by number of training images.
         X : sequence of n images, or array of shape (n, d), default=None
             Training data.
         y : array of shape (n,), default=None
-            Labels.
+            Targets.
         sizes : sequence of float or int, default=None
             Fractions or numbers of training images; ``None`` is a fifth to all of them
             in five steps.
         cv : int or splitter, default=3
             Cross-validation folds, as in scikit-learn.
         random_state : int, default=0
-            Controls the sampling of training images, the same for both classifiers.
+            Controls the sampling of training images, the same for both.
         ax : matplotlib Axes, default=None
             Axes to plot on; by default those of a new figure.
 
@@ -164,7 +164,8 @@ class TransferGainDisplay:
         words = ", ".join(f"{name} {gain:+.3g}" for name, gain in self.gains_.items())
         ax.set_title(f"gains: {words}", fontsize="medium")
         ax.legend(frameon=False)
-        ax.set(xlabel=self.step_name, ylabel="score", ylim=(0, 1.02))
+        lowest = min(0.0, *(scores.min() for scores in self.scores))  # R² may be < 0
+        ax.set(xlabel=self.step_name, ylabel="score", ylim=(1.02 * lowest, 1.02))
         ax.grid(axis="y", alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
         self.ax_, self.figure_ = ax, ax.figure
@@ -176,7 +177,7 @@ def _by_epoch(estimators):
     classifiers = [trained_in(estimator) for estimator in estimators]
     histories = [classifier.history_ for classifier in classifiers]
     if not all(histories):
-        raise ValueError("The training history of a classifier is empty.")
+        raise ValueError("The training history of an estimator is empty.")
     has_both = all("validation_score" in history[-1] for history in histories)
     key = "validation_score" if has_both else "score"
     scores = [[epoch[key] for epoch in history] for history in histories]
@@ -188,10 +189,10 @@ def _by_epoch(estimators):
 
 
 def _start_slope_asymptote(steps, scores, asymptote):
-    """Return the first score, the slope up to most of the final one, and that one."""
+    """Return the first score, the slope of most of the rise, and the final score."""
     start = scores[0]
     last = len(scores) - 1
-    has_risen = scores >= RISE_FRACTION * asymptote
+    has_risen = scores >= start + RISE_FRACTION * (asymptote - start)
     until = min(max(has_risen.argmax(), 1), last) if has_risen.any() else last
     if until == 0:
         return start, 0.0, asymptote

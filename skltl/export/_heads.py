@@ -27,14 +27,13 @@ from sklearn.preprocessing import (
 )
 from torch import Tensor, nn
 
+from skltl._nested import steps_of, unwrapped
 from skltl.exceptions import ExportError
 from skltl.finetuning import (
     FineTunedCNN,
     is_multilabel_classifier,
     linear_function_of,
     n_dimensions_of,
-    steps_of,
-    unwrapped,
     without_names,
 )
 

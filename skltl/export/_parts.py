@@ -16,10 +16,10 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._nested import unwrapped
 from skltl._random import torch_defaults
 from skltl.exceptions import ExportError
 from skltl.features import CNNFeatureTransformer, HeadEstimator, n_features_by_layer
-from skltl.finetuning import unwrapped
 from skltl.images import Preprocessing, crop_images
 from skltl.networks import prefix_digests
 

@@ -7,8 +7,6 @@ from skltl.finetuning._conversion import (
     linear_function_of,
     n_dimensions_of,
     parts_of_pipeline,
-    steps_of,
-    unwrapped,
     without_names,
 )
 from skltl.finetuning._data import (
@@ -35,7 +33,5 @@ __all__ = [
     "linear_function_of",
     "n_dimensions_of",
     "parts_of_pipeline",
-    "steps_of",
-    "unwrapped",
     "without_names",
 ]

@@ -415,12 +415,13 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
                 raise ValueError(f"y_val: {error}") from error
             check_consistent_length(range(n_images), targets)
             return targets
-        if not is_multilabel(y) or y.shape[1] != len(self.classes_):
+        indicators = encode_indicators(y, n_images) if is_multilabel(y) else None
+        if indicators is None or indicators.shape[1] != len(self.classes_):
             raise ValueError(
                 f"y_val must be an indicator matrix of {len(self.classes_)} labels, as "
                 f"y is; got {shorten(repr(y))}."
             )
-        return encode_indicators(y, n_images)
+        return indicators
 
     def _image_weights(self, sample_weight, targets):
         if not self.multilabel_:

@@ -9,34 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import is_classifier, is_regressor
-from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from skltl._nested import steps_of, unwrapped
 from skltl._random import torch_defaults
 from skltl.features import CNNFeatureTransformer
 from skltl.finetuning._data import abbreviate
 from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
 from skltl.networks import Layout
-
-
-def unwrapped(estimator: Any) -> Any:
-    """Return the fitted estimator inside of wrappers.
-
-    These are searches (`best_estimator_`), `TransferClassifier` (`estimator_`),
-    ``FrozenEstimator`` and pipelines with a single step.
-    """
-    inner = getattr(estimator, "best_estimator_", None)
-    if inner is None and hasattr(estimator, "strategy_"):
-        inner = getattr(estimator, "estimator_", None)
-    if inner is None and isinstance(estimator, FrozenEstimator):
-        inner = estimator.estimator
-    if inner is None and isinstance(estimator, Pipeline):
-        steps = steps_of(estimator)
-        inner = steps[0] if len(steps) == 1 else None
-    return estimator if inner is None else unwrapped(inner)
 
 
 def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
@@ -70,12 +53,6 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "with one head needs a single layer. Fit the pipeline with one of them."
         )
     return first, between[0] if between else None, unwrapped(last)
-
-
-def steps_of(pipeline: Pipeline) -> list[Any]:
-    """Return the steps of a pipeline, without those that pass their input through."""
-    steps = [step for _, step in pipeline.steps]
-    return [step for step in steps if step is not None and step != "passthrough"]
 
 
 def head_of_pipeline(

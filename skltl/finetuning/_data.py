@@ -36,8 +36,9 @@ from skltl.images import (
 # The fraction that early stopping holds out by default.
 DEFAULT_FRACTION = 0.1
 
-# Groups are distributed over at most this many folds, some of which are held out.
-MAX_FOLDS = 20
+# Groups are distributed over this many folds, some of which are held out; over fewer if
+# there are not as many groups, and over more for a smaller fraction.
+N_FOLDS = 20
 
 Positions: TypeAlias = NDArray[np.int64]
 
@@ -219,7 +220,12 @@ def example_weights(
     # Only ratios count. Scaled first, so that products and sums do not overflow.
     weights = _scale_to_one(weights)
     if classes is not None:
-        of_classes = compute_sample_weight(class_weight, classes[targets])
+        # An image of weight 0 counts for none of the classes.
+        used = np.flatnonzero(_is_used(weights, targets))
+        indices = used if class_weight == "balanced" else None
+        of_classes = compute_sample_weight(
+            class_weight, classes[targets], indices=indices
+        )
         weights = weights * _scale_to_one(of_classes)
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("class_weight must be finite and non-negative.")
@@ -238,23 +244,40 @@ def split_examples(
     """Hold out validation images, and scale the training weights to a mean of 1.
 
     None are held out if there is a validation set. So scaled, weights do not change the
-    effective learning rate.
+    effective learning rate. Images of weight 0 are left out.
     """
     targets, groups = data.targets, data.groups
     fraction = estimator.validation_fraction
     if fraction is None and estimator.early_stopping:
         fraction = DEFAULT_FRACTION
-    if data.n_validation:
-        training, validation = np.split(np.arange(len(targets)), [data.n_training])
-        if groups is not None:
-            check_consistent_length(training, groups)
-    else:
-        training, validation = hold_out(targets, groups, fraction, seed)
+    training, validation = np.split(np.arange(len(targets)), [data.n_training])
+    if groups is not None:
+        check_consistent_length(training, groups)
+        groups = check_groups(groups)
     for name, positions in (("training", training), ("validation", validation)):
-        if len(positions) and not weights[positions].sum() > 0:
+        if len(positions) and not weights[positions].any():
             raise ValueError(f"The weights of all {name} images are zero.")
-    weights = weights / weights[training].mean()
+    used = training[_is_used(weights[training], targets[training])]
+    if data.n_validation:
+        training = used
+    else:
+        groups = None if groups is None else groups[used]
+        parts = hold_out(targets[used], groups, fraction, seed)
+        training, validation = (used[part] for part in parts)
+    of_training = weights[training]
+    weights = weights / of_training[of_training > 0].mean()
     return Examples(targets, weights.astype(np.float32), training, validation)
+
+
+def _is_used(weights: NDArray[np.float64], targets: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which images are used: those of weight 0 only if their class has no other.
+
+    As in scikit-learn, such a class remains one of the classes.
+    """
+    is_used = weights > 0
+    if targets.ndim == 1:
+        is_used |= ~np.isin(targets, targets[is_used])
+    return is_used
 
 
 def hold_out(
@@ -267,9 +290,6 @@ def hold_out(
     fraction, nothing is held out.
     """
     everything = np.arange(len(targets))
-    if groups is not None:
-        check_consistent_length(targets, groups)
-        groups = check_groups(groups)
     if fraction is None:
         return everything, everything[:0]
     if groups is not None:
@@ -303,28 +323,38 @@ def hold_out(
 def _hold_out_groups(
     targets: NDArray[Any], groups: NDArray[Any], fraction: float, seed: int
 ) -> tuple[Positions, Positions]:
-    """Hold out whole groups: those of the first of several folds, stratified if any."""
+    """Hold out whole groups: those of some of several folds, stratified if possible.
+
+    Classes with fewer images than folds are not in all of them, and must be in others
+    than those that are held out.
+    """
     is_stratified = targets.ndim == 1
     n_groups = len(np.unique(groups))
-    rarest = int(np.bincount(targets).min()) if is_stratified else n_groups
-    n_folds = min(MAX_FOLDS, n_groups, rarest)
-    if n_folds < 2:
-        counted = f" and {rarest} images of the rarest class" if is_stratified else ""
+    counts = np.unique(targets, return_counts=True)[1] if is_stratified else [n_groups]
+    if min(n_groups, *counts) < 2:
+        counted = (
+            f" and {min(counts)} images of the rarest class" if is_stratified else ""
+        )
         raise ValueError(
             f"groups: too few to hold some out, with a total of {n_groups}{counted}."
         )
+    n_folds = min(max(N_FOLDS, round(1 / fraction)), n_groups, max(counts))
     # As many folds as come closest to the fraction, but neither none nor all.
     n_held_out = min(max(round(fraction * n_folds), 1), n_folds - 1)
     kind = StratifiedGroupKFold if is_stratified else GroupKFold
     splitter = kind(n_folds, shuffle=True, random_state=seed)
-    folds = [fold for _, fold in splitter.split(targets, targets, groups)]
-    validation = np.sort(np.concatenate(folds[:n_held_out]))
-    training = np.setdiff1d(np.arange(len(targets)), validation)
-    if is_stratified:
-        n_left = len(np.unique(targets[training]))
-        if len(validation) == 0 or n_left < len(np.unique(targets)):
-            raise ValueError(
-                f"groups: with validation_fraction={fraction} the training groups do "
-                "not contain all classes. Groups must not be the classes themselves."
-            )
-    return training, validation
+    with warnings.catch_warnings():
+        # Of classes with fewer images than folds, which cannot be in all of them.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        folds = [fold for _, fold in splitter.split(targets, targets, groups)]
+    for first in range(n_folds):
+        held_out = np.roll(np.arange(n_folds), -first)[:n_held_out]
+        validation = np.sort(np.concatenate([folds[number] for number in held_out]))
+        training = np.setdiff1d(np.arange(len(targets)), validation)
+        has_all = len(np.unique(targets[training])) == len(counts)
+        if len(validation) and (has_all or not is_stratified):
+            return training, validation
+    raise ValueError(
+        f"groups: with validation_fraction={fraction} the training groups do not "
+        "contain all classes. Groups must not be the classes themselves."
+    )

@@ -73,22 +73,33 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(n_features))
 
     def fit(self, features: NDArray[np.float32], least_scale: float = 0.0) -> None:
-        """Set the mean and scale of features (n, d); constant ones are not scaled.
-
-        The scales are at least `least_scale` times their median. In float64 as
-        ``StandardScaler`` does, but by rows: they may exceed memory.
-        """
-        mean = features.mean(axis=0, dtype=np.float64)
-        squares = sum((row - mean) ** 2 for row in features)
-        deviation = np.sqrt(squares / len(features))
+        """Set the mean and scale of features (n, d)."""
+        mean, scale = mean_and_scale(features, np.ones(len(features)), least_scale)
         self.mean.copy_(torch.from_numpy(mean))
-        scale = np.where(deviation < 1e-6, 1.0, deviation)
-        scale = np.maximum(scale, least_scale * np.median(scale))
         self.scale.copy_(torch.from_numpy(scale))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the standardized features (n, d)."""
         return (features - self.mean) / self.scale
+
+
+def mean_and_scale(
+    features: NDArray[np.float32], weights: NDArray[Any], least_scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean and scale of weighted features (n, d).
+
+    As by ``StandardScaler``, constant features are not scaled; other scales are at
+    least `least_scale` times their median. In float64, but by rows, since the features
+    may exceed memory.
+    """
+    shares = np.asarray(weights, dtype=np.float64)
+    shares = shares / shares.sum()
+    rows = [*zip(shares, features, strict=True)]
+    mean = np.asarray(sum(share * row.astype(np.float64) for share, row in rows))
+    variance = sum(share * (row - mean) ** 2 for share, row in rows)
+    deviation = np.sqrt(variance)
+    scale = np.where(deviation < 1e-6, 1.0, deviation)
+    return mean, np.maximum(scale, least_scale * np.median(scale))
 
 
 class SplitNetwork(nn.Module):

@@ -42,8 +42,14 @@ from skltl.finetuning._distributed import (
     shares,
 )
 from skltl.finetuning._inputs import Inputs, draw_views, stored_inputs
-from skltl.finetuning._network import Pool, SplitNetwork, Standardize, set_linear
-from skltl.finetuning._objective import Objective
+from skltl.finetuning._network import (
+    Pool,
+    SplitNetwork,
+    Standardize,
+    mean_and_scale,
+    set_linear,
+)
+from skltl.finetuning._objective import Linear, Objective
 from skltl.networks import uses_layer_norm
 
 # Peak learning rates of head and backbone. The user guide has the sources and what was
@@ -509,11 +515,34 @@ def initialize_head(
     linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
     is_linear = not hidden and not before
     if estimator.head_init == "probe" and is_linear:
-        mean, scale = scaler.mean.cpu().numpy(), scaler.scale.cpu().numpy()
         targets, weights = examples.targets[positions], examples.weights[positions]
-        probe = objective.probe((features - mean) / scale, targets, weights, seed)
+        probe = _probe(features, targets, weights, scaler, objective, seed)
         if probe is not None:
             set_linear(linear, *probe)
+
+
+def _probe(
+    features: NDArray[np.float32],
+    targets: NDArray[Any],
+    weights: NDArray[Any],
+    scaler: Standardize,
+    objective: Objective,
+    seed: int,
+) -> Linear | None:
+    """Return the linear function of standardized features that a probe finds.
+
+    The probe has a scaler of its own, which is weighted, so that weights count as
+    repetitions. That of the network is not: images of small weights, too, must have
+    features of a size for which gradient descent is stable.
+    """
+    found = mean_and_scale(features, weights, objective.least_scale)
+    mean, scale = (values.astype(np.float32) for values in found)
+    probe = objective.probe((features - mean) / scale, targets, weights, seed)
+    if probe is None:
+        return None
+    coef, intercept = probe
+    shift = (scaler.mean.cpu().numpy() - mean) / scale
+    return coef * (scaler.scale.cpu().numpy() / scale), intercept + coef @ shift
 
 
 @torch.no_grad()

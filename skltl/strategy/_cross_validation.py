@@ -103,11 +103,11 @@ def label_images(
         weights = np.ldexp(weights, -np.frexp(weights.max())[1])
         weights = weights / weights[weights > 0].mean()
     labeled = LabeledImages(X, positions, task, targets, weights, groups)
-    if weights is None or weights.all():
+    if weights is None:
         return labeled
     rows = np.flatnonzero(weights)
     remaining = copy.copy(task)
-    targets = remaining.encode(labeled.y[rows], len(rows))
+    targets = remaining.encode(labeled.y[rows], len(rows), weights[rows])
     return replace(labeled.subset(rows), task=remaining, targets=targets)
 
 

@@ -28,7 +28,7 @@ class Task:
     linear: dict[str, Any] = {"classifier": "svm"}  # for `make_feature_pipeline`
     classes: NDArray[Any]
 
-    def encode(self, y: Any, n_images: int) -> NDArray[Any]:
+    def encode(self, y: Any, n_images: int, sample_weight: Any = None) -> NDArray[Any]:
         """Return the encoded targets of images, and set `classes`."""
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class SingleLabel(Task):
 
     name = "classes"
 
-    def encode(self, y: Any, n_images: int) -> NDArray[Any]:
+    def encode(self, y: Any, n_images: int, sample_weight: Any = None) -> NDArray[Any]:
         """Return the position of each class in `classes`."""
         self.classes, targets = encode_labels(y, n_images)
         return targets
@@ -122,7 +122,7 @@ class Multilabel(Task):
 
     name = "labels"
 
-    def encode(self, y: Any, n_images: int) -> NDArray[Any]:
+    def encode(self, y: Any, n_images: int, sample_weight: Any = None) -> NDArray[Any]:
         """Return the indicator matrix."""
         indicators = encode_indicators(y, n_images).astype(np.int64)
         self.classes = np.arange(indicators.shape[1])
@@ -150,11 +150,14 @@ class Regression(Task):
     name = "values"
     linear = {"regressor": "ridge"}
 
-    def encode(self, y: Any, n_images: int) -> NDArray[Any]:
-        """Return the values, of the dimensions of `y`."""
+    def encode(self, y: Any, n_images: int, sample_weight: Any = None) -> NDArray[Any]:
+        """Return the values, of the dimensions of `y`, and set their variances."""
         values = encode_values(y, n_images)
         self.classes = np.arange(values.shape[1])
-        self.variances = values.var(axis=0)
+        mean = np.average(values, axis=0, weights=sample_weight)
+        variances = np.average((values - mean) ** 2, axis=0, weights=sample_weight)
+        # Rounding must not let equal values differ.
+        self.variances = np.where(np.ptp(values, axis=0) > 0, variances, 0.0)
         if n_images > 1 and not self.variances.any():
             raise ValueError("y has the same value for all images.")
         return values[:, 0] if np.asarray(y).ndim == 1 else values

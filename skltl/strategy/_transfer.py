@@ -11,7 +11,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import read_images_of
+from skltl._estimator import is_fitted, read_images_of
+from skltl._nested import inner_estimator
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import StrOptions, fit_context
 from skltl.features import SHARED_PARAMETERS
@@ -323,6 +324,11 @@ class TransferClassifier(ClassifierMixin, TransformerMetaEstimator):
         tags.non_deterministic = self.random_state is None
         tags.classifier_tags.multi_label = True
         return tags
+
+
+@inner_estimator.register
+def _(estimator: TransferClassifier) -> Any:
+    return estimator._configured_estimator() if is_fitted(estimator) else None
 
 
 def fit_classifier(classifier: Any, labeled: LabeledImages) -> None:

@@ -25,6 +25,7 @@ SUBPACKAGES = [
     "networks",
     "inference",
     "_estimator",
+    "_nested",
     "_dask",
     "cache",
     "features",

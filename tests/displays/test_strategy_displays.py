@@ -91,7 +91,7 @@ def test_gains_are_differences_of_start_slope_and_asymptote():
 
     display = TransferGainDisplay((steps, steps), (transfer, scratch)).plot()
 
-    # 0.9 of 0.9 is reached at the third step, 0.9 of 0.5 at the fifth.
+    # 0.9 of the rise to 0.9 is reached at the third step, of that to 0.5 at the fifth.
     assert_allclose(display.gains_["start"], 0.4)
     assert_allclose(display.gains_["slope"], 0.4 / 2 - 0.4 / 4)
     assert_allclose(display.gains_["asymptote"], 0.4)
@@ -99,6 +99,16 @@ def test_gains_are_differences_of_start_slope_and_asymptote():
     assert_array_equal(lines[0].get_ydata(), transfer)
     assert_array_equal(lines[1].get_ydata(), scratch)
     assert "asymptote +0.4" in display.ax_.get_title()
+
+
+def test_negative_scores_are_visible():
+    steps, transfer, scratch = np.arange(1, 4), [0.2, 0.8, 0.9], [-3, -0.9, -0.5]
+
+    display = TransferGainDisplay((steps, steps), (transfer, scratch)).plot()
+
+    assert display.ax_.get_ylim()[0] < -3
+    # 0.9 of the rise from -3 to -0.5 is reached at the third step.
+    assert_allclose(display.gains_["slope"], 0.7 / 2 - 2.5 / 2)
 
 
 def test_fitted_classifiers_are_compared_by_epoch():

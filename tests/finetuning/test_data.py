@@ -130,6 +130,18 @@ def test_groups_are_held_out_as_a_whole(fraction, digits):
     assert set(y[training]) == set(y)
 
 
+@pytest.mark.parametrize(("fraction", "n_rare"), [(0.1, 2), (0.5, 2), (0.02, 3)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rare_class_does_not_enlarge_the_validation_set(fraction, n_rare, seed):
+    y = np.repeat([0, 1, 2], [500, 500 - n_rare, n_rare])
+    groups = np.arange(1000) // 2
+
+    training, validation = hold_out(y, groups, fraction, seed)
+
+    assert len(validation) / 1000 == pytest.approx(fraction, abs=0.01)
+    assert set(y[training]) == {0, 1, 2}
+
+
 def test_early_stopping_holds_out_a_tenth_of_each_class():
     y = np.repeat([0, 1], [160, 40])
     estimator = classifier(early_stopping=True)

@@ -29,7 +29,8 @@ from skltl import (
     make_feature_pipeline,
 )
 from skltl.features import FeatureScaler
-from skltl.finetuning._objective import Regression
+from skltl.finetuning._data import hold_out
+from skltl.finetuning._objective import PROBE_ALPHA, Regression
 
 CONSTANT = {"schedule": "constant", "batch_size": 23}
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -175,8 +176,6 @@ def test_the_score_of_an_epoch_is_that_of_scikit_learn(labeled, measured):
 
 
 def held_out(estimator, X, Y, weights):
-    from skltl.finetuning._data import hold_out
-
     yield hold_out(np.asarray(Y, dtype=float), None, 0.25, 0)[1]
 
 
@@ -315,24 +314,75 @@ def test_groups_of_other_targets_are_held_out_as_a_whole(labeled, measured):
         groups = np.arange(len(X)) // 10
         options = {"head_epochs": 1, "unfreeze": None, "validation_fraction": 0.25}
         fitted = build(**options).fit(X, Y, groups=groups)
-        assert "validation_score" in fitted.history_[0]
+
+        _, validation = hold_out(np.asarray(Y, dtype=float), groups, 0.25, 0)
+        assert_array_equal(np.unique(groups[validation], return_counts=True)[1], 10)
+        score = fitted.score(X[validation], Y[validation])
+        assert fitted.history_[0]["validation_score"] == pytest.approx(score, abs=1e-4)
 
         with pytest.raises(ValueError, match="too few to hold some out, with a total"):
             build(**options).fit(X, Y, groups=np.zeros(len(X)))
 
 
 def test_weights_count_as_repetitions(measured):
-    """Of the probe, which has no batches: weights 2 are images twice."""
+    """Of the probe, which has no batches: weights 2 are images twice.
+
+    Only their ratios count, so that the penalty is that of as many images.
+    """
     X, Y = measured[0][:40], measured[1][:40]
     weights = np.arange(40) % 3
     rows = np.repeat(np.arange(40), weights)
-    options = {"unfreeze": None, "head_epochs": 0}
+    transformer = CNNFeatureTransformer("tiny", **NETWORK, precision="float32")
+    features = transformer.fit_transform(X)
+    alpha = PROBE_ALPHA * len(rows) / np.count_nonzero(weights)
+    repeated = make_pipeline(FeatureScaler(), Ridge(alpha))
+    expected = repeated.fit(features[rows], Y[rows]).predict(features)
 
-    weighted = regressor(**options).fit(X, Y, weights)
-    repeated = regressor(**options).fit(X[rows], Y[rows])
+    found = regressor(unfreeze=None, head_epochs=0).fit(X, Y, weights).predict(X)
 
-    # The scaler of the features has no weights.
-    assert_allclose(weighted.predict(X), repeated.predict(X), rtol=0.1, atol=2000)
+    scale = Y.std(axis=0)
+    assert_allclose(found / scale, expected / scale, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "values"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unfreeze": None, "head_epochs": 0},
+        {"head_epochs": 1, "finetune_epochs": 1, "unfreeze": 1},
+        {"head_epochs": 1, "unfreeze": None, "validation_fraction": 0.2},
+    ],
+    ids=["probe", "fine-tuned", "validated"],
+)
+def test_images_of_weight_0_are_left_out(kind, options, labeled, measured):
+    X, Y = measured if kind == "values" else labeled
+    X, Y = X[:60], Y[:60]
+    if kind == "classes":
+        Y = Y[:, 0]
+        options = {**options, "class_weight": "balanced"}
+    make = regressor if kind == "values" else classifier
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, 60)
+    noise = rng.random(X.shape).astype(X.dtype)
+    spoiled = np.where((weights > 0)[:, None], X, noise)
+    kept = weights > 0
+
+    found = make(**options).fit(spoiled, Y, weights)
+    expected = make(**options).fit(X[kept], Y[kept], weights[kept])
+
+    method = "predict" if kind == "values" else "predict_proba"
+    found, expected = (getattr(one, method)(X) for one in (found, expected))
+    scale = expected.std(axis=0)
+    assert_allclose(found / scale, expected / scale, atol=1e-3)
+
+
+def test_a_class_without_weight_remains_a_class(labeled):
+    X, Y = labeled
+    y = Y[:, 0] + 2 * (np.arange(len(X)) % 10 == 0)
+    fitted = classifier(unfreeze=None, head_epochs=1).fit(X, y, y < 2)
+
+    assert_array_equal(fitted.classes_, np.unique(y))
+    assert fitted.predict_proba(X)[:, 2:].max() < 0.1
 
 
 def test_sparse_and_other_indicators_are_the_same(labeled):
@@ -404,8 +454,6 @@ def test_early_stopping_keeps_the_best_epoch_of_what_is_monitored(monitor, label
 
 
 def training_of(fitted, Y):
-    from skltl.finetuning._data import hold_out
-
     return hold_out(np.asarray(Y, dtype=float), None, fitted.validation_fraction, 0)[0]
 
 

@@ -108,6 +108,11 @@ def test_of_labels(data, more):
     found = classifier().fit(data[0], labels(data[1]), X_val=X_val, y_val=y_val)
     score = (found.predict(X_val) == y_val).all(axis=1).mean()
     assert found.history_[-1]["validation_score"] == score
+    of_lists = classifier().fit(
+        data[0], labels(data[1]).tolist(), X_val=X_val, y_val=y_val.tolist()
+    )
+    assert_array_equal(of_lists.predict_proba(X_val), found.predict_proba(X_val))
+    assert of_lists.history_[-1]["validation_score"] == score
     with pytest.raises(ValueError, match="an indicator matrix of 2 labels"):
         found.fit(data[0], labels(data[1]), X_val=X_val, y_val=y_val[:, :1])
 

@@ -233,6 +233,20 @@ def test_the_display_compares_backbones_in_about_one_pass(images, n_forward):
     assert score == np.nanmax(display.scores[line])
 
 
+def test_the_display_compares_backbones_for_labels(images):
+    X, digits = images
+    Y = np.column_stack([digits > 0, digits == 2]).astype(int)
+    pipeline = make_feature_pipeline("tiny", "svm", image_shape=(8, 8), image_size=32)
+
+    display = LayerScoresDisplay.from_estimator(
+        pipeline, X, Y, backbones=[coarse_network(), "tiny"], layers=["last"], cv=3
+    )
+
+    expected = cross_val_score(pipeline, X, Y, cv=3).mean()
+    position = display.layers.index("tiny block4")
+    assert display.scores["backbone=tiny"][position] == pytest.approx(expected)
+
+
 def test_a_loser_with_a_lucky_subset_is_not_the_best(images, monkeypatch):
     """Scores on fewer images do not compete with those on all."""
     pipeline = make_feature_pipeline(

@@ -31,6 +31,7 @@ from skltl import (
     recommend_strategy,
 )
 from skltl.features import FeatureScaler
+from skltl.strategy._tasks import Regression
 
 N_IMAGES = 90
 
@@ -121,6 +122,20 @@ def test_scores_of_values_are_those_of_scikit_learn(
     assert (
         r2_score(y, estimator.fit(X, y).predict(X)) > advisor.size_scores_.popitem()[1]
     )
+
+
+@pytest.mark.parametrize("n_values", [1, 2])
+def test_the_score_of_weighted_values_is_that_of_scikit_learn(n_values):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(50, n_values)).squeeze()
+    predicted = y + rng.normal(size=y.shape)
+    weights = rng.random(50) ** 4
+    task = Regression()
+    targets = task.encode(y, 50, weights)
+
+    found = task.score(targets, predicted, weights)
+
+    assert found == pytest.approx(r2_score(y, predicted, sample_weight=weights))
 
 
 def test_scores_of_values_increase_with_the_number_of_images(

@@ -26,6 +26,8 @@ from skltl import (
     SKOPS_TRUSTED,
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    GradCAMDisplay,
+    PredictionGridDisplay,
     StrategyAdvisor,
     TransferClassifier,
 )
@@ -465,6 +467,24 @@ def test_runtime_parameters_take_effect_after_a_check(fitted, fewer_digits):
     expected.set_params(**{f"feat__{name}": settings[name] for name in settings})
     found = classifier.decision_function(X)
     assert_array_equal(found, expected.decision_function(X))
+
+
+@pytest.mark.parametrize("strategy", ["extract", "finetune"])
+def test_displays_show_the_predictions_after_parameters_were_set(
+    strategy, fitted, fewer_digits
+):
+    X, y = fewer_digits
+    classifier = pickle.loads(pickle.dumps(fitted[strategy]))
+    classifier.set_params(transformer__value_range=(0, 2))
+    expected = classifier.predict_proba(X)
+
+    display = PredictionGridDisplay.from_estimator(classifier, X, y, n_images=1)
+    maps = GradCAMDisplay.from_estimator(classifier, X[:4])
+
+    of_true = expected[y[:, None] == classifier.classes_]
+    expected[y[:, None] == classifier.classes_] = -1
+    assert_allclose(display.margins, (of_true - expected.max(axis=1)).min())
+    assert_allclose(maps.proba, classifier.predict_proba(X[:4]).max(axis=1))
 
 
 def test_other_parameters_take_effect_in_the_next_fit(fitted, fewer_digits):
