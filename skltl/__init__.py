@@ -61,6 +61,7 @@ SKOPS_TRUSTED = [
     "skltl.CNNFeatureTransformer",
     "skltl.FineTunedCNNClassifier",
     "skltl.FineTunedCNNRegressor",
+    "skltl.ImageNeighbors",
     "skltl.ImageSetTransformer",
     "skltl.PretrainedCNNClassifier",
     "skltl.Strategy",

@@ -11,7 +11,7 @@ from scipy.special import expit
 from sklearn import linear_model, svm
 from sklearn.base import clone
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skltl._targets import check_indicators, is_multilabel
 
@@ -74,6 +74,8 @@ class MultilabelMixin:
         self
             Fitted classifier.
         """
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)  # of an earlier fit to other targets
         self.multilabel_ = is_multilabel(y)
         if not self.multilabel_:
             return super().fit(X, y, sample_weight)  # type: ignore[misc]
@@ -84,14 +86,12 @@ class MultilabelMixin:
             for labels in y.T
             if labels.min() < labels.max()
         ]
-        if models:  # what they have in common, such as the names of features
-            vars(self).update(vars(models[0]) | {"multilabel_": True})
-        else:
-            self.n_features_in_ = np.shape(X)[1]
+        validate_data(self, X, skip_check_array=True)  # sets the number and names
         self.classes_ = np.arange(y.shape[1])
-        self.coef_ = np.zeros((y.shape[1], self.n_features_in_))
+        self.coef_ = np.zeros((y.shape[1], np.shape(X)[1]))
         # A label that all samples have, or none, is constant.
         self.intercept_ = np.where(y[0] > 0, 1.0, -1.0)
+        self.n_iter_ = np.max([one.n_iter_ for one in models], axis=0, initial=0)
         is_varied = y.min(axis=0) < y.max(axis=0)
         if models:
             self.coef_[is_varied] = np.vstack([model.coef_ for model in models])

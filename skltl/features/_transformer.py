@@ -346,6 +346,7 @@ class CNNFeatureTransformer(FeatureEstimator):
             recorder = _load_recorder(backbone, weights, seed, size, recorded)
         network = load_prefix(backbone, weights, seed, size, blocks)
         engine = resolve_engine(self.engine, device, network.blocks)
+        self.__dict__.pop("bad_images_", None)
         self.backbone_ = backbone
         self.layers_ = layers
         self.network_ = network
@@ -389,6 +390,7 @@ class CNNFeatureTransformer(FeatureEstimator):
             cache=cache_folder(self),
             unreadable=unreadable,
         )
+        self.__dict__.pop("bad_images_", None)  # of an earlier call
         if unreadable is not None:
             self.bad_images_ = bad_images(unreadable)
         return features

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
+from sklearn.base import BaseEstimator
 
 import skltl
 from skltl import exceptions
@@ -49,8 +50,15 @@ def test_all_exceptions_are_listed_and_documented():
         assert name in exceptions.__doc__
 
 
-def test_types_trusted_in_skops_files_exist():
-    assert skltl.SKOPS_TRUSTED
+def test_types_trusted_in_skops_files_exist_and_include_all_estimators():
+    public = (getattr(skltl, name) for name in skltl.__all__)
+    estimators = {
+        f"skltl.{one.__name__}"
+        for one in public
+        if inspect.isclass(one) and issubclass(one, BaseEstimator)
+    }
+    assert estimators
+    assert estimators <= set(skltl.SKOPS_TRUSTED)
     for path in skltl.SKOPS_TRUSTED:
         module, _, name = path.rpartition(".")
         assert inspect.isclass(getattr(import_module(module), name))

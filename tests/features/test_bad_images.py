@@ -59,6 +59,10 @@ def test_a_repaired_file_is_read(damaged, images, tmp_path):
 
     assert np.isfinite(features).all()
     assert tolerant.bad_images_ == []
+    tolerant.set_params(on_error="raise").transform(damaged)
+    assert not hasattr(tolerant, "bad_images_")
+    tolerant.set_params(on_error="nan").transform(damaged)
+    assert not hasattr(tolerant.fit(damaged), "bad_images_")
 
 
 def test_missing_values_are_bad_images(images):

@@ -3,7 +3,9 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -264,3 +266,25 @@ def test_features_that_hardly_vary_are_not_magnified():
     np.testing.assert_allclose(scales, np.maximum(usual, 0.1 * np.median(usual)))
     assert usual.min() < 0.001 * np.median(usual)
     assert ridge.score(rows[test], angles[test]) > 0.8
+
+
+@pytest.mark.parametrize("name", ["svm", "softmax"])
+def test_a_fit_to_labels_keeps_parameters_and_nothing_of_an_earlier_fit(name):
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame(rng.normal(size=(30, 4)), columns=list("abcd"))
+    Y = np.column_stack([X["a"] > 0, X["b"] > 0.5, np.ones(30)]).astype(int)
+    generator = np.random.RandomState(0)
+    model = make_feature_pipeline("tiny", name)[-1].set_params(random_state=generator)
+
+    model.fit(X, Y)
+
+    assert model.random_state is generator
+    alone = [clone(model).fit(X, labels) for labels in Y.T[:2]]
+    assert_allclose(model.coef_[:2], np.vstack([one.coef_ for one in alone]))
+    assert_array_equal(model.n_iter_, np.max([one.n_iter_ for one in alone], axis=0))
+    assert_array_equal(model.feature_names_in_, list("abcd"))
+    assert_array_equal(model.predict(X)[:, 2], 1)
+    constant = model.fit(X.to_numpy(), np.ones((30, 2), dtype=int))
+    assert not hasattr(constant, "feature_names_in_")
+    assert not model.fit(X, Y[:, 0]).multilabel_
+    assert_allclose(model.coef_, alone[0].coef_)
