@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from skltl._estimator import in_transit, n_channels_of
 from skltl._nested import image_estimator_of
-from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
+from skltl.exceptions import ImageError, ImageReadError, ImageTypeError
 from skltl.images import check_not_fatal
 
 # Item of a collection whose own items are not known yet.
@@ -238,7 +238,7 @@ def _run(
         if _was_begun():
             _check_not_fatal(shipped.estimator, images)
         result = getattr(shipped.estimator, method)(images)
-    except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+    except ImageError as error:
         raise _with_place(error, *place) from error.__cause__
     if isinstance(empty, np.ndarray) or not hasattr(result, "iloc"):
         result = np.asarray(result)
@@ -296,16 +296,16 @@ def _check_like(result: Any, empty: Any, method: str) -> None:
         )
 
 
-def _with_place(error: Any, number: int, start: int | None) -> Exception:
+def _with_place(error: ImageError, number: int, start: int | None) -> ImageError:
     """Return an error with the index of its image in the whole collection.
 
-    Where the sizes of blocks are unknown, it has a note with the number of the block.
+    Where the sizes of blocks are unknown, or images are those of samples, which a note
+    says, the index is that in the block.
     """
-    index, *rest = error.args
-    if start is not None:
-        index += start
-    elif hasattr(error, "reason"):
-        rest[-1] = f"{rest[-1]} (it is image {index} of block {number})"
-    placed: Exception = type(error)(index, *rest)
+    placed = error.moved_to(error.index)
+    if start is not None and not hasattr(error, "__notes__"):
+        placed = error.moved_to(start + error.index)
+    elif isinstance(placed, (ImageReadError, ImageTypeError)):
+        placed.reason += f" (it is image {error.index} of block {number})"
     placed.add_note(f"It is in block {number} of the Dask collection.")
     return placed

@@ -13,8 +13,10 @@
     │   ├── UnknownLayerError     the backbone has no such layer
     │   └── WeightsError          a weights file is incompatible or unsafe
     │       └── WeightsNotFoundError   weights are neither local nor downloadable
-    └── TypeError
-        └── ImageTypeError        an item of X has a type that holds no image
+    ├── TypeError
+    │   └── ImageTypeError        an item of X has a type that holds no image
+    └── ImageError                base class of the errors that concern an item of X:
+                                  ImageReadError, ImageTypeError, NonFiniteFeaturesError
     UserWarning
     ├── BadImageWarning           images that cannot be read were dropped
     ├── CacheWarning              features cannot be stored or read again
@@ -35,6 +37,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 __all__ = [
     "BadImageWarning",
@@ -43,6 +46,7 @@ __all__ = [
     "EngineError",
     "EngineWarning",
     "ExportError",
+    "ImageError",
     "ImageFolderWarning",
     "ImageRangeWarning",
     "ImageReadError",
@@ -134,7 +138,23 @@ class ImageRangeWarning(UserWarning):
     """
 
 
-class ImageReadError(ValueError):
+class ImageError(Exception):
+    """An error that concerns an item of ``X``; `index` is its index."""
+
+    index: int
+
+    def moved_to(self, index: int) -> Self:
+        """Return the error for the index of the same item in another sequence.
+
+        It has the notes of this one. Raise it from ``error.__cause__``.
+        """
+        moved = type(self)(index, *self.args[1:])
+        for note in getattr(self, "__notes__", ()):
+            moved.add_note(note)
+        return moved
+
+
+class ImageReadError(ImageError, ValueError):
     """An item of ``X`` cannot be read as an image.
 
     Parameters
@@ -166,7 +186,7 @@ class ImageReadError(ValueError):
         return f"Image {self.index}{name} could not be read: {reason}."
 
 
-class ImageTypeError(TypeError):
+class ImageTypeError(ImageError, TypeError):
     """An item of ``X`` has a type that cannot hold an image.
 
     Parameters
@@ -199,7 +219,7 @@ class LicenseWarning(UserWarning):
     """The license of pretrained weights does not permit commercial use."""
 
 
-class NonFiniteFeaturesError(ValueError):
+class NonFiniteFeaturesError(ImageError, ValueError):
     """The features of an image are NaN or infinite.
 
     The weights of the network, or the values of the image, are too large.

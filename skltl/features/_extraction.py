@@ -25,11 +25,10 @@ from skltl._parameters import (
     resolve_precision,
 )
 from skltl.cache import CachedFeatures, resolve_folder
-from skltl.exceptions import NonFiniteFeaturesError
+from skltl.exceptions import ImageError, NonFiniteFeaturesError
 from skltl.images import (
     Batch,
     Crop,
-    ImageError,
     ImageSource,
     Preprocessing,
     iter_batches,

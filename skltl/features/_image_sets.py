@@ -14,9 +14,7 @@ from skltl._collections import check_not_dask
 from skltl._estimator import for_file
 from skltl._sklearn import StrOptions, fit_context
 from skltl.exceptions import (
-    ImageReadError,
-    ImageTypeError,
-    NonFiniteFeaturesError,
+    ImageError,
     shorten,
 )
 from skltl.features._transformer import CNNFeatureTransformer
@@ -235,7 +233,7 @@ def _naming_samples(sizes):
     """Let errors of images name their samples."""
     try:
         yield
-    except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+    except ImageError as error:
         ends = np.cumsum(sizes)
         sample = int(np.searchsorted(ends, error.index, side="right"))
         place = error.index - ends[sample] + sizes[sample]

@@ -27,9 +27,7 @@ from skltl._parameters import (
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions
 from skltl.exceptions import (
-    ImageReadError,
-    ImageTypeError,
-    NonFiniteFeaturesError,
+    ImageError,
     shorten,
 )
 from skltl.features import (
@@ -502,9 +500,9 @@ def naming_validation_images(data=None):
     n_training = 0 if data is None else data.n_training
     try:
         yield
-    except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
+    except ImageError as error:
         if error.index < n_training:
             raise
-        renamed = type(error)(error.index - n_training, *error.args[1:])
-        renamed.add_note("It is an image of X_val.")
-        raise renamed from error.__cause__
+        moved = error.moved_to(error.index - n_training)
+        moved.add_note("It is an image of X_val.")
+        raise moved from error.__cause__

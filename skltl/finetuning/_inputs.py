@@ -286,8 +286,7 @@ def _compute_activations(
     try:
         outputs = _extract_together(source, config, blocks, threads, verbose, cache)
     except NonFiniteFeaturesError as error:  # of a view
-        image = error.index // (1 + n_views)
-        raise NonFiniteFeaturesError(image, error.path) from error
+        raise error.moved_to(error.index // (1 + n_views)) from error.__cause__
     shape = _output_shape(config)
     return stored_inputs(outputs.reshape(-1, 1 + n_views, *shape), config.device)
 
@@ -312,8 +311,7 @@ def _extract_together(
         try:
             extract_features(part, *options, out=features[rows])
         except NonFiniteFeaturesError as error:
-            index = rows.start + error.index
-            raise NonFiniteFeaturesError(index, *error.args[1:]) from error.__cause__
+            raise error.moved_to(rows.start + error.index) from error.__cause__
     gather_rows(features, [[one] for one in parts])
     _warn_together(source)
     return features

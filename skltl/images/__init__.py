@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from skltl.images._batches import (
     Batch,
     Crop,
-    ImageError,
     iter_batches,
     iter_crops,
     prefetch,
@@ -53,7 +52,6 @@ __all__ = [
     "MODES",
     "Batch",
     "Crop",
-    "ImageError",
     "ImageSource",
     "JoinedSource",
     "PartOfSource",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from skltl.exceptions import ImageReadError, ImageTypeError
+from skltl.exceptions import ImageError, ImageReadError, ImageTypeError
 from skltl.images._decode import Pixels
 from skltl.images._identity import content_key, file_state
 from skltl.images._memory import one_image
@@ -21,7 +21,6 @@ from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
 
 # Of an item of ``X``.
-ImageError = ImageReadError | ImageTypeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

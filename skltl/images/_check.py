@@ -22,7 +22,7 @@ from skltl.exceptions import (
     quote,
     shorten,
 )
-from skltl.images._batches import IMAGES_PER_THREAD, ImageError, prefetch
+from skltl.images._batches import IMAGES_PER_THREAD, prefetch
 from skltl.images._channels import RGB
 from skltl.images._memory import one_image
 from skltl.images._source import Reader, check_reader, check_value_range, read_images
@@ -96,7 +96,7 @@ def find_bad_images(
     )
     n_threads = effective_n_jobs(-1 if n_jobs is None else n_jobs)
 
-    def check(index: int) -> ImageError | None:
+    def check(index: int) -> ImageReadError | ImageTypeError | None:
         try:
             with one_image():
                 source.decode(index)
@@ -112,7 +112,7 @@ def find_bad_images(
         return bad_images(error for error in progress if error is not None)
 
 
-def bad_images(errors: Iterable[ImageError]) -> list[BadImage]:
+def bad_images(errors: Iterable[ImageReadError | ImageTypeError]) -> list[BadImage]:
     """Return errors of images as named tuples, in the order of ``X``."""
     found = [
         BadImage(error.index, error.path, error.reason)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skltl._code import description, why_not_picklable
-from skltl.exceptions import ImageReadError, ImageTypeError, shorten
+from skltl.exceptions import ImageError, ImageReadError, ImageTypeError, shorten
 from skltl.images._channels import (
     RGB,
     channel_counts,
@@ -300,10 +300,8 @@ class JoinedSource(ImageSource):
         )
         try:
             return getattr(part, method)(int(index) - start, *args)
-        except (ImageReadError, ImageTypeError) as error:
-            if start == 0:
-                raise
-            raise type(error)(int(index), *error.args[1:]) from error.__cause__
+        except ImageError as error:
+            raise error.moved_to(int(index)) from error.__cause__
 
 
 class PartOfSource(ImageSource):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from skltl._estimator import read_images_of
 from skltl._sklearn import check_sample_weight, take
 from skltl._targets import check_groups
-from skltl.exceptions import ImageReadError, ImageTypeError, NonFiniteFeaturesError
+from skltl.exceptions import ImageError
 from skltl.features import make_feature_pipeline
 from skltl.strategy._tasks import Task
 
@@ -77,9 +77,8 @@ class LabeledImages:
         """Let errors of images name their positions in the ``X`` of the user."""
         try:
             yield
-        except (ImageReadError, ImageTypeError, NonFiniteFeaturesError) as error:
-            position = int(self.positions[error.index])
-            raise type(error)(position, *error.args[1:]) from error
+        except ImageError as error:
+            raise error.moved_to(int(self.positions[error.index])) from error.__cause__
 
 
 def label_images(

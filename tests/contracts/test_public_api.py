@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from sklearn.base import BaseEstimator
@@ -46,8 +47,10 @@ def test_all_exceptions_are_listed_and_documented():
     }
 
     assert defined == set(exceptions.__all__)
+    listed = (Path(__file__).parents[2] / "docs/api.rst").read_text()
     for name in defined:
         assert name in exceptions.__doc__
+        assert f"exceptions.{name}\n" in listed
 
 
 def test_types_trusted_in_skops_files_exist_and_include_all_estimators():

@@ -394,6 +394,24 @@ def test_an_unreadable_image_is_named_by_its_position_in_the_collection(
             transformer.transform(X).compute()
 
 
+def test_an_unreadable_image_of_a_sample_is_named_by_both(paths):
+    samples = np.empty(4, dtype=object)
+    samples[:] = [list(paths[:2]) for _ in range(4)]
+    samples[3] = [paths[0], "missing.png"]
+    fitted = skltl.ImageSetTransformer(skltl.CNNFeatureTransformer("tiny"))
+    meta = np.empty((0, len(fitted.fit(list(samples)).get_feature_names_out())))
+    lazy = apply(fitted, da.from_array(samples, chunks=2), "transform", meta=meta)
+
+    with pytest.raises(ImageReadError, match="missing.png") as info:
+        lazy.compute()
+
+    assert info.value.__notes__ == [
+        "It is image 1 of sample 1.",
+        "It is in block 1 of the Dask collection.",
+    ]
+    assert info.value.index == 3  # of the images in the block
+
+
 def test_images_that_may_be_unreadable_have_features_of_nan(
     transformer, paths, features
 ):
