@@ -12,8 +12,7 @@ from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import check_not_dask
-from skltl.exceptions import shorten
-from skltl.features import CNNFeatureTransformer
+from skltl.features import resolve_transformer
 
 Features = NDArray[np.float32]
 
@@ -37,26 +36,10 @@ def features_of(X: Any, transformer: Any) -> NDArray[Any]:
     return np.asarray(fitted_to(X, transformer).transform(X))
 
 
-def check_readable(features: NDArray[Any]) -> None:
-    """Raise an error that names the first image without features, if there is one."""
-    bad = np.flatnonzero(np.isnan(features).any(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"Image {bad[0]} could not be read, and has no features. Leave it out: "
-            "drop_bad drops such images and their labels."
-        )
-
-
 def fitted_to(X: Any, transformer: Any) -> Any:
     """Return a fitted transformer unchanged, or a clone that is fitted to images."""
     check_not_dask(X)
-    default: Any = CNNFeatureTransformer
-    transformer = default() if transformer is None else transformer
-    if not hasattr(transformer, "transform"):
-        raise TypeError(
-            "transformer must be a CNNFeatureTransformer, or a pipeline that ends in a "
-            f"transformer; got {shorten(repr(transformer))}."
-        )
+    transformer = resolve_transformer(transformer)
     try:
         check_is_fitted(transformer)
     except NotFittedError:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
-from sklearn.utils import check_scalar
+from sklearn.utils import check_consistent_length, check_scalar
 
-from skltl.curation._features import check_readable, features_of
-from skltl.features import make_feature_pipeline
+from skltl._targets import check_groups
+from skltl.curation._features import features_of
+from skltl.features import check_readable, make_feature_pipeline
 from skltl.finetuning import encode_labels
 
 # Of probabilities that are 0 after rounding.
@@ -45,7 +46,7 @@ def find_label_errors(
 
     A linear classifier on the features of a network predicts each image from the other
     folds of a cross-validation. The labels of images that it assigns to another class
-    with confidence are suspects [1]_. Whether they are wrong, only a look can tell.
+    with confidence are suspects [1]_. Inspect them before correcting their labels.
 
     Parameters
     ----------
@@ -134,6 +135,9 @@ def find_label_errors(
     features = features_of(X, transformer)
     check_readable(features)
     classes, targets = encode_labels(y, len(features))
+    if groups is not None:
+        check_consistent_length(features, groups)
+        groups = check_groups(groups)
     n_groups = len(targets) if groups is None else len(np.unique(groups))
     n_folds = min(cv, int(np.bincount(targets).min()), n_groups)
     if n_folds < 2:

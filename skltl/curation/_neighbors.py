@@ -7,10 +7,11 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted
 
+from skltl._collections import check_not_dask
 from skltl._estimator import for_file
 from skltl._sklearn import AT_LEAST_ONE, fit_context
-from skltl.curation._features import check_readable, unit_features
-from skltl.features import CNNFeatureTransformer
+from skltl.curation._features import unit_features
+from skltl.features import check_readable, resolve_transformer
 
 
 class ImageNeighbors(BaseEstimator):
@@ -78,9 +79,8 @@ class ImageNeighbors(BaseEstimator):
         ImageNeighbors
             Fitted index.
         """
-        transformer = self.transformer
-        transformer = CNNFeatureTransformer() if transformer is None else transformer
-        self.transformer_ = clone(transformer).fit(X)
+        check_not_dask(X)
+        self.transformer_ = clone(resolve_transformer(self.transformer)).fit(X)
         features = unit_features(X, self.transformer_)
         check_readable(features)
         self.index_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(features)

@@ -15,10 +15,11 @@ from sklearn.utils.validation import (
 )
 
 from skltl._nested import unwrapped
-from skltl.curation import check_readable, fitted_to
+from skltl.curation import fitted_to
 from skltl.displays._images import read_as, read_plainly
 from skltl.displays._layout import as_title, import_pyplot, resolve_ax, to_rgb_pixels
 from skltl.exceptions import shorten
+from skltl.features import check_readable
 from skltl.finetuning import FineTunedCNN
 
 # Classes that have a color of their own and are in the legend.
@@ -295,6 +296,8 @@ class FeatureMapDisplay:
         """Draw thumbnails over the points that are far enough from each other."""
         from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
+        if max_images < 0:
+            raise ValueError(f"max_images={max_images} must not be negative.")
         self.indices_, self.thumbnails_ = np.zeros(0, dtype=int), []
         if self.images is None:
             return

@@ -371,8 +371,8 @@ class ImageGridDisplay:
             Images to search for. The number below one of them is its index in
             `queries`.
         indices : array of int of shape (m,), default=None
-            Images of ``X`` to search for, if there are no `queries`. None is its own
-            neighbor. By default the first four.
+            Images of ``X`` to search for, if there are no `queries`; no image is its
+            own neighbor. By default the first four.
         n_neighbors : int, default=None
             Number of neighbors; ``None`` is that of `neighbors`.
         axes : array of m x (1 + `n_neighbors`) matplotlib Axes, default=None

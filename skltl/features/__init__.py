@@ -10,6 +10,7 @@ from skltl.features._estimators import (
 )
 from skltl.features._extraction import (
     cache_folder,
+    check_readable,
     extract_features,
     extraction_config,
 )
@@ -28,6 +29,7 @@ from skltl.features._transformer import (
     copy_fitted_network,
     fitted_parameters,
     fitted_transformer,
+    resolve_transformer,
     transformer_config,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "NetworkClassifier",
     "cache_folder",
     "check_output",
+    "check_readable",
     "copy_fitted_network",
     "extract_features",
     "extraction_config",
@@ -53,5 +56,6 @@ __all__ = [
     "n_features_by_layer",
     "no_features",
     "output_layout",
+    "resolve_transformer",
     "transformer_config",
 ]

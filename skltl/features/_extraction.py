@@ -232,3 +232,17 @@ def _check_finite(batch: Batch, rows: Tensor, source: ImageSource) -> None:
     is_bad = ~torch.isfinite(rows[: len(batch.positions)]).all(dim=1)
     for position in np.array(batch.positions)[is_bad.numpy()][:1].tolist():
         raise NonFiniteFeaturesError(position, source.name(position))
+
+
+def check_readable(features: NDArray[Any], positions: Any = None) -> None:
+    """Raise an error that names the first image without features, if there is one.
+
+    `positions` are the indices of the images in the ``X`` of the user.
+    """
+    bad = np.flatnonzero(np.isnan(features).any(axis=1))
+    if len(bad):
+        index = bad[0] if positions is None else positions[bad[0]]
+        raise ValueError(
+            f"Image {index} could not be read, and has no features. Leave it out: "
+            "drop_bad drops such images and their labels."
+        )

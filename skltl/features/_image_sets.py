@@ -17,7 +17,7 @@ from skltl.exceptions import (
     ImageError,
     shorten,
 )
-from skltl.features._transformer import CNNFeatureTransformer
+from skltl.features._transformer import resolve_transformer
 from skltl.images import is_tensor
 
 AGGREGATES: dict[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max}
@@ -106,14 +106,7 @@ class ImageSetTransformer(TransformerMixin, BaseEstimator):
         if y is not None:
             check_consistent_length(sizes, y)
             y = np.repeat(np.asarray(y), sizes, axis=0)
-        transformer = self.transformer
-        if transformer is None:
-            transformer = CNNFeatureTransformer()
-        if not hasattr(transformer, "transform"):
-            raise TypeError(
-                "transformer must be a CNNFeatureTransformer, or a pipeline that ends "
-                f"in a transformer; got {shorten(repr(transformer))}."
-            )
+        transformer = resolve_transformer(self.transformer)
         with _naming_samples(sizes):
             self.transformer_ = clone(transformer).fit(images, y)
         return self

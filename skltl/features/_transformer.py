@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from numbers import Integral
 from os import PathLike, fspath
+from typing import Any
 
 from sklearn.utils.validation import check_is_fitted
 
@@ -545,3 +546,15 @@ def check_output(layer, layout, pooling):
         f"pooling={pooling} is a finer grid than the feature map of "
         f"{layout.grid[0]} x {layout.grid[1]} at layer {layer.name!r}."
     )
+
+
+def resolve_transformer(transformer: Any) -> Any:
+    """Return the value of a parameter `transformer`, by default the default network."""
+    if transformer is None:
+        return CNNFeatureTransformer()
+    if isinstance(transformer, type) or not hasattr(transformer, "transform"):
+        raise TypeError(
+            "transformer must be a CNNFeatureTransformer, or a pipeline that ends in a "
+            f"transformer; got {shorten(repr(transformer))}."
+        )
+    return transformer

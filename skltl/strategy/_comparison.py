@@ -12,7 +12,7 @@ from scipy.stats import t as t_distribution
 from sklearn.base import clone
 
 from skltl.exceptions import shorten
-from skltl.features import cache_folder, n_features_by_layer
+from skltl.features import cache_folder, check_readable, n_features_by_layer
 from skltl.networks import Backbone, get_backbone
 from skltl.strategy._cross_validation import (
     Features,
@@ -111,12 +111,7 @@ class Candidate:
             start = time.perf_counter()
             columns = np.asarray(self.fitted.transform(images.X))
             self._seconds += time.perf_counter() - start
-        bad = np.flatnonzero(np.isnan(columns).any(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"Image {images.positions[bad[0]]} could not be read, and has no "
-                "features. Leave it out: drop_bad drops such images and their labels."
-            )
+        check_readable(columns, images.positions)
         ends = np.cumsum(n_features_by_layer(self.fitted))
         by_layer = np.split(columns, ends[:-1], axis=1)
         for layer, new in zip(self.layers, by_layer, strict=True):

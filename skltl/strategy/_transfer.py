@@ -15,7 +15,7 @@ from skltl._estimator import is_fitted, read_images_of
 from skltl._nested import inner_estimator
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import StrOptions, fit_context
-from skltl.features import SHARED_PARAMETERS
+from skltl.features import SHARED_PARAMETERS, check_readable
 from skltl.finetuning import FineTunedCNNClassifier
 from skltl.networks import get_backbone, resolve_layer
 from skltl.strategy._advisor import StrategyAdvisor
@@ -358,6 +358,7 @@ def fit_pipeline(
             features = transformer.transform(labeled.X)
     elif len(features) < len(labeled.targets):
         features = _complete(features, transformer, labeled, evaluated)
+    check_readable(features, labeled.positions)
     fit_linear(pipeline[1:], features, labeled.y, labeled.weights)
 
 

@@ -144,6 +144,16 @@ def test_odd_distances_are_refused(max_distance, patches):
 def test_what_is_no_transformer_is_refused(transformer, patches):
     with pytest.raises(TypeError, match="transformer must be a CNNFeatureTransformer"):
         find_duplicates(patches, transformer)
+    with pytest.raises(TypeError, match="transformer must be a CNNFeatureTransformer"):
+        ImageNeighbors(transformer).fit(patches)
+
+
+def test_groups_of_several_types_are_refused(patches):
+    groups = np.array(["a", 1] * 20, dtype=object)
+    with pytest.raises(ValueError, match="groups must be of one type"):
+        find_label_errors(
+            patches, np.arange(40) % 2, CNNFeatureTransformer("tiny"), groups=groups
+        )
 
 
 @pytest.mark.real_data

@@ -446,6 +446,23 @@ def test_an_unreadable_image_that_is_not_evaluated_is_named(monkeypatch):
             classifier.fit(spoiled, [0, 1] * 10)
 
 
+@pytest.mark.parametrize("strategy", ["extract", "auto"])
+def test_an_image_without_features_is_named(strategy, monkeypatch):
+    defaults = StrategyAdvisor.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "max_images", 10)
+    transformer = CNNFeatureTransformer("tiny", image_size=16, on_error="nan")
+    classifier = TransferClassifier(
+        transformer, strategy=strategy, cv=2, random_state=0
+    )
+    images = [np.full((16, 16), number, np.uint8) for number in range(20)]
+    for number in range(1, 20, 6):  # evaluated or not
+        spoiled = [*images]
+        spoiled[number] = np.full((16, 16), np.nan)
+
+        with pytest.raises(ValueError, match=f"Image {number} could not be read, and"):
+            classifier.fit(spoiled, [0, 1] * 10)
+
+
 # Parameters that are set after the fit
 
 
