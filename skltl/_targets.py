@@ -20,6 +20,11 @@ def is_multilabel(y: Any) -> bool:
     return n_dimensions == 2 and type_of_target(y) == "multilabel-indicator"
 
 
+def is_multilabel_classifier(classifier: Any) -> bool:
+    """Return whether a fitted classifier predicts any number of labels."""
+    return bool(getattr(classifier, "multilabel_", False))
+
+
 def check_groups(groups: Any) -> NDArray[Any]:
     """Return groups as an array (n,); refuse those that cannot be sorted."""
     groups = column_or_1d(groups)

@@ -18,9 +18,9 @@ from skltl.displays._layout import (
 )
 from skltl.displays._predictions import (
     is_wrong,
-    kind_of,
     predictions_from,
     predictions_of,
+    targets_of,
 )
 
 # Characters of the predicted and the true class before a probability.
@@ -60,8 +60,8 @@ class PredictionGridDisplay:
         Probabilities of the classes or labels.
     classes : array of shape (n_classes,), default=None
         Class or label of each column of `proba`, or of indicators.
-    kind : {"classes", "multilabel", "values"}, default=None
-        Kind of the targets; ``None`` is multilabel for two columns of 0 and 1 or more,
+    targets : {"classes", "labels", "values"}, default=None
+        Kind of the targets; ``None`` is labels for two columns of 0 and 1 or more,
         values for numbers with a fraction or other columns, and classes otherwise.
     summary : str, default=None
         Line above a new figure, about all images in ``X``.
@@ -107,7 +107,7 @@ class PredictionGridDisplay:
         *,
         proba=None,
         classes=None,
-        kind=None,
+        targets=None,
         summary=None,
     ):
         check_consistent_length(images, y_true, y_pred, margins, indices, names, proba)
@@ -121,7 +121,9 @@ class PredictionGridDisplay:
         self.names = None if names is None else list(names)
         self.proba = None if proba is None else np.asarray(proba)
         self.classes = None if classes is None else np.asarray(classes)
-        self.kind = kind_of(self.y_true, self.y_pred) if kind is None else kind
+        self.targets = (
+            targets_of(self.y_true, self.y_pred) if targets is None else targets
+        )
         self.summary = summary
 
     @classmethod
@@ -259,14 +261,14 @@ class PredictionGridDisplay:
             names,
             proba=None if proba is None else proba[worst],
             classes=predictions.classes,
-            kind=predictions.kind,
+            targets=predictions.targets,
             summary=predictions.summary(),
         )
 
     @property
     def n_wrong_(self):
         """Number of images in the grid whose predicted labels are wrong."""
-        return int(is_wrong(self.kind, self.y_true, self.y_pred).sum())
+        return int(is_wrong(self.targets, self.y_true, self.y_pred).sum())
 
     def plot(self, *, n_columns=6, axes=None, **kwargs):
         """Plot the images; titles of wrong predictions are red.
@@ -286,7 +288,7 @@ class PredictionGridDisplay:
             The display itself.
         """
         axes = resolve_axes(axes, len(self.images), n_columns, PANEL_SIZE, self.summary)
-        wrong = is_wrong(self.kind, self.y_true, self.y_pred)
+        wrong = is_wrong(self.targets, self.y_true, self.y_pred)
         self.ims_ = []
         for number, (ax, image) in enumerate(zip(axes, self.images, strict=True)):
             color = ALERT if wrong[number] else PLAIN
@@ -301,10 +303,10 @@ class PredictionGridDisplay:
 
     def _title(self, number, is_wrong):
         true, predicted = self.y_true[number], self.y_pred[number]
-        if self.kind == "values":
+        if self.targets == "values":
             first = "predicted " * (true.ndim == 0)
             return f"{first}{_values(predicted)}\n(is {_values(true)})"
-        if self.kind == "multilabel":
+        if self.targets == "labels":
             lines = [
                 as_title(self._labels(predicted), N_LABELS),
                 f"(is {as_title(self._labels(true), N_LABELS - 5)})",

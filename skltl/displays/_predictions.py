@@ -13,6 +13,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from skltl._nested import unwrapped
+from skltl._targets import is_multilabel_classifier
 from skltl.features import NetworkClassifier
 from skltl.finetuning import columns_of
 
@@ -24,11 +25,11 @@ ROUNDING = 1e-4
 class Predictions:
     """True and predicted targets of n images.
 
-    `kind` is "classes", "multilabel" (indicator matrices) or "values" (of regression).
+    `targets` is "classes", "labels" (indicator matrices) or "values" (of regression).
     The `margins` are those of `PredictionGridDisplay`, NaN if they are unknown.
     """
 
-    kind: str
+    targets: str
     y_true: NDArray[Any]
     y_pred: NDArray[Any]
     margins: NDArray[Any]
@@ -41,14 +42,14 @@ class Predictions:
         The predicted label is not always the one with the highest score: a classifier
         may have a decision threshold.
         """
-        is_right = ~is_wrong(self.kind, self.y_true, self.y_pred)
+        is_right = ~is_wrong(self.targets, self.y_true, self.y_pred)
         return np.lexsort((self.margins, is_right))[:n_images]
 
     def summary(self):
         """Return the quality of all predictions, in words."""
         n = len(self.y_true)
-        if self.kind != "values":
-            n_wrong = int(is_wrong(self.kind, self.y_true, self.y_pred).sum())
+        if self.targets != "values":
+            n_wrong = int(is_wrong(self.targets, self.y_true, self.y_pred).sum())
             return f"{n_wrong:,} of {n:,} wrong"
         if self.y_true.ndim == 1:
             return f"mean absolute error {-self.margins.mean():.3g}, {n:,} images"
@@ -56,22 +57,22 @@ class Predictions:
         return f"root mean squared error {error:.3g}, {n:,} images"
 
 
-def is_wrong(kind, y_true, y_pred):
+def is_wrong(targets, y_true, y_pred):
     """Return which predictions differ (n,); values are neither right nor wrong."""
-    if kind == "values":
+    if targets == "values":
         return np.zeros(len(y_true), dtype=bool)
     differs = np.asarray(y_true != y_pred)
     return differs.any(axis=1) if differs.ndim == 2 else differs
 
 
-def kind_of(y_true, y_pred):
+def targets_of(y_true, y_pred):
     """Return the kind of two arrays of targets."""
     if any(_is_real(y) for y in (y_true, y_pred)):
         return "values"
     if y_true.ndim == y_pred.ndim == 1:
         return "classes"
     is_indicator = all(np.isin(y, (0, 1)).all() for y in (y_true, y_pred))
-    return "multilabel" if is_indicator else "values"
+    return "labels" if is_indicator else "values"
 
 
 def predict(estimator, X):
@@ -83,7 +84,7 @@ def predict(estimator, X):
     estimator = unwrapped(estimator)
     if isinstance(estimator, NetworkClassifier):
         proba = estimator.predict_proba(X)
-        if getattr(estimator, "multilabel_", False):
+        if is_multilabel_classifier(estimator):
             return (proba > 0.5).astype(int), proba, True
         return estimator.classes_[proba.argmax(axis=1)], proba, True
     if isinstance(estimator, Pipeline):
@@ -151,24 +152,24 @@ def predictions_from(y_true, y_pred, proba=None, classes=None):
         y_pred = classes[proba.argmax(axis=1)]
     _check_shapes(y_true, y_pred)
     _check_types(y_true, y_pred)
-    if kind_of(y_true, y_pred) == "values":
+    if targets_of(y_true, y_pred) == "values":
         return Predictions("values", y_true, y_pred, _value_margins(y_true, y_pred))
     return _of_labels(y_true, y_pred, proba, True, classes)
 
 
 def _of_labels(y_true, y_pred, scores, is_proba, classes):
     """Return predictions of classes or labels with their margins."""
-    kind = "classes" if y_true.ndim == 1 else "multilabel"
+    targets = "classes" if y_true.ndim == 1 else "labels"
     if scores is None:
         margins = np.full(len(y_true), np.nan)
-    elif kind == "classes":
+    elif targets == "classes":
         margins = _class_margins(scores, columns_of(classes, y_true))
     else:
         # A probability minus that of not having the label.
         signed = 2 * scores - 1 if is_proba else scores
         margins = np.where(y_true, signed, -signed).min(axis=1)
     proba = scores if is_proba else None
-    return Predictions(kind, y_true, y_pred, margins, proba, classes)
+    return Predictions(targets, y_true, y_pred, margins, proba, classes)
 
 
 def _class_margins(scores, columns):

@@ -28,10 +28,10 @@ from sklearn.preprocessing import (
 from torch import Tensor, nn
 
 from skltl._nested import steps_of, unwrapped
+from skltl._targets import is_multilabel_classifier
 from skltl.exceptions import ExportError
 from skltl.finetuning import (
     FineTunedCNN,
-    is_multilabel_classifier,
     linear_function_of,
     n_dimensions_of,
     without_names,
@@ -305,7 +305,7 @@ def outputs_of_network(estimator: Any) -> nn.Module:
     head = copy.deepcopy(estimator.head_).float()
     if not hasattr(estimator, "classes_"):
         return ValueOutputs(head, estimator._target_ndim)
-    if getattr(estimator, "multilabel_", False):
+    if is_multilabel_classifier(estimator):
         return ClassOutputs(head, "of labels", is_multilabel=True)
     layers = [head]
     if not isinstance(estimator, FineTunedCNN):

@@ -15,6 +15,7 @@ from skltl._dask import map_blocks, one_row
 from skltl._estimator import ImageEstimator, read_images_of
 from skltl._parameters import resolve_threads
 from skltl._sklearn import check_feature_names_in, output_config
+from skltl._targets import is_multilabel_classifier
 from skltl.features._extraction import extract_features, extraction_config
 from skltl.inference import n_pooled
 from skltl.networks import layouts
@@ -196,7 +197,7 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
             For multilabel targets, the log odds of each label.
         """
         logits = self._logits(X)
-        is_binary = logits.shape[1] == 2 and not self._is_multilabel()
+        is_binary = logits.shape[1] == 2 and not is_multilabel_classifier(self)
         return logits[:, 1] - logits[:, 0] if is_binary else logits
 
     def predict_proba(self, X):
@@ -214,7 +215,9 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
             each label.
         """
         logits = self._logits(X)
-        return expit(logits) if self._is_multilabel() else softmax(logits, axis=1)
+        return (
+            expit(logits) if is_multilabel_classifier(self) else softmax(logits, axis=1)
+        )
 
     def predict_log_proba(self, X):
         """Return the logarithms of the class probabilities.
@@ -230,7 +233,7 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
             Logarithms of the probabilities, also of those that are 0 after rounding.
         """
         logits = self._logits(X)
-        if self._is_multilabel():
+        if is_multilabel_classifier(self):
             return log_expit(logits)
         return log_softmax(logits, axis=1)
 
@@ -249,7 +252,7 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
         """
         check_is_fitted(self)
         logits = self._logits(X)
-        if self._is_multilabel():
+        if is_multilabel_classifier(self):
             return (logits > 0).astype(int)
         return self.classes_[logits.argmax(axis=1)]
 
@@ -257,6 +260,3 @@ class NetworkClassifier(ClassifierMixin, HeadEstimator):
         """Return the logits (n, n_classes)."""
         check_is_fitted(self)
         return self._head_outputs(X, len(self.classes_))
-
-    def _is_multilabel(self):
-        return getattr(self, "multilabel_", False)

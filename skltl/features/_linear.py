@@ -13,7 +13,11 @@ from sklearn.base import clone
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skltl._targets import check_indicators, is_multilabel
+from skltl._targets import (
+    check_indicators,
+    is_multilabel,
+    is_multilabel_classifier,
+)
 
 # Least scale of a feature, in relation to the median one. Some features are 0 for
 # almost all images: divided by their standard deviation, those of another image may be
@@ -112,7 +116,7 @@ class MultilabelMixin:
             Classes or indicators.
         """
         check_is_fitted(self)
-        if not getattr(self, "multilabel_", False):
+        if not is_multilabel_classifier(self):
             return super().predict(X)  # type: ignore[misc]
         return (self.decision_function(X) > 0).astype(int)  # type: ignore[attr-defined]
 
@@ -147,6 +151,6 @@ class LogisticRegression(MultilabelMixin, linear_model.LogisticRegression):
             Probabilities.
         """
         check_is_fitted(self)
-        if not getattr(self, "multilabel_", False):
+        if not is_multilabel_classifier(self):
             return super().predict_proba(X)
         return expit(self.decision_function(X))

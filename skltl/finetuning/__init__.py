@@ -3,7 +3,6 @@
 from skltl.finetuning._classifier import FineTunedCNNClassifier
 from skltl.finetuning._conversion import (
     head_of_pipeline,
-    is_multilabel_classifier,
     linear_function_of,
     n_dimensions_of,
     parts_of_pipeline,
@@ -29,7 +28,6 @@ __all__ = [
     "encode_values",
     "example_weights",
     "head_of_pipeline",
-    "is_multilabel_classifier",
     "linear_function_of",
     "n_dimensions_of",
     "parts_of_pipeline",

@@ -8,10 +8,10 @@ import numpy as np
 from sklearn.utils import check_consistent_length
 
 from skltl._sklearn import Interval, StrOptions, fit_context
-from skltl._targets import is_multilabel
+from skltl._targets import is_multilabel, is_multilabel_classifier
 from skltl.exceptions import shorten
 from skltl.features import NetworkClassifier
-from skltl.finetuning._conversion import check_same_classes, is_multilabel_classifier
+from skltl.finetuning._conversion import check_same_classes
 from skltl.finetuning._data import (
     columns_of,
     encode_indicators,
@@ -20,7 +20,7 @@ from skltl.finetuning._data import (
 )
 from skltl.finetuning._distributed import fitted_together
 from skltl.finetuning._estimator import FineTunedCNN
-from skltl.finetuning._objective import Multilabel, SingleLabel
+from skltl.finetuning._objective import BinaryCrossEntropy, CrossEntropy
 
 
 class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
@@ -438,12 +438,12 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     def _objective(self, examples):
         smoothing = self.label_smoothing
         if not self.multilabel_:
-            return SingleLabel(len(self.classes_), smoothing)
+            return CrossEntropy(len(self.classes_), smoothing)
         training = examples.targets[examples.training]
-        return Multilabel(training, smoothing, self.class_weight == "balanced")
+        return BinaryCrossEntropy(training, smoothing, self.class_weight == "balanced")
 
     def _targets(self):
-        return "classes", [self._is_multilabel(), *self.classes_.tolist()]
+        return "classes", [is_multilabel_classifier(self), *self.classes_.tolist()]
 
     def _check_head(self, fitted):
         check_same_classes(self.classes_, fitted)

@@ -16,6 +16,7 @@ from torch import nn
 
 from skltl._nested import steps_of, unwrapped
 from skltl._random import torch_defaults
+from skltl._targets import is_multilabel_classifier
 from skltl.features import CNNFeatureTransformer
 from skltl.finetuning._data import abbreviate
 from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
@@ -106,11 +107,6 @@ def check_same_classes(classes: NDArray[Any], fitted: Any) -> None:
             f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
             f"classifier are {abbreviate(found)}."
         )
-
-
-def is_multilabel_classifier(classifier: Any) -> bool:
-    """Return whether a fitted classifier predicts any number of labels."""
-    return bool(getattr(classifier, "multilabel_", False))
 
 
 def linear_function_of(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:

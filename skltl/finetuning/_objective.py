@@ -79,7 +79,7 @@ class Objective:
         """Undo `to_units`."""
 
 
-class SingleLabel(Objective):
+class CrossEntropy(Objective):
     """One class for each image: cross-entropy and accuracy."""
 
     def __init__(self, n_classes: int, label_smoothing: float) -> None:
@@ -112,7 +112,7 @@ class SingleLabel(Objective):
         return _logistic_regression(features, targets, weights, seed)
 
 
-class Multilabel(Objective):
+class BinaryCrossEntropy(Objective):
     """Any number of labels for each image: binary cross-entropy, subset accuracy."""
 
     def __init__(
@@ -177,7 +177,7 @@ class Multilabel(Objective):
         return np.vstack(coefs), np.hstack(intercepts)
 
 
-class Regression(Objective):
+class StandardizedError(Objective):
     """Values for each image: squared or Huber loss and R².
 
     A network learns standardized values: those of mean 0 and standard deviation 1.

@@ -11,7 +11,7 @@ from skltl.finetuning._conversion import n_dimensions_of
 from skltl.finetuning._data import encode_values
 from skltl.finetuning._distributed import fitted_together
 from skltl.finetuning._estimator import FineTunedCNN
-from skltl.finetuning._objective import LOSSES, Regression
+from skltl.finetuning._objective import LOSSES, StandardizedError
 
 
 class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
@@ -418,7 +418,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
     def _objective(self, examples):
         positions = examples.training
         weights = examples.weights[positions].astype(np.float64)
-        return Regression(examples.targets[positions], weights, self.loss)
+        return StandardizedError(examples.targets[positions], weights, self.loss)
 
     def _targets(self):
         return "number of outputs", self.n_outputs_

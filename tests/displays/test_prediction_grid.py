@@ -349,7 +349,7 @@ def test_several_values_are_in_the_order_of_their_root_mean_squared_error(images
 
     display = PredictionGridDisplay.from_predictions(y_true, y_pred, images)
 
-    assert display.kind == "values"
+    assert display.targets == "values"
     assert display.indices.tolist() == np.argsort(-errors).tolist()
     assert_allclose(-display.margins, np.sort(errors)[::-1])
     worst = errors.argmax()

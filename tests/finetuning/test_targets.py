@@ -30,7 +30,7 @@ from skltl import (
 )
 from skltl.features import FeatureScaler
 from skltl.finetuning._data import hold_out
-from skltl.finetuning._objective import PROBE_ALPHA, Regression
+from skltl.finetuning._objective import PROBE_ALPHA, StandardizedError
 
 CONSTANT = {"schedule": "constant", "batch_size": 23}
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -471,7 +471,7 @@ def test_hidden_layers_have_the_weight_decay_that_was_asked_for(measured):
     plain = regressor(hidden_units=(8,), **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Regression, "head_decay", lambda self, n: 0.0)
+        patch.setattr(StandardizedError, "head_decay", lambda self, n: 0.0)
         plain.fit(X, Y)
 
     assert_array_equal(hidden.predict(X), plain.predict(X))

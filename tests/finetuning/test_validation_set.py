@@ -94,7 +94,7 @@ def test_of_values(n_outputs, data, more):
     assert_allclose(
         last["validation_score"], r2_score(values(X_val), predicted), atol=1e-3
     )
-    if n_outputs == 1:  # in units of the values, see `Regression`
+    if n_outputs == 1:  # in units of the values, see `StandardizedError`
         variance = values(X).var()
         expected = mean_squared_error(values(X_val), predicted) / variance
         assert_allclose(last["validation_loss"], expected, rtol=1e-2)
