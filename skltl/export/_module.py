@@ -100,20 +100,20 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, reader: Any) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        preprocessing = reader.preprocessing_
-        names = [layer.block for layer in reader.layers_]
-        blocks = truncate(reader.network_.blocks, names)
+        preprocessing = network.preprocessing_
+        names = [layer.block for layer in network.layers_]
+        blocks = truncate(network.network_.blocks, names)
         cpu = torch.device("cpu")
         segments = build_segments(blocks, names, cpu, torch.float32)
-        found = layouts(reader.backbone_, preprocessing.size, tuple(names))
-        is_pooled = isinstance(reader, CNNFeatureTransformer)
+        found = layouts(network.backbone_, preprocessing.size, tuple(names))
+        is_pooled = isinstance(network, CNNFeatureTransformer)
         self.segments = nn.ModuleList(segments.values())
         self.layouts = [found[name] for name in segments]
         self.order = [list(segments).index(name) for name in names]
-        self.pooling = reader.pooling_ if is_pooled else None
-        self.n_views = reader.n_views if is_pooled else 1
+        self.pooling = network.pooling_ if is_pooled else None
+        self.n_views = network.n_views if is_pooled else 1
         for name in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1))
@@ -218,8 +218,8 @@ def module_of(parts: Parts) -> ExportedNetwork:
         layers = [_converted(layer_of, *step) for step in between]
         outputs = nn.Sequential(*layers, _converted(outputs_of_model, *last))
     else:
-        outputs = outputs_of_network(parts.reader)
-    module = ExportedNetwork(Network(parts.reader), outputs, parts)
+        outputs = outputs_of_network(parts.network)
+    module = ExportedNetwork(Network(parts.network), outputs, parts)
     return module.eval().requires_grad_(False)
 
 
@@ -231,7 +231,7 @@ def metadata_of(parts: Parts) -> dict[str, str]:
     facts = {
         "classes": None if classes is None else classes.tolist(),
         "preprocessing": asdict(parts.preprocessing),
-        "backbone": parts.reader.backbone_.name,
+        "backbone": parts.network.backbone_.name,
         "versions": versions() | {"scikit-learn": sklearn.__version__},
     }
     return {name: json.dumps(fact, default=str) for name, fact in facts.items()}

@@ -160,9 +160,9 @@ def _converted(module: nn.Module, parts: Parts) -> Any:
 class _Scaled(nn.Module):
     """A network and layers after it, whose only output is the features."""
 
-    def __init__(self, reader: Any, layers: list[nn.Module]) -> None:
+    def __init__(self, network: Any, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(Network(reader), *layers)
+        self.layers = nn.Sequential(Network(network), *layers)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the features (n, d) of crops (n, h, w, c)."""
@@ -176,7 +176,7 @@ def _with_foreign_steps(parts: Parts) -> Any:
     """
     onnx = _import("onnx")
     layers, steps = _divided(parts.steps)
-    scaled = _Scaled(parts.reader, layers).eval()
+    scaled = _Scaled(parts.network, layers).eval()
     network = _converted(scaled, parts)
     example = torch.from_numpy(random_crops(parts)[:1])
     n_features = scaled(example)["features"].shape[1]

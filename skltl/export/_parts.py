@@ -44,18 +44,18 @@ EXPORTED = {
 class Parts:
     """A fitted estimator: what reads the images, and the steps of a pipeline after it.
 
-    `reader` is a `CNNFeatureTransformer`, or a network with a head, which no steps
+    `network` is a `CNNFeatureTransformer`, or a network with a head, which no steps
     follow. `model` is the estimator itself, without searches and wrappers.
     """
 
-    reader: Any
+    network: Any
     steps: list[tuple[str, Any]]
     model: Any
 
     @property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of the images."""
-        found: Preprocessing = self.reader.preprocessing_
+        found: Preprocessing = self.network.preprocessing_
         return found
 
     @property
@@ -65,26 +65,26 @@ class Parts:
 
     def crops(self, X: Any) -> NDArray[Any]:
         """Return the crops of images, as the estimator reads them."""
-        reader = self.reader
+        network = self.network
         return crop_images(
             X,
-            reader.preprocessing_,
-            image_shape=reader._fitted_image_shape,
-            reader=reader.reader,
-            value_range=reader.value_range,
+            network.preprocessing_,
+            image_shape=network._fitted_image_shape,
+            reader=network.reader,
+            value_range=network.value_range,
         )
 
     def on_crops(self) -> Any:
         """Return a copy of the estimator that predicts for crops, as an export does."""
-        reader = copy.copy(self.reader)
-        names = reader.get_params(deep=False).keys() & EXPORTED.keys()
-        reader.set_params(**{name: EXPORTED[name] for name in names})
-        whole = replace(reader.preprocessing_, resize_size=None, mode="center")
-        reader.preprocessing_ = whole
-        reader._fitted_image_shape = None
+        network = copy.copy(self.network)
+        names = network.get_params(deep=False).keys() & EXPORTED.keys()
+        network.set_params(**{name: EXPORTED[name] for name in names})
+        whole = replace(network.preprocessing_, resize_size=None, mode="center")
+        network.preprocessing_ = whole
+        network._fitted_image_shape = None
         if not self.steps:
-            return reader
-        return Pipeline([("reader", reader), *self.steps])
+            return network
+        return Pipeline([("network", network), *self.steps])
 
 
 def split(estimator: Any) -> Parts:
@@ -145,7 +145,7 @@ def _calibrated_last(model: Any) -> Any:
     ):
         calibrated.estimator = Pipeline(after)
     last.n_features_in_ = sum(n_features_by_layer(transformers[0]))
-    return Pipeline([("reader", transformers[0]), ("calibrated", last)])
+    return Pipeline([("network", transformers[0]), ("calibrated", last)])
 
 
 def _identity(transformer: CNNFeatureTransformer) -> tuple[Any, ...]:

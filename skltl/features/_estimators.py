@@ -143,6 +143,11 @@ class HeadEstimator(ImageEstimator):
 
     def _head_outputs(self, X, n_outputs):
         """Return the outputs (n, n_outputs) of the head."""
+        batch_size = self._network_batch_size()
+        return self._extract(X, self._pooling, batch_size, n_outputs, self._run_head)
+
+    def _extract(self, X, pooling, batch_size="auto", n_outputs=None, then=None):
+        """Return the features (n, d) of the network, or (n, n_outputs) of `then`."""
         check_is_fitted(self)
         source = read_images_of(self, X)
         block = self.layers_[0].block
@@ -152,8 +157,8 @@ class HeadEstimator(ImageEstimator):
             self.network_,
             (block,),
             self.preprocessing_,
-            self._pooling,
-            self._network_batch_size(),
+            pooling,
+            batch_size,
         )
         return extract_features(
             source,
@@ -161,8 +166,8 @@ class HeadEstimator(ImageEstimator):
             [block],
             resolve_threads(self.n_jobs),
             bool(self.verbose),
-            out=np.empty((len(source), n_outputs)),
-            then=self._run_head,
+            out=None if then is None else np.empty((len(source), n_outputs)),
+            then=then,
         )
 
     def _network_batch_size(self):

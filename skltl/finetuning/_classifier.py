@@ -442,8 +442,8 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         training = examples.targets[examples.training]
         return BinaryCrossEntropy(training, smoothing, self.class_weight == "balanced")
 
-    def _targets(self):
-        return "classes", [is_multilabel_classifier(self), *self.classes_.tolist()]
+    def _target_identity(self):
+        return {"classes": [is_multilabel_classifier(self), *self.classes_.tolist()]}
 
     def _check_head(self, fitted):
         check_same_classes(self.classes_, fitted)

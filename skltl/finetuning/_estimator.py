@@ -22,7 +22,6 @@ from skltl._parameters import (
     name_of_dtype,
     resolve_device,
     resolve_precision,
-    resolve_threads,
 )
 from skltl._random import draw_seed, fresh_seed
 from skltl._sklearn import AT_LEAST_ONE, Interval, StrOptions
@@ -36,8 +35,6 @@ from skltl.features import (
     HeadEstimator,
     check_output,
     copy_fitted_network,
-    extract_features,
-    extraction_config,
     fitted_parameters,
     fitted_transformer,
     output_layout,
@@ -220,7 +217,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             for name, value in self.get_params().items()
             if name not in MAY_DIFFER
         }
-        check_same(data.digests() | parameters | dict([self._targets()]))
+        check_same(data.digests() | parameters | self._target_identity())
 
     def _check_same_network_everywhere(self, new):
         """Raise if the processes begin with other networks.
@@ -317,18 +314,7 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             Features, pooled as those of `CNNFeatureTransformer`.
         """
         check_is_fitted(self)
-        source = read_images_of(self, X)
-        block = self.layers_[0].block
-        config = extraction_config(
-            self,
-            self.backbone_,
-            self.network_,
-            (block,),
-            self.preprocessing_,
-            self.pooling_,
-        )
-        threads, verbose = resolve_threads(self.n_jobs), bool(self.verbose)
-        return extract_features(source, config, [block], threads, verbose)
+        return self._extract(X, self.pooling_)
 
     def get_params(self, deep=True):
         """Return the parameters.
@@ -366,8 +352,8 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
             return
         folder = fspath(self.checkpoint)
         check_folder(folder)  # before all images are hashed
-        arrays = [new._targets()[1], data.targets, data.sample_weight, data.groups]
-        arrays += [data.validation_weight, data.n_validation]
+        arrays = [*new._target_identity().values(), data.targets, data.sample_weight]
+        arrays += [data.groups, data.validation_weight, data.n_validation]
         name = fingerprint(self, new, data.source, arrays, requested_seed)
         with open_checkpoint(folder, name) as checkpoint:
             broadcast((checkpoint.path, checkpoint.saved))
@@ -434,9 +420,9 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
 
     def _check_same_network(self, new, head):
         """Raise if a warm start would continue with another network."""
-        name, names = new._targets()
+        previous, current = self._target_identity(), new._target_identity()
         compared = {
-            name: (self._targets()[1], names),
+            **{name: (previous[name], current[name]) for name in current},
             "backbone": (self.backbone_, new.backbone_),
             "layer": (self.layers_[0].name, new.layers_[0].name),
             "preprocessing": (self.preprocessing_, new.preprocessing_),
@@ -449,8 +435,8 @@ class FineTunedCNN(CallbackSupportMixin, FeatureEstimator, HeadEstimator):
                     f"{shorten(str(previous), 150)}, not {shorten(str(current), 150)}."
                 )
 
-    def _targets(self):
-        """Return what must be the same in all fits of one head, and its name."""
+    def _target_identity(self):
+        """Return what must be the same in all fits of one head, by its name."""
         raise NotImplementedError
 
     def _fitted_attributes(self, network, objective):

@@ -420,8 +420,8 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         weights = examples.weights[positions].astype(np.float64)
         return StandardizedError(examples.targets[positions], weights, self.loss)
 
-    def _targets(self):
-        return "number of outputs", self.n_outputs_
+    def _target_identity(self):
+        return {"number of outputs": self.n_outputs_}
 
     def _check_head(self, fitted):
         if not hasattr(fitted, "predict") or hasattr(fitted, "classes_"):
