@@ -47,6 +47,8 @@ class StrategyDisplay:
 
     Attributes
     ----------
+    coordinates_ : tuple of two floats
+        Place of the data set in the diagram.
     ax_ : matplotlib Axes
         Axes with the diagram.
     figure_ : matplotlib Figure

@@ -32,6 +32,8 @@ class TransferGainDisplay:
 
     Attributes
     ----------
+    gains_ : dict of str to float
+        Gains in start, slope (per step) and asymptote.
     ax_ : matplotlib Axes
         Axes with the curves.
     figure_ : matplotlib Figure

@@ -169,7 +169,9 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
-        Sorted class labels.
+        Sorted class labels, or the columns of an indicator matrix.
+    multilabel_ : bool
+        Whether the targets are an indicator matrix of labels.
     backbone_ : Backbone
         Specification of the backbone.
     network_ : FrozenPrefix
@@ -197,6 +199,11 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         Total number of epochs.
     best_validation_score_ : float or None
         Validation accuracy of the weights that early stopping kept.
+    n_features_in_ : int
+        Number of features seen during `fit`. Only with `image_shape`.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of features seen during `fit`. Defined only when ``X`` has feature
+        names that are all strings. Only with `image_shape`.
 
     See Also
     --------

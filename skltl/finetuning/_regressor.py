@@ -186,6 +186,11 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         Total number of epochs.
     best_validation_score_ : float or None
         Validation R² of the weights that early stopping kept.
+    n_features_in_ : int
+        Number of features seen during `fit`. Only with `image_shape`.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of features seen during `fit`. Defined only when ``X`` has feature
+        names that are all strings. Only with `image_shape`.
 
     See Also
     --------

@@ -123,6 +123,11 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Data type of the network's computations.
     engine_ : {"torch", "compile", "openvino"}
         Engine that ran the network in `fit`, and runs it wherever it is available.
+    n_features_in_ : int
+        Number of features seen during `fit`. Only with `image_shape`.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of features seen during `fit`. Defined only when ``X`` has feature
+        names that are all strings. Only with `image_shape`.
 
     See Also
     --------

@@ -121,3 +121,11 @@ def test_private_names_of_scikit_learn_are_imported_in_one_module():
                     found.add(name_of(path))
 
     assert found == {"_sklearn.py"}
+
+
+def test_each_module_is_described():
+    """The displays, one module each, have one entry together."""
+    text = (PACKAGE.parent / "docs" / "development.rst").read_text()
+    for path in PACKAGE.glob("**/_*.py"):
+        is_display = path.parent.name == "displays"
+        assert is_display or path.stem == "__init__" or f"``{path.stem}``" in text, path

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 
 from skltl import (
@@ -187,7 +188,10 @@ def test_an_advisor_reads_with_the_reader_of_its_transformer(rows):
 
     advisor.fit(rows * 4, np.arange(36) % 2)
 
-    assert advisor.strategy_ is not None
+    plain = clone(advisor).set_params(transformer__reader=None)
+    plain.fit([from_row(row) for row in rows] * 4, np.arange(36) % 2)
+    assert advisor.layer_scores_ == plain.layer_scores_
+    assert advisor.strategy_.name == plain.strategy_.name
 
 
 TWELVE_BIT = np.linspace(0, 4095, 32 * 32).reshape(32, 32)
