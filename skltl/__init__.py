@@ -70,6 +70,7 @@ SKOPS_TRUSTED = [
     "skltl.features.FeatureScaler",
     "skltl.features.LinearSVC",
     "skltl.features.LogisticRegression",
+    "skltl.features.Ridge",
 ]
 """Types to pass as ``trusted`` to ``skops.io.load`` for files of skltl's estimators."""
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import normalize
+from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import check_not_dask
@@ -43,5 +44,10 @@ def fitted_to(X: Any, transformer: Any) -> Any:
     try:
         check_is_fitted(transformer)
     except NotFittedError:
+        if get_tags(transformer).target_tags.required:
+            raise NotFittedError(
+                f"transformer={type(transformer).__name__} is fitted with targets. "
+                "Fit it first."
+            ) from None
         return clone(transformer).fit(X)
     return transformer

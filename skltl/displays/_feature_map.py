@@ -172,6 +172,7 @@ class FeatureMapDisplay:
         max_images=60,
         random_state=0,
         reader=None,
+        value_range=None,
         image_shape=None,
         thumbnail_size=36,
         ax=None,
@@ -196,6 +197,8 @@ class FeatureMapDisplay:
             Controls t-SNE.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         thumbnail_size : float, default=36
@@ -216,7 +219,9 @@ class FeatureMapDisplay:
             If lengths differ, or `method` returns other than two dimensions.
         """
         import_pyplot()
-        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        source = read_plainly(
+            X, reader=reader, value_range=value_range, image_shape=image_shape
+        )
         features = np.asarray(features)
         display = cls._of_features(features, source, y, method, random_state)
         return display.plot(
@@ -227,6 +232,8 @@ class FeatureMapDisplay:
     def _of_features(cls, features, source, y, method, random_state):
         check_consistent_length(features, source, y)
         check_readable(features)
+        if any(one is None for one in ([] if y is None else np.asarray(y))):
+            raise ValueError("y contains None.")
         coordinates, names = _reduce(features, y, method, random_state)
         return cls(coordinates, source, y, names)
 
@@ -271,9 +278,9 @@ class FeatureMapDisplay:
             classes, codes = np.unique(self.y, return_inverse=True)
         palette = _palette(len(classes))
         colors = palette[codes]
-        self.scatter_ = self.ax_.scatter(
-            *self.coordinates.T, **{"color": colors, **style}
-        )
+        if not {"c", "color"} & style.keys():
+            style["color"] = colors
+        self.scatter_ = self.ax_.scatter(*self.coordinates.T, **style)
         if self.y is not None and len(classes) <= MAX_CLASSES:
             self._draw_legend(classes, palette)
         return colors

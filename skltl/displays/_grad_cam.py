@@ -342,7 +342,9 @@ class GradCAMDisplay:
             map, a label is unknown, or `axes` has another length.
         """
         import_pyplot()
-        n, summary = len(X), None
+        check_is_fitted(estimator)
+        network, _ = _split(unwrapped(estimator))
+        n, summary = len(read_images_of(network, X)), None
         if n_images is None:
             n_images = MAX_IMAGES if axes is None else n
         check_n_images(n_images)

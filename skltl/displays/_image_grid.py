@@ -113,6 +113,7 @@ class ImageGridDisplay:
         captions=None,
         highlight=None,
         reader=None,
+        value_range=None,
         image_shape=None,
         n_columns=6,
         axes=None,
@@ -132,6 +133,8 @@ class ImageGridDisplay:
             Images whose captions are red.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         n_columns : int, default=6
@@ -153,7 +156,9 @@ class ImageGridDisplay:
             another length.
         """
         import_pyplot()
-        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        source = read_plainly(
+            X, reader=reader, value_range=value_range, image_shape=image_shape
+        )
         display = cls._of_source(source, indices, captions, highlight)
         return display.plot(n_columns=n_columns, axes=axes, **kwargs)
 
@@ -166,6 +171,7 @@ class ImageGridDisplay:
         *,
         n_images=12,
         reader=None,
+        value_range=None,
         image_shape=None,
         n_columns=6,
         axes=None,
@@ -188,6 +194,8 @@ class ImageGridDisplay:
             Number of images to plot.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         n_columns : int, default=6
@@ -209,7 +217,9 @@ class ImageGridDisplay:
         """
         import_pyplot()
         check_n_images(n_images)
-        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        source = read_plainly(
+            X, reader=reader, value_range=value_range, image_shape=image_shape
+        )
         y = np.asarray(y)
         check_consistent_length(source, y, errors.order)
         indices = errors.order[:n_images]
@@ -228,6 +238,7 @@ class ImageGridDisplay:
         other=None,
         n_pairs=6,
         reader=None,
+        value_range=None,
         image_shape=None,
         n_columns=6,
         axes=None,
@@ -249,6 +260,8 @@ class ImageGridDisplay:
             Number of pairs to plot.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         n_columns : int, default=6
@@ -275,7 +288,9 @@ class ImageGridDisplay:
                 f"n_columns={n_columns} must be even: images are in pairs."
             )
         sources = [
-            read_plainly(images, reader=reader, image_shape=image_shape)
+            read_plainly(
+                images, reader=reader, value_range=value_range, image_shape=image_shape
+            )
             for images in ([X] if other is None else [X, other])
         ]
         pairs = _pairs_of(duplicates, sources)
@@ -301,6 +316,7 @@ class ImageGridDisplay:
         *,
         n_images=12,
         reader=None,
+        value_range=None,
         image_shape=None,
         n_columns=6,
         axes=None,
@@ -318,6 +334,8 @@ class ImageGridDisplay:
             Number of images to plot.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         n_columns : int, default=6
@@ -339,7 +357,9 @@ class ImageGridDisplay:
         """
         import_pyplot()
         check_n_images(n_images)
-        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        source = read_plainly(
+            X, reader=reader, value_range=value_range, image_shape=image_shape
+        )
         check_consistent_length(source, outliers.order)
         is_readable = ~np.isnan(outliers.scores[outliers.order])
         indices = outliers.order[is_readable][:n_images]

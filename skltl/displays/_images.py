@@ -22,9 +22,12 @@ def read_as(estimator, X, image_shape=None):
     return read_plainly(X, image_shape=shape)
 
 
-def read_plainly(X, *, reader=None, image_shape=None):
+def read_plainly(X, *, reader=None, value_range=None, image_shape=None):
     """Return the images of ``X`` as an unfitted transformer reads them."""
-    transformer = CNNFeatureTransformer(reader=reader, image_shape=image_shape)
+    transformer = CNNFeatureTransformer(
+        reader=reader, value_range=value_range, image_shape=image_shape
+    )
+    transformer._validate_params()
     return read_images_of(transformer, X, reset=True)
 
 

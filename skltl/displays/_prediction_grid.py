@@ -26,8 +26,8 @@ from skltl.displays._predictions import (
 # Characters of the predicted and the true class before a probability.
 N_PREDICTED, N_TRUE = 20, 15
 
-# Characters of the names of several labels.
-N_LABELS = 26
+# Characters of the names of several labels, and of several values.
+N_LABELS, N_VALUES = 26, 22
 
 
 class PredictionGridDisplay:
@@ -192,6 +192,7 @@ class PredictionGridDisplay:
         classes=None,
         n_images=12,
         reader=None,
+        value_range=None,
         image_shape=None,
         n_columns=6,
         axes=None,
@@ -220,6 +221,8 @@ class PredictionGridDisplay:
             Number of images to plot.
         reader : callable, default=None
             Function from an item of ``X`` to an image, as for `CNNFeatureTransformer`.
+        value_range : tuple of 2 floats, default=None
+            Values of black and white, as for `CNNFeatureTransformer`.
         image_shape : tuple of 2 or 3 ints, default=None
             Shape of the image in each row of ``X``, if that is a table.
         n_columns : int, default=6
@@ -243,7 +246,9 @@ class PredictionGridDisplay:
         import_pyplot()
         check_n_images(n_images)
         predictions = predictions_from(y_true, y_pred, proba, classes)
-        source = read_plainly(X, reader=reader, image_shape=image_shape)
+        source = read_plainly(
+            X, reader=reader, value_range=value_range, image_shape=image_shape
+        )
         check_consistent_length(source, predictions.y_true)
         display = cls._of_worst(predictions, source, n_images)
         return display.plot(n_columns=n_columns, axes=axes, **kwargs)
@@ -343,5 +348,9 @@ class PredictionGridDisplay:
 
 def _values(values):
     """Return one or several values to be read in a title."""
-    values = [f"{one:.0f}" if abs(one) >= 1e4 else f"{one:.4g}" for one in values.flat]
-    return as_title(", ".join(values))
+    texts = [f"{one:.0f}" if abs(one) >= 1e4 else f"{one:.4g}" for one in values.flat]
+    n_shown = len(texts)
+    while n_shown > 1 and len(", ".join(texts[:n_shown])) > N_VALUES:
+        n_shown -= 1
+    more = ["..."] * (n_shown < len(texts))
+    return ", ".join([*texts[:n_shown], *more])

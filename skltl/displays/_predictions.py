@@ -146,6 +146,9 @@ def predictions_from(y_true, y_pred, proba=None, classes=None):
         classes = np.unique(y_true) if classes is None else np.asarray(classes)
     if proba is not None:
         _check_proba(proba, (len(y_true), len(classes)))
+        if y_true.ndim == 1:  # in the order of scikit-learn
+            order = np.argsort(classes)
+            classes, proba = classes[order], proba[:, order]
     if y_pred is None and y_true.ndim == 2:
         y_pred = (proba > 0.5).astype(int)
     elif y_pred is None:
@@ -163,6 +166,7 @@ def _of_labels(y_true, y_pred, scores, is_proba, classes):
     if scores is None:
         margins = np.full(len(y_true), np.nan)
     elif targets == "classes":
+        columns_of(classes, y_pred)  # raises an error for other classes
         margins = _class_margins(scores, columns_of(classes, y_true))
     else:
         # A probability minus that of not having the label.

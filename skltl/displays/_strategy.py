@@ -99,6 +99,11 @@ class StrategyDisplay:
         import_pyplot()
         check_is_fitted(advisor)
         advisor = getattr(advisor, "advisor_", advisor)
+        if not (advisor is None or hasattr(advisor, "n_smallest_")):
+            raise ValueError(
+                "StrategyDisplay needs a StrategyAdvisor or a TransferClassifier; got "
+                f"{type(advisor).__name__}."
+            )
         if advisor is None:
             raise ValueError(
                 "The TransferClassifier has no advisor: it was fitted with a given "

@@ -39,6 +39,12 @@ from skltl.finetuning import (
 
 Outputs = dict[str, Tensor]
 
+# Scores below which scikit-learn's sigmoids vanish, since exp(-score) overflows. Of
+# features in float32 they are in float32, but those of calibration are in float64.
+VANISHING, VANISHING_CALIBRATED = (
+    -float(np.log(np.finfo(dtype).max)) for dtype in (np.float32, np.float64)
+)
+
 
 class Affine(nn.Module):
     """Shift and scale each feature, and clip the results."""
@@ -169,15 +175,15 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(dim=1)
 
 
-def _one_vs_rest(scores: Tensor) -> Tensor:
+def _one_vs_rest(scores: Tensor, vanishing: float = VANISHING) -> Tensor:
     """Return the probabilities of one-vs-rest models, scaled to a sum of 1.
 
-    Where all of them are 0, classes are equally probable, as in scikit-learn.
+    By their logarithms, since runtimes round sigmoids to 0 at different scores. Where
+    all sigmoids of scikit-learn vanish, its classes are equally probable.
     """
-    proba = scores.sigmoid()
-    total = proba.sum(dim=1, keepdim=True)
-    proba = torch.where(total == 0, torch.ones_like(proba), proba)
-    return proba / proba.sum(dim=1, keepdim=True)
+    logarithms = scores.clamp(max=0) - torch.log1p(torch.exp(-scores.abs()))
+    vanish = (scores < vanishing).all(dim=1, keepdim=True)
+    return torch.where(vanish, torch.zeros_like(scores), logarithms).softmax(dim=1)
 
 
 def _of_two(scores: Tensor) -> Tensor:
@@ -246,8 +252,9 @@ class CalibratedOutputs(nn.Module):
         self, features: Tensor, scores: nn.Module, slopes: Tensor, intercepts: Tensor
     ) -> Tensor:
         log_odds = -(slopes * scores(features) + intercepts)
-        is_binary = len(slopes) == 1
-        return PROBABILITIES["of two classes" if is_binary else "one-vs-rest"](log_odds)
+        if len(slopes) == 1:
+            return _of_two(log_odds)
+        return _one_vs_rest(log_odds, VANISHING_CALIBRATED)
 
 
 class ValueOutputs(nn.Module):

@@ -78,7 +78,8 @@ def export_onnx(
     Notes
     -----
     The input ``"images"`` is uint8, of shape (n, height, width, n_channels). Outputs
-    are those of :class:`~skltl.export.ExportedNetwork`. The metadata of the file are
+    are those of :class:`~skltl.export.ExportedNetwork`; models that skl2onnx converts
+    have no ``"scores"`` if they have ``"probabilities"``. The metadata of the file are
     the JSON of ``"classes"``, ``"preprocessing"`` (the parameters of `Preprocessing`),
     ``"backbone"`` and ``"versions"``. Networks of more than 2 GB are refused.
 
@@ -176,10 +177,17 @@ def _with_foreign_steps(parts: Parts) -> Any:
     """
     onnx = _import("onnx")
     layers, steps = _divided(parts.steps)
+    name, last = steps[-1]
+    if getattr(last, "method", None) == "isotonic":
+        raise ExportError(
+            f"Step {name!r} has isotonic calibration, whose steps are steep: "
+            "probabilities differ in float32. method='sigmoid' can be exported."
+        )
     scaled = _Scaled(parts.network, layers).eval()
     network = _converted(scaled, parts)
     example = torch.from_numpy(random_crops(parts)[:1])
     n_features = scaled(example)["features"].shape[1]
+    steps = [(name, _of_sklearn(step)) for name, step in steps]
     model = _by_skl2onnx(steps, n_features)
     # skl2onnx declares the oldest versions that have its operators.
     model.ir_version = network.ir_version
@@ -247,6 +255,17 @@ def _by_skl2onnx(steps: list[tuple[str, Any]], n_features: int) -> Any:
     if column is not None:
         _take_column(model.graph, outputs[-1][0], column)
     return model
+
+
+def _of_sklearn(step: Any) -> Any:
+    """Return a model of skltl as the model of scikit-learn that it extends."""
+    if not type(step).__module__.startswith("skltl"):
+        return step
+    bases = (base for base in type(step).__mro__ if base.__module__[:7] == "sklearn")
+    base: Any = next(bases)
+    plain = base.__new__(base)
+    vars(plain).update(vars(step))
+    return plain
 
 
 def _with_positions(name: str, classifier: Any) -> Any:

@@ -135,8 +135,8 @@ def _calibrated_last(model: Any) -> Any:
         return model
     if len({*map(_identity, transformers)}) > 1:
         raise ExportError(
-            "The transformers of the calibrated pipelines differ. Set random_state if "
-            "their weights are random."
+            "The transformers of the calibrated pipelines differ, in their layers or "
+            "in random weights without a random_state."
         )
     last = copy.copy(model)
     last.calibrated_classifiers_ = [*map(copy.copy, model.calibrated_classifiers_)]

@@ -20,6 +20,7 @@ from skltl.features._linear import (
     FeatureScaler,
     LinearSVC,
     LogisticRegression,
+    Ridge,
 )
 from skltl.features._pipeline import make_feature_pipeline
 from skltl.features._transformer import (
@@ -44,6 +45,7 @@ __all__ = [
     "LinearSVC",
     "LogisticRegression",
     "NetworkClassifier",
+    "Ridge",
     "cache_folder",
     "check_output",
     "check_readable",

@@ -11,6 +11,8 @@ from scipy.special import expit
 from sklearn import linear_model, svm
 from sklearn.base import clone
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_array
+from sklearn.utils.extmath import safe_sparse_dot
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skltl._targets import (
@@ -85,6 +87,7 @@ class MultilabelMixin:
             return super().fit(X, y, sample_weight)  # type: ignore[misc]
         y = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
         check_indicators(y)
+        y = y.astype(int)  # of nullable types of pandas, too
         models = [
             clone(self).fit(X, labels, sample_weight)
             for labels in y.T
@@ -154,3 +157,55 @@ class LogisticRegression(MultilabelMixin, linear_model.LogisticRegression):
         if not is_multilabel_classifier(self):
             return super().predict_proba(X)
         return expit(self.decision_function(X))
+
+
+class Ridge(linear_model.Ridge):
+    """scikit-learn's ridge regression, for values of any magnitude.
+
+    With features in float32, it would round dates or large offsets to float32, too.
+    """
+
+    __module__ = "skltl.features"  # the path in saved files
+
+    def fit(self, X, y, sample_weight=None):
+        """Fit the model.
+
+        Parameters
+        ----------
+        X : array of shape (n, d)
+            Features.
+        y : array of shape (n,) or (n, n_outputs)
+            Values.
+        sample_weight : array of shape (n,), default=None
+            Weights of the samples.
+
+        Returns
+        -------
+        self
+            Fitted regressor.
+        """
+        if y is None or not self.fit_intercept:
+            return super().fit(X, y, sample_weight)
+        values = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+        offset = values.mean(axis=0)
+        super().fit(X, values - offset, sample_weight)
+        self.intercept_ = np.add(vars(self)["intercept_"], offset, dtype=np.float64)
+        return self
+
+    def predict(self, X):
+        """Predict the values.
+
+        Parameters
+        ----------
+        X : array of shape (n, d)
+            Features.
+
+        Returns
+        -------
+        array of shape (n,) or (n, n_outputs), float64
+            Values.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, accept_sparse=["csr", "csc", "coo"])
+        products = safe_sparse_dot(X, self.coef_.T, dense_output=True)
+        return np.add(products, self.intercept_, dtype=np.float64)

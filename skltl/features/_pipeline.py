@@ -8,7 +8,12 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skltl.features._linear import FeatureScaler, LinearSVC, LogisticRegression
+from skltl.features._linear import (
+    FeatureScaler,
+    LinearSVC,
+    LogisticRegression,
+    Ridge,
+)
 from skltl.features._transformer import CNNFeatureTransformer
 
 
@@ -102,4 +107,4 @@ CLASSIFIERS = {
 
 # The best of the powers of ten on the mean hue of flowers (R² of 0.56 with the last
 # layer of SqueezeNet; 0.39 with 10, 0.53 with 1000) and on the ink of digits.
-REGRESSORS = {"ridge": linear_model.Ridge(alpha=100.0)}
+REGRESSORS = {"ridge": Ridge(alpha=100.0)}

@@ -453,7 +453,7 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         return {"classes": [is_multilabel_classifier(self), *self.classes_.tolist()]}
 
     def _check_head(self, fitted):
-        check_same_classes(self.classes_, fitted)
+        check_same_classes(self.classes_, self.multilabel_, fitted)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -99,8 +99,15 @@ def linear_head(
     return head
 
 
-def check_same_classes(classes: NDArray[Any], fitted: Any) -> None:
-    """Refuse a fitted classifier in `head_init` that has other classes."""
+def check_same_classes(classes: NDArray[Any], is_multilabel: bool, fitted: Any) -> None:
+    """Refuse a fitted classifier in `head_init` that has other classes or labels."""
+    last = fitted[-1] if isinstance(fitted, Pipeline) else fitted
+    if is_multilabel_classifier(unwrapped(last)) != is_multilabel:
+        kinds = ("classes", "an indicator matrix of labels")
+        raise ValueError(
+            f"head_init was fitted to {kinds[not is_multilabel]}, and y has "
+            f"{kinds[is_multilabel]}."
+        )
     found = getattr(fitted, "classes_", np.empty(0))
     if not np.array_equal(classes, found):
         raise ValueError(
@@ -125,6 +132,14 @@ def _coefficients(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     several = getattr(model, "estimators_", None)
     parts = [model] if several is None else several  # one-vs-rest: one per class
     is_linear = all(hasattr(part, "coef_") for part in parts)
+    if several is not None and any(hasattr(part, "coef_") for part in parts):
+        constant = [n for n, part in enumerate(parts) if not hasattr(part, "coef_")]
+        if constant:
+            raise ValueError(
+                f"{type(model).__name__} has no coef_ for label {constant[0]}, which "
+                "all images have, or none. The classifiers 'softmax' and 'svm' of "
+                "make_feature_pipeline have one."
+            )
     if not ((is_classifier(model) or is_regressor(model)) and is_linear):
         raise ValueError(
             f"{type(model).__name__} is not a linear model: it has no coef_."
@@ -210,6 +225,6 @@ def without_names(classifier: Any) -> Any:
     """
     bare = copy.copy(classifier)
     vars(bare).pop("feature_names_in_", None)
-    if hasattr(bare, "estimators_"):
+    if isinstance(getattr(bare, "estimators_", None), list):
         bare.estimators_ = [without_names(part) for part in bare.estimators_]
     return bare

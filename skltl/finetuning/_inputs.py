@@ -135,7 +135,7 @@ class AugmentedViews(ImageSource):
         crop: NDArray[Any] = self._crops[position]
         if number == 0 or self._augment is None:
             return crop
-        image = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        image = torch.from_numpy(crop.transpose(2, 0, 1).copy())  # may be changed
         seed = derived_seed(self._seed, "view", int(position), int(number))
         with own_random_state(as_int(seed)):
             view = self._augment(image)

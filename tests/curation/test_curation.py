@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import (
     GroupKFold,
@@ -21,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 from skltl import (
     CNNFeatureTransformer,
+    FineTunedCNNClassifier,
     ImageNeighbors,
     find_duplicates,
     find_label_errors,
@@ -146,6 +148,11 @@ def test_what_is_no_transformer_is_refused(transformer, patches):
         find_duplicates(patches, transformer)
     with pytest.raises(TypeError, match="transformer must be a CNNFeatureTransformer"):
         ImageNeighbors(transformer).fit(patches)
+
+
+def test_an_unfitted_network_with_a_head_is_refused(patches):
+    with pytest.raises(NotFittedError, match="FineTunedCNNClassifier is fitted with"):
+        find_outliers(patches, FineTunedCNNClassifier("tiny"))
 
 
 def test_groups_of_several_types_are_refused(patches):

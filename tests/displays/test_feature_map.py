@@ -278,3 +278,14 @@ def test_display_accepts_axes_and_keyword_arguments(few):
     assert display.ax_ is ax
     assert display.figure_ is left
     assert_array_equal(display.scatter_.get_sizes(), [50])
+
+
+def test_one_color_for_all_points(few):
+    X, y, features = few
+    from_features = FeatureMapDisplay.from_features
+    display = from_features(features, X, y, image_shape=(8, 8), c="red")
+    assert_array_equal(display.scatter_.get_facecolors(), [to_rgba("red")])
+    with pytest.raises(ValueError, match="y contains None"):
+        from_features(features, X, [None, *y[1:]], image_shape=(8, 8))
+    with pytest.raises(ValueError, match="max_images=-1"):
+        from_features(features, X, y, image_shape=(8, 8), max_images=-1)

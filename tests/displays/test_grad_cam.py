@@ -411,6 +411,14 @@ def test_classifiers_without_a_feature_map_are_refused(squares):
         grad_cam(regressor.fit(squares, np.arange(24.0)), squares[:2])
 
 
+@pytest.mark.parametrize("X", ["folder/rose.jpg", None, (path for path in "ab")])
+def test_what_is_no_sequence_of_images_is_refused(X, squares):
+    fitted = make_feature_pipeline("tiny", "softmax", image_size=32)
+    fitted.fit(squares, np.arange(24) % 2)
+    with pytest.raises(TypeError, match="X (is a single path|must be a list)"):
+        GradCAMDisplay.from_estimator(fitted, X)
+
+
 PAIRWISE = {"kernel": "linear", "decision_function_shape": "ovo"}
 
 

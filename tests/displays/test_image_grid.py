@@ -260,3 +260,15 @@ def test_display_accepts_axes_and_keyword_arguments(images):
     assert display.ims_[1].get_interpolation() == "bilinear"
     assert display.figure_.get_suptitle() == ""  # a figure of the user
     assert places_of(display) == ["", ""]
+
+
+def test_values_of_black_and_white_are_those_of_the_transformer(many_images):
+    deep = many_images.astype(np.int32) * 16
+    transformer = CNNFeatureTransformer("tiny", value_range=(0, 4080), image_size=32)
+    outliers = find_outliers(deep, transformer)
+
+    display = ImageGridDisplay.from_outliers(deep, outliers, value_range=(0, 4080))
+
+    (shown,) = {image.max() for image in pixels_of(display)[:1]}
+    brightest = many_images[outliers.order[0]].max()
+    assert shown == pytest.approx(brightest / 255, abs=0.01)

@@ -385,3 +385,25 @@ def test_display_accepts_axes_and_keyword_arguments():
     assert to_rgb(axes[0].title.get_color()) == to_rgb("dimgray")
     with pytest.raises(ValueError, match="Expected axes to have 2 axes, got 1"):
         display.plot(axes=axes[0])
+
+
+def test_classes_may_be_in_any_order(images):
+    y = ["cat", "dog", "cat"]
+    proba = np.array([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1]])
+    from_predictions = PredictionGridDisplay.from_predictions
+
+    display = from_predictions(y, proba, images[:3], classes=["dog", "cat"])
+
+    assert display.n_wrong_ == 1
+    assert display.y_pred[0] == "dog"
+    assert_allclose(display.margins, [-0.8, 0.2, 0.4])
+    assert display.axes_[0].get_title() == "dog 0.90\n(is cat 0.10)"
+    with pytest.raises(ValueError, match="'cow' is none of the classes"):
+        from_predictions(y, ["cow"] * 3, images[:3], proba=proba)
+
+
+def test_several_values_are_cut_between_values(images):
+    values = np.array([[182294.1, 36530.2, 107490.3, 159729.4]])
+    display = PredictionGridDisplay.from_predictions(values, values + 1, images[:1])
+    title = "182295, 36531, 107491, ...\n(is 182294, 36530, 107490, ...)"
+    assert display.axes_[0].get_title() == title

@@ -6,6 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 from skltl import (
     CNNFeatureTransformer,
@@ -157,6 +158,8 @@ def test_a_classifier_has_no_gain_over_itself():
 def test_unfitted_estimators_cannot_be_plotted():
     with pytest.raises(Exception, match="not fitted"):
         StrategyDisplay.from_advisor(StrategyAdvisor(TINY))
+    with pytest.raises(ValueError, match="TransferClassifier; got Standard"):
+        StrategyDisplay.from_advisor(StandardScaler().fit(np.eye(2)))
     with pytest.raises(Exception, match="not fitted"):
         TransferGainDisplay.from_estimators(
             FineTunedCNNClassifier("tiny"), FineTunedCNNClassifier("tiny")

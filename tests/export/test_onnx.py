@@ -10,8 +10,12 @@ import pytest
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
 from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -76,6 +80,8 @@ def test_pipelines(classifier, training_images, labels, images, tmp_path):
         ([StandardScaler(), SVC()], "four classes"),
         ([StandardScaler(), SVC()], "two classes"),
         ([RandomForestClassifier(11, random_state=0)], "four classes"),
+        ([RandomForestClassifier(4, max_depth=2, random_state=0)], "four classes"),
+        ([GradientBoostingClassifier(n_estimators=3)], "two classes"),
         ([StandardScaler(), PCA(5), KNeighborsClassifier(3)], "two classes"),
         ([PowerTransformer(), LogisticRegression()], "four classes"),
         ([PowerTransformer(), LinearSVC()], "two classes"),
@@ -107,6 +113,29 @@ def test_steps_of_scikit_learn(
 def test_calibrated_pipelines(model, training_images, labels, images, tmp_path):
     calibrated = CalibratedClassifierCV(pipeline(model), cv=2)
     fitted = calibrated.fit(training_images, labels)
+    assert_same_predictions(fitted, images, tmp_path / "model.onnx")
+
+
+def test_very_negative_scores(training_images, labels, images, tmp_path):
+    sgd = SGDClassifier(loss="log_loss", random_state=0)
+    fitted = pipeline(sgd).fit(training_images, labels)
+    fitted[-1].coef_ *= 30
+    assert_same_predictions(fitted, images, tmp_path / "model.onnx")
+
+
+def test_isotonic_calibration_is_refused(training_images, labels, tmp_path):
+    calibrated = CalibratedClassifierCV(LinearSVC(), method="isotonic", cv=2)
+    fitted = pipeline(calibrated).fit(training_images, labels)
+    with pytest.raises(ExportError, match="isotonic calibration, whose steps are"):
+        export_onnx(fitted, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["svm", "softmax"])
+def test_models_of_skltl_after_a_foreign_step(
+    name, training_images, labels, images, tmp_path
+):
+    steps = make_feature_pipeline("tiny", name)[1:]
+    fitted = pipeline(PowerTransformer(), *steps).fit(training_images, labels)
     assert_same_predictions(fitted, images, tmp_path / "model.onnx")
 
 

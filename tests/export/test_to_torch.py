@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from PIL import Image
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -17,6 +18,7 @@ from sklearn.linear_model import (
     LogisticRegression,
     Ridge,
     RidgeClassifier,
+    SGDClassifier,
 )
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
@@ -132,6 +134,54 @@ def test_calibrated_pipelines(calibrated, n_classes, training_images, images):
     assert_same_predictions(fitted, images)
 
 
+@pytest.mark.parametrize("factor", [30, 3000])
+def test_very_negative_scores(factor, training_images, labels, images):
+    """Some sigmoids of scikit-learn vanish, or all of them do."""
+    sgd = SGDClassifier(loss="log_loss", random_state=0)
+    fitted = pipeline(sgd).fit(training_images, labels)
+    fitted[-1].coef_ *= factor
+    fitted[-1].intercept_ *= factor
+    proba = fitted.predict_proba(images)
+    assert (fitted.decision_function(images).max(axis=1) < -10).any()
+
+    found = outputs_of(to_torch(fitted, X=images), images)
+
+    assert_allclose(found["probabilities"], proba, atol=1e-4)
+
+
+def test_labels_may_differ_where_the_estimator_is_undecided(training_images, labels):
+    """All sigmoids of random images, far from the training images, may be equal."""
+    svm = pipeline(LinearSVC(C=0.01)).fit(training_images[:20], labels[:20])
+    svm[-1].coef_ *= 1e4
+    calibrated = CalibratedClassifierCV(FrozenEstimator(svm), cv=2)
+    calibrated.fit(training_images[20:], labels[20:])
+    module = to_torch(calibrated)
+
+    found = outputs_of(module, training_images)
+
+    expected = calibrated.predict_proba(training_images)
+    assert_allclose(found["probabilities"], expected, atol=1e-4)
+
+
+def test_values_are_compared_with_their_range(training_images):
+    y = training_images.mean(axis=(1, 2, 3)) / 10
+    fitted = make_feature_pipeline("tiny", regressor="ridge", precision="float32")
+    to_torch(fitted.fit(training_images, y))
+    fitted.fit(training_images, y + 1e8)
+    with pytest.raises(ExportError, match="values .* the range of the values, is tol"):
+        to_torch(fitted)
+
+
+def test_constant_labels_are_named(training_images, indicators):
+    Y = np.column_stack([indicators, np.ones(len(indicators), int)])
+    with pytest.warns(UserWarning, match="present in all training examples"):
+        fitted = pipeline(OneVsRestClassifier(LogisticRegression())).fit(
+            training_images, Y
+        )
+    with pytest.raises(ExportError, match="no coef_ for label 2, which all images"):
+        to_torch(fitted)
+
+
 def test_calibration_of_a_fitted_pipeline(training_images, labels, images):
     fitted = pipeline(LinearSVC(C=0.01)).fit(training_images[:20], labels[:20])
     calibrated = CalibratedClassifierCV(FrozenEstimator(fitted), cv=2)
@@ -143,7 +193,7 @@ def test_calibrated_pipelines_of_different_networks_are_refused(
 ):
     random = pipeline(LinearSVC(), weights=None, random_state=None)
     fitted = CalibratedClassifierCV(random, cv=2).fit(training_images, labels)
-    with pytest.raises(ExportError, match="transformers .* differ. Set random_state"):
+    with pytest.raises(ExportError, match="transformers .* differ, in their layers"):
         to_torch(fitted)
     fine_tuned = FineTunedCNNClassifier("tiny", **SHORT)
     fitted = CalibratedClassifierCV(fine_tuned, cv=2).fit(training_images, labels)

@@ -1,6 +1,7 @@
 """Pipelines of a transformer and a linear model."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.ensemble import VotingClassifier
-from sklearn.linear_model import RidgeClassifier
+from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
@@ -288,3 +289,34 @@ def test_a_fit_to_labels_keeps_parameters_and_nothing_of_an_earlier_fit(name):
     assert not hasattr(constant, "feature_names_in_")
     assert not model.fit(X, Y[:, 0]).multilabel_
     assert_allclose(model.coef_, alone[0].coef_)
+
+
+@pytest.mark.parametrize("n_values", [1, 2])
+def test_values_with_a_large_offset_are_predicted(few_digits, n_values):
+    """Features in float32 must not round the values to float32."""
+    X, X_test, _, _ = few_digits
+    make = partial(make_feature_pipeline, "tiny", regressor="ridge", **SMALL)
+
+    def values(X):
+        return np.column_stack([X.mean(axis=1), X[:, :32].mean(axis=1)])[:, :n_values]
+
+    near = make().fit(X, values(X).squeeze())
+    far = make().fit(X, values(X).squeeze() + 1.7e9)
+
+    expected = near.predict(X_test)
+    assert_allclose(far.predict(X_test) - 1.7e9, expected, atol=1e-3)
+    plain = Ridge(alpha=100)
+    features = near[:-1].transform(X).astype(float), near[:-1].transform(X_test)
+    plain.fit(features[0], values(X).squeeze())
+    assert_allclose(expected, plain.predict(features[1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["svm", "softmax", "ovr"])
+def test_indicators_of_nullable_types(few_digits, name):
+    X, _, y, _ = few_digits
+    Y = pd.DataFrame({"odd": y % 2, "large": y // 5}).convert_dtypes()
+    found, expected = (
+        make_feature_pipeline("tiny", name, **SMALL).fit(X, labels).predict(X)
+        for labels in (Y, Y.to_numpy(int))
+    )
+    assert_array_equal(found, expected)

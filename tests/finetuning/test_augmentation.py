@@ -12,7 +12,7 @@ from tiny_classifier import classifier, losses
 from torchvision.transforms import v2
 
 import skltl
-from skltl import Preprocessing
+from skltl import Preprocessing, adapt_channels
 from skltl.exceptions import (
     ImageRangeWarning,
     NonFiniteFeaturesError,
@@ -327,3 +327,27 @@ def test_an_augmentation_that_cannot_be_pickled_is_reported_before_training(imag
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.set_params(augment=flipped, n_views=1).fit(images, [0, 1, 2] * 3)
+
+
+def darkened(image):
+    """Change the image in place."""
+    image[:, :16] = 0
+    return image
+
+
+def copied_and_darkened(image):
+    return darkened(image.clone())
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_an_augmentation_may_change_its_image(n_channels, digits):
+    X = digits[0][:30].reshape(-1, 8, 8, 1).repeat(n_channels, axis=3)
+    network = adapt_channels("tiny", n_channels) if n_channels == 1 else "tiny"
+    options = {"image_shape": None, "n_views": None, "unfreeze": "all"}
+
+    found, expected = (
+        classifier(network, augment=augment, **options).fit(X, digits[1][:30])
+        for augment in (darkened, copied_and_darkened)
+    )
+
+    assert losses(found) == losses(expected)

@@ -184,3 +184,16 @@ def test_a_pipeline_without_a_classifier_is_refused(data):
 
     with pytest.raises(ValueError, match="The steps of the pipeline must be"):
         FineTunedCNNClassifier.from_pipeline(features)
+
+
+def test_a_head_of_labels_is_not_one_of_classes(digits):
+    X, y = digits[0][:40], digits[1][:40]
+    Y = np.column_stack([y > 4, y % 2]).astype(int)
+    pipeline = make_feature_pipeline("tiny", "softmax", **NETWORK)
+    of_labels = FineTunedCNNClassifier.from_pipeline(pipeline.fit(X, Y))
+    of_classes = FineTunedCNNClassifier.from_pipeline(pipeline.fit(X, Y[:, 0]))
+
+    with pytest.raises(ValueError, match="fitted to an indicator .* y has classes"):
+        clone(of_labels).fit(X, Y[:, 0])
+    with pytest.raises(ValueError, match="fitted to classes, and y has an indicator"):
+        clone(of_classes).fit(X, Y)

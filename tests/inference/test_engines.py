@@ -171,7 +171,6 @@ def test_classifiers_run_on_openvino(images):
         )
 
 
-@openvino
 @pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=openvino)])
 @both_networks
 def test_an_image_that_overflows_is_named(network, engine, images):
@@ -186,6 +185,7 @@ def test_an_image_that_overflows_is_named(network, engine, images):
     assert_allclose(made.transform(spoiled[:4]), expected[:4], rtol=1e-3, atol=1e-5)
 
 
+@openvino
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forked children")
 def test_forked_children_do_not_wait_for_missing_threads():
     code = """
