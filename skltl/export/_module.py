@@ -169,7 +169,8 @@ def to_torch(estimator: BaseEstimator, *, X: Any = None) -> ExportedNetwork:
     ------
     ExportError
         If a step has no equivalent in torch; or if a label differs from that of the
-        estimator, or a score by more than 0.001 times the largest one.
+        estimator, a score by more than 0.001 times the largest one, or a value by more
+        than 0.001 times their range.
 
     See Also
     --------

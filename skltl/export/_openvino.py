@@ -46,7 +46,8 @@ def export_openvino(
         If OpenVINO is not installed.
     ExportError
         If a step cannot be converted; or if a label differs from that of the estimator,
-        or a score by more than 0.001 times the largest one. No file is written then.
+        a score by more than 0.001 times the largest one, or a value by more than 0.001
+        times their range. No file is written then.
 
     See Also
     --------

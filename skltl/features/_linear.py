@@ -206,6 +206,6 @@ class Ridge(linear_model.Ridge):
             Values.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, accept_sparse=["csr", "csc", "coo"])
+        X = validate_data(self, X, reset=False, accept_sparse=True)
         products = safe_sparse_dot(X, self.coef_.T, dense_output=True)
         return np.add(products, self.intercept_, dtype=np.float64)
