@@ -141,7 +141,12 @@ def test_very_negative_scores(factor, training_images, labels, images):
     fitted = pipeline(sgd).fit(training_images, labels)
     fitted[-1].coef_ *= factor
     fitted[-1].intercept_ *= factor
-    proba = fitted.predict_proba(images)
+    with np.errstate(invalid="ignore"):
+        proba = fitted.predict_proba(images)
+    if np.isnan(proba).any():
+        pytest.skip(
+            "this release of scikit-learn divides by 0 where all of them vanish"
+        )
     assert (fitted.decision_function(images).max(axis=1) < -10).any()
 
     found = outputs_of(to_torch(fitted, X=images), images)
