@@ -101,18 +101,18 @@ def linear_head(
 
 def check_same_classes(classes: NDArray[Any], is_multilabel: bool, fitted: Any) -> None:
     """Refuse a fitted classifier in `head_init` that has other classes or labels."""
+    found = getattr(fitted, "classes_", np.empty(0))
+    if not np.array_equal(classes, found):
+        raise ValueError(
+            f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
+            f"classifier are {abbreviate(found)}."
+        )
     last = fitted[-1] if isinstance(fitted, Pipeline) else fitted
     if is_multilabel_classifier(unwrapped(last)) != is_multilabel:
         kinds = ("classes", "an indicator matrix of labels")
         raise ValueError(
             f"head_init was fitted to {kinds[not is_multilabel]}, and y has "
             f"{kinds[is_multilabel]}."
-        )
-    found = getattr(fitted, "classes_", np.empty(0))
-    if not np.array_equal(classes, found):
-        raise ValueError(
-            f"head_init: the classes are {abbreviate(classes)}, those of the fitted "
-            f"classifier are {abbreviate(found)}."
         )
 
 
