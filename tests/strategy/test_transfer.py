@@ -432,35 +432,31 @@ def test_an_image_whose_features_overflow_is_named_by_its_original_position():
         classifier.fit(images, [0, 1] * 10, sample_weight=weights)
 
 
-def test_an_unreadable_image_that_is_not_evaluated_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "on_error", "message"),
+    [
+        ("auto", "raise", "could not be read"),
+        ("auto", "nan", "could not be read, and has no features"),
+        ("extract", "nan", "could not be read, and has no features"),
+    ],
+)
+def test_an_unreadable_image_is_named_whether_it_is_evaluated_or_not(
+    strategy, on_error, message, monkeypatch
+):
     defaults = StrategyAdvisor.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "max_images", 10)
-    transformer = CNNFeatureTransformer("tiny", image_size=16)
-    classifier = TransferClassifier(transformer, cv=2, random_state=0)
-    images = [np.full((16, 16), number, np.uint8) for number in range(20)]
-    for number in range(0, 20, 4):  # evaluated or not
-        spoiled = [*images]
-        spoiled[number] = np.full((16, 16), np.nan)
-
-        with pytest.raises(ImageReadError, match=f"Image {number} could not"):
-            classifier.fit(spoiled, [0, 1] * 10)
-
-
-@pytest.mark.parametrize("strategy", ["extract", "auto"])
-def test_an_image_without_features_is_named(strategy, monkeypatch):
-    defaults = StrategyAdvisor.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "max_images", 10)
-    transformer = CNNFeatureTransformer("tiny", image_size=16, on_error="nan")
+    transformer = CNNFeatureTransformer("tiny", image_size=16, on_error=on_error)
     classifier = TransferClassifier(
         transformer, strategy=strategy, cv=2, random_state=0
     )
     images = [np.full((16, 16), number, np.uint8) for number in range(20)]
-    for number in range(1, 20, 6):  # evaluated or not
+    for number in range(0, 20, 4):
         spoiled = [*images]
         spoiled[number] = np.full((16, 16), np.nan)
 
-        with pytest.raises(ValueError, match=f"Image {number} could not be read, and"):
+        with pytest.raises(ValueError, match=f"Image {number} {message}") as caught:
             classifier.fit(spoiled, [0, 1] * 10)
+        assert isinstance(caught.value, ImageReadError) == (on_error == "raise")
 
 
 # Parameters that are set after the fit
