@@ -346,7 +346,7 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
             Class labels, of any type that can be sorted; or, for multilabel targets, a
             column of 0 and 1 for each label.
         sample_weight : array of shape (n,), default=None
-            Weights of the images in the loss.
+            Weights of the images in the loss. Images of weight 0 are left out.
         groups : array of shape (n,), default=None
             Groups of images, such as patients, that are held out as a whole; not used
             with a validation set.

@@ -331,7 +331,7 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         y : array of shape (n,) or (n, n_outputs)
             Values.
         sample_weight : array of shape (n,), default=None
-            Weights of the images in the loss.
+            Weights of the images in the loss. Images of weight 0 are left out.
         groups : array of shape (n,), default=None
             Groups of images, such as patients, that are held out as a whole; not used
             with a validation set.
