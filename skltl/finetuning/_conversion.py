@@ -19,7 +19,7 @@ from skltl._random import torch_defaults
 from skltl._targets import is_multilabel_classifier
 from skltl.features import CNNFeatureTransformer
 from skltl.finetuning._data import abbreviate
-from skltl.finetuning._network import Pool, Standardize, head_specs, set_linear
+from skltl.finetuning._head import Pool, Standardize, head_specs, set_linear
 from skltl.networks import Layout
 
 

@@ -358,3 +358,13 @@ def _hold_out_groups(
         f"groups: with validation_fraction={fraction} the training groups do not "
         "contain all classes. Groups must not be the classes themselves."
     )
+
+
+def batches(n: int, batch_size: int) -> list[slice]:
+    """Divide a range into batches; a last one of one item joins the one before."""
+    starts = list(range(0, n, batch_size))
+    if len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return [
+        slice(start, end) for start, end in zip(starts, [*starts[1:], n], strict=True)
+    ]

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from skltl._large_arrays import new_array
 from skltl._random import as_int, derived_seed
 
 T = TypeVar("T")
@@ -173,6 +174,29 @@ def gather_rows(array: NDArray[Any], owned: Sequence[Sequence[slice]]) -> None:
                 dist.broadcast(values, owner)
             if owner != rank():
                 array[some] = values.cpu().numpy()
+
+
+@torch.no_grad()
+def run_together(
+    run: Callable[[slice], Tensor], slices: Sequence[slice], n: int
+) -> NDArray[np.float32]:
+    """Run consecutive batches, and return the outputs of all `n` items as one array.
+
+    Each process runs its share of the batches.
+    """
+    array = None
+    for batch in slices[share(len(slices))]:
+        outputs = run(batch).float().cpu().numpy()
+        if array is None:
+            array = new_array((n, *outputs.shape[1:]), np.float32)
+        array[batch] = outputs
+    # The first process always has a batch.
+    shape = broadcast(None if array is None else array.shape)
+    assert shape is not None
+    if array is None:
+        array = new_array(shape, np.float32)
+    gather_rows(array, [slices[part] for part in shares(len(slices))])
+    return array
 
 
 def gather_parts(values: NDArray[Any], batches: Sequence[slice]) -> NDArray[Any]:

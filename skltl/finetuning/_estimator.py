@@ -59,27 +59,25 @@ from skltl.finetuning._distributed import (
     n_processes,
     rank,
 )
-from skltl.finetuning._inputs import build_inputs, check_picklable
-from skltl.finetuning._network import (
+from skltl.finetuning._head import (
     Pool,
-    SplitNetwork,
     build_head,
-    check_trainable,
     check_widths,
-    count_frozen,
-    group_blocks,
-    has_batch_norms,
     head_from_state,
     head_specs,
     head_state,
 )
-from skltl.finetuning._training import (
-    OPTIMIZERS,
-    Stage,
-    plan_stages,
-    train_network,
+from skltl.finetuning._inputs import build_inputs, check_picklable
+from skltl.finetuning._network import (
+    SplitNetwork,
+    check_trainable,
+    count_frozen,
+    group_blocks,
+    has_batch_norms,
     training_context,
 )
+from skltl.finetuning._optimization import OPTIMIZERS, Stage, plan_stages
+from skltl.finetuning._training import train_network
 from skltl.inference import POOLINGS, digest_of, load_prefix, resolve_engine
 from skltl.networks import Backbone, resolve_layer, resolve_network
 

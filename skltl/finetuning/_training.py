@@ -6,65 +6,37 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from skltl._caller import user_stacklevel
-from skltl._large_arrays import new_array
-from skltl._parameters import DTYPES, resolve_device
+from skltl._parameters import resolve_device
 from skltl._random import derived_seed, own_random_state
 from skltl.exceptions import InterruptionWarning, TrainingError
 from skltl.finetuning._callbacks import Task
 from skltl.finetuning._checkpoint import Checkpoint
-from skltl.finetuning._data import Examples, Positions
+from skltl.finetuning._data import Examples, Positions, batches
 from skltl.finetuning._distributed import (
     add_up,
     broadcast,
     broadcast_weights,
     deferred_interrupts,
     gather_parts,
-    gather_rows,
     in_step,
     own_seed,
-    rank,
     share,
-    shares,
 )
-from skltl.finetuning._inputs import Inputs, draw_views, stored_inputs
-from skltl.finetuning._network import (
-    Pool,
-    SplitNetwork,
-    Standardize,
-    mean_and_scale,
-    set_linear,
-)
-from skltl.finetuning._objective import Linear, Objective
-from skltl.networks import uses_layer_norm
-
-# Peak learning rates of head and backbone. The user guide has the sources and what was
-# measured.
-PEAK_LRS = {"sgd": (0.01, 0.01), "adamw": (1e-3, 1e-4)}
-
-# One-cycle schedules vary the momentum, or beta1, which an optimizer must have.
-OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "adamw": torch.optim.AdamW,
-}
-
-# Families that were trained with AdamW, and are best fine-tuned with it. Other ones are
-# those with layer normalization: transformers, ConvNeXt.
-ADAMW_FAMILIES = ("efficientnet_v2", "timm:efficientnetv2", "timm:tf_efficientnetv2")
+from skltl.finetuning._head import initialize_head, pooled_inputs
+from skltl.finetuning._inputs import Inputs, draw_views
+from skltl.finetuning._network import SplitNetwork, autocast
+from skltl.finetuning._objective import Objective
+from skltl.finetuning._optimization import Stage, build_optimizer, build_schedule
 
 # The usual value for fine-tuning.
 MAX_GRADIENT_NORM = 1.0
@@ -75,18 +47,6 @@ Metrics: TypeAlias = dict[str, Any]
 
 # Losses (b,) and outputs (b, n_outputs) of a batch.
 Outputs: TypeAlias = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of training: ``"head"`` or ``"fine-tuning"``."""
-
-    name: str
-    n_epochs: int
-    n_frozen: int  # blocks of the backbone, from the first one
-    head_lr: float  # peak learning rates
-    backbone_lr: float
-    only_batch_norms: bool = False
 
 
 def train_network(
@@ -451,220 +411,3 @@ class StageTrainer:
         self._estimator.history_[:] = state["history"]
         vars(self).update({name: state[name] for name in PROGRESS})
         self._update_result()
-
-
-def pooled_inputs(
-    estimator: Any, network: SplitNetwork, inputs: Inputs, n_images: int
-) -> Inputs:
-    """Return the inputs of the head while the backbone is frozen.
-
-    Computed once, unless the number of augmented views is unlimited. Without
-    convolutions in the head they are pooled features, which are small.
-    """
-    pooling = network.head[0] if isinstance(network.head[0], Pool) else nn.Identity()
-    device = resolve_device(estimator.device)
-
-    @torch.no_grad()
-    def run(positions: Positions, views: NDArray[np.int64]) -> Tensor:
-        batch = inputs.batch(positions, views)
-        with autocast(device, estimator.precision_):
-            feature_map = network.trainable(batch)
-        features: Tensor = pooling(feature_map).float()
-        return features
-
-    if inputs.n_views is None:
-        return Inputs(None, run)
-    n_views, batch_size = 1 + inputs.n_views, estimator.batch_size
-    positions, views = np.divmod(np.arange(n_images * n_views), n_views)
-    starts = range(0, len(positions), batch_size)
-    outputs = _collect(
-        lambda batch: run(positions[batch], views[batch]),
-        [slice(start, start + batch_size) for start in starts],
-        len(positions),
-    )
-    stored = outputs.reshape(n_images, n_views, *outputs.shape[1:])
-    return stored_inputs(stored, device)
-
-
-def initialize_head(
-    estimator: Any,
-    head: nn.Sequential,
-    inputs: Inputs,
-    examples: Examples,
-    objective: Objective,
-    seed: int,
-) -> None:
-    """Fit the head's standardization and, if it is linear, a probe as its weights.
-
-    Both are fitted to the training images without augmentation.
-    """
-    layers = list(head)
-    scaler = next(layer for layer in layers if isinstance(layer, Standardize))
-    # A pooling that comes first is part of the features.
-    before = [] if isinstance(head[0], Pool) else layers[: layers.index(scaler)]
-    run, positions = nn.Sequential(*before), examples.training
-    unaugmented = np.zeros_like(positions)
-    features = _collect(
-        lambda batch: run(inputs.batch(positions[batch], unaugmented[batch])),
-        batches(len(positions), estimator.batch_size),
-        len(positions),
-    )
-    if rank() > 0:
-        return  # process 0 sends the weights
-    scaler.fit(features, objective.least_scale)
-    linear, *hidden = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    is_linear = not hidden and not before
-    if estimator.head_init == "probe" and is_linear:
-        targets, weights = examples.targets[positions], examples.weights[positions]
-        probe = _probe(features, targets, weights, scaler, objective, seed)
-        if probe is not None:
-            set_linear(linear, *probe)
-
-
-def _probe(
-    features: NDArray[np.float32],
-    targets: NDArray[Any],
-    weights: NDArray[Any],
-    scaler: Standardize,
-    objective: Objective,
-    seed: int,
-) -> Linear | None:
-    """Return the linear function of standardized features that a probe finds.
-
-    The probe has a scaler of its own, which is weighted, so that weights count as
-    repetitions. That of the network is not: images of small weights, too, must have
-    features of a size for which gradient descent is stable.
-    """
-    found = mean_and_scale(features, weights, objective.least_scale)
-    mean, scale = (values.astype(np.float32) for values in found)
-    probe = objective.probe((features - mean) / scale, targets, weights, seed)
-    if probe is None:
-        return None
-    coef, intercept = probe
-    shift = (scaler.mean.cpu().numpy() - mean) / scale
-    return coef * (scaler.scale.cpu().numpy() / scale), intercept + coef @ shift
-
-
-@torch.no_grad()
-def _collect(
-    run: Callable[[slice], Tensor], slices: Sequence[slice], n: int
-) -> NDArray[np.float32]:
-    """Run consecutive batches, and return the outputs of all `n` items as one array.
-
-    Each process runs its share of the batches.
-    """
-    array = None
-    for batch in slices[share(len(slices))]:
-        outputs = run(batch).float().cpu().numpy()
-        if array is None:
-            array = new_array((n, *outputs.shape[1:]), np.float32)
-        array[batch] = outputs
-    # The first process always has a batch.
-    shape = broadcast(None if array is None else array.shape)
-    assert shape is not None
-    if array is None:
-        array = new_array(shape, np.float32)
-    gather_rows(array, [slices[part] for part in shares(len(slices))])
-    return array
-
-
-def resolve_optimizer(estimator: Any) -> str:
-    """Return the name of the optimizer; ``"auto"`` depends on the backbone."""
-    if estimator.optimizer != "auto":
-        return str(estimator.optimizer)
-    is_adamw = estimator.backbone_.name.startswith(ADAMW_FAMILIES)
-    blocks = estimator.network_.blocks.values()
-    return "adamw" if is_adamw or uses_layer_norm(blocks) else "sgd"
-
-
-def plan_stages(estimator: Any, n_blocks: int, n_frozen: int) -> list[Stage]:
-    """Return the head stage and the fine-tuning stage, if they have epochs."""
-    head_lr, backbone_lr = PEAK_LRS[resolve_optimizer(estimator)]
-    if estimator.head_lr != "auto":
-        head_lr = float(estimator.head_lr)
-    if estimator.backbone_lr != "auto":
-        backbone_lr = float(estimator.backbone_lr)
-    lrs, only_batch_norms = (head_lr, backbone_lr), estimator.unfreeze == "batch_norm"
-    stages = [Stage("head", estimator.head_epochs, n_blocks, *lrs)]
-    if n_frozen < n_blocks:
-        n_epochs = estimator.finetune_epochs
-        stages += [Stage("fine-tuning", n_epochs, n_frozen, *lrs, only_batch_norms)]
-    return [stage for stage in stages if stage.n_epochs > 0]
-
-
-def build_optimizer(
-    estimator: Any, network: SplitNetwork, stage: Stage, head_decay: float
-) -> Optimizer:
-    """Build the optimizer of all trainable parameters.
-
-    One group for each group of blocks, with its learning rate, and kind of parameter:
-    biases, norms, tokens and position embeddings have no weight decay. A head of one
-    layer has at least `head_decay`.
-    """
-    parts: list[tuple[str, nn.Module, float]] = []
-    parts += [("head_lr", network.head, stage.head_lr)]
-    lr = stage.backbone_lr
-    for blocks in reversed(network.trainable):
-        parts += [("backbone_lr", blocks, lr)]
-        lr *= estimator.backbone_lr_decay
-    groups = []
-    for name, part, lr in parts:
-        trainable = [one for one in part.named_parameters() if one[1].requires_grad]
-        kernels = [one for path, one in trainable if _is_kernel(path, one)]
-        others = [one for path, one in trainable if not _is_kernel(path, one)]
-        is_probe = part is network.head and network.has_linear_head
-        least = head_decay if is_probe else 0.0
-        of_kernels = max(estimator.weight_decay, least)
-        for params, decay in ((kernels, of_kernels), (others, 0.0)):
-            group = {"params": params, "name": name, "lr": lr, "weight_decay": decay}
-            groups += [group] if params else []
-    return OPTIMIZERS[resolve_optimizer(estimator)](groups)
-
-
-def _is_kernel(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is the matrix or kernel of a layer."""
-    own_name = name.rpartition(".")[2]  # "original0" of a parametrized weight
-    return parameter.ndim > 1 and ("weight" in own_name or "original" in own_name)
-
-
-def build_schedule(optimizer: Optimizer, name: str, n_steps: int) -> LRScheduler:
-    """Build the schedule of the learning rates over `n_steps` steps."""
-    if name == "one_cycle":
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, peaks, total_steps=max(n_steps, 2) + 1
-        )
-    if name == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-@contextmanager
-def training_context(device: torch.device) -> Iterator[None]:
-    """Enable gradients, and the requested precision, whatever the user's modes are."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False, cache_enabled=False),
-    ):
-        yield
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which products are computed in a precision.
-
-    Without torch's cache of converted weights: it lives as long as the outermost such
-    context, which may be the user's own, and would hide every step.
-    """
-    dtype = DTYPES[precision]
-    return torch.autocast(device.type, dtype, dtype != torch.float32, False)
-
-
-def batches(n: int, batch_size: int) -> list[slice]:
-    """Divide a range into batches; a last one of one item joins the one before."""
-    starts = list(range(0, n, batch_size))
-    if len(starts) > 1 and n - starts[-1] == 1:
-        starts.pop()
-    return [
-        slice(start, end) for start, end in zip(starts, [*starts[1:], n], strict=True)
-    ]

@@ -19,7 +19,8 @@ from skltl.exceptions import InterruptionWarning
 from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._data import hold_out
 from skltl.finetuning._network import SplitNetwork
-from skltl.finetuning._training import OPTIMIZERS, StageTrainer
+from skltl.finetuning._optimization import OPTIMIZERS
+from skltl.finetuning._training import StageTrainer
 
 # Functions that only these tests know cannot be pickled, of which `fit` warns.
 pytestmark = pytest.mark.filterwarnings("ignore:augment=.*cannot be pickled")

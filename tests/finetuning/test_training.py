@@ -20,7 +20,7 @@ from skltl import CNNFeatureTransformer, FineTunedCNNClassifier, Preprocessing
 from skltl._random import derived_seed
 from skltl.exceptions import TrainingError, UnknownLayerError
 from skltl.finetuning._network import SplitNetwork
-from skltl.finetuning._training import OPTIMIZERS
+from skltl.finetuning._optimization import OPTIMIZERS
 
 # Default learning rate of the head, the same optimizer of torch, and a tolerance: AdamW
 # divides small gradients by their size, and thereby magnifies rounding.
