@@ -18,7 +18,7 @@ from skltl.displays._candidates import (
 )
 from skltl.displays._layout import import_pyplot, line_style, resolve_ax
 from skltl.exceptions import shorten
-from skltl.inference import can_pool
+from skltl.inference import poolable_layers
 from skltl.networks import (
     Backbone,
     get_backbone,
@@ -439,7 +439,7 @@ def _depth_and_name(backbone, layer):
 def _resolve_layers(estimator, layers):
     """Return the values of `layer` as a list; raise an error for unknown ones."""
     if isinstance(layers, str) and layers == "all":
-        layers = _main_layers(estimator)
+        layers = _poolable_layers(estimator)
         if not layers:
             raise ValueError(
                 f"{get_backbone(estimator.backbone).name!r} has no layer that pooling="
@@ -453,19 +453,13 @@ def _resolve_layers(estimator, layers):
     return layers
 
 
-def _main_layers(estimator):
-    """Return the main layers that an image of the estimator's size reaches."""
+def _poolable_layers(estimator):
+    """Return the main layers whose outputs the estimator can pool."""
     estimator._validate_params()
     backbone, _, preprocessing = resolve_network(
         estimator.backbone, estimator.weights, estimator.image_size, estimator.crop
     )
-    network = skeleton(backbone, preprocessing.size)
-    return [
-        name
-        for name, block in network.layers.items()
-        if block in network.layouts
-        and can_pool(network.layouts[block], estimator.pooling)
-    ]
+    return list(poolable_layers(backbone, preprocessing.size, estimator.pooling))
 
 
 def _line_names(settings):

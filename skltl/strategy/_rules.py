@@ -25,7 +25,7 @@ from skltl._sklearn import Interval
 from skltl.exceptions import shorten
 from skltl.features import CNNFeatureTransformer, make_feature_pipeline
 from skltl.finetuning import FineTunedCNN, FineTunedCNNClassifier, FineTunedCNNRegressor
-from skltl.inference import can_pool
+from skltl.inference import poolable_layers
 from skltl.networks import (
     Backbone,
     get_backbone,
@@ -411,15 +411,8 @@ def feature_map_layers(
     preprocessing = resolved.preprocessing
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
-    network = skeleton(resolved, preprocessing.size)
-    layouts = network.layouts
-    return [
-        name
-        for name, block in network.layers.items()
-        if block in layouts
-        and not layouts[block].is_vector
-        and can_pool(layouts[block], pooling)
-    ]
+    layouts = poolable_layers(resolved, preprocessing.size, pooling)
+    return [name for name, layout in layouts.items() if not layout.is_vector]
 
 
 def find_class_map(transformer: CNNFeatureTransformer, classes: Any) -> Any:
