@@ -212,7 +212,7 @@ class ImageTypeError(ImageError, TypeError):
 
 
 class InterruptionWarning(UserWarning):
-    """Training was interrupted, and the network of the last epoch is kept."""
+    """Training was interrupted, and the result of the epochs until then is kept."""
 
 
 class LicenseWarning(UserWarning):

@@ -44,7 +44,7 @@ class CachedFeatures:
 
     The features at all blocks of `config` are stored; those at `blocks` are written to
     `features`, side by side. `report` is called with the number of images written, and
-    with "computed" or "cached".
+    with "computed", "cached" or "repeated".
     """
 
     def __init__(

@@ -24,17 +24,12 @@ def unit_features(X: Any, transformer: Any) -> Features:
     Euclidean distances of these order images as the cosine of their features does.
     Rows of NaN, of images that cannot be read, stay NaN.
     """
-    features = np.asarray(features_of(X, transformer), dtype=np.float32)
+    features = np.asarray(fitted_to(X, transformer).transform(X), dtype=np.float32)
     readable = ~np.isnan(features).any(axis=1)
     features = features.copy()
     if readable.any():
         features[readable] = normalize(features[readable])
     return features
-
-
-def features_of(X: Any, transformer: Any) -> NDArray[Any]:
-    """Return the features of images; an unfitted transformer is cloned and fitted."""
-    return np.asarray(fitted_to(X, transformer).transform(X))
 
 
 def fitted_to(X: Any, transformer: Any) -> Any:

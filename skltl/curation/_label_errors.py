@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length, check_scalar
 
 from skltl._targets import check_groups
-from skltl.curation._features import features_of
+from skltl.curation._features import fitted_to
 from skltl.features import check_readable, make_feature_pipeline
 from skltl.finetuning import encode_labels
 
@@ -77,7 +77,7 @@ def find_label_errors(
             Indices of the images, the most doubtful labels first.
         is_suspect : ndarray of bool of shape (n,)
             Whether the most probable of the classes that the image is confidently
-            assigned to is another one than its label.
+            assigned to differs from its label.
         suggested : ndarray of shape (n,)
             Most probable class of each image.
         log_odds : ndarray of shape (n,)
@@ -85,7 +85,8 @@ def find_label_errors(
             another class.
         proba : ndarray of shape (n, n_classes)
             Cross-validated probabilities, in the order of the sorted classes. They, and
-            the features, are what cleanlab takes (``find_label_issues(y, proba)``).
+            the features, are what cleanlab takes, with the positions of the labels
+            among these classes.
 
     Raises
     ------
@@ -132,11 +133,10 @@ def find_label_errors(
             f"classifier={classifier!r} has no predict_proba. Use 'softmax'."
         )
     check_scalar(cv, "cv", Integral, min_val=2)
-    features = features_of(X, transformer)
-    check_readable(features)
-    classes, targets = encode_labels(y, len(features))
+    fitted = fitted_to(X, transformer)
+    classes, targets = encode_labels(y, len(X))
     if groups is not None:
-        check_consistent_length(features, groups)
+        check_consistent_length(targets, groups)
         groups = check_groups(groups)
     n_groups = len(targets) if groups is None else len(np.unique(groups))
     n_folds = min(cv, int(np.bincount(targets).min()), n_groups)
@@ -145,6 +145,8 @@ def find_label_errors(
             "A class has a single image, or there is a single group: cross-validation "
             "needs at least two."
         )
+    features = np.asarray(fitted.transform(X))
+    check_readable(features)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = kind(n_folds, shuffle=True, random_state=random_state)
     splits = folds.split(features, targets, groups)

@@ -87,13 +87,14 @@ def find_outliers(
     >>> int(find_outliers(X, CNNFeatureTransformer("tiny")).order[0])
     20
     """
+    if n_neighbors is not None:
+        check_scalar(n_neighbors, "n_neighbors", Integral, min_val=1)
     features = unit_features(X, transformer)
     readable = ~np.isnan(features).any(axis=1)
     if readable.sum() < 2:
         raise ValueError(f"Of {len(features)} images, fewer than 2 can be read.")
     if n_neighbors is None:
         n_neighbors = min(max(5, readable.sum() // 10), readable.sum() - 1)
-    check_scalar(n_neighbors, "n_neighbors", Integral, min_val=1)
     if readable.sum() <= n_neighbors:
         raise ValueError(
             f"n_neighbors={n_neighbors}: there are only {readable.sum()} images."

@@ -154,8 +154,10 @@ class FeatureMapDisplay:
         """
         import_pyplot()
         transformer = fitted_to(X, _features_part(estimator))
-        features = np.asarray(transformer.transform(X))
         source = read_as(transformer, X, image_shape)
+        _check_labels(source, y)
+        _resolve_method(method, len(source), random_state)
+        features = np.asarray(transformer.transform(X))
         display = cls._of_features(features, source, y, method, random_state)
         return display.plot(
             max_images=max_images, thumbnail_size=thumbnail_size, ax=ax, **kwargs
@@ -230,11 +232,11 @@ class FeatureMapDisplay:
 
     @classmethod
     def _of_features(cls, features, source, y, method, random_state):
-        check_consistent_length(features, source, y)
+        check_consistent_length(features, source)
         check_readable(features)
-        if any(one is None for one in ([] if y is None else np.asarray(y))):
-            raise ValueError("y contains None.")
-        coordinates, names = _reduce(features, y, method, random_state)
+        _check_labels(source, y)
+        reducer = _resolve_method(method, len(features), random_state)
+        coordinates, names = _reduce(reducer, features, y)
         return cls(coordinates, source, y, names)
 
     def plot(self, *, max_images=60, thumbnail_size=36, ax=None, **kwargs):
@@ -338,27 +340,37 @@ def _features_part(estimator):
     return estimator
 
 
-def _reduce(features, y, method, random_state):
-    """Return coordinates (n, 2), and names of the axes if they have a meaning."""
-    n = len(features)
+def _check_labels(source, y):
+    """Raise if there is not one label for each image."""
+    check_consistent_length(source, y)
+    if any(one is None for one in ([] if y is None else np.asarray(y))):
+        raise ValueError("y contains None.")
+
+
+def _resolve_method(method, n, random_state):
+    """Return the transformer of a parameter that reduces `n` rows to two dimensions."""
     if n < 2:
         raise ValueError(f"A map needs at least two images, got {n}.")
     if isinstance(method, str) and method == "pca":
-        method = PCA(2, random_state=random_state)
-    elif isinstance(method, str) and method == "tsne":
+        return PCA(2, random_state=random_state)
+    if isinstance(method, str) and method == "tsne":
         perplexity = min(PERPLEXITY, (n - 1) / 3)
-        method = TSNE(perplexity=perplexity, random_state=random_state)
-    elif not hasattr(method, "fit_transform"):
+        return TSNE(perplexity=perplexity, random_state=random_state)
+    if not hasattr(method, "fit_transform"):
         raise ValueError(
             "method must be 'pca', 'tsne' or a transformer, got "
             f"{shorten(repr(method))}."
         )
-    reducer = clone(method)
+    return clone(method)
+
+
+def _reduce(reducer, features, y):
+    """Return coordinates (n, 2), and names of the axes if they have a meaning."""
     coordinates = np.asarray(reducer.fit_transform(features, y))
-    if coordinates.shape != (n, 2):
+    if coordinates.shape != (len(features), 2):
         raise ValueError(
             f"{type(reducer).__name__} returned an array of shape {coordinates.shape}; "
-            f"expected two dimensions, ({n}, 2)."
+            f"expected two dimensions, ({len(features)}, 2)."
         )
     if not isinstance(reducer, PCA):
         return coordinates, None

@@ -18,12 +18,11 @@ from skltl.displays._candidates import (
 )
 from skltl.displays._layout import import_pyplot, line_style, resolve_ax
 from skltl.exceptions import shorten
-from skltl.inference import poolable_layers
+from skltl.features import poolable_layers
 from skltl.networks import (
     Backbone,
     get_backbone,
     resolve_layer,
-    resolve_network,
     skeleton,
 )
 from skltl.strategy import check_backbones
@@ -439,7 +438,8 @@ def _depth_and_name(backbone, layer):
 def _resolve_layers(estimator, layers):
     """Return the values of `layer` as a list; raise an error for unknown ones."""
     if isinstance(layers, str) and layers == "all":
-        layers = _poolable_layers(estimator)
+        estimator._validate_params()
+        layers = list(poolable_layers(estimator))
         if not layers:
             raise ValueError(
                 f"{get_backbone(estimator.backbone).name!r} has no layer that pooling="
@@ -451,15 +451,6 @@ def _resolve_layers(estimator, layers):
     for layer in layers:
         _depth_and_name(estimator.backbone, layer)
     return layers
-
-
-def _poolable_layers(estimator):
-    """Return the main layers whose outputs the estimator can pool."""
-    estimator._validate_params()
-    backbone, _, preprocessing = resolve_network(
-        estimator.backbone, estimator.weights, estimator.image_size, estimator.crop
-    )
-    return list(poolable_layers(backbone, preprocessing.size, estimator.pooling))
 
 
 def _line_names(settings):

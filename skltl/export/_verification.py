@@ -80,6 +80,8 @@ def _compare(
 
     It may be that of the first images only.
     """
+    if name not in expected:
+        raise ExportError(f"The {kind} returns {name!r}, which the estimator has not.")
     wanted = expected[name][: len(found)]
     if found.shape != wanted.shape:
         raise ExportError(
@@ -90,8 +92,8 @@ def _compare(
         n_wrong = np.count_nonzero((found != wanted) & ~_is_tie(name, expected, found))
         if n_wrong:
             raise ExportError(
-                f"The {kind} predicts {n_wrong} of {wanted.size} labels otherwise "
-                "than the estimator."
+                f"The {kind} predicts {n_wrong} of {wanted.size} labels differently "
+                "from the estimator."
             )
         return
     scale = _scale_of(name, expected[name])

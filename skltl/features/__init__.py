@@ -7,6 +7,7 @@ from skltl.features._estimators import (
     n_features_by_layer,
     no_features,
     output_layout,
+    poolable_layers,
 )
 from skltl.features._extraction import (
     cache_folder,
@@ -58,6 +59,7 @@ __all__ = [
     "n_features_by_layer",
     "no_features",
     "output_layout",
+    "poolable_layers",
     "resolve_transformer",
     "transformer_config",
 ]

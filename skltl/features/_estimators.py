@@ -17,8 +17,8 @@ from skltl._parameters import resolve_threads
 from skltl._sklearn import check_feature_names_in, output_config
 from skltl._targets import is_multilabel_classifier
 from skltl.features._extraction import extract_features, extraction_config
-from skltl.inference import n_pooled
-from skltl.networks import layouts
+from skltl.inference import can_pool, n_pooled
+from skltl.networks import layouts, resolve_network, skeleton
 
 
 class FeatureEstimator(TransformerMixin, ImageEstimator):
@@ -132,6 +132,23 @@ def output_layout(estimator):
     (layer,) = estimator.layers_
     size = estimator.preprocessing_.size
     return layouts(estimator.backbone_, size, (layer.block,))[layer.block]
+
+
+def poolable_layers(estimator):
+    """Return the main layers whose outputs an estimator can pool, with their layouts.
+
+    Its weights and its `image_size` decide about the sizes of feature maps.
+    """
+    backbone, _, preprocessing = resolve_network(
+        estimator.backbone, estimator.weights, estimator.image_size, estimator.crop
+    )
+    network = skeleton(backbone, preprocessing.size)
+    found = network.layouts
+    return {
+        name: found[block]
+        for name, block in network.layers.items()
+        if block in found and can_pool(found[block], estimator.pooling)
+    }
 
 
 class HeadEstimator(ImageEstimator):

@@ -421,19 +421,19 @@ def fitted_parameters(transformer):
         own = _own_backbone(transformer)
         used = {"backbone": own, "weights": "pretrained"}
         return found | used | {"image_size": None, "crop": None}
+    # By the name of the weights: what the network was trained with.
+    named = transformer.backbone_, transformer._fitted_weights
     size = transformer.preprocessing_.crop_size
-    is_usual = size == transformer.backbone_.preprocessing.crop_size
+    is_usual_size = size == resolve_network(*named, None)[2].crop_size
+    is_usual_crop = transformer.preprocessing_ == resolve_network(*named, size)[2]
     is_same = isinstance(transformer.backbone, str) and is_registered(
         transformer.backbone_
     )
-    # By the name of the weights: what the network was trained with.
-    named = transformer.backbone_, transformer._fitted_weights, size
-    is_usual_crop = transformer.preprocessing_ == resolve_network(*named)[2]
     return found | {
         "crop": None if is_usual_crop else transformer.preprocessing_.mode,
         "backbone": transformer.backbone_.name if is_same else transformer.backbone_,
         "weights": transformer._fitted_weights,
-        "image_size": None if is_usual else size,
+        "image_size": None if is_usual_size else size,
     }
 
 

@@ -87,7 +87,15 @@ def linear_head(
 
     Its layers must be those of the `expected` head.
     """
-    scaler, linear = fitted if isinstance(fitted, Pipeline) else (None, fitted)
+    *between, linear = steps_of(fitted) if isinstance(fitted, Pipeline) else [fitted]
+    is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
+    if between and not is_scaled:
+        raise ValueError(
+            "head_init: expected a linear model, or a pipeline of a StandardScaler and "
+            f"one, got {', '.join(type(step).__name__ for step in steps_of(fitted))}. "
+            "Of a pipeline with a CNNFeatureTransformer, use from_pipeline."
+        )
+    scaler = between[0] if between else None
     head = head_of_pipeline(pooling, layout, scaler, linear)
     layers, expected_layers = head_specs(head), head_specs(expected)
     if layers != expected_layers:

@@ -164,7 +164,7 @@ def check_trainable(backbone: Backbone, image_size: ImageSize) -> None:
     if not skeleton(backbone, image_size).is_trainable:
         raise ValueError(
             f"{backbone.name!r} can only be used frozen (unfreeze=None): its forward "
-            "pass in train mode cannot be traced, or its gradients are others than "
+            "pass in train mode cannot be traced, or its gradients differ from "
             "those of the traced calls."
         )
 
@@ -178,7 +178,7 @@ def has_batch_norms(blocks: Iterable[nn.Module]) -> bool:
 
 @contextmanager
 def training_context(device: torch.device) -> Iterator[None]:
-    """Enable gradients, and the requested precision, whatever the user's modes are."""
+    """Enable gradients, and disable the user's autocast, whatever the modes are."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -81,8 +81,9 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         network, a tensor (c, h, w) before normalization, and returns a tensor of the
         same shape; torch's generator is seeded for each call.
     n_views : int or None, default=8
-        Number of augmented views of each image. Frozen blocks run on each of them once.
-        ``None`` draws a new view each time: frozen blocks run in every epoch.
+        Number of augmented views of each image, if there is an `augment`. Frozen blocks
+        run on each of them once. ``None`` draws a new view each time: frozen blocks run
+        in every epoch.
     loss : {"squared_error", "huber"}, default="squared_error"
         Loss of standardized targets, with mean 0 and standard deviation 1 on the
         training images. ``"huber"`` is linear beyond 1, so that outliers count less.
@@ -92,7 +93,8 @@ class FineTunedCNNRegressor(RegressorMixin, FineTunedCNN):
         `early_stopping`.
     early_stopping : bool, default=False
         Whether a stage ends when the validation images have not been predicted better
-        for `patience` epochs, and the weights of its best epoch are kept.
+        for `patience` epochs, and the weights of its best epoch are kept, or those
+        before the stage if no epoch is better.
     monitor : {"score", "loss"}, default="score"
         Criterion of `early_stopping`: the validation score and, if it is equal, the
         loss; or the loss alone, which differs even where few images are held out.

@@ -20,8 +20,6 @@ from skltl.images._memory import one_image
 from skltl.images._preprocessing import Preprocessing, as_float
 from skltl.images._source import ImageSource
 
-# Of an item of ``X``.
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -7,7 +7,6 @@ from skltl.inference._config import (
     describe,
     fingerprints,
     main_layouts,
-    poolable_layers,
     recorded_blocks,
 )
 from skltl.inference._frozen import (
@@ -73,7 +72,6 @@ __all__ = [
     "n_pooled",
     "openvino_core",
     "pool",
-    "poolable_layers",
     "prefix_from_state",
     "prefix_reference",
     "prefix_state",

@@ -136,19 +136,6 @@ def main_layouts(
     return {block: found[block] for block in blocks if block in found}
 
 
-def poolable_layers(
-    backbone: Backbone, image_size: ImageSize, pooling: str | int
-) -> dict[str, Layout]:
-    """Return the main layers that images reach and whose outputs can be pooled."""
-    network = skeleton(backbone, image_size)
-    found = network.layouts
-    return {
-        name: found[block]
-        for name, block in network.layers.items()
-        if block in found and can_pool(found[block], pooling)
-    }
-
-
 def recorded_blocks(
     backbone: Backbone, asked: Sequence[str], image_size: ImageSize, pooling: str | int
 ) -> tuple[str, ...]:

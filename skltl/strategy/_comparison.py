@@ -40,11 +40,8 @@ class Candidate:
 
     def __init__(self, transformer: Any) -> None:
         find_early_layer(transformer)  # raises if there is no such layer
-        backbone = get_backbone(transformer.backbone)
-        self.name = backbone.name
-        self.layers = feature_map_layers(
-            backbone, transformer.image_size, transformer.pooling
-        )
+        self.name = get_backbone(transformer.backbone).name
+        self.layers = feature_map_layers(transformer)
         if not self.layers:
             raise ValueError(
                 f"{self.name!r} has no layer with a feature map that pooling="

@@ -23,15 +23,18 @@ from skltl._estimator import (
 from skltl._random import draw_seed
 from skltl._sklearn import Interval
 from skltl.exceptions import shorten
-from skltl.features import CNNFeatureTransformer, make_feature_pipeline
+from skltl.features import (
+    CNNFeatureTransformer,
+    make_feature_pipeline,
+    poolable_layers,
+)
 from skltl.finetuning import FineTunedCNN, FineTunedCNNClassifier, FineTunedCNNRegressor
-from skltl.inference import poolable_layers
 from skltl.networks import (
     Backbone,
     get_backbone,
+    list_layers,
     resolve_layer,
     resolve_weights,
-    skeleton,
 )
 from skltl.pretrained import PretrainedCNNClassifier, map_by_names
 
@@ -330,7 +333,7 @@ def build_strategy(
     targets: str = "classes",
 ) -> Strategy:
     """Configure the estimator of a strategy with the parameters of a transformer."""
-    early = find_early_layer(transformer)
+    early, last = find_early_layer(transformer), _find_last_layer(transformer)
     is_values = targets == "values"
     fine_tuned: Any = FineTunedCNNRegressor if is_values else FineTunedCNNClassifier
     estimator: Any
@@ -339,16 +342,17 @@ def build_strategy(
             estimator = PretrainedCNNClassifier(class_map=class_map or "learn")
         case "extract":
             model = LINEAR[targets][0]
-            estimator = _feature_pipeline(transformer, *model, layer="last")
+            estimator = _feature_pipeline(transformer, *model, layer=last)
         case "extract_early":
             model = LINEAR[targets][1]
             estimator = _feature_pipeline(transformer, *model, layer=early)
         case "finetune":
-            estimator = fine_tuned()
+            estimator = fine_tuned(layer=last)
         case "finetune_top":
             estimator = fine_tuned(layer=early)
         case _:
             estimator = fine_tuned(
+                layer=last,
                 head_init="random",
                 head_epochs=0,
                 finetune_epochs=SCRATCH_EPOCHS,
@@ -393,25 +397,39 @@ def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
             f"layer={shorten(repr(layer))}."
         )
     if layer == "last":
-        network = skeleton(backbone, backbone.preprocessing.size)
-        names = feature_map_layers(backbone) or list(network.layers)
+        names = feature_map_layers(transformer) or _layers_to_pool(transformer)
         return names[round((len(names) - 1) * 2 / 3)]
     resolve_layer(backbone, layer)  # raises if there is no such layer
     return layer
 
 
-def feature_map_layers(
-    backbone: str | Backbone, image_size: int | None = None, pooling: str | int = "avg"
-) -> list[str]:
+def _find_last_layer(transformer: CNNFeatureTransformer) -> str:
+    """Return the last layer that can be pooled, by the name ``"last"`` if it is that.
+
+    Small images end before it, or are a smaller feature map there than `pooling`.
+    """
+    names = _layers_to_pool(transformer)
+    last = list_layers(transformer.backbone)[-1].name
+    return "last" if names[-1] == last else names[-1]
+
+
+def _layers_to_pool(transformer: CNNFeatureTransformer) -> list[str]:
+    """Return the main layers that can be pooled; there must be one."""
+    names = list(poolable_layers(transformer))
+    if not names:
+        raise ValueError(
+            f"{get_backbone(transformer.backbone).name!r} has no layer that pooling="
+            f"{transformer.pooling!r} can pool."
+        )
+    return names
+
+
+def feature_map_layers(transformer: CNNFeatureTransformer) -> list[str]:
     """Return the main layers that output a feature map to pool, from the input on.
 
     Shapes decide, not strides: the output of adaptive pooling is a feature map, too.
     """
-    resolved = get_backbone(backbone)
-    preprocessing = resolved.preprocessing
-    if image_size is not None:
-        preprocessing = preprocessing.resized_to(image_size)
-    layouts = poolable_layers(resolved, preprocessing.size, pooling)
+    layouts = poolable_layers(transformer)
     return [name for name, layout in layouts.items() if not layout.is_vector]
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import sklearn
+from sklearn.base import is_classifier
 from sklearn.utils.estimator_checks import (
     check_dataframe_column_names_consistency,
     check_estimator,
@@ -201,11 +202,17 @@ def test_check_estimator(name):
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
 @pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
-@pytest.mark.parametrize("name", ["svm", "softmax"])
-def test_linear_classifiers_pass_what_those_of_scikit_learn_pass(name):
-    """And the checks of multilabel classifiers."""
-    ours = make_feature_pipeline(classifier=name)[-1]
-    theirs = type(ours).__mro__[2](**ours.get_params())
+@pytest.mark.parametrize(
+    "parameters",
+    [{"classifier": "svm"}, {"classifier": "softmax"}, {"regressor": "ridge"}],
+    ids=str,
+)
+@pytest.mark.parametrize("step", ["scale", -1])
+def test_steps_pass_what_those_of_scikit_learn_pass(step, parameters):
+    """Classifiers also pass the checks of multilabel classifiers."""
+    ours = make_feature_pipeline(**parameters)[step]
+    kinds = [one for one in type(ours).__mro__ if one.__module__.startswith("sklearn.")]
+    theirs = kinds[0](**ours.get_params())
     options = {"on_skip": None, "on_fail": None}
 
     results, expected = (check_estimator(one, **options) for one in (ours, theirs))
@@ -215,7 +222,7 @@ def test_linear_classifiers_pass_what_those_of_scikit_learn_pass(name):
     allowed |= set() if hasattr(ours, "predict_proba") else has_no_proba
     assert unexpected_results(results).keys() <= allowed
     names = [result["check_name"] for result in results]
-    assert any("multilabel" in one for one in names)
+    assert any("multilabel" in one for one in names) is is_classifier(ours)
 
 
 # Public checks that `check_estimator` does not run, but scikit-learn's own tests do.

@@ -136,8 +136,11 @@ def test_any_transformer_to_two_dimensions_is_a_method(few):
     assert_equal_up_to_sign(by_class.coordinates, expected)
     with pytest.raises(ValueError, match=r"PCA returned .* \(60, 3\)"):
         FeatureMapDisplay.from_estimator(TINY, X, method=PCA(3))
+    unfitted, unread = CNNFeatureTransformer("tiny"), ["missing.png"] * 3
     with pytest.raises(ValueError, match="'pca', 'tsne' or a transformer, got 'umap'"):
-        FeatureMapDisplay.from_estimator(TINY, X, method="umap")
+        FeatureMapDisplay.from_estimator(unfitted, unread, method="umap")
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        FeatureMapDisplay.from_estimator(unfitted, unread, [0, 1])
 
 
 def extents_of(display):

@@ -23,6 +23,7 @@ from sklearn.preprocessing import PowerTransformer, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from small_pipeline import Doubled, assert_outputs, pipeline, unusual_transformer
 
+import skltl
 from skltl import (
     FineTunedCNNClassifier,
     Preprocessing,
@@ -157,6 +158,7 @@ def test_files_and_metadata(training_images, labels, tmp_path):
     exported = assert_same_predictions(fitted, paths, tmp_path / "model.onnx")
     assert exported.metadata["classes"] == ["blue", "green", "red", "yellow"]
     assert exported.metadata["backbone"] == "tiny"
+    assert exported.metadata["versions"]["skltl"] == skltl.__version__
     assert exported.preprocessing == fitted[0].preprocessing_
     (inputs,) = exported.session.get_inputs()
     height, width = exported.preprocessing.size

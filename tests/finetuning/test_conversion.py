@@ -1,12 +1,14 @@
 """Pipelines become classifiers, and classifiers become transformers."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.ensemble import BaggingClassifier
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.multiclass import OneVsOneClassifier
 from sklearn.pipeline import make_pipeline
@@ -15,7 +17,13 @@ from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 from tiny_classifier import NETWORK
 
-from skltl import CNNFeatureTransformer, FineTunedCNNClassifier, make_feature_pipeline
+from skltl import (
+    CNNFeatureTransformer,
+    FineTunedCNNClassifier,
+    Preprocessing,
+    make_feature_pipeline,
+)
+from skltl.networks import get_backbone
 
 SMALL = {"image_shape": (8, 8), "image_size": 16}
 
@@ -57,6 +65,54 @@ def test_clones_of_a_converted_pipeline_start_from_it(data):
         clone(made).fit(X, y % 2)
     with pytest.raises(ValueError, match="is not the head that pooling"):
         clone(made).set_params(hidden_units=(5,)).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        make_pipeline(MinMaxScaler(), LogisticRegression()),
+        make_feature_pipeline("tiny", "softmax", **NETWORK),
+    ],
+    ids=["another scaler", "with the transformer"],
+)
+def test_a_model_that_is_no_head_is_refused(model, data):
+    X, y = data
+    head = FrozenEstimator(model.fit(X, y))
+
+    with pytest.raises(ValueError, match=r"head_init: expected a linear model, or"):
+        FineTunedCNNClassifier("tiny", head_init=head, **NETWORK).fit(X, y)
+
+
+def test_a_model_without_a_scaler_is_a_head(data):
+    X, y = data
+    pipeline = make_pipeline(
+        CNNFeatureTransformer("tiny", **NETWORK), "passthrough", LogisticRegression()
+    ).fit(X, y)
+    for head in (pipeline[-1], pipeline[1:]):
+        classifier = FineTunedCNNClassifier(
+            "tiny",
+            head_init=FrozenEstimator(head),
+            head_epochs=0,
+            unfreeze=None,
+            **NETWORK,
+        )
+        found = classifier.fit(X, y).decision_function(X)
+        assert_allclose(found, pipeline.decision_function(X), atol=2e-4)
+
+
+def test_the_size_of_the_weights_is_not_the_usual_one(data):
+    X, y = data
+    tiny = get_backbone("tiny")
+    (weights,) = tiny.weights
+    large = replace(weights, name="LARGE", preprocessing=Preprocessing(48))
+    backbone = replace(tiny, name="two_sizes", weights=(weights, large))
+    for image_size in (None, tiny.preprocessing.crop_size):
+        transformer = CNNFeatureTransformer(
+            backbone, weights="LARGE", image_size=image_size, image_shape=(8, 8)
+        )
+        pipeline = make_pipeline(transformer, LogisticRegression(C=0.01)).fit(X, y)
+        made = FineTunedCNNClassifier.from_pipeline(pipeline)
+        assert made.image_size == image_size
 
 
 def set_another_network(pipeline, X, y):

@@ -119,6 +119,46 @@ def test_the_layer_at_two_thirds_of_the_depth_is_the_default():
     assert strategy.estimator[0].layer == "layer3"
 
 
+@pytest.mark.parametrize(
+    ("pooling", "image_size", "last", "early"),
+    [
+        (2, 16, "block3", "block2"),
+        (5, 32, "block2", "block1"),
+        ("avg", 32, "last", None),
+    ],
+)
+@pytest.mark.parametrize("n_images", [60, 20_000])
+def test_layers_are_those_that_can_be_pooled(
+    n_images, pooling, image_size, last, early, digits
+):
+    rows = {"image_shape": (8, 8), "image_size": image_size, "pooling": pooling}
+    transformer = CNNFeatureTransformer("tiny", **rows)
+    X, y = digits[0][:60], digits[1][:60] % 3
+
+    for similarity, layer in (("similar", last), ("different", early)):
+        strategy = recommend_strategy(n_images, 3, similarity, transformer=transformer)
+        estimator = strategy.estimator
+        found = estimator.get_params()["feat__layer" if n_images == 60 else "layer"]
+        assert layer in (found, None)
+        if n_images == 60:
+            assert estimator.fit(X, y).score(X, y) > 0.5
+
+
+@pytest.mark.filterwarnings("ignore::skltl.exceptions.LicenseWarning")
+def test_layers_are_those_of_the_size_of_the_weights():
+    """These weights are for images of 384 pixels, the usual ones for 224."""
+    transformer = CNNFeatureTransformer(
+        "regnet_y_16gf", weights="IMAGENET1K_SWAG_E2E_V1", pooling=8
+    )
+
+    strategy = recommend_strategy(300, 3, "similar", transformer=transformer)
+
+    assert strategy.estimator.get_params()["feat__layer"] == "last"
+    usual = transformer.set_params(weights="IMAGENET1K_V2")
+    strategy = recommend_strategy(300, 3, "similar", transformer=usual)
+    assert strategy.estimator.get_params()["feat__layer"] == "block3"
+
+
 def test_the_default_transformer_is_the_default_network():
     strategy = recommend_strategy(300, 5, "similar")
 
