@@ -3,10 +3,11 @@ Features by Dask on two workers and by a plain transform
 ========================================================
 
 Throughput, peak memory of the client and of the workers, and size of the graph for
-10,000 and 100,000 small JPEG files, which are generated (1,000 of them, repeated).
-Features are written to disk, as those of more images than memory holds: by Dask block
-by block, by the plain way at once. Each measurement is made in a new process. The
-network is loaded, and the workers have imported torch, before time is taken.
+10,000 and 100,000 small JPEG files, which are generated. The graph is pickled with the
+weights, and without them (``store_weights=False``). Features are written to disk, as
+those of more images than memory holds: by Dask block by block, by the plain way at
+once. Each measurement is made in a new process. The network is loaded, and the workers
+have imported torch, before time is taken.
 
     python bench_distributed.py --images 10000 100000 --chunk 1000
 """
@@ -22,7 +23,6 @@ import numpy as np
 from PIL import Image
 from reporting import print_table, write_json
 
-N_FILES = 1000
 SIDE = 64
 
 # Code that is run in a new process and prints JSON.
@@ -49,7 +49,7 @@ start = time.perf_counter()
 np.save(store / "features.npy", transformer.transform(paths))
 seconds = time.perf_counter() - start
 total = np.load(store / "features.npy", mmap_mode="r").sum(dtype=float)
-print(json.dumps([seconds, peak(), 0, 0, float(total)]))
+print(json.dumps([seconds, peak(), 0, [0, 0], float(total)]))
 """
 )
 DASK = (
@@ -58,6 +58,9 @@ DASK = (
 import dask, dask.array as da
 from distributed import Client, LocalCluster
 from distributed.protocol import pickle
+def bytes_of(lazy):
+    (graph,) = dask.optimize(lazy)
+    return len(pickle.dumps(dict(graph.__dask_graph__())))
 def main():
     shape = {"n_workers": n_workers, "threads_per_worker": 1}
     environ = "distributed.nanny.pre-spawn-environ"
@@ -77,10 +80,11 @@ def main():
         seconds = time.perf_counter() - start
         of_workers = max(client.run(peak).values())
         of_client = peak()
-        (graph,) = dask.optimize(lazy)
-        size = len(pickle.dumps(dict(graph.__dask_graph__()))) / 2**20
+        size = bytes_of(lazy)
+        transformer.set_params(store_weights=False).fit(paths)
+        without = bytes_of(transformer.transform(da.from_array(paths, chunks=chunk)))
     total = sum(np.load(path).sum(dtype=float) for path in store.glob("*.npy"))
-    print(json.dumps([seconds, of_client, of_workers, size, float(total)]))
+    print(json.dumps([seconds, of_client, of_workers, [size, without], float(total)]))
 if __name__ == "__main__":
     main()
 """
@@ -98,13 +102,14 @@ WAYS = {
 }
 
 
-def create_files(folder):
+def create_files(folder, n):
     """Create small JPEG files of smooth noise, and return their paths."""
     rng = np.random.default_rng(0)
     paths = []
-    for number in range(N_FILES):
+    for number in range(n):
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        path = Path(folder) / f"{number:04}.jpg"
+        path = Path(folder) / f"{number // 1000:03}" / f"{number:06}.jpg"
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(coarse).resize((SIDE, SIDE)).save(path, quality=90)
         paths.append(str(path))
     return paths
@@ -136,14 +141,14 @@ def main():
     args = parser.parse_args()
     rows, sums = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        files = create_files(folder)
+        files = create_files(folder, max(args.images))
         for n_images in args.images:
-            paths = [files[index % N_FILES] for index in range(n_images)]
+            paths = files[:n_images]
             for way in args.ways:
                 code, *numbers = WAYS[way]
                 with tempfile.TemporaryDirectory() as store:
                     arguments = args.backbone, args.weights, store, args.chunk
-                    seconds, client, workers, graph, total = measure(
+                    seconds, client, workers, graphs, total = measure(
                         code, folder, paths, *arguments, *numbers
                     )
                 sums.setdefault(n_images, total)
@@ -154,7 +159,8 @@ def main():
                     "images/s": round(n_images / seconds),
                     "client (MiB)": round(client),
                     "worker (MiB)": round(workers),
-                    "graph (MiB)": graph,
+                    "graph (bytes)": graphs[0],
+                    "without weights": graphs[1],
                 }
                 print(row, flush=True)
                 rows.append(row)

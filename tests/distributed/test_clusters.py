@@ -59,9 +59,11 @@ def X(many_paths):
     return da.from_array(many_paths, chunks=6)
 
 
-def kill_a_worker(client):
-    """Kill the process of a worker that runs a task."""
+def kill_a_worker(client, is_time=lambda: True):
+    """Kill the process of a worker that runs a task, once it is time."""
     pids = client.run(os.getpid)
+    while not is_time():
+        time.sleep(0.02)
     while not (busy := [one for one, keys in client.processing().items() if keys]):
         time.sleep(0.02)
     os.kill(pids[busy[0]], signal.SIGKILL)
@@ -174,6 +176,25 @@ def test_a_killed_worker_does_not_change_features(client, transformer, X, featur
     assert_array_equal(future.result(timeout=120), features)
 
 
+def test_a_killed_worker_leaves_a_store_complete(
+    client, transformer, X, features, tmp_path
+):
+    zarr = pytest.importorskip("zarr")
+    transformer.set_params(reader=read_slowly, n_jobs=1).fit(X)
+    shape = {"shape": (40, 96), "chunks": (6, 96)}
+    stored = zarr.create_array(tmp_path / "features", **shape, dtype="float32")
+    lazy = transformer.transform(X)
+
+    future = client.compute(lazy.store(stored, lock=False, compute=False))
+    files = lambda: list((tmp_path / "features" / "c").glob("*/*"))  # noqa: E731
+    kill_a_worker(client, is_time=lambda: len(files()) >= 2)
+    n_files = len(files())
+    future.result(timeout=120)
+
+    assert 2 <= n_files < len(files()) == 7
+    assert_array_equal(stored[:], features)
+
+
 def searching(cache):
     pipeline = make_feature_pipeline("tiny", "softmax", layer="block2", cache=cache)
     grid = {"softmax__C": [0.01, 0.1, 1], "feat__layer": ["block1", "block2"]}
@@ -203,6 +224,8 @@ def test_a_search_has_the_scores_of_one_process(
     assert search.best_params_ == expected.best_params_
     client.wait_for_workers(2)
     assert (pids == {*client.run(os.getpid).values()}) is not is_killed
+    entries = cache_info(tmp_path / "cache").entries
+    assert {entry.n_images for entry in entries} == {40}  # each image once
 
 
 def test_an_unreadable_image_is_named(client, transformer, many_paths):
