@@ -5,7 +5,8 @@ Predictions over HTTP, without torch and scikit-learn
 Serve a model that was written by ``skltl.export_onnx``. Of skltl, only the part that
 decodes images is imported.
 
-    pip install onnxruntime starlette uvicorn
+    pip install --no-deps skltl
+    pip install numpy pillow onnxruntime starlette uvicorn
     python serve_onnx.py model.onnx --port 8000
     curl --data-binary @image.jpg http://localhost:8000/predict
 

@@ -4,7 +4,7 @@ Start of a service, and its threads
 
 Two tables:
 
-- The time from the start of Python to the first prediction of a saved pipeline, part by
+- The time from the first statement to the first prediction of a saved pipeline, part by
   part, beside a program that does the same by hand: it imports torch, torchvision and
   scikit-learn, loads the weights, and runs the network and a linear model. Both run in
   new processes, alternately; the figures are medians.

@@ -20,6 +20,7 @@ import skltl
 from skltl import CNNFeatureTransformer, cache_info
 from skltl.cache import _lookup, _store
 from skltl.cache._store import Leases
+from skltl.exceptions import CacheWarning
 
 # Python 3.12 and later warn of forks while there are threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -148,6 +149,46 @@ def test_leases_of_a_dead_process_delay_the_others_briefly(
     np.testing.assert_array_equal(found, expected)
     assert sum(computed) == 20
     assert seconds >= 0.4
+
+
+def without_locks(connect):
+    """Return `sqlite3.connect` as on a file system whose locks have no effect."""
+
+    def connect_without(path, *args, **kwargs):
+        is_uri = str(path).startswith("file:")
+        uri = f"{path}&vfs=unix-none" if is_uri else path
+        return connect(uri, *args, **kwargs)
+
+    return connect_without
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SQLite's system without locks is of Unix")
+def test_features_are_right_where_locks_have_no_effect(fork, tmp_path, monkeypatch):
+    """As on some network file systems: databases are damaged, which is noticed."""
+    monkeypatch.setattr(_lookup, "SECONDS_UNSTORED", 0.0)  # writes all the time
+    X, expected = random_images(400), tmp_path / "expected.npy"
+    fork(lambda: np.save(expected, extract(X, None))).result()
+    expected, cache = np.load(expected), tmp_path / "cache"
+
+    def work(seed):
+        monkeypatch.setattr(sqlite3, "connect", without_locks(sqlite3.connect))
+        order = np.random.default_rng(seed).permutation(len(X))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)
+            return [
+                bool((extract(X[order], cache) == expected[order]).all())
+                for _ in range(3)
+            ]
+
+    children = [fork(work, seed) for seed in range(3)]
+    found = [child.result() for child in children]
+
+    assert found == [[True] * 3] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CacheWarning)
+        again = fork(lambda: bool((extract(X, cache) == expected).all())).result()
+    assert again
 
 
 @pytest.mark.slow

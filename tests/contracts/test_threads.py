@@ -5,6 +5,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from small_pipeline import pipeline
 
@@ -59,8 +60,15 @@ def test_threads_predict_the_same_bits_as_one(name, images):
                     np.testing.assert_array_equal(one, other)
 
 
-def test_no_lock_is_held_during_a_forward_pass(images, monkeypatch):
-    fitted = make_feature_pipeline("tiny", layer="block2", engine="torch")
+@pytest.mark.parametrize("name", ["svm", "pretrained", "fine-tuned", "transfer"])
+def test_no_lock_is_held_during_a_forward_pass(name, images, monkeypatch):
+    fitted = clone(ESTIMATORS[name])
+    transformer = make_feature_pipeline("tiny", engine="torch")[0]
+    parameters = {
+        "svm": {"feat": transformer},
+        "transfer": {"transformer": transformer},
+    }
+    fitted.set_params(**parameters.get(name, {"engine": "torch"}))
     fitted.fit(images, np.arange(9) % 2)
     expected = fitted.predict(images)
     everyone, run = Barrier(N_THREADS), Runner.features

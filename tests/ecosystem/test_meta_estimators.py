@@ -13,7 +13,12 @@ from PIL import Image
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.ensemble import BaggingClassifier, StackingClassifier, VotingClassifier
+from sklearn.ensemble import (
+    BaggingClassifier,
+    StackingClassifier,
+    VotingClassifier,
+    VotingRegressor,
+)
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
@@ -25,7 +30,11 @@ from sklearn.model_selection import (
     cross_val_predict,
 )
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
+from sklearn.multioutput import (
+    ClassifierChain,
+    MultiOutputClassifier,
+    MultiOutputRegressor,
+)
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import SelfTrainingClassifier
@@ -33,6 +42,7 @@ from sklearn.semi_supervised import SelfTrainingClassifier
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
     TransferClassifier,
     make_feature_pipeline,
 )
@@ -222,8 +232,12 @@ def requesting(_routing, cache, make_classifier, make_transformer):
     pipeline = make_classifier()
     for step in ("scale", "softmax"):
         pipeline[step].set_fit_request(sample_weight=True)
+    parameters = network.get_params()
+    del parameters["class_weight"], parameters["label_smoothing"]
+    regressor = FineTunedCNNRegressor(**parameters)
     return {
         "network": network.set_fit_request(sample_weight=True, groups=True),
+        "regressor": regressor.set_fit_request(sample_weight=True, groups=True),
         "transfer": transfer.set_fit_request(sample_weight=True, groups=False),
         "pipeline": pipeline,
     }
@@ -262,6 +276,24 @@ def test_voting_passes_weights_and_groups_on(kind, requesting, X, y):
     for name in metadata:
         others = {**metadata, name: None}  # would be noticed
         assert abs(decisions(estimator, X, y, **others) - expected).max() > 1e-3
+
+
+def test_regressors_get_weights_and_groups(requesting, X, y):
+    X, regressor, metadata = X["list"], requesting["regressor"], USED["network"]
+    values = np.column_stack([y == 0, y > 1]).astype(float)
+
+    voting = VotingRegressor([("one", regressor)]).fit(X, values[:, 0], **metadata)
+    several = MultiOutputRegressor(regressor).fit(X, values, **metadata)
+
+    found = [*voting.estimators_, *several.estimators_]
+    with config_context(enable_metadata_routing=False):
+        for column, one in zip(values.T[[0, 0, 1]], found, strict=True):
+            expected = clone(regressor).fit(X, column, **metadata).predict(X)
+            assert_allclose(one.predict(X), expected, rtol=1e-4, atol=1e-5)
+            for name in metadata:
+                others = {**metadata, name: None}
+                without = clone(regressor).fit(X, column, **others).predict(X)
+                assert abs(without - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", USED)

@@ -202,6 +202,25 @@ def test_every_classifier_takes_labels(few_digits, classifier):
     np.testing.assert_array_equal(saved.predict(X_test), predicted)
 
 
+@pytest.mark.parametrize("classifier", ["svm", "softmax"])
+def test_weights_of_labels_count_as_repetitions(few_digits, classifier):
+    X, _, y, _ = few_digits
+    X, y = X[:60], y[:60]
+    labels = np.column_stack([y % 2 == 0, y > 4]).astype(int)
+    weights = np.random.default_rng(0).integers(0, 3, len(y))
+    pipeline = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
+    pipeline.set_params(**{f"{classifier}__tol": 1e-8})
+    metadata = {f"{name}__sample_weight": weights for name in ("scale", classifier)}
+
+    found = clone(pipeline).fit(X, labels, **metadata).decision_function(X)
+
+    repeated = np.repeat(np.arange(len(y)), weights)
+    expected = clone(pipeline).fit(X[repeated], labels[repeated]).decision_function(X)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    unweighted = clone(pipeline).fit(X, labels).decision_function(X)
+    assert abs(unweighted - expected).max() > 0.05
+
+
 def test_classes_and_labels_may_alternate(few_digits):
     """Nothing of one fit is left in the next."""
     X, _, y, _ = few_digits

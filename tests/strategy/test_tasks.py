@@ -199,6 +199,26 @@ def test_groups_and_weights_of_values(measured, make_transformer):
         advisor.fit(X, y, groups=np.zeros(N_IMAGES))
 
 
+def test_groups_and_weights_of_labels(labeled, make_transformer):
+    X, Y = labeled
+    groups = np.arange(N_IMAGES) // 6
+    weights = np.where(np.arange(N_IMAGES) < 60, 1.0, 0.0)
+    for make in (
+        lambda: StrategyAdvisor(make_transformer(), cv=3, random_state=0),
+        lambda: TransferClassifier(make_transformer(), cv=3, random_state=0),
+    ):
+        weighted = make().fit(X, Y, sample_weight=weights, groups=groups)
+        part = make().fit(X[:60], Y[:60], groups=groups[:60])
+        other = make().fit(X, Y, groups=groups)
+        advisors = [getattr(one, "advisor_", one) for one in (weighted, part, other)]
+        scores = [advisor.layer_scores_ for advisor in advisors]
+        assert scores[0] == scores[1] != scores[2]
+    assert_allclose(weighted.decision_function(X), part.decision_function(X), atol=1e-4)
+    assert abs(other.decision_function(X) - part.decision_function(X)).max() > 0.1
+    with pytest.raises(ValueError, match="a single group of images"):
+        make().fit(X, Y, groups=np.zeros(N_IMAGES))
+
+
 def test_few_values_have_scores_that_can_be_compared(make_transformer, measured):
     """R² of each fold would be far below zero: its own variance is small."""
     X, y = measured
