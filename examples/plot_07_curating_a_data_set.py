@@ -75,6 +75,14 @@ scores = cross_val_score(classifier, X, y, cv=folds, groups=duplicates.groups)
 print(f"accuracy with the wrong labels: {scores.mean():.3f}")
 
 # %%
+# Images that are in a test set, too, are found in the same way.
+
+X_test = [X[index] for index in (2, 30)] + [np.rot90(X[40])]
+leaks = find_duplicates(X, transformer, other=X_test, max_distance=0)
+print(f"in the test set, too: {[(pair.first, pair.second) for pair in leaks.pairs]}")
+ImageGridDisplay.from_duplicates(X, leaks, other=X_test)
+
+# %%
 # Wrong labels
 # ------------
 # The most doubtful labels, and the class that is suggested instead, with the

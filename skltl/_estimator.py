@@ -31,7 +31,13 @@ from skltl.images import (
     read_images,
     tensor_to_array,
 )
-from skltl.inference import ENGINES, from_format_2, prefix_from_state, prefix_state
+from skltl.inference import (
+    ENGINES,
+    from_format_2,
+    prefix_from_state,
+    prefix_reference,
+    prefix_state,
+)
 from skltl.networks import (
     Backbone,
     ResolvedLayer,
@@ -151,17 +157,17 @@ class ImageEstimator(BaseEstimator):
             del state["backbone_"]  # part of the state of the network
             state.pop("bad_images_", None)  # of the last call of `transform`
             state.pop("_recorder", None)  # deeper than the truncated network
-        for name in ("weights", "cache"):
-            if isinstance(state.get(name), PathLike):  # path classes are per system
-                state[name] = fspath(state[name])
+        for name in {"weights", "cache"} & state.keys():
+            state[name] = path_as_text(state[name])
         return state
 
     def _network_state(self):
-        """Return the network as plain data; subclasses may leave out its weights."""
-        size = self.preprocessing_.size
-        return prefix_state(
-            self.backbone_, self.network_, size, self._has_known_backbone()
-        )
+        """Return the network as plain data, with its weights or their name."""
+        size, by_name = self.preprocessing_.size, self._has_known_backbone()
+        network = self.backbone_, self.network_, size
+        if getattr(self, "store_weights", True):
+            return prefix_state(*network, by_name)
+        return prefix_reference(*network, self._fitted_weights, by_name)
 
     def _has_known_backbone(self):
         """Return whether the name of the backbone is enough where this is loaded."""
@@ -180,6 +186,11 @@ class ImageEstimator(BaseEstimator):
             state["layers_"] = [ResolvedLayer(*point) for point in state["layers_"]]
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
         super().__setstate__(state)
+
+
+def path_as_text(value: Any) -> Any:
+    """Return paths as text, since their classes depend on the system; others as is."""
+    return fspath(value) if isinstance(value, PathLike) else value
 
 
 def read_images_of(

@@ -8,6 +8,8 @@ import csv
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import (
     GridSearchCV,
     StratifiedKFold,
@@ -15,6 +17,7 @@ from sklearn.model_selection import (
     cross_val_score,
     train_test_split,
 )
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
@@ -22,6 +25,7 @@ from sklearn.svm import LinearSVC
 from skltl import (
     CNNFeatureTransformer,
     FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
     PretrainedCNNClassifier,
     StrategyAdvisor,
     TransferClassifier,
@@ -214,6 +218,51 @@ def test_fine_tuning_is_as_accurate_as_a_linear_svm_on_flowers(
     svm, tuned = np.mean(scores, axis=0)
     assert svm > 0.85
     assert tuned >= svm - standard_error(svm, 3 * 136)
+
+
+def labels_of(kind, classes):
+    """Return five labels of each flower, which follow from its class.
+
+    A label is a random set of the 17 classes, or a bit of the number of the class.
+    """
+    if kind == "bits":
+        return (classes[:, None] >> np.arange(5)) & 1
+    members = np.random.default_rng(0).random((17, 5)) < 0.5
+    return members[classes].astype(int)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sets", "bits", "hue"])
+def test_fine_tuning_on_labels_and_values_is_as_good_as_linear_models(
+    kind, flower_paths, squeezenet, cache
+):
+    """Subset accuracy of labels, and R² of the mean hue, are not lower.
+
+    As everywhere here, "not lower" is by one standard error, of the difference.
+    """
+    paths, names = flower_paths
+    parameters = {**squeezenet, "cache": cache}
+    tuning = {"unfreeze": 2, "random_state": 0}
+    if kind == "hue":
+        hues = [np.asarray(Image.open(path).convert("HSV"))[..., 0] for path in paths]
+        y = np.array([hue.mean() for hue in hues]) / 255
+        model, tuned = Ridge(100), FineTunedCNNRegressor(**parameters, **tuning)
+    else:
+        y = labels_of(kind, np.unique(names, return_inverse=True)[1])
+        model = OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000))
+        tuned = FineTunedCNNClassifier(**parameters, **tuning)
+    features = CNNFeatureTransformer(**parameters)
+    folds = list(FOLDS.split(paths, names))
+
+    frozen = make_pipeline(features, StandardScaler(), model)
+    expected = cross_val_score(frozen, paths, y, cv=folds)
+    differences = cross_val_score(tuned, paths, y, cv=folds) - expected
+
+    error = differences.std(ddof=1) / np.sqrt(len(folds))
+    assert expected.mean() > 0.5
+    assert differences.mean() >= -error
+    if kind == "hue":
+        assert differences.mean() > 2 * error
 
 
 @pytest.mark.slow

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from numbers import Integral
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import is_dask
 from skltl._dask import check_lengths, one_row
-from skltl._estimator import INPUT_ATTRIBUTES, ImageEstimator, read_images_of
+from skltl._estimator import (
+    INPUT_ATTRIBUTES,
+    ImageEstimator,
+    path_as_text,
+    read_images_of,
+)
 from skltl._parameters import (
     name_of_dtype,
     resolve_device,
@@ -39,7 +44,6 @@ from skltl.inference import (
     POOLINGS,
     can_pool,
     load_prefix,
-    prefix_reference,
     recorded_blocks,
     resolve_engine,
 )
@@ -157,7 +161,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         layers, clones, folds, processes and later runs; see
         :ref:`the user guide <caching>`.
     store_weights : bool, default=True
-        Whether pickles and files of the fitted transformer hold the weights of the
+        Whether pickles and files of the fitted estimator hold the weights of the
         network. If ``False``, they hold the name of the weights and a digest, which is
         compared when they are loaded: they are small, as for other processes of a
         cluster, but need the same weights where they are loaded. Not for a `Backbone`
@@ -356,7 +360,7 @@ class CNNFeatureTransformer(FeatureEstimator):
         self.pooling_ = self.pooling
         self.precision_ = name_of_dtype(resolve_precision(self.precision, device))
         self.engine_ = engine
-        self._fitted_weights = _plain(self.weights)
+        self._fitted_weights = path_as_text(self.weights)
 
     def transform(self, X):
         """Extract the features of images.
@@ -395,13 +399,6 @@ class CNNFeatureTransformer(FeatureEstimator):
         if unreadable is not None:
             self.bad_images_ = bad_images(unreadable)
         return features
-
-    def _network_state(self):
-        if self.store_weights:
-            return super()._network_state()
-        size, weights = self.preprocessing_.size, self._fitted_weights
-        by_name = self._has_known_backbone()
-        return prefix_reference(self.backbone_, self.network_, size, weights, by_name)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -491,10 +488,6 @@ def transformer_config(transformer):
         transformer.batch_size,
         transformer.n_views,
     )
-
-
-def _plain(weights):
-    return fspath(weights) if isinstance(weights, PathLike) else weights
 
 
 def _resolve_layers(backbone, layer, image_size, pooling):

@@ -105,7 +105,7 @@ def _prefix_from_reference(state: State) -> tuple[Backbone, FrozenPrefix]:
         raise type(error)(f"{saved}. {error}") from error
     _check_structure(backbone, prefix.blocks.values(), state)
     if digest_of(prefix.blocks.values()) != digest:
-        raise WeightsError(f"{saved}. The weights of this name are others here.")
+        raise WeightsError(f"{saved}. The weights of this name are different here.")
     return backbone, prefix
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 from sklearn.utils.validation import check_is_fitted
 
-from skltl._estimator import ImageEstimator, read_images_of
+from skltl._estimator import ImageEstimator, path_as_text, read_images_of
 from skltl._parameters import (
     name_of_dtype,
     resolve_device,
@@ -74,6 +74,12 @@ class PretrainedCNNClassifier(NetworkClassifier):
         -1)``.
     batch_size : int or "auto", default="auto"
         Number of images per forward pass, as for `CNNFeatureTransformer`.
+    store_weights : bool, default=True
+        Whether pickles and files of the fitted estimator hold the weights of the
+        network. If ``False``, they hold the name of the weights and a digest, which is
+        compared when they are loaded: they are small, as for other processes of a
+        cluster, but need the same weights where they are loaded. Not for a `Backbone`
+        that holds its weights, or random weights.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
         is one.
@@ -114,7 +120,8 @@ class PretrainedCNNClassifier(NetworkClassifier):
     network_ : FrozenPrefix
         Network up to its last layer with parameters.
     head_ : Module
-        Remaining layers, which return the logits of the categories.
+        Remaining layers, which return the logits of the categories. They are part of
+        every file of the fitted classifier.
     layers_ : list of ResolvedLayer
         Layer at which the head begins, in a list of one.
     preprocessing_ : Preprocessing
@@ -156,6 +163,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         **ImageEstimator._parameter_constraints,
         "class_map": [dict, StrOptions({"learn"}), None],
         "batch_size": [AT_LEAST_ONE, StrOptions({"auto"})],
+        "store_weights": ["boolean"],
     }
 
     def __init__(
@@ -168,6 +176,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         crop=None,
         image_shape=None,
         batch_size="auto",
+        store_weights=True,
         device="auto",
         precision="auto",
         engine="auto",
@@ -185,6 +194,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         self.crop = crop
         self.image_shape = image_shape
         self.batch_size = batch_size
+        self.store_weights = store_weights
         self.device = device
         self.precision = precision
         self.engine = engine
@@ -263,6 +273,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
             backbone, weights, seed if weights is None else None, preprocessing.size
         )
         self.backbone_ = backbone
+        self._fitted_weights = path_as_text(self.weights)
         self.preprocessing_ = preprocessing
         block = list(self.network_.blocks)[-1]
         self.layers_ = [ResolvedLayer(block, block)]

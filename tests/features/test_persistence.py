@@ -22,6 +22,7 @@ from skltl import (
     Backbone,
     CNNFeatureTransformer,
     Preprocessing,
+    PretrainedCNNClassifier,
     make_feature_pipeline,
 )
 from skltl._dask import Shipped
@@ -171,6 +172,27 @@ def test_a_file_without_weights_is_small_and_loads_them_by_name(images):
     assert abs(len(whole_again) - len(whole)) < 100
 
 
+@pytest.mark.parametrize("class_map", [None, "learn"])
+def test_a_pretrained_classifier_without_weights_has_its_last_layer(
+    class_map, images, weights_file
+):
+    classifier = PretrainedCNNClassifier(
+        "squeezenet1_1", weights=weights_file, class_map=class_map, store_weights=False
+    ).fit(images, [0, 1, 2] * 3)
+    saved = pickle.dumps(classifier)
+    loaded = pickle.loads(saved)
+
+    assert len(saved) < weights_file.stat().st_size / 2  # which is 41 % of it
+    expected = classifier.predict_proba(images)
+    np.testing.assert_array_equal(loaded.predict_proba(images), expected)
+    state = load_file(weights_file)
+    state["features.0.weight"] += 1
+    save_file(state, weights_file)
+    with pytest.raises(WeightsError, match=r"store_weights=False.*are different here"):
+        pickle.loads(saved)
+    assert len(pickle.dumps(loaded.set_params(store_weights=True))) > 2 * len(saved)
+
+
 @pytest.mark.parametrize("writer", ["joblib", "skops"])
 def test_pipelines_without_weights_are_saved(writer, images, weights_file, tmp_path):
     pipeline = make_feature_pipeline(
@@ -196,7 +218,7 @@ def test_other_and_missing_weights_are_refused(images, weights_file):
     state = load_file(weights_file)
     state["features.0.weight"] += 1
     save_file(state, weights_file)
-    with pytest.raises(WeightsError, match=r"store_weights=False.*are others here"):
+    with pytest.raises(WeightsError, match=r"store_weights=False.*are different here"):
         pickle.loads(saved)
     weights_file.unlink()
     with pytest.raises(WeightsNotFoundError, match=r"store_weights=False.*safetensors"):
