@@ -235,7 +235,7 @@ def _run(
     if not len(images):
         return empty
     try:
-        if _was_begun():
+        if _note_attempt():
             _check_not_fatal(shipped.estimator, images)
         result = getattr(shipped.estimator, method)(images)
     except ImageError as error:
@@ -246,7 +246,7 @@ def _run(
     return result
 
 
-def _was_begun() -> bool:
+def _note_attempt() -> bool:
     """Return whether a worker has begun this task before, and note that it was begun.
 
     Dask repeats the tasks of a worker that ended. The note is kept by the scheduler as

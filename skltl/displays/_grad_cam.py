@@ -203,7 +203,7 @@ def _map_and_score(
 ) -> tuple[torch.Tensor | None, float]:
     """Return the map (h', w') of a class, with maximum 1 or 0, and its score.
 
-    There is no map where the score does not depend on any position: behind the last
+    There is no map where the score does not depend on any position: after the last
     attention of a transformer whose head uses the class token only.
     """
     with torch.inference_mode(False), torch.enable_grad():

@@ -33,7 +33,7 @@ def no_results(estimator: Any, method: str) -> Any:
 def result_of_one(estimator: Any, method: str) -> Any:
     """Return the result of a method for a blank image.
 
-    Of a pipeline, only the steps behind the features run.
+    Of a pipeline, only the steps after the features run.
     """
     if isinstance(estimator, FeatureEstimator) and method == "transform":
         return _features_of_one(estimator)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skltl.exceptions import ExportError
 from skltl.export._heads import Outputs, layer_of, outputs_of_model, outputs_of_network
-from skltl.export._parts import Parts, own_settings, split
+from skltl.export._parts import Parts, own_settings, parts_of
 from skltl.export._verification import verify
 from skltl.features import CNNFeatureTransformer
 from skltl.images import normalize
@@ -199,7 +199,7 @@ def to_torch(estimator: BaseEstimator, *, X: Any = None) -> ExportedNetwork:
     >>> sorted(outputs), outputs["index"].shape
     (['index', 'probabilities', 'scores'], torch.Size([2]))
     """
-    parts = split(estimator)
+    parts = parts_of(estimator)
     with own_settings():
         module = module_of(parts)
 

@@ -27,7 +27,7 @@ from skltl._locks import CONVERSIONS
 from skltl.exceptions import ExportError, shorten
 from skltl.export._heads import layer_of
 from skltl.export._module import INPUT, Network, metadata_of, module_of
-from skltl.export._parts import Parts, check_path, own_settings, split
+from skltl.export._parts import Parts, check_path, own_settings, parts_of
 from skltl.export._verification import random_crops, verify
 from skltl.finetuning import n_dimensions_of
 
@@ -96,7 +96,7 @@ def export_onnx(
     """
     onnx, runtime, _ = map(_import, ("onnx", "onnxruntime", "onnxscript"))
     path = check_path(path)
-    parts = split(estimator)
+    parts = parts_of(estimator)
     with (
         own_settings(),
         tempfile.TemporaryDirectory(dir=path.parent) as folder,

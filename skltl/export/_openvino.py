@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 
 from skltl.exceptions import EngineError, ExportError
 from skltl.export._module import INPUT, metadata_of, module_of
-from skltl.export._parts import Parts, check_path, own_settings, split
+from skltl.export._parts import Parts, check_path, own_settings, parts_of
 from skltl.export._verification import random_crops, verify
 from skltl.inference import can_run, convert_to_openvino, openvino_core
 
@@ -89,7 +89,7 @@ def export_openvino(
             "This process is a forked child of one that has used OpenVINO, whose "
             "threads do not exist here. Export from another process."
         )
-    parts = split(estimator)
+    parts = parts_of(estimator)
     import openvino
 
     with (

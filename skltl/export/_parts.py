@@ -87,7 +87,7 @@ class Parts:
         return Pipeline([("network", network), *self.steps])
 
 
-def split(estimator: Any) -> Parts:
+def parts_of(estimator: Any) -> Parts:
     """Return the parts of a fitted estimator; refuse one that cannot be exported."""
     check_is_fitted(estimator)
     model = unwrapped(estimator)

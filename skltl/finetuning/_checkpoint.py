@@ -37,39 +37,39 @@ N_VIEWS = 8
 
 
 def fingerprint(
-    classifier: Any,
-    new: Any,
+    estimator: Any,
+    fitting: Any,
     source: ImageSource,
     arrays: Iterable[NDArray[Any] | None],
     seed: int | None,
 ) -> str:
     """Return a digest of all that a fit depends on.
 
-    `new` holds the network with which the fit begins, `arrays` the labels, sample
+    `fitting` holds the network with which the fit begins, `arrays` the labels, sample
     weights and groups. Without a seed, random weights are left out: they are drawn
     differently in each fit, and an interrupted one resumes with its own.
     """
     digest = blake2b(repr((seed, sorted(versions().items()))).encode(), digest_size=16)
-    params = classifier.get_params()
+    params = estimator.get_params()
     digested = sorted(params.keys() - NOT_DIGESTED)
     digest.update(repr([(name, params[name]) for name in digested]).encode())
-    blocks = new.network_.blocks
-    digest.update(repr((new.preprocessing_, structure(blocks.values()))).encode())
+    blocks = fitting.network_.blocks
+    digest.update(repr((fitting.preprocessing_, structure(blocks.values()))).encode())
     digest.update(source.variant())
     for position in range(len(source)):
         digest.update(_content(source, position))
     for array in arrays:
         values = None if array is None else np.asarray(array).tolist()
         digest.update(repr(values).encode())
-    digest.update(description(classifier.head_init, "head_init"))
-    augment = resolve_augment(classifier.augment, new.preprocessing_)
+    digest.update(description(estimator.head_init, "head_init"))
+    augment = resolve_augment(estimator.augment, fitting.preprocessing_)
     if augment is not None:
-        digest.update(description(classifier.augment, "augment"))
-        digest.update(view_content(augment, source, new.preprocessing_))
-    if classifier.weights is not None or seed is not None:
-        digest.update(b"".join(prefix_digests(new.backbone_, blocks).values()))
-    if classifier.warm_start and hasattr(classifier, "head_"):
-        for module in (*classifier.network_.blocks.values(), classifier.head_):
+        digest.update(description(estimator.augment, "augment"))
+        digest.update(view_content(augment, source, fitting.preprocessing_))
+    if estimator.weights is not None or seed is not None:
+        digest.update(b"".join(prefix_digests(fitting.backbone_, blocks).values()))
+    if estimator.warm_start and hasattr(estimator, "head_"):
+        for module in (*estimator.network_.blocks.values(), estimator.head_):
             for weights in module.state_dict().values():
                 digest.update(weights.numpy().tobytes())
     return digest.hexdigest()
@@ -176,7 +176,7 @@ class Checkpoint:
         unfinished = _unfinished_path(self.path)
         try:
             with unfinished.open("wb") as file:
-                file.write(MAGIC + digest_of(content.getbuffer()))
+                file.write(MAGIC + _content_digest(content.getbuffer()))
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -225,7 +225,7 @@ class Checkpoint:
             whole = self.path.read_bytes()
             start = len(MAGIC) + DIGEST_BYTES
             content = memoryview(whole)[start:]
-            if whole[:start] != MAGIC + digest_of(content):
+            if whole[:start] != MAGIC + _content_digest(content):
                 raise ValueError("another format, or other bytes than were written")
             state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
@@ -292,7 +292,7 @@ def _unfinished_path(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
 
 
-def digest_of(content: Any) -> bytes:
+def _content_digest(content: Any) -> bytes:
     """Return the digest that precedes the state in a file."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 

@@ -61,7 +61,7 @@ def share(n: int) -> slice:
 
 
 def own_seed(seed: int) -> int:
-    """Return a seed that is another one in each process, as for dropout."""
+    """Return a different seed in each process, as for dropout."""
     return seed if n_processes() == 1 else as_int(derived_seed(seed, "process", rank()))
 
 
@@ -149,7 +149,7 @@ def check_same(values: dict[str, Any]) -> None:
         for name, value in everyone[0].items():
             if others[name] != value:
                 raise ValueError(
-                    f"fit was called with other {name} in process {number} than in "
+                    f"fit was called with different {name} in process {number} than in "
                     "process 0. Pass the same data and parameters in each process: fit "
                     "distributes the work."
                 )

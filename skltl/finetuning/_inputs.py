@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from skltl._parameters import resolve_device, resolve_threads
 from skltl._random import as_int, derived_seed, own_random_state
 from skltl.exceptions import NonFiniteFeaturesError, PersistenceWarning
 from skltl.features import cache_folder, extract_features, extraction_config
+from skltl.finetuning._data import Positions
 from skltl.finetuning._distributed import gather, gather_rows, n_processes, rank, shares
 from skltl.finetuning._network import SplitNetwork
 from skltl.images import (
@@ -34,34 +35,6 @@ from skltl.images import (
     normalize,
 )
 from skltl.inference import ExtractionConfig, FrozenPrefix
-
-Positions: TypeAlias = NDArray[np.int64]
-
-
-def _decode_together(
-    source: ImageSource, preprocessing: Preprocessing, n_threads: int
-) -> NDArray[Any]:
-    """Return the crops of all images, of which each process decodes a share."""
-    if n_processes() == 1:
-        return decode_crops(source, preprocessing, n_threads)
-    parts = shares(len(source))
-    rows = parts[rank()]
-    own = decode_crops(PartOfSource(source, rows), preprocessing, n_threads)
-    is_float = any(gather(own.dtype != np.uint8))
-    shape = len(source), *own.shape[1:]
-    crops = new_array(shape, np.float32 if is_float else np.uint8)
-    crops[rows] = as_float(own) if is_float else own
-    gather_rows(crops, [[part] for part in parts])
-    _warn_together(source)
-    return crops
-
-
-def _warn_together(source: ImageSource) -> None:
-    """Warn of the range of the images that all processes have read."""
-    for found in gather(source.ranges.found()):
-        for kind, values in found.items():
-            source.ranges.add(kind, *values)
-    source.warn_of_odd_range()
 
 
 @dataclass(frozen=True)
@@ -315,6 +288,32 @@ def _extract_together(
     gather_rows(features, [[one] for one in parts])
     _warn_together(source)
     return features
+
+
+def _decode_together(
+    source: ImageSource, preprocessing: Preprocessing, n_threads: int
+) -> NDArray[Any]:
+    """Return the crops of all images, of which each process decodes a share."""
+    if n_processes() == 1:
+        return decode_crops(source, preprocessing, n_threads)
+    parts = shares(len(source))
+    rows = parts[rank()]
+    own = decode_crops(PartOfSource(source, rows), preprocessing, n_threads)
+    is_float = any(gather(own.dtype != np.uint8))
+    shape = len(source), *own.shape[1:]
+    crops = new_array(shape, np.float32 if is_float else np.uint8)
+    crops[rows] = as_float(own) if is_float else own
+    gather_rows(crops, [[part] for part in parts])
+    _warn_together(source)
+    return crops
+
+
+def _warn_together(source: ImageSource) -> None:
+    """Warn of the range of the images that all processes have read."""
+    for found in gather(source.ranges.found()):
+        for kind, values in found.items():
+            source.ranges.add(kind, *values)
+    source.warn_of_odd_range()
 
 
 def frozen_forward(config: ExtractionConfig) -> Callable[[NDArray[Any]], Tensor]:

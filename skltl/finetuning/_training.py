@@ -46,7 +46,7 @@ SHOWN_IN_PROGRESS = ("loss", "score", "validation_score")
 Metrics: TypeAlias = dict[str, Any]
 
 # Losses (b,) and outputs (b, n_outputs) of a batch.
-Outputs: TypeAlias = tuple[Tensor, Tensor]
+BatchResult: TypeAlias = tuple[Tensor, Tensor]
 
 
 def train_network(
@@ -283,7 +283,9 @@ class StageTrainer:
         }
         return broadcast(metrics)
 
-    def _train_step(self, positions: Positions, views: NDArray[np.int64]) -> Outputs:
+    def _train_step(
+        self, positions: Positions, views: NDArray[np.int64]
+    ) -> BatchResult:
         """Update the parameters; return the losses and the outputs."""
         loss, result = self._run(positions, views)
         self._optimizer.zero_grad()
@@ -297,7 +299,7 @@ class StageTrainer:
 
     def _run(
         self, positions: Positions, views: NDArray[np.int64]
-    ) -> tuple[Tensor, Outputs]:
+    ) -> tuple[Tensor, BatchResult]:
         """Return the loss, and the losses and outputs by image.
 
         They are those of the images of this process; their loss is its summand of that
@@ -322,7 +324,7 @@ class StageTrainer:
         return loss, (losses.detach(), outputs.detach())
 
     def _loss_and_score(
-        self, positions: Positions, results: Sequence[Outputs]
+        self, positions: Positions, results: Sequence[BatchResult]
     ) -> tuple[float, float]:
         """Return the mean loss and the score of images, from those of batches."""
         slices = batches(len(positions), self._estimator.batch_size)

@@ -170,7 +170,7 @@ def from_format_2(state: State) -> State:
     return {**state, **changed}
 
 
-def head_state(head: Block) -> State:
+def own_head_state(head: Block) -> State:
     """Return a network's own head as a state."""
     return {
         "versions": versions([head]),
@@ -179,7 +179,7 @@ def head_state(head: Block) -> State:
     }
 
 
-def head_from_state(
+def own_head_from_state(
     backbone: Backbone, state: State, image_size: ImageSize, n_classes: int
 ) -> Block:
     """Build a network's own head from a state; refuse another one."""

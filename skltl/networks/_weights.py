@@ -211,8 +211,8 @@ def _fetch_from_hub(backbone: Backbone, file: HubFile) -> Path:
     """
     if not file.repository:
         raise WeightsNotFoundError(
-            f"There are no pretrained weights of {backbone.name!r}. weights=None draws "
-            "random ones, and a file can be given by its path."
+            f"There are no pretrained weights for {backbone.name!r}. weights=None "
+            "draws random ones, and a file can be given by its path."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -27,9 +27,9 @@ from skltl.exceptions import nearest, shorten
 from skltl.features import NetworkClassifier, output_layout
 from skltl.finetuning import encode_labels, example_weights
 from skltl.inference import (
-    head_from_state,
-    head_state,
     load_with_head,
+    own_head_from_state,
+    own_head_state,
     resolve_engine,
 )
 from skltl.networks import (
@@ -352,7 +352,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
     def __getstate__(self):
         state = super().__getstate__()
         if "head_" in state:
-            state["head_"] = head_state(self.head_)
+            state["head_"] = own_head_state(self.head_)
         return state
 
     def __setstate__(self, state):
@@ -360,7 +360,7 @@ class PretrainedCNNClassifier(NetworkClassifier):
         if "head_" in state:
             n_categories = len(self.categories_)
             size = self.preprocessing_.size
-            self.head_ = head_from_state(
+            self.head_ = own_head_from_state(
                 self.backbone_, state["head_"], size, n_categories
             )
 

@@ -58,7 +58,7 @@ def evaluate_strategies(
     advisor.n_smallest_ = task.count_smallest(labeled.targets)
     advisor.n_evaluated_, advisor.n_folds_ = len(evaluated.targets), n_folds
     advisor.n_repeats_ = -(-len(splits) // n_folds)
-    _describe_backbones(advisor, candidates, best)
+    _compare_backbones(advisor, candidates, best)
     transformer = best.transformer
     advisor.class_map_ = None
     if task.name == "classes":
@@ -82,7 +82,7 @@ def evaluate_strategies(
     return best.fitted, evaluated, best.features
 
 
-def _describe_backbones(
+def _compare_backbones(
     advisor: Any, candidates: Sequence[Candidate], best: Candidate
 ) -> None:
     """Set the fitted attributes that compare the backbones."""

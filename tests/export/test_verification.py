@@ -7,7 +7,7 @@ from small_pipeline import pipeline
 
 from skltl import make_feature_pipeline
 from skltl.exceptions import ExportError
-from skltl.export._parts import split
+from skltl.export._parts import parts_of
 from skltl.export._verification import predictions_of, verify
 
 
@@ -51,7 +51,7 @@ def test_differences_are_found(kind, change, message, request, training_images, 
     model = LogisticRegression(C=1e-3)
     if kind == "labels":
         model = make_feature_pipeline(classifier="softmax")[-1]
-    parts = split(pipeline(model).fit(training_images, y))
+    parts = parts_of(pipeline(model).fit(training_images, y))
 
     def run(crops):
         return predictions_of(parts, crops)
@@ -62,7 +62,7 @@ def test_differences_are_found(kind, change, message, request, training_images, 
 
 
 def test_a_single_image_is_compared_too(training_images, labels):
-    parts = split(pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels))
+    parts = parts_of(pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels))
 
     def run(crops):
         found = predictions_of(parts, crops)
