@@ -185,6 +185,7 @@ def test_a_fit_resumes_after_one_process_was_killed(outcomes, tmp_path):
     assert one["digest"] == other["digest"] == expected["digest"]
     assert one["losses"] == [record["loss"] for record in expected["history"]]
     assert one["n_steps"] == other["n_steps"] == 3 * 9  # two of five epochs were saved
+    assert (one["n_saves"], other["n_saves"]) == (3, 0)  # only the first process
     assert list((tmp_path / "checkpoint").iterdir()) == []
 
 

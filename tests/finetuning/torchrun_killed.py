@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torchrun_cases import digest, of_classes, this_rank
 
+from skltl.finetuning._checkpoint import Checkpoint
 from skltl.finetuning._training import StageTrainer
 
-STEPS = []
-train_step = StageTrainer._train_step
+STEPS, SAVES = [], []
+train_step, save = StageTrainer._train_step, Checkpoint.save
 
 
 def counted_step(self, *batch):
@@ -24,12 +25,17 @@ def counted_step(self, *batch):
     return train_step(self, *batch)
 
 
+def counted_save(self, state):
+    SAVES.append(1)
+    return save(self, state)
+
+
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    StageTrainer._train_step = counted_step
+    StageTrainer._train_step, Checkpoint.save = counted_step, counted_save
     fitted = of_classes(folder, batch_size=7, checkpoint=folder / "checkpoint")
-    found = {"digest": digest(fitted), "n_steps": len(STEPS)}
+    found = {"digest": digest(fitted), "n_steps": len(STEPS), "n_saves": len(SAVES)}
     found["losses"] = [record["loss"] for record in fitted.history_]
     (folder / f"{this_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
