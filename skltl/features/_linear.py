@@ -206,7 +206,7 @@ class Ridge(linear_model.Ridge):
             Values.
         """
         check_is_fitted(self)
-        formats = ["csr", "csc", "coo"]  # others cannot be checked for NaN
+        formats = ["csr", "csc"]  # which can be checked for NaN
         X = validate_data(self, X, reset=False, accept_sparse=formats)
         products = safe_sparse_dot(X, self.coef_.T, dense_output=True)
         return np.add(products, self.intercept_, dtype=np.float64)
