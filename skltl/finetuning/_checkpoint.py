@@ -176,7 +176,7 @@ class Checkpoint:
         unfinished = _unfinished_path(self.path)
         try:
             with unfinished.open("wb") as file:
-                file.write(MAGIC + _content_digest(content.getbuffer()))
+                file.write(MAGIC + content_digest(content.getbuffer()))
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -225,7 +225,7 @@ class Checkpoint:
             whole = self.path.read_bytes()
             start = len(MAGIC) + DIGEST_BYTES
             content = memoryview(whole)[start:]
-            if whole[:start] != MAGIC + _content_digest(content):
+            if whole[:start] != MAGIC + content_digest(content):
                 raise ValueError("another format, or other bytes than were written")
             state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
@@ -292,7 +292,7 @@ def _unfinished_path(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.unfinished")
 
 
-def _content_digest(content: Any) -> bytes:
+def content_digest(content: Any) -> bytes:
     """Return the digest that precedes the state in a file."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 

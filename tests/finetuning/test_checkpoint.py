@@ -22,8 +22,8 @@ from skltl.exceptions import CheckpointWarning
 from skltl.finetuning._checkpoint import (
     MAGIC,
     Checkpoint,
+    content_digest,
     description,
-    digest_of,
     view_content,
 )
 from skltl.images import read_images
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_refused(data, saved, share):
 def write_state(path, state):
     content = io.BytesIO()
     torch.save(state, content)
-    path.write_bytes(MAGIC + digest_of(content.getbuffer()) + content.getvalue())
+    path.write_bytes(MAGIC + content_digest(content.getbuffer()) + content.getvalue())
 
 
 @pytest.mark.parametrize("first", [b"skltl checkpoint 2\n", b"skltl checkpoint 99\n"])
