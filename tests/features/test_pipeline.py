@@ -210,13 +210,15 @@ def test_weights_of_labels_count_as_repetitions(few_digits, classifier):
     weights = np.random.default_rng(0).integers(0, 3, len(y))
     pipeline = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
     pipeline.set_params(**{f"{classifier}__tol": 1e-8})
+    if classifier == "softmax":  # the default solver ends before it is exact
+        pipeline.set_params(softmax__solver="newton-cholesky")
     metadata = {f"{name}__sample_weight": weights for name in ("scale", classifier)}
 
     found = clone(pipeline).fit(X, labels, **metadata).decision_function(X)
 
     repeated = np.repeat(np.arange(len(y)), weights)
     expected = clone(pipeline).fit(X[repeated], labels[repeated]).decision_function(X)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     unweighted = clone(pipeline).fit(X, labels).decision_function(X)
     assert abs(unweighted - expected).max() > 0.05
 
