@@ -134,9 +134,9 @@ def find_label_errors(
         )
     check_scalar(cv, "cv", Integral, min_val=2)
     fitted = fitted_to(X, transformer)
+    check_consistent_length(X, y, groups)  # before images are read
     classes, targets = encode_labels(y, len(X))
     if groups is not None:
-        check_consistent_length(targets, groups)
         groups = check_groups(groups)
     n_groups = len(targets) if groups is None else len(np.unique(groups))
     n_folds = min(cv, int(np.bincount(targets).min()), n_groups)

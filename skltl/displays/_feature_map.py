@@ -156,9 +156,9 @@ class FeatureMapDisplay:
         transformer = fitted_to(X, _features_part(estimator))
         source = read_as(transformer, X, image_shape)
         _check_labels(source, y)
-        _resolve_method(method, len(source), random_state)
+        reducer = _resolve_method(method, len(source), random_state)
         features = np.asarray(transformer.transform(X))
-        display = cls._of_features(features, source, y, method, random_state)
+        display = cls._of_features(features, source, y, reducer)
         return display.plot(
             max_images=max_images, thumbnail_size=thumbnail_size, ax=ax, **kwargs
         )
@@ -225,17 +225,17 @@ class FeatureMapDisplay:
             X, reader=reader, value_range=value_range, image_shape=image_shape
         )
         features = np.asarray(features)
-        display = cls._of_features(features, source, y, method, random_state)
+        check_consistent_length(features, source)
+        _check_labels(source, y)
+        reducer = _resolve_method(method, len(source), random_state)
+        display = cls._of_features(features, source, y, reducer)
         return display.plot(
             max_images=max_images, thumbnail_size=thumbnail_size, ax=ax, **kwargs
         )
 
     @classmethod
-    def _of_features(cls, features, source, y, method, random_state):
-        check_consistent_length(features, source)
+    def _of_features(cls, features, source, y, reducer):
         check_readable(features)
-        _check_labels(source, y)
-        reducer = _resolve_method(method, len(features), random_state)
         coordinates, names = _reduce(reducer, features, y)
         return cls(coordinates, source, y, names)
 

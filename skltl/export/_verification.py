@@ -81,7 +81,7 @@ def _compare(
     It may be that of the first images only.
     """
     if name not in expected:
-        raise ExportError(f"The {kind} returns {name!r}, which the estimator has not.")
+        raise ExportError(f"The {kind} returns {name!r}, unlike the estimator.")
     wanted = expected[name][: len(found)]
     if found.shape != wanted.shape:
         raise ExportError(

@@ -33,9 +33,8 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     check_is_fitted(pipeline)
     steps = steps_of(pipeline)
     first, *between, last = steps if len(steps) > 1 else (*steps, None, None)[:2]
-    is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
     is_known = isinstance(first, CNNFeatureTransformer) and last is not None
-    if not is_known or (between and not is_scaled):
+    if not is_known or not _is_at_most_a_scaler(between):
         raise ValueError(
             "The steps of the pipeline must be a CNNFeatureTransformer, optionally a "
             "StandardScaler, and a linear model, got "
@@ -54,6 +53,11 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
             "with one head needs a single layer. Fit the pipeline with one of them."
         )
     return first, between[0] if between else None, unwrapped(last)
+
+
+def _is_at_most_a_scaler(steps: list[Any]) -> bool:
+    """Return whether steps before a linear model can be part of a head."""
+    return not steps or (len(steps) == 1 and isinstance(steps[0], StandardScaler))
 
 
 def head_of_pipeline(
@@ -88,8 +92,7 @@ def linear_head(
     Its layers must be those of the `expected` head.
     """
     *between, linear = steps_of(fitted) if isinstance(fitted, Pipeline) else [fitted]
-    is_scaled = len(between) == 1 and isinstance(between[0], StandardScaler)
-    if between and not is_scaled:
+    if not _is_at_most_a_scaler(between):
         raise ValueError(
             "head_init: expected a linear model, or a pipeline of a StandardScaler and "
             f"one, got {', '.join(type(step).__name__ for step in steps_of(fitted))}. "

@@ -1,4 +1,4 @@
-"""An export that predicts otherwise than the estimator is refused, with the figure."""
+"""An export that predicts differently from the estimator is refused, with the figure."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def lose_one_score(outputs):
         (lambda outputs: {"scores": outputs["scores"].T}, r"of shape .* instead of"),
         (
             lambda outputs: outputs | {"more": outputs["scores"]},
-            "returns 'more', which",
+            "returns 'more', unlike",
         ),
     ],
 )
