@@ -1,4 +1,4 @@
-"""An export that predicts differently from the estimator is refused, with the figure."""
+"""An export whose results differ from the estimator's is refused, with the figure."""
 
 import numpy as np
 import pytest
