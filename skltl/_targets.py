@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,8 @@ def is_multilabel_classifier(classifier: Any) -> bool:
 def check_groups(groups: Any) -> NDArray[Any]:
     """Return groups as an array (n,); refuse those that cannot be sorted."""
     groups = column_or_1d(groups)
+    if groups.dtype.kind == "f" and np.isnan(groups).any():
+        raise ValueError("groups contains NaN.")
     try:
         np.unique(groups)
     except TypeError as error:
@@ -35,6 +40,19 @@ def check_groups(groups: Any) -> NDArray[Any]:
             f"groups must be of one type, without missing values: {error}."
         ) from error
     return np.asarray(groups)
+
+
+@contextmanager
+def any_number_of_classes() -> Iterator[None]:
+    """Let scikit-learn fit a classifier to classes of one or two images each.
+
+    It warns that such targets could be values of a regression problem, of names, too.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The number of unique classes is greater", UserWarning
+        )
+        yield
 
 
 def check_indicators(y: NDArray[Any]) -> None:

@@ -123,6 +123,8 @@ def find_duplicates(
     """
     if max_distance is not None:
         check_scalar(max_distance, "max_distance", Real, min_val=0, max_val=2)
+        if np.isnan(max_distance):  # which comparisons let through
+            raise ValueError("max_distance is NaN; it must be in [0, 2].")
     transformer = fitted_to(X, transformer)  # of both sets
     features = unit_features(X, transformer)
     reference = features if other is None else unit_features(other, transformer)

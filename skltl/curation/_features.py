@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import normalize
 from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import check_not_dask
+from skltl._nested import steps_of
 from skltl.features import resolve_transformer
 
 Features = NDArray[np.float32]
@@ -37,7 +39,7 @@ def fitted_to(X: Any, transformer: Any) -> Any:
     check_not_dask(X)
     transformer = resolve_transformer(transformer)
     try:
-        check_is_fitted(transformer)
+        _check_is_fitted(transformer)
     except NotFittedError:
         if get_tags(transformer).target_tags.required:
             raise NotFittedError(
@@ -46,3 +48,14 @@ def fitted_to(X: Any, transformer: Any) -> Any:
             ) from None
         return clone(transformer).fit(X)
     return transformer
+
+
+def _check_is_fitted(transformer: Any) -> None:
+    """Raise ``NotFittedError`` for a transformer that is not fitted.
+
+    Pipelines ask their last step, which is always fitted if it has no state.
+    """
+    if isinstance(transformer, Pipeline):
+        with_state = (s for s in steps_of(transformer) if get_tags(s).requires_fit)
+        check_is_fitted(next(with_state, transformer))
+    check_is_fitted(transformer)

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length, check_scalar
 
-from skltl._targets import check_groups
+from skltl._targets import any_number_of_classes, check_groups
 from skltl.curation._features import fitted_to
 from skltl.features import check_readable, make_feature_pipeline
 from skltl.finetuning import encode_labels
@@ -182,7 +182,8 @@ def _cross_validated(
                 f"groups: the class {name!r} is in so few groups that the other folds "
                 "have no image of it."
             )
-        fitted = clone(model).fit(features[train], targets[train])
+        with any_number_of_classes():
+            fitted = clone(model).fit(features[train], targets[train])
         proba[test] = fitted.predict_proba(features[test])
     return proba
 

@@ -29,7 +29,8 @@ class BatchFunction:
     method : str, default="transform"
         Method of the estimator, such as ``"predict"`` or ``"predict_proba"``.
     column : str, default="path"
-        Name of the column that holds the images: paths, encoded images or arrays.
+        Name of the column that holds the images: paths or encoded images; in a
+        dict or a data frame, arrays, too.
     output : str, default="features"
         Name of the new column. A column of this name is replaced.
 
@@ -72,7 +73,8 @@ class BatchFunction:
         check_is_fitted(estimator)
         if not callable(getattr(estimator, method, None)):
             raise AttributeError(
-                f"{type(estimator).__name__} has no method {shorten(repr(method))}."
+                f"{type(estimator).__name__} has no method {shorten(repr(method))}. "
+                "Pass another one as method, such as 'predict'."
             )
         self.estimator: Any = estimator
         self.method = method
@@ -102,7 +104,7 @@ class BatchFunction:
             return added
         if hasattr(batch, "append_column"):
             return self._add_to_arrow(batch, results)
-        column = results[:n] if results.ndim == 1 else [*results[:n]]
+        column = results[:n] if results.ndim == 1 else _objects(results[:n])
         return batch.assign(**{self.output: column})
 
     def __repr__(self) -> str:
@@ -120,9 +122,10 @@ class BatchFunction:
         """Return the column of images."""
         is_table = hasattr(batch, "append_column") or hasattr(batch, "assign")
         if not (isinstance(batch, Mapping) or is_table):
+            package = type(batch).__module__.partition(".")[0]
             raise TypeError(
                 "The batch must be a dict of columns, a pandas.DataFrame or a "
-                f"pyarrow.Table; got a {type(batch).__name__}."
+                f"pyarrow.Table; got a {package}.{type(batch).__name__}."
             )
         names = list(getattr(batch, "column_names", batch))
         if self.column not in names:
@@ -161,3 +164,10 @@ class BatchFunction:
             index = table.column_names.index(self.output)
             return table.set_column(index, self.output, column)
         return table.append_column(self.output, column)
+
+
+def _objects(rows: NDArray[Any]) -> NDArray[np.object_]:
+    """Return an array of the rows, which is one of objects even if there are none."""
+    column = np.empty(len(rows), dtype=object)
+    column[:] = list(rows)
+    return column

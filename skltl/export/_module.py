@@ -20,7 +20,7 @@ from skltl.export._parts import Parts, own_settings, parts_of
 from skltl.export._verification import verify
 from skltl.features import CNNFeatureTransformer
 from skltl.images import normalize
-from skltl.inference import build_segments, pool
+from skltl.inference import build_segments, is_exporting, pool
 from skltl.networks import layouts, truncate, versions
 
 # Name of the input of an exported file.
@@ -86,9 +86,36 @@ class ExportedNetwork(nn.Module):
             targets there is ``"labels"``, an indicator matrix, instead of ``"index"``.
             A classifier with calibrated probabilities has no scores. Of a regressor,
             ``"values"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `images` are no crops for this network.
         """
+        if not is_exporting():
+            self._check(images)
         outputs: Outputs = self.outputs(self.features(images))
         return outputs
+
+    def _check(self, images: Tensor) -> None:
+        """Raise an error for what would be predicted wrongly."""
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a tensor, got {type(images).__name__}. Use "
+                "torch.from_numpy."
+            )
+        shape = *self.preprocessing_.size, self.preprocessing_.n_channels
+        if images.ndim != 4 or images.shape[1:] != shape:
+            raise ValueError(
+                f"images must have shape (n, {', '.join(map(str, shape))}), got "
+                f"{tuple(images.shape)}. Make crops of images with "
+                "skltl.crop_images(X, module.preprocessing_)."
+            )
+        if images.is_floating_point() and images.numel() and images.max() > 1:
+            raise ValueError(
+                f"images of floats must be in [0, 1], the largest is {images.max():g}. "
+                "Pass uint8, or divide by 255."
+            )
 
 
 class Network(nn.Module):

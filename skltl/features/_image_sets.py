@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,6 +179,15 @@ def _flatten(X):
                 f"X has {X.shape[1]} columns; expected one column of samples."
             )
         X = X.iloc[:, 0]
+    if isinstance(X, Mapping):
+        raise TypeError(
+            f"X is a {type(X).__name__}; expected a sequence of samples. Pass "
+            "list(X.values()) if its values are the samples."
+        )
+    if not hasattr(X, "__len__"):  # an iterator, which `transform` would find used up
+        raise TypeError(
+            f"X is a {type(X).__name__}; expected a sequence of samples. Pass list(X)."
+        )
     images, sizes = [], []
     for position, sample in enumerate(_items(X)):
         if hasattr(sample, "as_py"):  # of pyarrow
@@ -212,7 +221,7 @@ def _is_sequence(sample):
 
 
 def _items(values):
-    """Return a list of the items of a sequence, by its length, or of an iterable.
+    """Return a list of the items of a sequence, by its length, or of an array.
 
     Lazy sequences need not raise an error at their end.
     """

@@ -452,7 +452,11 @@ class FineTunedCNNClassifier(FineTunedCNN, NetworkClassifier):
         return BinaryCrossEntropy(training, smoothing, self.class_weight == "balanced")
 
     def _target_identity(self):
-        return {"classes": [is_multilabel_classifier(self), *self.classes_.tolist()]}
+        is_multilabel = is_multilabel_classifier(self)
+        return {
+            "kind of targets": "labels" if is_multilabel else "classes",
+            "classes": self.classes_.tolist(),
+        }
 
     def _check_head(self, fitted):
         check_same_classes(self.classes_, self.multilabel_, fitted)

@@ -100,10 +100,15 @@ def linear_head(
         )
     scaler = between[0] if between else None
     head = head_of_pipeline(pooling, layout, scaler, linear)
+    n_outputs, n_expected = head[-1].out_features, expected[-1].out_features
+    if n_outputs != n_expected:
+        raise ValueError(
+            f"head_init: outputs of the fitted model: {n_outputs}, of y: {n_expected}."
+        )
     layers, expected_layers = head_specs(head), head_specs(expected)
     if layers != expected_layers:
         raise ValueError(
-            "head_init: the fitted model is not the head that pooling, "
+            "head_init: the fitted model is not the head that layer, pooling, "
             f"conv_channels, hidden_units and dropout define: {layers} instead of "
             f"{expected_layers}."
         )
@@ -143,9 +148,9 @@ def _coefficients(model: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     several = getattr(model, "estimators_", None)
     parts = [model] if several is None else several  # one-vs-rest: one per class
     is_linear = all(hasattr(part, "coef_") for part in parts)
-    if several is not None and any(hasattr(part, "coef_") for part in parts):
+    if is_multilabel_classifier(model) and not is_linear:
         constant = [n for n, part in enumerate(parts) if not hasattr(part, "coef_")]
-        if constant:
+        if len(constant) < len(parts):
             raise ValueError(
                 f"{type(model).__name__} has no coef_ for label {constant[0]}, which "
                 "all images have, or none. The classifiers 'softmax' and 'svm' of "

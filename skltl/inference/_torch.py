@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -74,11 +75,15 @@ def _chunks(output: Tensor) -> Sequence[Tensor]:
     process, and to get it takes ten times as long as the arithmetic. An exported
     network has no fixed number of images to divide.
     """
-    jit: Any = torch.jit
-    is_exported = torch.compiler.is_compiling() or jit.is_tracing()
-    if output.device.type != "cpu" or is_exported:
+    if output.device.type != "cpu" or is_exporting():
         return [output]
-    return torch.split(output, max(1, CHUNK // output[0].numel()))
+    return torch.split(output, max(1, CHUNK // math.prod(output.shape[1:])))
+
+
+def is_exporting() -> bool:
+    """Return whether operations are recorded, for an export or a compiler."""
+    jit: Any = torch.jit
+    return torch.compiler.is_compiling() or jit.is_tracing()
 
 
 def _pool_chunk(feature_map: Tensor, pooling: str | int) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from skltl._estimator import read_images_of
 from skltl._sklearn import check_sample_weight, take
-from skltl._targets import check_groups
+from skltl._targets import any_number_of_classes, check_groups
 from skltl.exceptions import ImageError
 from skltl.features import make_feature_pipeline
 from skltl.strategy._tasks import Task
@@ -201,7 +201,7 @@ def fit_linear(
     """Fit the scaler and the classifier of a feature pipeline, both with weights."""
     weights = {f"{name}__sample_weight": sample_weight for name, _ in steps.steps}
     # With routing enabled by the user, the steps would have to request the weights.
-    with config_context(enable_metadata_routing=False):
+    with config_context(enable_metadata_routing=False), any_number_of_classes():
         steps.fit(features, y, **weights)
 
 

@@ -457,13 +457,21 @@ def _code_of(name: str, value: Any) -> str:
     own_name = getattr(value, "__qualname__", "")
     if own_name and getattr(sys.modules.get(value.__module__), own_name, None) is value:
         return own_name
-    value = fspath(value) if isinstance(value, PathLike) else value
-    text = repr(value.item() if isinstance(value, np.generic) else value)
+    text = repr(_plain(value))
     try:
         ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return name
     return text if len(text) <= MAX_CHARACTERS else name
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with paths as text, and numbers of NumPy as those of Python."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, PathLike):
+        return fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class TransformerMetaEstimator(MetaEstimatorMixin, ImageEstimator):

@@ -19,7 +19,7 @@ from sklearn.model_selection import (
     cross_val_score,
 )
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 
 from skltl import (
     CNNFeatureTransformer,
@@ -135,7 +135,7 @@ def test_images_that_cannot_be_read_have_no_duplicates(patches):
         find_duplicates(X, CNNFeatureTransformer("tiny"))
 
 
-@pytest.mark.parametrize("max_distance", [-0.1, 2.1, "0.1"])
+@pytest.mark.parametrize("max_distance", [-0.1, 2.1, np.nan, "0.1"])
 def test_odd_distances_are_refused(max_distance, patches):
     with pytest.raises((ValueError, TypeError), match="max_distance"):
         find_duplicates(
@@ -156,9 +156,16 @@ def test_an_unfitted_network_with_a_head_is_refused(patches):
         find_outliers(patches, FineTunedCNNClassifier("tiny"))
 
 
-def test_groups_of_several_types_are_refused(patches):
-    groups = np.array(["a", 1] * 20, dtype=object)
-    with pytest.raises(ValueError, match="groups must be of one type"):
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.array(["a", 1] * 20, dtype=object), "groups must be of one type"),
+        ([0.0, np.nan] * 20, "groups contains NaN"),
+    ],
+    ids=["types", "NaN"],
+)
+def test_odd_groups_are_refused(groups, message, patches):
+    with pytest.raises(ValueError, match=message):
         find_label_errors(
             patches, np.arange(40) % 2, CNNFeatureTransformer("tiny"), groups=groups
         )
@@ -413,6 +420,25 @@ def test_both_sets_are_compared_in_the_same_features(patches):
     found = find_duplicates(patches, pipeline, other=patches[:5], max_distance=0.01)
 
     assert [pair[:2] for pair in found.pairs] == [(n, n) for n in range(5)]
+
+
+@pytest.mark.parametrize("find", [find_duplicates, find_outliers])
+def test_an_unfitted_pipeline_may_end_in_a_stateless_step(find, patches):
+    steps = CNNFeatureTransformer("tiny"), Normalizer()
+
+    unfitted = find(patches, make_pipeline(*steps))
+
+    fitted = find(patches, make_pipeline(*steps).fit(patches))
+    assert_array_equal(unfitted[0], fitted[0])
+
+
+def test_classes_of_two_images_each_give_no_warning(patches):
+    """Of scikit-learn, which would take their number for that of values."""
+    y = [f"class {n // 2}" for n in range(40)]
+
+    errors = find_label_errors(patches, y, CNNFeatureTransformer("tiny"), cv=2)
+
+    assert errors.proba.shape == (40, 20)
 
 
 def test_near_copies_are_found_where_most_images_are_copies(patches):

@@ -113,6 +113,12 @@ def test_empty_tables_have_the_types_of_others(paths, dtype):
     assert function(table[:0]).schema == function(table).schema
 
 
+def test_empty_data_frames_have_the_types_of_others(transformer, paths):
+    function, table = BatchFunction(transformer), pd.DataFrame({"path": paths})
+
+    assert_array_equal(function(table[:0]).dtypes, function(table).dtypes)
+
+
 @pytest.mark.parametrize("output", ["pandas", "polars"])
 def test_empty_batches_do_not_depend_on_the_output(transformer, output):
     function = BatchFunction(transformer.set_output(transform=output))
@@ -205,9 +211,9 @@ def test_errors_say_what_was_expected(transformer, paths):
 
     with pytest.raises(KeyError, match="no column 'image', only 'path'"):
         function({"path": paths})
-    with pytest.raises(TypeError, match="dict of columns.*got a list"):
+    with pytest.raises(TypeError, match="dict of columns.*got a builtins.list"):
         function(paths)
-    with pytest.raises(AttributeError, match="has no method 'predict'"):
+    with pytest.raises(AttributeError, match=r"has no method 'predict'\. Pass another"):
         BatchFunction(transformer, "predict")
     with pytest.raises(ValueError, match="not fitted"):
         BatchFunction(CNNFeatureTransformer("tiny"))

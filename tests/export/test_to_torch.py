@@ -21,7 +21,7 @@ from sklearn.linear_model import (
     SGDClassifier,
 )
 from sklearn.model_selection import GridSearchCV
-from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multiclass import OneVsRestClassifier, OutputCodeClassifier
 from sklearn.multioutput import RegressorChain
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -381,6 +381,24 @@ def test_the_module_is_independent_of_the_estimator(training_images, labels, ima
     assert not any(weights.requires_grad for weights in module.parameters())
 
 
+def test_the_module_refuses_what_are_no_crops(training_images, labels):
+    classifier = pipeline(LogisticRegression()).fit(training_images, labels)
+    module = to_torch(classifier)
+    crops = torch.from_numpy(crop_images(training_images, module.preprocessing_))
+    height, width, _ = crops.shape[1:]
+    expected = module(crops)["probabilities"]
+    assert_allclose(module(crops.float() / 255)["probabilities"], expected, atol=1e-6)
+    assert module(crops[:0])["probabilities"].shape == (0, expected.shape[1])
+    for wrong in crops[:, 1:], crops.permute(0, 3, 1, 2), crops[0]:
+        shape = rf"\(n, {height}, {width}, 3\), got .*crop_images"
+        with pytest.raises(ValueError, match=shape):
+            module(wrong)
+    with pytest.raises(ValueError, match=rf"largest is {crops.max()}\. Pass uint8"):
+        module(crops.float())
+    with pytest.raises(TypeError, match="tensor, got ndarray"):
+        module(crops.numpy())
+
+
 # About kernels in the order of memory that is fast on a CPU.
 @pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
@@ -444,6 +462,7 @@ class Reversed(LogisticRegression):
     [
         ([KNeighborsClassifier()], "'kneighborsclassifier' .* no coef_"),
         ([SVC()], "'svc' .* no coef_"),
+        ([OutputCodeClassifier(LinearSVC(), random_state=0)], "is not a linear model"),
         ([QuantileTransformer(n_quantiles=5), LinearSVC()], "'quantiletransformer'"),
         ([Reversed()], "'reversed' .* neither the softmax nor"),
         (

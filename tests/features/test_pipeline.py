@@ -209,9 +209,11 @@ def test_weights_of_labels_count_as_repetitions(few_digits, classifier):
     labels = np.column_stack([y % 2 == 0, y > 4]).astype(int)
     weights = np.random.default_rng(0).integers(0, 3, len(y))
     pipeline = make_feature_pipeline("tiny", classifier, layer="block3", **SMALL)
-    pipeline.set_params(**{f"{classifier}__tol": 1e-8})
     if classifier == "softmax":  # the default solver ends before it is exact
-        pipeline.set_params(softmax__solver="newton-cholesky")
+        # In float32, gradients do not become much smaller.
+        pipeline.set_params(softmax__solver="newton-cholesky", softmax__tol=1e-6)
+    else:
+        pipeline.set_params(svm__tol=1e-8)
     metadata = {f"{name}__sample_weight": weights for name in ("scale", classifier)}
 
     found = clone(pipeline).fit(X, labels, **metadata).decision_function(X)

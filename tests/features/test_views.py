@@ -195,7 +195,7 @@ def test_samples_of_a_table(images, image_files, samples):
     arrays = [group.unique() for group in groups]  # of pandas, not numpy
     arrow = pa.array(lists.tolist())
     for X in (
-        *(groups, lists, lists.to_frame(), (group for group in groups)),
+        *(groups, lists, lists.to_frame()),
         *(arrays, [pd.Index(array) for array in arrays], arrow),
     ):
         features = transformer.transform(X)
@@ -275,6 +275,19 @@ def test_samples_are_cross_validated(images, samples):
 def test_what_is_no_sample_is_named(sample, error, message, samples):
     with pytest.raises(error, match=message):
         ImageSetTransformer(CNNFeatureTransformer("tiny")).fit([samples[0], sample])
+
+
+@pytest.mark.parametrize(
+    ("samples_in", "advice"),
+    [
+        (lambda samples: dict(enumerate(samples)), r"a dict; .* Pass list\(X.values"),
+        (iter, r"a list_iterator; .* Pass list\(X\)"),
+    ],
+    ids=["dict", "iterator"],
+)
+def test_samples_must_be_a_sequence(samples_in, advice, samples):
+    with pytest.raises(TypeError, match=f"X is {advice}"):
+        ImageSetTransformer(CNNFeatureTransformer("tiny")).fit(samples_in(samples))
 
 
 def test_an_unreadable_image_of_a_sample_is_named_or_ignored(samples, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import joblib
+import numpy as np
 import pytest
 import skops.io
 import torch
@@ -124,8 +125,12 @@ def test_a_warm_start_continues_the_previous_fit(data):
     warm.set_params(head_epochs=0).fit(X, y)
 
     assert losses(warm)[-1] < last
-    with pytest.raises(ValueError, match="the same classes as in the previous fit"):
-        warm.fit(X, y % 2)
+    for changed, message in (
+        (y % 2, r"the same classes as in the previous fit: .*, not \[0, 1\]"),
+        (np.c_[y % 2, y > 4], "the same kind of targets .*: classes, not labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            warm.fit(X, changed)
 
 
 @pytest.mark.parametrize(

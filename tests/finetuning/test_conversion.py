@@ -63,7 +63,7 @@ def test_clones_of_a_converted_pipeline_start_from_it(data):
     assert_array_equal(made.fit(X, y).decision_function(X), again.decision_function(X))
     with pytest.raises(ValueError, match="head_init: the classes are"):
         clone(made).fit(X, y % 2)
-    with pytest.raises(ValueError, match="is not the head that pooling"):
+    with pytest.raises(ValueError, match="is not the head that layer"):
         clone(made).set_params(hidden_units=(5,)).fit(X, y)
 
 

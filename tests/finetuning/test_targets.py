@@ -233,6 +233,8 @@ def test_models_of_other_targets_are_refused(labeled, measured):
         regressor(head_init=FrozenEstimator(labels[-1])).fit(X, values)
     with pytest.raises(ValueError, match=r"head_init: the classes are \[0, 1, 2\]"):
         classifier(head_init=FrozenEstimator(numbers[-1])).fit(X, Y)
+    with pytest.raises(ValueError, match=r"outputs of the fitted model: 2, of y: 1"):
+        FineTunedCNNRegressor.from_pipeline(numbers).fit(X, values[:, 0])
 
 
 @pytest.mark.parametrize("kind", ["labels", "values"])

@@ -289,6 +289,7 @@ def test_what_has_no_code_is_a_name():
     assert "reader=reader)" in code(reader=lambda item: item)
     assert "random_state=random_state" in code(random_state=np.random.RandomState(0))
     assert "batch_size=2," in code(batch_size=np.int64(2))
+    assert "image_size=(32, 48)," in code(image_size=(np.int64(32), np.int64(48)))
     assert "pooling=2," in code(pooling=2)
 
 
