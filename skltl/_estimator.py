@@ -92,7 +92,9 @@ class ImageEstimator(BaseEstimator):
     of images.
 
     A pickled estimator is self-contained and plain: weights as numpy arrays, configs as
-    dictionaries. It loads on a machine without a GPU.
+    dictionaries. It loads on a machine without a GPU. Estimators with a parameter
+    `store_weights` may leave out the weights; in `fit` they set `_fitted_weights`, the
+    value of `weights` at that time.
     """
 
     _parameter_constraints: dict = {
@@ -185,6 +187,8 @@ class ImageEstimator(BaseEstimator):
             state["backbone_"], state["network_"] = backbone, network
             state["layers_"] = [ResolvedLayer(*point) for point in state["layers_"]]
             state["preprocessing_"] = Preprocessing(**state["preprocessing_"])
+            # Files of earlier versions do not have it for all estimators.
+            state.setdefault("_fitted_weights", state["weights"])
         super().__setstate__(state)
 
 

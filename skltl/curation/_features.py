@@ -14,6 +14,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from skltl._collections import check_not_dask
+from skltl._estimator import ImageEstimator, read_images_of
 from skltl._nested import steps_of
 from skltl.features import resolve_transformer
 
@@ -48,6 +49,16 @@ def fitted_to(X: Any, transformer: Any) -> Any:
             ) from None
         return clone(transformer).fit(X)
     return transformer
+
+
+def count_images(X: Any, transformer: Any) -> int:
+    """Return the number of images, of which none is decoded.
+
+    What is no sequence of images is an error.
+    """
+    is_pipeline = isinstance(transformer, Pipeline)
+    first = steps_of(transformer)[0] if is_pipeline else transformer
+    return len(read_images_of(first, X) if isinstance(first, ImageEstimator) else X)
 
 
 def _check_is_fitted(transformer: Any) -> None:

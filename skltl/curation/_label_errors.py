@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length, check_scalar
 
 from skltl._targets import any_number_of_classes, check_groups
-from skltl.curation._features import fitted_to
+from skltl.curation._features import count_images, fitted_to
 from skltl.features import check_readable, make_feature_pipeline
 from skltl.finetuning import encode_labels
 
@@ -134,8 +134,9 @@ def find_label_errors(
         )
     check_scalar(cv, "cv", Integral, min_val=2)
     fitted = fitted_to(X, transformer)
-    check_consistent_length(X, y, groups)  # before images are read
-    classes, targets = encode_labels(y, len(X))
+    n_images = count_images(X, fitted)
+    check_consistent_length(range(n_images), y, groups)  # before images are decoded
+    classes, targets = encode_labels(y, n_images)
     if groups is not None:
         groups = check_groups(groups)
     n_groups = len(targets) if groups is None else len(np.unique(groups))

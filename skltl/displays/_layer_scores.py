@@ -438,14 +438,7 @@ def _depth_and_name(backbone, layer):
 def _resolve_layers(estimator, layers):
     """Return the values of `layer` as a list; raise an error for unknown ones."""
     if isinstance(layers, str) and layers == "all":
-        estimator._validate_params()
-        layers = list(poolable_layers(estimator))
-        if not layers:
-            raise ValueError(
-                f"{get_backbone(estimator.backbone).name!r} has no layer that pooling="
-                f"{estimator.pooling!r} can pool."
-            )
-        return layers
+        return list(poolable_layers(estimator))
     is_sequence = isinstance(layers, (list, tuple, np.ndarray))
     layers = list(layers) if is_sequence else [layers]
     for layer in layers:

@@ -38,8 +38,14 @@ def verify(parts: Parts, run: Run, X: Any, kind: str) -> None:
         )
     expected = predictions_of(parts, crops)
     for n_images in (len(crops), 1):
-        for name, found in run(crops[:n_images]).items():
-            _compare(name, expected, found, kind)
+        found = run(crops[:n_images])
+        if found.keys() != expected.keys():
+            raise ExportError(
+                f"The {kind} returns {_names(found)}, the estimator has "
+                f"{_names(expected)}."
+            )
+        for name in found:
+            _compare(name, expected, found[name], kind)
 
 
 def random_crops(parts: Parts) -> NDArray[np.uint8]:
@@ -80,8 +86,6 @@ def _compare(
 
     It may be that of the first images only.
     """
-    if name not in expected:
-        raise ExportError(f"The {kind} returns {name!r}, unlike the estimator.")
     wanted = expected[name][: len(found)]
     if found.shape != wanted.shape:
         raise ExportError(
@@ -136,8 +140,14 @@ def _is_tie(
     scores = expected[kinds[0]][: len(found)]
     if name == "labels":
         gaps = scores - 0.5 if kinds[0] == "probabilities" else scores
-    elif scores.ndim == 1:
-        gaps = scores
     else:
-        gaps = scores.max(axis=1) - scores[np.arange(len(found)), found]
+        if scores.ndim == 1:  # of the second of two classes
+            scores = np.column_stack([np.zeros_like(scores), scores])
+        gaps = np.full(len(found), np.inf)
+        (known,) = np.nonzero((found >= 0) & (found < scores.shape[1]))
+        gaps[known] = scores[known].max(axis=1) - scores[known, found[known]]
     return np.asarray(np.abs(gaps) <= ROUNDING * np.abs(scores).max())
+
+
+def _names(outputs: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(outputs)) or "nothing"

@@ -137,18 +137,26 @@ def output_layout(estimator):
 def poolable_layers(estimator):
     """Return the main layers whose outputs an estimator can pool, with their layouts.
 
-    Its weights and its `image_size` decide about the sizes of feature maps.
+    Its weights and its `image_size` decide about the sizes of feature maps. That there
+    is no such layer is an error.
     """
+    estimator._validate_params()
     backbone, _, preprocessing = resolve_network(
         estimator.backbone, estimator.weights, estimator.image_size, estimator.crop
     )
     network = skeleton(backbone, preprocessing.size)
     found = network.layouts
-    return {
+    layers = {
         name: found[block]
         for name, block in network.layers.items()
         if block in found and can_pool(found[block], estimator.pooling)
     }
+    if not layers:
+        raise ValueError(
+            f"{backbone.name!r} has no layer that pooling={estimator.pooling!r} can "
+            "pool."
+        )
+    return layers
 
 
 class HeadEstimator(ImageEstimator):

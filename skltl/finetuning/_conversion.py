@@ -27,7 +27,7 @@ def parts_of_pipeline(pipeline: Any) -> tuple[CNNFeatureTransformer, Any, Any]:
     """Return a fitted pipeline's transformer, scaler (or ``None``) and linear model."""
     if not isinstance(pipeline, Pipeline):
         raise ValueError(
-            f"Expected a fitted Pipeline, got {type(pipeline).__name__}. Of a search, "
+            f"Expected a fitted Pipeline, got {type(pipeline).__name__}. For a search, "
             "pass its best_estimator_."
         )
     check_is_fitted(pipeline)
@@ -96,10 +96,10 @@ def linear_head(
         raise ValueError(
             "head_init: expected a linear model, or a pipeline of a StandardScaler and "
             f"one, got {', '.join(type(step).__name__ for step in steps_of(fitted))}. "
-            "Of a pipeline with a CNNFeatureTransformer, use from_pipeline."
+            "For a pipeline with a CNNFeatureTransformer, use from_pipeline."
         )
     scaler = between[0] if between else None
-    head = head_of_pipeline(pooling, layout, scaler, linear)
+    head = head_of_pipeline(pooling, layout, scaler, unwrapped(linear))
     n_outputs, n_expected = head[-1].out_features, expected[-1].out_features
     if n_outputs != n_expected:
         raise ValueError(

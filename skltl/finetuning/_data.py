@@ -1,4 +1,4 @@
-"""Training data: targets, weights, and which images are held out."""
+"""Training data: targets, weights, batches, and which images are held out."""
 
 from __future__ import annotations
 

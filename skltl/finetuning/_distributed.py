@@ -4,7 +4,7 @@ Under ``torchrun``, with an initialized process group, `fit` is called in each p
 with the same data. Each computes its share of every batch, and all reach the same
 communications in the same order. Before each of them they exchange whether all are
 well: an error or an interruption of one process is raised in all, and none waits for
-another that has ended. In a single process, nothing here has an effect.
+another that has ended. In a single process, nothing is exchanged.
 """
 
 from __future__ import annotations

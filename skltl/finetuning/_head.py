@@ -1,4 +1,4 @@
-"""The head: its layers, their inputs and first weights, and both as plain data."""
+"""The head: its layers, their inputs, their initial weights, and as plain data."""
 
 from __future__ import annotations
 

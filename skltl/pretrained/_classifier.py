@@ -78,8 +78,9 @@ class PretrainedCNNClassifier(NetworkClassifier):
         Whether pickles and files of the fitted estimator hold the weights of the
         network. If ``False``, they hold the name of the weights and a digest, which is
         compared when they are loaded: they are small, as for other processes of a
-        cluster, but need the same weights where they are loaded. Not for a `Backbone`
-        that holds its weights, or random weights.
+        cluster, but need the same weights where they are loaded. The last layer of a
+        classifier is stored in any case. Not for a `Backbone` that holds its weights,
+        or random weights.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. ``"auto"`` uses a GPU if there
         is one.

@@ -24,7 +24,7 @@ from skltl.strategy._cross_validation import (
     sample_rows,
     score_linear,
 )
-from skltl.strategy._rules import feature_map_layers, find_early_layer
+from skltl.strategy._rules import check_layer, feature_map_layers
 from skltl.strategy._tasks import Task
 
 # Fraction of the images that all backbones are compared on, and the smallest number.
@@ -39,7 +39,7 @@ class Candidate:
     """A backbone, and the accuracy at its main layers on the images so far."""
 
     def __init__(self, transformer: Any) -> None:
-        find_early_layer(transformer)  # raises if there is no such layer
+        check_layer(transformer)
         self.name = get_backbone(transformer.backbone).name
         self.layers = feature_map_layers(transformer)
         if not self.layers:

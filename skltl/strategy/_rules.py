@@ -32,7 +32,6 @@ from skltl.finetuning import FineTunedCNN, FineTunedCNNClassifier, FineTunedCNNR
 from skltl.networks import (
     Backbone,
     get_backbone,
-    list_layers,
     resolve_layer,
     resolve_weights,
 )
@@ -333,7 +332,7 @@ def build_strategy(
     targets: str = "classes",
 ) -> Strategy:
     """Configure the estimator of a strategy with the parameters of a transformer."""
-    early, last = find_early_layer(transformer), _find_last_layer(transformer)
+    check_layer(transformer)
     is_values = targets == "values"
     fine_tuned: Any = FineTunedCNNRegressor if is_values else FineTunedCNNClassifier
     estimator: Any
@@ -342,17 +341,19 @@ def build_strategy(
             estimator = PretrainedCNNClassifier(class_map=class_map or "learn")
         case "extract":
             model = LINEAR[targets][0]
-            estimator = _feature_pipeline(transformer, *model, layer=last)
+            layer = _find_last_layer(transformer)
+            estimator = _feature_pipeline(transformer, *model, layer=layer)
         case "extract_early":
             model = LINEAR[targets][1]
-            estimator = _feature_pipeline(transformer, *model, layer=early)
+            layer = find_early_layer(transformer)
+            estimator = _feature_pipeline(transformer, *model, layer=layer)
         case "finetune":
-            estimator = fine_tuned(layer=last)
+            estimator = fine_tuned(layer=_find_last_layer(transformer))
         case "finetune_top":
-            estimator = fine_tuned(layer=early)
+            estimator = fine_tuned(layer=find_early_layer(transformer))
         case _:
             estimator = fine_tuned(
-                layer=last,
+                layer=_find_last_layer(transformer),
                 head_init="random",
                 head_epochs=0,
                 finetune_epochs=SCRATCH_EPOCHS,
@@ -387,20 +388,24 @@ def shared_parameters(
     return {name: value for name, value in values.items() if name in names}
 
 
-def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
-    """Return the layer of a transformer, or the one at two thirds of the depth."""
-    backbone = get_backbone(transformer.backbone)
+def check_layer(transformer: CNNFeatureTransformer) -> None:
+    """Refuse a transformer with several layers, or with one that does not exist."""
+    transformer._validate_params()
     layer: Any = transformer.layer
     if isinstance(layer, (list, tuple)):
         raise ValueError(
             "A strategy needs a transformer with a single layer; got "
             f"layer={shorten(repr(layer))}."
         )
-    if layer == "last":
-        names = feature_map_layers(transformer) or _layers_to_pool(transformer)
-        return names[round((len(names) - 1) * 2 / 3)]
-    resolve_layer(backbone, layer)  # raises if there is no such layer
-    return layer
+    resolve_layer(get_backbone(transformer.backbone), layer)
+
+
+def find_early_layer(transformer: CNNFeatureTransformer) -> Any:
+    """Return the layer of a transformer, or the one at two thirds of the depth."""
+    if transformer.layer != "last":
+        return transformer.layer
+    names = feature_map_layers(transformer) or list(poolable_layers(transformer))
+    return names[round((len(names) - 1) * 2 / 3)]
 
 
 def _find_last_layer(transformer: CNNFeatureTransformer) -> str:
@@ -408,20 +413,9 @@ def _find_last_layer(transformer: CNNFeatureTransformer) -> str:
 
     Small images end before it, or are a smaller feature map there than `pooling`.
     """
-    names = _layers_to_pool(transformer)
-    last = list_layers(transformer.backbone)[-1].name
+    names = feature_map_layers(transformer) or list(poolable_layers(transformer))
+    last = resolve_layer(get_backbone(transformer.backbone), "last").name
     return "last" if names[-1] == last else names[-1]
-
-
-def _layers_to_pool(transformer: CNNFeatureTransformer) -> list[str]:
-    """Return the main layers that can be pooled; there must be one."""
-    names = list(poolable_layers(transformer))
-    if not names:
-        raise ValueError(
-            f"{get_backbone(transformer.backbone).name!r} has no layer that pooling="
-            f"{transformer.pooling!r} can pool."
-        )
-    return names
 
 
 def feature_map_layers(transformer: CNNFeatureTransformer) -> list[str]:

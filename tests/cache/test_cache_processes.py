@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sqlite3
 import tempfile
 import threading
@@ -155,9 +156,8 @@ def without_locks(connect):
     """Return `sqlite3.connect` as on a file system whose locks have no effect."""
 
     def connect_without(path, *args, **kwargs):
-        is_uri = str(path).startswith("file:")
-        uri = f"{path}&vfs=unix-none" if is_uri else path
-        return connect(uri, *args, **kwargs)
+        assert re.match(r"file:.*\?mode=", path)
+        return connect(f"{path}&vfs=unix-none", *args, **kwargs)
 
     return connect_without
 
@@ -165,7 +165,7 @@ def without_locks(connect):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SQLite's system without locks is of Unix")
 def test_features_are_right_where_locks_have_no_effect(fork, tmp_path, monkeypatch):
-    """As on some network file systems: databases are damaged, which is noticed."""
+    """As on some network file systems. Databases may be damaged, which is noticed."""
     monkeypatch.setattr(_lookup, "SECONDS_UNSTORED", 0.0)  # writes all the time
     X, expected = random_images(400), tmp_path / "expected.npy"
     fork(lambda: np.save(expected, extract(X, None))).result()

@@ -441,6 +441,27 @@ def test_classes_of_two_images_each_give_no_warning(patches):
     assert errors.proba.shape == (40, 20)
 
 
+@pytest.mark.parametrize("is_fitted", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda X: X[0], "looks like a single color image"),
+        (lambda X: "abc.png", "X is a single path"),
+        (lambda X: None, "X must be a list"),
+        (lambda X: Image.fromarray(X[0]), "X is a single image"),
+        (iter, r"Pass list\(X\)"),
+    ],
+    ids=["array", "path", "None", "PIL", "iterator"],
+)
+def test_what_is_no_sequence_of_images_is_refused(wrong, message, is_fitted, patches):
+    transformer = CNNFeatureTransformer("tiny")
+    if is_fitted:
+        transformer.fit(patches)
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        find_label_errors(wrong(patches), [0, 1] * 20, transformer)
+
+
 def test_near_copies_are_found_where_most_images_are_copies(patches):
     X = [patches[0]] * 10 + [patches[30]] * 10 + [patches[35]]
 

@@ -38,11 +38,16 @@ def lose_one_score(outputs):
         (swap_two, r"predicts \d+ of \d+ labels differently"),
         (add_to_one_score, r"scores of the file differ .* by"),
         (lose_one_score, "scores of the file differ .* by nan"),
-        (lambda outputs: {"scores": outputs["scores"].T}, r"of shape .* instead of"),
+        (
+            lambda outputs: outputs | {"scores": outputs["scores"].T},
+            r"of shape .* instead of",
+        ),
         (
             lambda outputs: outputs | {"more": outputs["scores"]},
-            "returns 'more', unlike",
+            "file returns .*more, .*, the estimator has ",
         ),
+        (lambda outputs: {}, "file returns nothing, the estimator has "),
+        (lambda outputs: {"scores": outputs["scores"]}, "file returns scores, the est"),
     ],
 )
 @pytest.mark.parametrize("kind", ["classes", "labels"])
@@ -59,6 +64,17 @@ def test_differences_are_found(kind, change, message, request, training_images, 
     verify(parts, run, training_images[:8], "file")
     with pytest.raises(ExportError, match=message):
         verify(parts, lambda crops: change(run(crops)), training_images[:8], "file")
+
+
+def test_an_index_beyond_the_classes_is_found(training_images, labels):
+    parts = parts_of(pipeline(LogisticRegression(C=1e-3)).fit(training_images, labels))
+
+    def run(crops):
+        found = predictions_of(parts, crops)
+        return found | {"index": found["index"] + 10}
+
+    with pytest.raises(ExportError, match="predicts 8 of 8 labels differently"):
+        verify(parts, run, training_images[:8], "file")
 
 
 def test_a_single_image_is_compared_too(training_images, labels):

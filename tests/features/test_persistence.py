@@ -193,6 +193,22 @@ def test_a_pretrained_classifier_without_weights_has_its_last_layer(
     assert len(pickle.dumps(loaded.set_params(store_weights=True))) > 2 * len(saved)
 
 
+def test_a_file_of_a_release_without_the_parameter_is_saved_without_weights(
+    images, weights_file
+):
+    fitted = PretrainedCNNClassifier("squeezenet1_1", weights=weights_file).fit(images)
+    state = fitted.__getstate__()
+    del state["store_weights"], state["_fitted_weights"]
+    loaded = PretrainedCNNClassifier.__new__(PretrainedCNNClassifier)
+    loaded.__setstate__(state)
+
+    small = pickle.dumps(loaded.set_params(store_weights=False))
+
+    assert len(small) < len(pickle.dumps(fitted)) / 2
+    expected = fitted.predict_proba(images)
+    np.testing.assert_array_equal(pickle.loads(small).predict_proba(images), expected)
+
+
 @pytest.mark.parametrize("writer", ["joblib", "skops"])
 def test_pipelines_without_weights_are_saved(writer, images, weights_file, tmp_path):
     pipeline = make_feature_pipeline(

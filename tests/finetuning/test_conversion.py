@@ -88,7 +88,7 @@ def test_a_model_without_a_scaler_is_a_head(data):
     pipeline = make_pipeline(
         CNNFeatureTransformer("tiny", **NETWORK), "passthrough", LogisticRegression()
     ).fit(X, y)
-    for head in (pipeline[-1], pipeline[1:]):
+    for head in (pipeline[-1], pipeline[1:], make_pipeline(pipeline[1:])):
         classifier = FineTunedCNNClassifier(
             "tiny",
             head_init=FrozenEstimator(head),

@@ -1,5 +1,6 @@
 """Recommendations follow the rules, and estimators the parameters of a transformer."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,28 +121,53 @@ def test_the_layer_at_two_thirds_of_the_depth_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("pooling", "image_size", "last", "early"),
+    ("backbone", "pooling", "image_size", "last", "early"),
     [
-        (2, 16, "block3", "block2"),
-        (5, 32, "block2", "block1"),
-        ("avg", 32, "last", None),
+        ("tiny", 2, 16, "block3", "block2"),
+        ("tiny", 5, 32, "block2", "block1"),
+        ("tiny", "avg", 32, "last", "block3"),
+        # These end in vectors, which can be pooled in any way.
+        ("mobilenet_v3_small", 4, 64, "block3", "block2"),
+        ("alexnet", "avg", 64, "last", "block4"),
     ],
 )
 @pytest.mark.parametrize("n_images", [60, 20_000])
 def test_layers_are_those_that_can_be_pooled(
-    n_images, pooling, image_size, last, early, digits
+    n_images, backbone, pooling, image_size, last, early, digits
 ):
     rows = {"image_shape": (8, 8), "image_size": image_size, "pooling": pooling}
-    transformer = CNNFeatureTransformer("tiny", **rows)
+    weights = "pretrained" if backbone == "tiny" else None
+    transformer = CNNFeatureTransformer(backbone, weights=weights, **rows)
     X, y = digits[0][:60], digits[1][:60] % 3
 
     for similarity, layer in (("similar", last), ("different", early)):
         strategy = recommend_strategy(n_images, 3, similarity, transformer=transformer)
         estimator = strategy.estimator
         found = estimator.get_params()["feat__layer" if n_images == 60 else "layer"]
-        assert layer in (found, None)
+        assert found == layer
+        transformer.set_params(layer=found).fit_transform(X[:2])
+        transformer.set_params(layer="last")
         if n_images == 60:
             assert estimator.fit(X, y).score(X, y) > 0.5
+
+
+def test_strategies_that_pool_nothing_need_no_layer_to_pool():
+    transformer = CNNFeatureTransformer("tiny", pooling="cls")
+
+    as_is = recommend_strategy(300, 3, "contained", transformer=transformer)
+
+    assert isinstance(as_is.estimator, PretrainedCNNClassifier)
+    with pytest.raises(ValueError, match="'tiny' has no layer that pooling='cls' can"):
+        recommend_strategy(300, 3, "similar", transformer=transformer)
+
+
+@pytest.mark.parametrize("parameter", ["image_size", "crop", "pooling"])
+def test_parameters_of_the_transformer_are_checked(parameter):
+    transformer = CNNFeatureTransformer("tiny", **{parameter: "other"})
+
+    message = f"The '{parameter}' parameter of CNNFeatureTransformer must"
+    with pytest.raises(ValueError, match=message):
+        recommend_strategy(300, 3, "similar", transformer=transformer)
 
 
 @pytest.mark.filterwarnings("ignore::skltl.exceptions.LicenseWarning")
@@ -286,7 +312,7 @@ def test_what_has_no_code_is_a_name():
 
     expected = "make_feature_pipeline(backbone, 'softmax', reader=load_digits)"
     assert code() == expected
-    assert "reader=reader)" in code(reader=lambda item: item)
+    assert "reader=reader)" in code(reader=partial(load_digits, n_class=3))
     assert "random_state=random_state" in code(random_state=np.random.RandomState(0))
     assert "batch_size=2," in code(batch_size=np.int64(2))
     assert "image_size=(32, 48)," in code(image_size=(np.int64(32), np.int64(48)))
