@@ -366,7 +366,8 @@ def _resolve_method(method, n, random_state):
 
 def _reduce(reducer, features, y):
     """Return coordinates (n, 2), and names of the axes if they have a meaning."""
-    coordinates = np.asarray(reducer.fit_transform(features, y))
+    with np.errstate(invalid="ignore"):  # of equal images, without variance
+        coordinates = np.asarray(reducer.fit_transform(features, y))
     if coordinates.shape != (len(features), 2):
         raise ValueError(
             f"{type(reducer).__name__} returned an array of shape {coordinates.shape}; "
@@ -374,7 +375,7 @@ def _reduce(reducer, features, y):
         )
     if not isinstance(reducer, PCA):
         return coordinates, None
-    parts = enumerate(reducer.explained_variance_ratio_, start=1)
+    parts = enumerate(np.nan_to_num(reducer.explained_variance_ratio_), start=1)
     return coordinates, tuple(
         f"principal component {number} ({part:.0%} of variance)"
         for number, part in parts

@@ -143,6 +143,14 @@ def test_any_transformer_to_two_dimensions_is_a_method(few):
         FeatureMapDisplay.from_estimator(unfitted, unread, [0, 1])
 
 
+def test_equal_images_are_at_one_place(few):
+    images = few[0][[0] * 5].reshape(-1, 8, 8)
+    display = FeatureMapDisplay.from_features(np.ones((5, 8)), images)
+
+    assert_allclose(display.coordinates, np.zeros((5, 2)), atol=1e-12)
+    assert "(0% of variance)" in display.ax_.get_xlabel()
+
+
 def extents_of(display):
     """Return the drawn rectangles of the thumbnails, in pixels."""
     display.figure_.canvas.draw()
