@@ -46,7 +46,7 @@ def check_groups(groups: Any) -> NDArray[Any]:
 def any_number_of_classes() -> Iterator[None]:
     """Let scikit-learn fit a classifier to classes of one or two images each.
 
-    It warns that such targets could be values of a regression problem, of names, too.
+    It warns that such targets could be values to regress on, even if they are names.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(

@@ -1,4 +1,4 @@
-"""The head: its layers, their inputs, their initial weights, and as plain data."""
+"""The head: its layers, their inputs and initial weights, and heads as plain data."""
 
 from __future__ import annotations
 
